@@ -1,0 +1,19 @@
+"""The two kinds of mistake dynamask reports: bad input to the operators, and bad input to the command line."""
+
+from __future__ import annotations
+
+
+class InvalidInputError(ValueError):
+    """An argument has the wrong shape, dtype, device or value.
+
+    The message names what was given, what was expected and how to mend it. It is a `ValueError`,
+    so code that catches `ValueError` keeps working.
+    """
+
+
+class UsageError(Exception):
+    """A mistake on the command line or in a configuration file; the CLI prints it and exits with code 2."""
+
+
+class CacheRollbackError(RuntimeError):
+    """A bounded cache was asked to return to a length whose keys it has already evicted."""

@@ -1,0 +1,105 @@
+"""`torch.library` operators `dynamask::interval_attention` and its backward, one implementation per device.
+
+Registering them lets torch.compile trace through without a graph break and lets autograd, fake tensors and
+export see their shapes. The CPU implementation is `ops/blocked.py`; the CUDA one is `ops/triton`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynamask.ops import blocked
+
+_BACKENDS = ("torch", "triton")
+
+
+def triton_available() -> bool:
+    """Whether the Triton kernels can run: Triton imports and there is a GPU (or Triton's interpreter is on)."""
+    try:
+        from dynamask.ops import triton as kernels
+    except ImportError:
+        return False
+    return kernels.is_available()
+
+
+@torch.library.custom_op("dynamask::interval_attention", mutates_args=())
+def interval_attention_op(
+    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; see `dynamask.ops.blocked.forward` for shapes."""
+    if backend == "triton":
+        from dynamask.ops import triton as kernels
+
+        return kernels.forward(query, key, value, expiry, bias, scale)
+    return blocked.forward(query, key, value, expiry, bias, scale)
+
+
+@interval_attention_op.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    output = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return output, query.new_empty(query.shape[:-1], dtype=wide)
+
+
+@torch.library.custom_op("dynamask::interval_attention_backward", mutates_args=())
+def interval_attention_backward_op(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to query, key, value and bias; see `dynamask.ops.blocked.backward` for shapes."""
+    if backend == "triton":
+        from dynamask.ops import triton as kernels
+
+        return kernels.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
+    return blocked.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
+
+
+@interval_attention_backward_op.register_fake
+def _(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        query.new_empty(expiry.shape, dtype=wide),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, expiry, bias, scale, backend = inputs
+    ctx.save_for_backward(query, key, value, expiry, bias, *output)
+    ctx.scale, ctx.backend = scale, backend
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_output, _grad_lse):  # type: ignore[no-untyped-def]
+    query, key, value, expiry, bias, output, lse = ctx.saved_tensors
+    dq, dk, dv, dbias = interval_attention_backward_op(
+        grad_output.contiguous(), query, key, value, expiry, bias, output, lse, ctx.scale, ctx.backend
+    )
+    return dq, dk, dv, None, None if bias is None else dbias.to(bias.dtype), None, None
+
+
+interval_attention_op.register_autograd(_backward, setup_context=_setup_context)
