@@ -1,0 +1,311 @@
+"""A key/value cache of constant size that loses nothing: at most `window` keys per head and layer.
+
+A key that `window` others outrank never returns to any later query (design section 2), so forgetting it
+changes no output: decoding from the bounded cache is the same attention as decoding from the full one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dynamask.errors import CacheRollbackError, InvalidInputError
+from dynamask.expiry import check_window, key_expiry, sortable_scores
+
+_PER_KEY = ("keys", "values", "scores", "positions")
+
+
+class LiveKeys(NamedTuple):
+    """What the queries of one call can see, ready for `interval_attention`.
+
+    Attributes:
+        key, value: (B, G, N, D): the live keys of the past, then the call's own.
+        score: (B, G, N) their scores.
+        expiry: (B, G, N) int32, in the coordinates of this concatenation.
+    """
+
+    key: Tensor
+    value: Tensor
+    score: Tensor
+    expiry: Tensor
+
+
+class BoundedLayer(CacheLayerMixin):
+    """The live keys of one layer.
+
+    Args:
+        window: keys a query keeps, hence the most this layer holds per key/value head.
+        local: how many of them are the newest positions; `local = window` is a sliding window.
+
+    Attributes:
+        keys, values: (B, G, S, D), S <= window.
+        scores: (B, G, S) the rank of each key, in the scores' own dtype.
+        positions: (B, G, S) int64, the position of each key in the sequence; -1 for an empty slot, which
+            only rows with left padding have.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, window: int, local: int = 0) -> None:
+        super().__init__()
+        check_window(window, local)
+        self.window, self.local = window, local
+        self.scores: Tensor | None = None
+        self.positions: Tensor | None = None
+        self.seen = 0
+        self._exact_from = 0  # the shortest length this layer can still be cropped to
+        self._full = False  # every slot of every row holds a key and there are `window` of them
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take dtype and device from the first keys; the layer starts without slots."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.is_initialized = True
+
+    def extend(self, key: Tensor, value: Tensor, scores: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
+        """Add new keys, return what their queries see, and keep what later queries may see.
+
+        Args:
+            key, value: (B, G, Nq, D) of the new positions.
+            scores: (B, G, Nq) float, higher is kept longer; None where recency alone decides.
+            key_mask: (B, Nq) bool, True for a real token, or None.
+
+        Returns:
+            The keys visible to these Nq queries, which are the last positions of `LiveKeys.key`.
+        """
+        if scores is None:
+            scores = torch.zeros(1, 1, 1, device=key.device).expand(key.shape[:3])
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+            self.scores, self.positions = scores[:, :, :0], torch.zeros_like(scores[:, :, :0], dtype=torch.long)
+        if self.keys.shape[0] != key.shape[0]:
+            raise InvalidInputError(
+                f"the cache holds {self.keys.shape[0]} sequences and was given {key.shape[0]}: start a new cache "
+                "or reorder this one"
+            )
+        if self._full and key.shape[2] == 1 and key_mask is None and not torch.is_grad_enabled():
+            return self._replace(key, value, scores)
+        return self._merge(key, value, scores, key_mask)
+
+    def _merge(self, key: Tensor, value: Tensor, scores: Tensor, key_mask: Tensor | None) -> LiveKeys:
+        """The general step: past and new keys side by side, expiry over both, survivors kept."""
+        self._sort_by_position()
+        batch, heads, new = key.shape[:3]
+        position = torch.arange(self.seen, self.seen + new, device=key.device)
+        if key_mask is None:
+            key_mask = torch.ones(batch, new, dtype=torch.bool, device=key.device)
+        # Rows differ in how many keys they hold only by their padding, which all heads of a row share.
+        real = torch.cat([self.positions[:, 0] >= 0, key_mask], dim=-1)
+        positions = torch.cat([self.positions, position.expand(batch, heads, new)], dim=-1)
+        live = LiveKeys(
+            torch.cat([self.keys, key], dim=2),
+            torch.cat([self.values, value], dim=2),
+            torch.cat([self.scores, scores], dim=-1),
+            torch.empty(0),
+        )
+        length = positions.shape[-1]
+        expiry = key_expiry(live.score.detach(), self.window, local=self.local, key_mask=real)
+        live = live._replace(expiry=expiry)
+        self.seen += new
+
+        survives = expiry >= length
+        if bool(survives.all()):
+            self.keys, self.values, self.scores, self.positions = live.key, live.value, live.score, positions
+        else:
+            # Survivors to the right, in order; shorter rows get empty slots on the left.
+            count = int(survives.sum(-1).max())
+            index = survives.to(torch.int8).sort(dim=-1, stable=True).indices[..., length - count :]
+            self.keys = _take_rows(live.key, index)
+            self.values = _take_rows(live.value, index)
+            self.scores = live.score.gather(-1, index)
+            kept = survives.gather(-1, index)
+            self.positions = torch.where(kept, positions.gather(-1, index), -1)
+            if bool((~survives & real[:, None]).any()):
+                self._exact_from = self.seen
+        self._full = self.positions.shape[-1] == self.window and bool((self.positions >= 0).all())
+        return live
+
+    def _replace(self, key: Tensor, value: Tensor, scores: Tensor) -> LiveKeys:
+        """One token into a full layer: it takes, in place, the slot of the lowest-ranked key of the contest."""
+        rank = sortable_scores(self.scores)
+        worst = torch.iinfo(rank.dtype).max
+        # The contest: keys older than the local part. The key that leaves it now takes part for the first time.
+        contest = self.positions <= self.seen - self.local
+        low = torch.where(contest, rank, worst).amin(-1, keepdim=True)
+        tied = contest & (rank == low)
+        slot = torch.where(tied, self.positions, torch.iinfo(torch.long).max).argmin(-1, keepdim=True)
+        if self.local == 0:
+            # The new key is in the contest too, and dead on arrival if it ranks below all; it wins ties.
+            arrives = sortable_scores(scores) >= low
+        else:
+            arrives = torch.ones_like(slot, dtype=torch.bool)
+        for store, new in ((self.keys, key), (self.values, value)):
+            index = slot.unsqueeze(-1).expand_as(new)
+            store.scatter_(2, index, torch.where(arrives.unsqueeze(-1), new, store.gather(2, index)))
+        self.scores.scatter_(-1, slot, torch.where(arrives, scores, self.scores.gather(-1, slot)))
+        position = torch.where(arrives, self.seen, self.positions.gather(-1, slot))
+        self.positions.scatter_(-1, slot, position)
+        self.seen += 1
+        self._exact_from = self.seen
+        # The slots are in no order, but there is one query and it sees them all.
+        expiry = torch.full_like(self.positions, self.window, dtype=torch.int32)
+        return LiveKeys(self.keys, self.values, self.scores, expiry)
+
+    def _sort_by_position(self) -> None:
+        if self.positions.shape[-1] > 1 and bool((self.positions.diff(dim=-1) < 0).any()):
+            order = self.positions.argsort(dim=-1)
+            self.keys, self.values = _take_rows(self.keys, order), _take_rows(self.values, order)
+            self.scores, self.positions = self.scores.gather(-1, order), self.positions.gather(-1, order)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not how this layer is fed: a layer that does not know the scores cannot know what to keep."""
+        raise InvalidInputError(
+            "BoundedCache serves dynamic-mask and sliding-window attention of dynamask models; this layer called "
+            "Cache.update, which carries no scores. Convert the model first (dynamask.convert), or give it a "
+            "DynamicCache."
+        )
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far, evicted ones included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask transformers would build: masks speak of all positions seen."""
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: the layer accepts sequences of any length."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the tensors held, in bytes."""
+        held = [getattr(self, name) for name in _PER_KEY]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+
+    def crop(self, max_length: int) -> None:
+        """Forget the positions from `max_length` on (negative: the last -max_length).
+
+        Raises:
+            CacheRollbackError: a key that was alive at that length has been evicted since.
+        """
+        if max_length < 0:
+            max_length = max(0, self.seen + max_length)
+        if max_length >= self.seen:
+            return
+        if max_length < self._exact_from:
+            raise CacheRollbackError(
+                f"cannot return to length {max_length}: keys were evicted at length {self._exact_from}, and a "
+                f"bounded cache (window {self.window}) does not keep them. Copy the cache before the tokens you "
+                "may want to take back, or use transformers' DynamicCache for speculative decoding."
+            )
+        self._sort_by_position()
+        keep = self.positions[0, 0] < max_length  # nothing was evicted since, so all heads hold the same
+        for name in _PER_KEY:
+            setattr(self, name, getattr(self, name)[:, :, keep])
+        self.seen = max_length
+        self._full = False
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.scores = self.positions = None
+        self.is_initialized = self._full = False
+        self.seen = self._exact_from = 0
+
+    def _index_batch(self, index: Tensor) -> None:
+        if self.is_initialized:
+            for name in _PER_KEY:
+                tensor = getattr(self, name)
+                setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Beam search: row b continues what row `beam_idx[b]` holds."""
+        self._index_batch(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        self._index_batch(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch `repeats` times."""
+        if self.is_initialized:
+            for name in _PER_KEY:
+                setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move everything back to the layer's device."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device) -> None:
+        if self.is_initialized:
+            for name in _PER_KEY:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+
+
+class BoundedCache(Cache):
+    """A transformers cache of at most `window` keys per key/value head and layer, at any length.
+
+    Logits equal those of the full cache: what it forgets, no later query could see. Works in `generate()`
+    (greedy, sampling, beams), with prefill, chunked prefill and single tokens in any order.
+
+    Args:
+        config: configuration of the model it is for; gives layers, window and local where not given here.
+        window: keys per query and head. Default `config.window`, or Doge's `config.keep_window_size`.
+        local: how many of them are the newest positions. Default `config.local`, or 0.
+        num_hidden_layers: default `config.num_hidden_layers`.
+
+    Raises:
+        InvalidInputError: no window to be found, or attention that a bounded cache cannot serve.
+
+    It cannot go back past an eviction: `crop` raises `CacheRollbackError` then.
+    """
+
+    def __init__(
+        self,
+        config: Any = None,
+        *,
+        window: int | None = None,
+        local: int | None = None,
+        num_hidden_layers: int | None = None,
+    ) -> None:
+        attention = getattr(config, "attention", "dma") if config is not None else "dma"
+        if attention not in ("dma", "swa"):
+            raise InvalidInputError(
+                f"a bounded cache serves attention 'dma' and 'swa'; this model has attention {attention!r}, whose "
+                "queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
+            )
+        if window is None:
+            window = getattr(config, "window", None) or getattr(config, "keep_window_size", None)
+        if local is None:
+            local = getattr(config, "local", None) or 0
+        if attention == "swa" and window is not None:
+            local = window
+        if num_hidden_layers is None:
+            num_hidden_layers = getattr(config, "num_hidden_layers", None)
+        if window is None or num_hidden_layers is None:
+            raise InvalidInputError(
+                "BoundedCache needs a config with window and num_hidden_layers, or both as arguments; "
+                f"got window={window!r}, num_hidden_layers={num_hidden_layers!r}"
+            )
+        super().__init__(layers=[BoundedLayer(window, local) for _ in range(num_hidden_layers)])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all layers, in bytes."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+
+def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.gather(2, index.unsqueeze(-1).expand(*index.shape, rows.shape[-1]))

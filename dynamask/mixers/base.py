@@ -1,0 +1,132 @@
+"""What every mixer shares: one signature, the facts of a batch, and the projections of a grouped-query layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dynamask.expiry import key_expiry
+from dynamask.mixers.rotary import apply_rotary
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """Facts about a batch that every layer needs; the model builds it once per forward.
+
+    Attributes:
+        position_ids: (B, Nq) int64, the position of each query inside its own document.
+        segment_ids: (B, Nq) non-decreasing int64 of packed documents, or None for one document per row. Only
+            without a cache that already holds keys.
+        key_mask: (B, N) bool, N = past + Nq, True for a real token, or None where nothing is padding.
+    """
+
+    position_ids: Tensor
+    segment_ids: Tensor | None = None
+    key_mask: Tensor | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Neither packed nor padded."""
+        return self.segment_ids is None and self.key_mask is None
+
+    def new_key_mask(self) -> Tensor | None:
+        """(B, Nq) bool, the part of `key_mask` that belongs to this call's own tokens."""
+        return None if self.key_mask is None else self.key_mask[:, -self.position_ids.shape[1] :]
+
+    def key_position_ids(self, length: int) -> Tensor:
+        """(B, N) int64, the position of every key, cached ones included, inside its own document."""
+        if length == self.position_ids.shape[1]:
+            return self.position_ids
+        if self.key_mask is not None:
+            return (self.key_mask.long().cumsum(-1) - 1).clamp(min=0)
+        first = self.position_ids[:, :1] - (length - self.position_ids.shape[1])
+        return first + torch.arange(length, device=first.device)
+
+
+class Mixer(nn.Module, ABC):
+    """A layer that moves information between the positions of a sequence, causally.
+
+    Every mixer takes (B, Nq, hidden) and returns (B, Nq, hidden), and promises: outputs before position t do
+    not depend on tokens from t on; cached and uncached, packed and separate, padded and unpadded runs agree.
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+
+    @abstractmethod
+    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
+        """Mix.
+
+        Args:
+            hidden_states: (B, Nq, hidden) in the model's dtype.
+            sequence: positions, segments and padding of the batch.
+            cache: updated in place with this call's keys; None when nothing is to be remembered.
+
+        Returns:
+            (B, Nq, hidden). Padding positions hold numbers without meaning, never NaN.
+        """
+
+    @classmethod
+    @abstractmethod
+    def cache_layer(cls, config: Any) -> CacheLayerMixin:
+        """A fresh cache layer of the kind this mixer decodes with."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last dimension, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., dim) -> (..., dim), in the input's dtype."""
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(hidden_states.dtype)
+
+
+class GroupedQueryMixer(Mixer):
+    """Projections of Qwen3's attention: grouped-query q/k/v, RMSNorm on query and key heads, RoPE, output."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.num_heads, self.num_key_value_heads, self.head_dim = heads, groups, dim
+        self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
+        self.o_proj = nn.Linear(heads * dim, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(dim, config.rms_norm_eps)
+
+    def project(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        theta = self.config.rope_theta
+        return apply_rotary(query, position_ids, theta), apply_rotary(key, position_ids, theta), value
+
+    def merge_heads(self, output: Tensor) -> Tensor:
+        """(B, H, Nq, D) -> (B, Nq, hidden) through the output projection."""
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+
+def recency_expiry(
+    batch: int, groups: int, length: int, window: int, sequence: SequenceInfo, device: torch.device
+) -> Tensor:
+    """Expiry (B, G, N) of the newest `window` positions; `window >= N` is dense causal attention."""
+    nothing = torch.zeros(1, 1, 1, device=device).expand(batch, groups, length)
+    return key_expiry(
+        nothing, window, local=window, segment_ids=sequence.segment_ids, key_mask=sequence.key_mask
+    )

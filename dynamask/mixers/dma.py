@@ -1,0 +1,159 @@
+"""Dynamic Mask Attention (arXiv 2508.02124): keep, for every query, the best-scored keys of its prefix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from dynamask.cache import BoundedLayer
+from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo
+from dynamask.ops import dynamic_mask_attention, interval_attention
+
+
+class DynamicMaskGate(nn.Module):
+    """Scores every key from its value vector (paper, equations 5 and 6; design section 1).
+
+        z = concat_heads(v) · Delta,  s = A · softplus(z),  score = exp(s) or s,  [ + λ · position ]
+
+    The recency slope λ >= 0 orders keys exactly as a penalty of λ per position of distance would, for every
+    query at once, so a key still has one rank; added to the logits it is that penalty up to a constant per
+    query, which the softmax ignores.
+
+    Args:
+        num_key_value_heads: G, one score per head.
+        head_dim: D of a value head.
+        score_form: "exp" (paper) or "linear" (later released code).
+        recency: initial λ; 0 leaves the term out, which is the paper's form.
+        bias: whether Delta has a bias.
+    """
+
+    def __init__(
+        self,
+        num_key_value_heads: int,
+        head_dim: int,
+        *,
+        score_form: str = "exp",
+        recency: float = 0.0,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.score_form = score_form
+        self.recency = recency
+        self.delta = nn.Linear(num_key_value_heads * head_dim, num_key_value_heads, bias=bias)
+        self.gate = nn.Parameter(torch.zeros(num_key_value_heads))
+        if recency:
+            self.log_recency = nn.Parameter(torch.full((num_key_value_heads,), recency).log())
+
+    def forward(self, value: Tensor, position_ids: Tensor) -> Tensor:
+        """Scores of keys.
+
+        Args:
+            value: (B, G, N, D).
+            position_ids: (B, N), the position of each key inside its own document.
+
+        Returns:
+            (B, G, N) float32 (float64 for float64 values): scores rank keys, so they keep full precision
+            whatever the model's dtype.
+        """
+        wide = torch.promote_types(value.dtype, torch.float32)
+        with torch.autocast(value.device.type, enabled=False):
+            rows = value.transpose(1, 2).flatten(2).to(wide)
+            bias = None if self.delta.bias is None else self.delta.bias.to(wide)
+            z = F.linear(rows, self.delta.weight.to(wide), bias)
+            score = self.gate.to(wide) * F.softplus(z)
+            if self.score_form == "exp":
+                score = score.exp()
+            if self.recency:
+                score = score + self.log_recency.to(wide).exp() * position_ids.unsqueeze(-1)
+        return score.transpose(1, 2)
+
+
+class DynamicMaskAttention(GroupedQueryMixer):
+    """Grouped-query attention whose queries each see the `window` best-scored keys of their prefix."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.gate = DynamicMaskGate(
+            self.num_key_value_heads, self.head_dim, score_form=config.score_form, recency=config.recency
+        )
+
+    @classmethod
+    def cache_layer(cls, config: Any) -> CacheLayerMixin:
+        """A `BoundedLayer` of the config's window and local part."""
+        return BoundedLayer(config.window, config.local)
+
+    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
+        """See `Mixer.forward`."""
+        query, key, value = self.project(hidden_states, sequence.position_ids)
+        output = dynamic_mask_mix(
+            query,
+            key,
+            value,
+            self.gate,
+            sequence,
+            window=self.config.window,
+            local=self.config.local,
+            cache=cache,
+            layer_idx=self.layer_idx,
+        )
+        return self.merge_heads(output)
+
+
+def dynamic_mask_mix(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: DynamicMaskGate,
+    sequence: SequenceInfo,
+    *,
+    window: int,
+    local: int,
+    cache: Cache | None,
+    layer_idx: int,
+    scale: float | None = None,
+) -> Tensor:
+    """DMA over projected heads, whatever the cache: none, a `BoundedCache`, or any transformers cache.
+
+    A cache that keeps every key gives the same attention: the scores are computed again from the values it
+    returns. Shared by the mixer and by the attention of converted models.
+
+    Args:
+        query: (B, H, Nq, D), rotated; key (B, G, Nq, D), rotated; value (B, G, Nq, D): this call's tokens.
+        gate: scores the keys.
+        sequence: positions, segments and padding.
+        window, local: keys per query, and how many of them are the newest.
+        cache, layer_idx: what to update, and which of its layers.
+        scale: factor on the logits, default D**-0.5.
+
+    Returns:
+        (B, H, Nq, D).
+    """
+    layer = None if cache is None else bounded_layer(cache, layer_idx)
+    if layer is not None:
+        scores = gate(value, sequence.position_ids)
+        live = layer.extend(key, value, scores, sequence.new_key_mask())
+        return interval_attention(query, live.key, live.value, live.expiry, bias=live.score, scale=scale)
+    if cache is not None:
+        key, value = cache.update(key, value, layer_idx)
+    scores = gate(value, sequence.key_position_ids(key.shape[2]))
+    return dynamic_mask_attention(
+        query,
+        key,
+        value,
+        scores,
+        window,
+        local=local,
+        segment_ids=sequence.segment_ids,
+        key_mask=sequence.key_mask,
+        scale=scale,
+    )
+
+
+def bounded_layer(cache: Cache, layer_idx: int) -> BoundedLayer | None:
+    """The cache's layer if it is a bounded one."""
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    return layer if isinstance(layer, BoundedLayer) else None

@@ -1,0 +1,108 @@
+"""`DynamaskConfig`: a Qwen3-shaped decoder whose attention is chosen by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from dynamask.errors import InvalidInputError
+from dynamask.expiry import check_window
+
+SCORE_FORMS = ("exp", "linear")
+
+
+@strict
+class DynamaskConfig(PreTrainedConfig):
+    r"""Configuration of a dynamask language model.
+
+    Args:
+        vocab_size: number of tokens.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU feed-forward.
+        num_hidden_layers: number of decoder layers.
+        num_attention_heads: query heads H.
+        num_key_value_heads: key/value heads G; H is a multiple of G.
+        head_dim: width of a head, D.
+        max_position_embeddings: longest context the model is meant for, in tokens. Not enforced.
+        rope_theta: base of the rotary frequencies.
+        rms_norm_eps: added to the mean square.
+        initializer_range: standard deviation of the initial weights.
+        tie_word_embeddings: whether the output layer shares the embedding's weights.
+        attention: "dma", "mha", "swa", "mla", "nsa", or a name given to `dynamask.mixers.register`.
+        window: keys each query keeps (dma, swa), at least 1.
+        local: dma: how many of them are the newest positions; None: half the window. 0 is the paper's form.
+        recency: dma: initial recency slope per position, learned; None: 1 / window. 0 is the paper's form.
+        score_form: dma: "exp" (paper) or "linear" (later released code).
+        kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: mla's dimensions; None:
+            chosen so that the model has as many parameters as with mha (`dynamask report parameters`).
+        nsa_block_size, nsa_block_counts, nsa_window: nsa's block length, selected blocks per query and sliding
+            window; None: chosen so that a query sees about `window` keys in all.
+
+    Raises:
+        InvalidInputError: values that contradict each other, named.
+    """
+
+    model_type = "dynamask"
+    keys_to_ignore_at_inference = ("past_key_values",)
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    intermediate_size: int = 6144
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 32768
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    attention: str = "dma"
+    window: int = 1024
+    local: int | None = None
+    recency: float | None = None
+    score_form: str = "exp"
+
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+
+    nsa_block_size: int | None = None
+    nsa_block_counts: int | None = None
+    nsa_window: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        from dynamask.mixers import get_mixer
+
+        mixer = get_mixer(self.attention)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InvalidInputError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if self.head_dim % 2:
+            raise InvalidInputError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
+        if self.score_form not in SCORE_FORMS:
+            raise InvalidInputError(f"score_form must be one of {', '.join(SCORE_FORMS)}; got {self.score_form!r}")
+        if self.local is None:
+            self.local = self.window // 2
+        check_window(self.window, self.local)
+        if self.recency is None:
+            self.recency = 1.0 / self.window
+        if self.recency < 0:
+            raise InvalidInputError(f"recency is a slope and cannot be negative; got {self.recency}")
+        default_dimensions = getattr(mixer, "default_dimensions", None)
+        if default_dimensions is not None:
+            for name, value in default_dimensions(self).items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        super().__post_init__(**kwargs)

@@ -1,0 +1,290 @@
+"""The decoder: embeddings, `num_hidden_layers` x (mixer, SwiGLU), norm, output layer. transformers classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from dynamask.cache import BoundedCache
+from dynamask.errors import InvalidInputError
+from dynamask.expiry import check_segment_ids
+from dynamask.mixers import DynamicMaskGate, Mixer, RMSNorm, SequenceInfo, get_mixer
+from dynamask.models.configuration import DynamaskConfig
+
+
+def new_cache(config: DynamaskConfig) -> Cache:
+    """An empty cache of the kind the config's mixer decodes with: a `BoundedCache` for dma and swa."""
+    if config.attention in ("dma", "swa"):
+        return BoundedCache(config)
+    mixer = get_mixer(config.attention)
+    return Cache(layers=[mixer.cache_layer(config) for _ in range(config.num_hidden_layers)])
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, config: DynamaskConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., hidden) -> (..., hidden)."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class DynamaskDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm residual block: mixer, then feed-forward."""
+
+    def __init__(self, config: DynamaskConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.mixer: Mixer = get_mixer(config.attention)(config, layer_idx)
+        self.mlp = SwiGLU(config)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, hidden_states: Tensor, sequence: SequenceInfo, past_key_values: Cache | None = None
+    ) -> Tensor:
+        """(B, Nq, hidden) -> (B, Nq, hidden)."""
+        hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), sequence, past_key_values)
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+
+
+class DynamaskPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the dynamask models."""
+
+    config_class = DynamaskConfig
+    config: DynamaskConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DynamaskDecoderLayer"]  # noqa: RUF012 -- transformers reads a list
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # The mixer is chosen by config.attention, not by attn_implementation; these let any value of it pass.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, DynamicMaskGate):
+            # gate = 0: an untrained layer is exactly sliding-window attention (design section 1).
+            init.zeros_(module.gate)
+            if module.recency:
+                init.constant_(module.log_recency, float(torch.tensor(module.recency).log()))
+        initialize = getattr(module, "initialize_parameters", None)
+        if initialize is not None:  # parameters a mixer owns itself, outside Linear and RMSNorm
+            initialize()
+
+
+class DynamaskModel(DynamaskPreTrainedModel):
+    """The decoder without an output layer."""
+
+    def __init__(self, config: DynamaskConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(DynamaskDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        segment_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple:
+        """Run the decoder.
+
+        Args:
+            input_ids: (B, Nq) int64 tokens, or
+            inputs_embeds: (B, Nq, hidden) their embeddings.
+            attention_mask: (B, past + Nq), 1 = real token, 0 = padding. None: no padding.
+            position_ids: (B, Nq) position of each token in its document. Default: counted, skipping padding.
+                Positions that start over mark packed documents, as in transformers.
+            past_key_values: a cache to continue from and to update.
+            use_cache: return a cache; default `config.use_cache` outside training.
+            segment_ids: (B, Nq) non-decreasing integers of packed documents; default: read off position_ids.
+            output_hidden_states: return the (num_hidden_layers + 1) residual streams.
+            return_dict: False for a tuple.
+
+        Raises:
+            InvalidInputError: both or neither of input_ids and inputs_embeds, a mask of another length, or
+                packed documents continued from a cache.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training:
+            use_cache = False  # recomputing a layer in the backward pass would extend its cache twice
+        if use_cache and past_key_values is None:
+            past_key_values = new_cache(self.config)
+        elif not use_cache and past_key_values is None:
+            past_key_values = None
+        sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
+
+        states: tuple[Tensor, ...] = ()
+        want_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
+        for layer in self.layers:
+            if want_states:
+                states += (hidden_states,)
+            hidden_states = layer(hidden_states, sequence, past_key_values=past_key_values)
+        hidden_states = self.norm(hidden_states)
+        if want_states:
+            states += (hidden_states,)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=states or None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+class DynamaskForCausalLM(DynamaskPreTrainedModel, GenerationMixin):
+    """The decoder with an output layer over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DynamaskConfig) -> None:
+        super().__init__(config)
+        self.model = DynamaskModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        segment_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits and, with labels, the loss.
+
+        Args:
+            labels: (B, Nq) int64; the loss compares the logits at t with the label at t + 1. -100 is ignored.
+            logits_to_keep: compute logits for the last so many positions only (0: all), or at these indices.
+
+        The other arguments are those of `DynamaskModel.forward`.
+
+        Returns:
+            logits (B, Nq, vocab_size), and loss, past_key_values and hidden_states where asked for.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            segment_ids=segment_ids,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Give `generate` the mixer's own cache unless the caller chose one."""
+        chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
+        if chosen or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        else:
+            model_kwargs["past_key_values"] = new_cache(self.config)
+
+
+def _sequence_info(
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    segment_ids: Tensor | None,
+    cache: Cache | None,
+) -> SequenceInfo:
+    """Check the facts about the batch once, and fill in those not given."""
+    batch, new = hidden_states.shape[:2]
+    past = cache.get_seq_length() if cache is not None else 0
+    device = hidden_states.device
+
+    key_mask = None
+    if attention_mask is not None:
+        if attention_mask.dim() != 2:
+            raise InvalidInputError(
+                f"attention_mask must be (batch, length) with 1 for real tokens; got shape "
+                f"{tuple(attention_mask.shape)}. For packed documents pass segment_ids or position_ids."
+            )
+        if attention_mask.shape != (batch, past + new):
+            raise InvalidInputError(
+                f"attention_mask covers {tuple(attention_mask.shape)}, expected {(batch, past + new)}: "
+                f"{past} cached positions and {new} new ones"
+            )
+        key_mask = attention_mask.to(device=device, dtype=torch.bool)
+        if not torch.compiler.is_compiling() and bool(key_mask.all()):
+            key_mask = None  # the unpadded paths are faster
+
+    if position_ids is None:
+        if key_mask is not None:
+            position_ids = (key_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        elif segment_ids is not None:
+            position_ids = _positions_in_segments(segment_ids)
+        else:
+            position_ids = torch.arange(past, past + new, device=device).unsqueeze(0)
+    elif segment_ids is None and key_mask is None and past == 0 and new > 1 and position_ids.shape[0] == batch:
+        starts_over = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if torch.compiler.is_compiling() or bool(starts_over.any()):
+            segment_ids = F.pad(starts_over.long(), (1, 0)).cumsum(-1)
+    if segment_ids is not None:
+        if past:
+            raise InvalidInputError(
+                "packed documents (segment_ids, or position_ids that start over) cannot continue from a cache: "
+                "run the documents as rows of a padded batch instead"
+            )
+        check_segment_ids(segment_ids, batch, new, device)
+    return SequenceInfo(position_ids.expand(batch, new), segment_ids, key_mask)
+
+
+def _positions_in_segments(segment_ids: Tensor) -> Tensor:
+    position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    opens = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0), value=True)
+    return position - torch.where(opens, position, 0).cummax(-1).values
+
+
+AutoConfig.register("dynamask", DynamaskConfig)
+AutoModel.register(DynamaskConfig, DynamaskModel)
+AutoModelForCausalLM.register(DynamaskConfig, DynamaskForCausalLM)

@@ -1,0 +1,60 @@
+"""Model sizes by name. The head shapes are those the kernels are fastest at: head_dim 64 or 128."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from dynamask.errors import UsageError
+from dynamask.models.configuration import DynamaskConfig
+
+
+def _shape(
+    hidden: int, layers: int, heads: int, groups: int, dim: int, ff: int, window: int, context: int, theta: float
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": dim,
+        "intermediate_size": ff,
+        "window": window,
+        "max_position_embeddings": context,
+        "rope_theta": theta,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": _shape(256, 4, 4, 2, 64, 768, 64, 1024, 10_000.0) | {"vocab_size": 4096},
+    "25m": _shape(512, 8, 8, 4, 64, 1536, 128, 2048, 10_000.0) | {"vocab_size": 8192},
+    "60m": _shape(640, 12, 10, 5, 64, 1792, 256, 2048, 10_000.0) | {"vocab_size": 16384},
+    "125m": _shape(768, 14, 12, 4, 64, 2304, 512, 2048, 100_000.0),
+    "350m": _shape(1024, 24, 16, 4, 64, 3072, 1024, 4096, 100_000.0),
+    # Qwen3-1.7B's shape and vocabulary.
+    "1.7b": _shape(2048, 28, 16, 8, 128, 6144, 2048, 40960, 1_000_000.0) | {"vocab_size": 151_936},
+}
+
+
+def preset(name: str, **overrides: Any) -> DynamaskConfig:
+    """A configuration by name, with fields overridden.
+
+    Args:
+        name: one of `PRESETS`.
+        **overrides: fields of `DynamaskConfig`.
+
+    Raises:
+        UsageError: an unknown preset or field; the message names the nearest known one.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    fields = DynamaskConfig.__dataclass_fields__
+    for field in overrides:
+        if field not in fields:
+            raise UsageError(f"unknown model field {field!r}{_nearest(field, fields)}")
+    return DynamaskConfig(**(PRESETS[name] | overrides))
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
