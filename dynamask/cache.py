@@ -82,7 +82,10 @@ class BoundedLayer(CacheLayerMixin):
             scores = torch.zeros(1, 1, 1, device=key.device).expand(key.shape[:3])
         if not self.is_initialized:
             self.lazy_initialization(key, value)
-            self.scores, self.positions = scores[:, :, :0], torch.zeros_like(scores[:, :, :0], dtype=torch.long)
+            self.scores, self.positions = (
+                scores[:, :, :0],
+                torch.zeros_like(scores[:, :, :0], dtype=torch.long),
+            )
         if self.keys.shape[0] != key.shape[0]:
             raise InvalidInputError(
                 f"the cache holds {self.keys.shape[0]} sequences and was given {key.shape[0]}: start a new cache "
@@ -162,7 +165,9 @@ class BoundedLayer(CacheLayerMixin):
             self.keys, self.values = _take_rows(self.keys, order), _take_rows(self.values, order)
             self.scores, self.positions = self.scores.gather(-1, order), self.positions.gather(-1, order)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Not how this layer is fed: a layer that does not know the scores cannot know what to keep."""
         raise InvalidInputError(
             "BoundedCache serves dynamic-mask and sliding-window attention of dynamask models; this layer called "

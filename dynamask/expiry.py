@@ -71,7 +71,7 @@ def key_expiry(
         # Within a segment the threshold only rises; offsetting each segment by more than any rank makes one
         # increasing sequence per row, and a search in it stops at the segment's end by itself.
         offset = (start * (length + 1)).unsqueeze(1)
-        expiry = torch.searchsorted((threshold + offset).contiguous(), rank + offset, right=True)
+        expiry = torch.searchsorted(threshold + offset, rank + offset, right=True)
         expiry = torch.maximum(expiry, position)
     expiry = torch.minimum(expiry + local, end[:, None])
     if key_mask is not None:
@@ -104,7 +104,9 @@ def key_expiry_by_definition(
                 newest = [j for j in prefix if j > i - local and real[j]]
                 contest = [j for j in prefix if j <= i - local and real[j]]
                 # NaN != NaN: a NaN score sorts as (False, 0.0, position), below every number.
-                contest.sort(key=lambda j: (score[j] == score[j], score[j] if score[j] == score[j] else 0.0, j))
+                contest.sort(
+                    key=lambda j: (score[j] == score[j], score[j] if score[j] == score[j] else 0.0, j)
+                )
                 for j in newest + contest[max(0, len(contest) - (window - local)) :]:
                     expiry[b, g, j] = i + 1
     return expiry.to(scores.device)
@@ -136,8 +138,8 @@ def sortable_scores(scores: Tensor, key_mask: Tensor | None = None) -> Tensor:
         int32 for scores of up to 32 bits, int64 for float64, in the shape of `scores`.
     """
     # + 0.0 turns -0.0 into 0.0, which must tie with it.
-    wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)) + 0.0
-    bits = wide.contiguous().view(_INT_OF_FLOAT[wide.dtype])
+    wide = (scores.detach().to(torch.promote_types(scores.dtype, torch.float32)) + 0.0).contiguous()
+    bits = wide.view(_INT_OF_FLOAT[wide.dtype])
     info = torch.iinfo(bits.dtype)
     # IEEE floats compare as sign-magnitude integers: flip the magnitude bits of the negatives.
     ordered = bits ^ ((bits >> (info.bits - 1)) & info.max)
@@ -227,7 +229,9 @@ def _check_expiry_arguments(
 def check_window(window: int, local: int) -> None:
     """Raise `InvalidInputError` unless 1 <= window and 0 <= local <= window."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise InvalidInputError(f"window must be an integer of at least 1 (keys kept per query); got {window!r}")
+        raise InvalidInputError(
+            f"window must be an integer of at least 1 (keys kept per query); got {window!r}"
+        )
     if isinstance(local, bool) or not isinstance(local, int) or not 0 <= local <= window:
         raise InvalidInputError(f"local must be an integer from 0 to window = {window}; got {local!r}")
 
@@ -242,7 +246,9 @@ def check_segment_ids(segment_ids: Tensor | None, batch: int, length: int, devic
             f"got {segment_ids.dtype} of shape {tuple(segment_ids.shape)}"
         )
     if segment_ids.device != device:
-        raise InvalidInputError(f"segment_ids is on {segment_ids.device}, the scores on {device}: move one of them")
+        raise InvalidInputError(
+            f"segment_ids is on {segment_ids.device}, the scores on {device}: move one of them"
+        )
     # On a GPU the look at the data would stall the stream; there the caller's word is taken while compiling
     # or capturing, and checked otherwise.
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):

@@ -10,23 +10,21 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import GroupedQueryMixer, Mixer, RMSNorm, SequenceInfo
 from dynamask.mixers.dma import DynamicMaskAttention, DynamicMaskGate
 from dynamask.mixers.mha import MultiHeadAttention
-from dynamask.mixers.mla import MultiHeadLatentAttention
-from dynamask.mixers.nsa import NativeSparseAttention
 from dynamask.mixers.swa import SlidingWindowAttention
 
 MIXERS: dict[str, type[Mixer]] = {
     "dma": DynamicMaskAttention,
     "mha": MultiHeadAttention,
     "swa": SlidingWindowAttention,
-    "mla": MultiHeadLatentAttention,
-    "nsa": NativeSparseAttention,
 }
 
 
 def register(name: str, mixer: type[Mixer]) -> None:
     """Make `config.attention = name` build `mixer`. Raises InvalidInputError if the name is taken."""
     if MIXERS.get(name, mixer) is not mixer:
-        raise InvalidInputError(f"a mixer named {name!r} exists already ({MIXERS[name].__name__}); choose another name")
+        raise InvalidInputError(
+            f"a mixer named {name!r} exists already ({MIXERS[name].__name__}); choose another name"
+        )
     MIXERS[name] = mixer
 
 
@@ -44,8 +42,6 @@ __all__ = [
     "GroupedQueryMixer",
     "Mixer",
     "MultiHeadAttention",
-    "MultiHeadLatentAttention",
-    "NativeSparseAttention",
     "RMSNorm",
     "SequenceInfo",
     "SlidingWindowAttention",

@@ -67,9 +67,25 @@ class DynamicMaskGate(nn.Module):
             score = self.gate.to(wide) * F.softplus(z)
             if self.score_form == "exp":
                 score = score.exp()
+            score = _settle(score)
             if self.recency:
                 score = score + self.log_recency.to(wide).exp() * position_ids.unsqueeze(-1)
         return score.transpose(1, 2)
+
+
+def _settle(score: Tensor) -> Tensor:
+    """Round scores to 16 significant bits (24 for float64), passing gradients straight through.
+
+    Equal tokens have equal values in the first layer, so their scores tie and recency decides. A matrix
+    product over another chunk of the sequence sums in another order, and its last bits would break such ties
+    differently in cached and uncached runs; rounding them off keeps the two alike.
+    """
+    if score.dtype == torch.float64:
+        rounded = score.detach().float().double()
+    else:
+        bits = score.detach().contiguous().view(torch.int32)
+        rounded = ((bits + 0x80) & ~0xFF).view(torch.float32)
+    return score + (rounded - score).detach()
 
 
 class DynamicMaskAttention(GroupedQueryMixer):

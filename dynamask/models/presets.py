@@ -10,7 +10,15 @@ from dynamask.models.configuration import DynamaskConfig
 
 
 def _shape(
-    hidden: int, layers: int, heads: int, groups: int, dim: int, ff: int, window: int, context: int, theta: float
+    hidden: int,
+    layers: int,
+    heads: int,
+    groups: int,
+    dim: int,
+    ff: int,
+    window: int,
+    context: int,
+    theta: float,
 ) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
