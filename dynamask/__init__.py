@@ -1,5 +1,6 @@
 """Dynamic Mask Attention: trainable, content-aware sparse attention (arXiv 2508.02124)."""
 
+from dynamask import convert
 from dynamask.cache import BoundedCache
 from dynamask.errors import CacheRollbackError, InvalidInputError
 from dynamask.expiry import key_expiry
@@ -14,6 +15,7 @@ __all__ = [
     "DynamaskForCausalLM",
     "DynamaskModel",
     "InvalidInputError",
+    "convert",
     "dynamic_mask_attention",
     "interval_attention",
     "key_expiry",

@@ -55,8 +55,9 @@ class BoundedLayer(CacheLayerMixin):
         super().__init__()
         check_window(window, local)
         self.window, self.local = window, local
-        self.scores: Tensor | None = None
-        self.positions: Tensor | None = None
+        # Set by the first `extend`, like `keys` and `values`.
+        self.scores: Tensor
+        self.positions: Tensor
         self.seen = 0
         self._exact_from = 0  # the shortest length this layer can still be cropped to
         self._full = False  # every slot of every row holds a key and there are `window` of them
@@ -142,11 +143,8 @@ class BoundedLayer(CacheLayerMixin):
         low = torch.where(contest, rank, worst).amin(-1, keepdim=True)
         tied = contest & (rank == low)
         slot = torch.where(tied, self.positions, torch.iinfo(torch.long).max).argmin(-1, keepdim=True)
-        if self.local == 0:
-            # The new key is in the contest too, and dead on arrival if it ranks below all; it wins ties.
-            arrives = sortable_scores(scores) >= low
-        else:
-            arrives = torch.ones_like(slot, dtype=torch.bool)
+        # Without a local part the new key is in the contest too: it wins ties, and is dead on arrival below all.
+        arrives = sortable_scores(scores) >= low if self.local == 0 else torch.ones_like(slot, dtype=torch.bool)
         for store, new in ((self.keys, key), (self.values, value)):
             index = slot.unsqueeze(-1).expand_as(new)
             store.scatter_(2, index, torch.where(arrives.unsqueeze(-1), new, store.gather(2, index)))
@@ -165,9 +163,7 @@ class BoundedLayer(CacheLayerMixin):
             self.keys, self.values = _take_rows(self.keys, order), _take_rows(self.values, order)
             self.scores, self.positions = self.scores.gather(-1, order), self.positions.gather(-1, order)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not how this layer is fed: a layer that does not know the scores cannot know what to keep."""
         raise InvalidInputError(
             "BoundedCache serves dynamic-mask and sliding-window attention of dynamask models; this layer called "
@@ -192,8 +188,10 @@ class BoundedLayer(CacheLayerMixin):
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors held, in bytes."""
+        if not self.is_initialized:
+            return 0
         held = [getattr(self, name) for name in _PER_KEY]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def crop(self, max_length: int) -> None:
         """Forget the positions from `max_length` on (negative: the last -max_length).
@@ -220,7 +218,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.scores = self.positions = None
+        self.keys, self.values = None, None  # type: ignore[assignment]
         self.is_initialized = self._full = False
         self.seen = self._exact_from = 0
 
@@ -304,7 +302,10 @@ class BoundedCache(Cache):
                 "BoundedCache needs a config with window and num_hidden_layers, or both as arguments; "
                 f"got window={window!r}, num_hidden_layers={num_hidden_layers!r}"
             )
-        super().__init__(layers=[BoundedLayer(window, local) for _ in range(num_hidden_layers)])
+        # Converted models may have layers that were sliding already, with a window of their own.
+        windows = getattr(config, "layer_windows", None) or [window] * num_hidden_layers
+        locals_ = getattr(config, "layer_locals", None) or [local] * num_hidden_layers
+        super().__init__(layers=[BoundedLayer(w, n) for w, n in zip(windows, locals_, strict=True)])
 
     @property
     def num_bytes(self) -> int:

@@ -104,9 +104,7 @@ def key_expiry_by_definition(
                 newest = [j for j in prefix if j > i - local and real[j]]
                 contest = [j for j in prefix if j <= i - local and real[j]]
                 # NaN != NaN: a NaN score sorts as (False, 0.0, position), below every number.
-                contest.sort(
-                    key=lambda j: (score[j] == score[j], score[j] if score[j] == score[j] else 0.0, j)
-                )
+                contest.sort(key=lambda j: (score[j] == score[j], score[j] if score[j] == score[j] else 0.0, j))
                 for j in newest + contest[max(0, len(contest) - (window - local)) :]:
                     expiry[b, g, j] = i + 1
     return expiry.to(scores.device)
@@ -149,9 +147,7 @@ def sortable_scores(scores: Tensor, key_mask: Tensor | None = None) -> Tensor:
     return ordered
 
 
-def segment_bounds(
-    segment_ids: Tensor | None, batch: int, length: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def segment_bounds(segment_ids: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First position and one past the last position of each position's segment.
 
     Args:
@@ -229,9 +225,7 @@ def _check_expiry_arguments(
 def check_window(window: int, local: int) -> None:
     """Raise `InvalidInputError` unless 1 <= window and 0 <= local <= window."""
     if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise InvalidInputError(
-            f"window must be an integer of at least 1 (keys kept per query); got {window!r}"
-        )
+        raise InvalidInputError(f"window must be an integer of at least 1 (keys kept per query); got {window!r}")
     if isinstance(local, bool) or not isinstance(local, int) or not 0 <= local <= window:
         raise InvalidInputError(f"local must be an integer from 0 to window = {window}; got {local!r}")
 
@@ -246,9 +240,7 @@ def check_segment_ids(segment_ids: Tensor | None, batch: int, length: int, devic
             f"got {segment_ids.dtype} of shape {tuple(segment_ids.shape)}"
         )
     if segment_ids.device != device:
-        raise InvalidInputError(
-            f"segment_ids is on {segment_ids.device}, the scores on {device}: move one of them"
-        )
+        raise InvalidInputError(f"segment_ids is on {segment_ids.device}, the scores on {device}: move one of them")
     # On a GPU the look at the data would stall the stream; there the caller's word is taken while compiling
     # or capturing, and checked otherwise.
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):

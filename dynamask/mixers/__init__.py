@@ -22,9 +22,7 @@ MIXERS: dict[str, type[Mixer]] = {
 def register(name: str, mixer: type[Mixer]) -> None:
     """Make `config.attention = name` build `mixer`. Raises InvalidInputError if the name is taken."""
     if MIXERS.get(name, mixer) is not mixer:
-        raise InvalidInputError(
-            f"a mixer named {name!r} exists already ({MIXERS[name].__name__}); choose another name"
-        )
+        raise InvalidInputError(f"a mixer named {name!r} exists already ({MIXERS[name].__name__}); choose another name")
     MIXERS[name] = mixer
 
 

@@ -127,6 +127,4 @@ def recency_expiry(
 ) -> Tensor:
     """Expiry (B, G, N) of the newest `window` positions; `window >= N` is dense causal attention."""
     nothing = torch.zeros(1, 1, 1, device=device).expand(batch, groups, length)
-    return key_expiry(
-        nothing, window, local=window, segment_ids=sequence.segment_ids, key_mask=sequence.key_mask
-    )
+    return key_expiry(nothing, window, local=window, segment_ids=sequence.segment_ids, key_mask=sequence.key_mask)

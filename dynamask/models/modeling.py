@@ -52,9 +52,7 @@ class DynamaskDecoderLayer(GradientCheckpointingLayer):
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: Tensor, sequence: SequenceInfo, past_key_values: Cache | None = None
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, past_key_values: Cache | None = None) -> Tensor:
         """(B, Nq, hidden) -> (B, Nq, hidden)."""
         hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), sequence, past_key_values)
         return hidden_states + self.mlp(self.mlp_norm(hidden_states))
@@ -142,9 +140,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
         states: tuple[Tensor, ...] = ()
-        want_states = (
-            output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
-        )
+        want_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         for layer in self.layers:
             if want_states:
                 states += (hidden_states,)
@@ -212,9 +208,7 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -269,9 +263,7 @@ def _sequence_info(
             position_ids = _positions_in_segments(segment_ids)
         else:
             position_ids = torch.arange(past, past + new, device=device).unsqueeze(0)
-    elif (
-        segment_ids is None and key_mask is None and past == 0 and new > 1 and position_ids.shape[0] == batch
-    ):
+    elif segment_ids is None and key_mask is None and past == 0 and new > 1 and position_ids.shape[0] == batch:
         starts_over = position_ids[:, 1:] != position_ids[:, :-1] + 1
         if torch.compiler.is_compiling() or bool(starts_over.any()):
             segment_ids = F.pad(starts_over.long(), (1, 0)).cumsum(-1)

@@ -121,9 +121,7 @@ def _choose_backend(backend: str, query: Tensor) -> str:
     return backend
 
 
-def _check_attention_arguments(
-    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None
-) -> None:
+def _check_attention_arguments(query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or not tensor.is_floating_point():
             raise InvalidInputError(

@@ -1,0 +1,128 @@
+"""Turn existing models into models whose attention runs on dynamask, with the same logits.
+
+`from_doge` takes a released Dynamic Mask Attention model; `upcycle` gives a dense model zero-initialised gates,
+so that it stays exactly the dense model while the context fits the window, and trains sparse from there.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from transformers import DogeForCausalLM, PreTrainedModel
+
+from dynamask.errors import InvalidInputError
+from dynamask.expiry import check_window
+from dynamask.models.converted import CONVERTED
+
+_OWN_FIELDS = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "sliding_window")
+
+
+def from_doge(doge_for_causal_lm: PreTrainedModel) -> PreTrainedModel:
+    """A Doge model (dense or mixture-of-experts) with its attention on dynamask: same logits, O(N·w) work.
+
+    Args:
+        doge_for_causal_lm: a `transformers.DogeForCausalLM`. Its weights are copied, the model left alone.
+
+    Returns:
+        A causal LM of model_type "dynamask_doge", on the same device, of the same dtype. Its logits are those
+        of Doge in eager mode. Where Doge's top-k meets equal scores its choice is unspecified; here the later
+        position wins.
+
+    Raises:
+        InvalidInputError: not a Doge model, or one with a sliding window (top-w inside a sliding window lets a
+            dropped key return, so its mask is not an interval).
+    """
+    if not isinstance(doge_for_causal_lm, DogeForCausalLM):
+        raise InvalidInputError(f"from_doge takes a DogeForCausalLM; got {type(doge_for_causal_lm).__name__}")
+    config = doge_for_causal_lm.config
+    if config.sliding_window is not None:
+        raise InvalidInputError(
+            f"this Doge model has sliding_window={config.sliding_window} besides keep_window_size="
+            f"{config.keep_window_size}: a key dropped inside a sliding window can return, which an interval mask "
+            "cannot express. Set config.sliding_window = None if the model was trained without it."
+        )
+    _warn_of_dropout(config)
+    state = {
+        name.replace("self_attn.A", "self_attn.gate.gate").replace("self_attn.dt_proj.", "self_attn.gate.delta."): t
+        for name, t in doge_for_causal_lm.state_dict().items()
+    }
+    layers = config.num_hidden_layers
+    window = config.keep_window_size
+    return _build(doge_for_causal_lm, state, window, 0, [window] * layers, [0] * layers, strict=True)
+
+
+def upcycle(dense_hf_model: PreTrainedModel, window: int, *, local: int | None = None) -> PreTrainedModel:
+    """A dense model with a zero-initialised DMA gate on every attention layer.
+
+    Args:
+        dense_hf_model: a causal LM of Llama, Mistral, Qwen2, Qwen3 or SmolLM shape. Its weights are copied.
+        window: keys each query keeps, at least 1.
+        local: how many of them are the newest positions; default half the window, so that training the gates
+            cannot throw the neighbours away.
+
+    Returns:
+        A causal LM of model_type "dynamask_<original>", same device and dtype. While the context is at most
+        `window` tokens it computes exactly what the dense model does; beyond, untrained gates make it a sliding
+        window, and training makes it choose. A layer that already slides keeps the shorter of the two windows.
+
+    Raises:
+        InvalidInputError: an architecture that is not supported, or window or local out of range.
+    """
+    if type(dense_hf_model) not in CONVERTED or isinstance(dense_hf_model, DogeForCausalLM):
+        known = ", ".join(cls.__name__ for cls in CONVERTED if cls is not DogeForCausalLM)
+        raise InvalidInputError(f"upcycle takes one of {known}; got {type(dense_hf_model).__name__}")
+    if local is None:
+        local = window // 2 if isinstance(window, int) else 0
+    check_window(window, local)
+    config: Any = dense_hf_model.config
+    _warn_of_dropout(config)
+    kinds = getattr(config, "layer_types", None) or []
+    sliding: Any = getattr(config, "sliding_window", None)
+    windows: list[int] = []
+    for index in range(config.num_hidden_layers):
+        slides = sliding is not None and (kinds[index] == "sliding_attention" if kinds else True)
+        windows.append(min(window, sliding) if slides else window)
+    locals_ = [min(local, w) for w in windows]
+    return _build(dense_hf_model, dense_hf_model.state_dict(), window, local, windows, locals_, strict=False)
+
+
+def _build(
+    original: PreTrainedModel,
+    state: dict[str, Any],
+    window: int,
+    local: int,
+    windows: list[int],
+    locals_: list[int],
+    *,
+    strict: bool,
+) -> PreTrainedModel:
+    config_class, model_class = CONVERTED[type(original)]
+    fields = {name: value for name, value in original.config.to_dict().items() if name not in _OWN_FIELDS}
+    if fields.get("layer_types"):
+        fields["layer_types"] = ["full_attention"] * len(fields["layer_types"])  # the windows do the sliding now
+    if "use_sliding_window" in fields:
+        fields["use_sliding_window"] = False
+    if hasattr(config_class, "sliding_window"):
+        fields["sliding_window"] = None
+    fields |= {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_}
+    first = next(original.parameters())
+    model = model_class(config_class(**fields)).to(device=first.device, dtype=first.dtype)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    left = unexpected + [name for name in missing if strict or ".gate." not in name]
+    if left:
+        raise InvalidInputError(f"weights that do not fit {model_class.__name__}: {', '.join(left[:5])}")
+    model.tie_weights()
+    if getattr(original, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(original.generation_config)
+    return model.train(original.training)
+
+
+def _warn_of_dropout(config: Any) -> None:
+    if getattr(config, "attention_dropout", 0.0):
+        warnings.warn(
+            f"attention_dropout={config.attention_dropout} has no effect in the converted model: dynamask never "
+            "materialises the attention weights it would drop",
+            stacklevel=3,
+        )

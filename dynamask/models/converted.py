@@ -1,0 +1,241 @@
+"""Models of other architectures whose attention runs on dynamask: Llama, Mistral, Qwen2, Qwen3, SmolLM3, Doge.
+
+Each is the transformers class with its attention modules exchanged, under a model_type of its own
+("dynamask_llama", ...), so that `save_pretrained` and `AutoModelForCausalLM.from_pretrained` keep the gates.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.models.doge.modeling_doge import DogeDecoderLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from dynamask.cache import BoundedCache
+from dynamask.errors import InvalidInputError
+from dynamask.mixers.base import SequenceInfo
+from dynamask.mixers.dma import DynamicMaskGate, dynamic_mask_mix
+
+
+def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """transformers' mask hook: hand the 2-d padding mask through; the intervals do the rest."""
+    return attention_mask
+
+
+def _never_called(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("attention 'dynamask' belongs to converted models; use dynamask.convert to make one")
+
+
+AttentionInterface.register("dynamask", _never_called)
+AttentionMaskInterface.register("dynamask", _padding_mask)
+
+
+class ConvertedAttention(nn.Module):
+    """The projections of a transformers attention module, with dynamic mask attention between them.
+
+    Args:
+        original: the module it replaces; its projections and head norms are taken over, not copied.
+        config: the converted model's configuration.
+        layer_idx: index of the layer.
+    """
+
+    def __init__(self, original: Any, config: Any, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim = original.head_dim
+        self.scaling = original.scaling
+        self.use_rope = bool(getattr(original, "use_rope", True))  # SmolLM3 leaves RoPE out of some layers
+        self.window, self.local = config.layer_windows[layer_idx], config.layer_locals[layer_idx]
+        self.q_proj, self.k_proj = original.q_proj, original.k_proj
+        self.v_proj, self.o_proj = original.v_proj, original.o_proj
+        self.q_norm = getattr(original, "q_norm", nn.Identity())
+        self.k_norm = getattr(original, "k_norm", nn.Identity())
+        gate_bias = config.model_type == "dynamask_doge" and config.attention_bias
+        self.gate = DynamicMaskGate(
+            config.num_key_value_heads, self.head_dim, score_form=config.score_form, bias=gate_bias
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        if self.use_rope:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        output = dynamic_mask_mix(
+            query,
+            key,
+            value,
+            self.gate,
+            _sequence(hidden_states, attention_mask, position_ids, past_key_values, self.layer_idx),
+            window=self.window,
+            local=self.local,
+            cache=past_key_values,
+            layer_idx=self.layer_idx,
+            scale=self.scaling,
+        )
+        return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+
+def _sequence(
+    hidden_states: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None, layer_idx: int
+) -> SequenceInfo:
+    batch, new = hidden_states.shape[:2]
+    if mask is not None and mask.dim() != 2:
+        raise InvalidInputError(
+            f"attention_mask must be (batch, length), 1 for a real token; got shape {tuple(mask.shape)}. "
+            "For packed documents pass position_ids that start over."
+        )
+    if position_ids is None:
+        raise InvalidInputError("the decoder passed no position_ids to its attention: transformers >= 5.10 does")
+    position_ids = position_ids.expand(batch, new)
+    segment_ids = None
+    past = cache.get_seq_length(layer_idx) if cache is not None else 0
+    if mask is None and past == 0 and new > 1:
+        starts_over = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if bool(starts_over.any()):
+            segment_ids = F.pad(starts_over.long(), (1, 0)).cumsum(-1)
+    return SequenceInfo(position_ids, segment_ids, None if mask is None else mask.bool())
+
+
+@functools.cache
+def _doge_layer_unpacks_experts() -> bool:
+    """Whether this transformers' Doge layer takes the hidden states out of its experts' (hidden, router) pair.
+
+    Some releases forgot to, and cannot run Doge's mixture of experts at all.
+    """
+    config = DogeConfig(
+        hidden_size=4,
+        intermediate_size=4,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        is_moe=True,
+        num_experts=4,
+        num_experts_per_tok=1,
+    )
+    config._attn_implementation = "eager"
+    layer = DogeDecoderLayer(config, 0)
+    try:
+        layer(torch.zeros(1, 1, 4), position_embeddings=(torch.ones(1, 1, 4), torch.zeros(1, 1, 4)))
+    except TypeError:
+        return False
+    return True
+
+
+def _first_output(module: nn.Module, inputs: Any, output: Any) -> Tensor:
+    return output[0]
+
+
+class ConvertedModel:
+    """What the converted classes share, mixed in before the transformers class."""
+
+    config: Any
+
+    def __init__(self, config: Any) -> None:
+        config._attn_implementation = "dynamask"
+        super().__init__(config)  # type: ignore[call-arg]
+        layers: Any = self.model.layers  # type: ignore[attr-defined]
+        for index, layer in enumerate(layers):
+            layer.self_attn = ConvertedAttention(layer.self_attn, config, index)
+            self._init_weights(layer.self_attn.gate)
+            if getattr(config, "is_moe", False) and not _doge_layer_unpacks_experts():
+                layer.mlp.register_forward_hook(_first_output)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, DynamicMaskGate):
+            # Delta random, A zero: exactly the dense model, yet A gets a gradient. With both zero neither would.
+            init.normal_(module.delta.weight, std=self.config.initializer_range)
+            if module.delta.bias is not None:
+                init.zeros_(module.delta.bias)
+            init.zeros_(module.gate)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
+        if chosen or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(  # type: ignore[misc]
+                generation_config, model_kwargs, *args, **kwargs
+            )
+        else:
+            model_kwargs["past_key_values"] = BoundedCache(self.config)
+
+
+def _register(config_class: type, model_class: type) -> tuple[type, type]:
+    """Make, name and register the converted twin of a transformers configuration and model."""
+    fields = {
+        "window": (int, 2048),
+        "local": (int, 0),
+        "layer_windows": (list[int] | None, None),
+        "layer_locals": (list[int] | None, None),
+        "score_form": (str, "exp"),
+    }
+    model_type = f"dynamask_{config_class.model_type}"  # type: ignore[attr-defined]
+    body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}
+    body["__annotations__"] = {name: annotation for name, (annotation, _) in fields.items()}
+    body |= {"model_type": model_type, "__module__": __name__, "base_model_tp_plan": {}}
+    body["__doc__"] = f"`{config_class.__name__}` with the window of its dynamic mask attention."
+    config: Any = strict(type(f"Dynamask{config_class.__name__}", (config_class,), body))
+    model = type(
+        f"Dynamask{model_class.__name__}",
+        (ConvertedModel, model_class),
+        {
+            "config_class": config,
+            "__module__": __name__,
+            "__annotations__": {"config": config},
+            "__doc__": f"`{model_class.__name__}` whose attention runs on dynamask.",
+        },
+    )
+    globals()[config.__name__], globals()[model.__name__] = config, model  # picklable by name
+    AutoConfig.register(model_type, config)
+    AutoModelForCausalLM.register(config, model)
+    return config, model
+
+
+CONVERTED: dict[type, tuple[type, type]] = {
+    original: _register(config, original)
+    for config, original in (
+        (LlamaConfig, LlamaForCausalLM),
+        (MistralConfig, MistralForCausalLM),
+        (Qwen2Config, Qwen2ForCausalLM),
+        (Qwen3Config, Qwen3ForCausalLM),
+        (SmolLM3Config, SmolLM3ForCausalLM),
+        (DogeConfig, DogeForCausalLM),
+    )
+}
+"""transformers class -> the converted configuration and model class."""
