@@ -40,6 +40,8 @@ SHAPE = {
     "initializer_range": 0.5,
 }
 
+FLOAT32 = 2e-6  # of a logit's spread
+
 DENSE = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None)),
@@ -83,7 +85,8 @@ def test_from_doge_has_doges_logits(extra: dict) -> None:
     converted = convert.from_doge(original)
     tokens = distinct_tokens(2, 40)
     expected = original(tokens).logits
-    torch.testing.assert_close(converted(tokens).logits, expected, atol=1e-6, rtol=1e-6)
+    # transformers normalises and takes the softmax in float32 even in a float64 model.
+    torch.testing.assert_close(converted(tokens).logits, expected, atol=FLOAT32 * expected.std().item(), rtol=0)
     # The mask matters at this size: with a window of the whole length the logits are others.
     original.config.keep_window_size = 40
     for layer in original.model.layers:
@@ -107,9 +110,9 @@ def test_from_doge_bias_of_delta_is_kept() -> None:
     for layer in original.model.layers:
         nn.init.normal_(layer.self_attn.dt_proj.bias)
     tokens = distinct_tokens(1, 30)
-    torch.testing.assert_close(
-        convert.from_doge(original)(tokens).logits, original(tokens).logits, atol=1e-6, rtol=1e-6
-    )
+    expected = original(tokens).logits
+    actual = convert.from_doge(original)(tokens).logits
+    torch.testing.assert_close(actual, expected, atol=FLOAT32 * expected.std().item(), rtol=0)
 
 
 def test_from_doge_refuses_what_it_cannot_express() -> None:
