@@ -10,12 +10,16 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import GroupedQueryMixer, Mixer, RMSNorm, SequenceInfo
 from dynamask.mixers.dma import DynamicMaskAttention, DynamicMaskGate
 from dynamask.mixers.mha import MultiHeadAttention
+from dynamask.mixers.mla import MultiHeadLatentAttention
+from dynamask.mixers.nsa import NativeSparseAttention
 from dynamask.mixers.swa import SlidingWindowAttention
 
 MIXERS: dict[str, type[Mixer]] = {
     "dma": DynamicMaskAttention,
     "mha": MultiHeadAttention,
     "swa": SlidingWindowAttention,
+    "mla": MultiHeadLatentAttention,
+    "nsa": NativeSparseAttention,
 }
 
 
@@ -40,6 +44,8 @@ __all__ = [
     "GroupedQueryMixer",
     "Mixer",
     "MultiHeadAttention",
+    "MultiHeadLatentAttention",
+    "NativeSparseAttention",
     "RMSNorm",
     "SequenceInfo",
     "SlidingWindowAttention",

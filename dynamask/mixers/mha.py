@@ -28,12 +28,15 @@ class MultiHeadAttention(GroupedQueryMixer):
         return self.merge_heads(dense_attention(query, key, value, sequence))
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, sequence: SequenceInfo) -> Tensor:
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, sequence: SequenceInfo, scale: float | None = None
+) -> Tensor:
     """Causal attention of the last Nq positions over all N: fused SDPA where its masks suffice, else intervals.
 
     Args:
         query: (B, H, Nq, D); key (B, G, N, D); value (B, G, N, Dv).
         sequence: segments and padding.
+        scale: factor on the logits, default D**-0.5.
 
     Returns:
         (B, H, Nq, Dv).
@@ -41,6 +44,8 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, sequence: Sequenc
     batch, _, num_queries, _ = query.shape
     groups, length = key.shape[1], key.shape[2]
     if sequence.plain and (num_queries == length or num_queries == 1):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=num_queries > 1, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=num_queries > 1, scale=scale, enable_gqa=True
+        )
     expiry = recency_expiry(batch, groups, length, length, sequence, key.device)
-    return interval_attention(query, key, value, expiry)
+    return interval_attention(query, key, value, expiry, scale=scale)

@@ -1,0 +1,115 @@
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434, section 2.1): a compressed key/value cache.
+
+Keys and values of all heads are linear in one latent vector per position; position enters through a small
+rotated key that all heads share. Only those two are cached.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from dynamask.mixers.base import Mixer, RMSNorm, SequenceInfo
+from dynamask.mixers.mha import dense_attention
+from dynamask.mixers.rotary import apply_rotary
+
+
+class MultiHeadLatentAttention(Mixer):
+    """Dense causal attention over a latent of `kv_lora_rank` numbers per position.
+
+    At decoding (one new token, a cache) the up-projections are absorbed into the query and the output, so that
+    attention runs in the latent space, as one key/value head of width kv_lora_rank + qk_rope_head_dim, and the
+    keys and values of the past are never built.
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.num_heads = config.num_attention_heads
+        self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.value_dim, self.rank = config.v_head_dim, config.kv_lora_rank
+        query_dim = self.num_heads * (self.nope_dim + self.rope_dim)
+        if config.q_lora_rank:
+            self.q_down: nn.Module = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
+            self.q_norm: nn.Module = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_proj = nn.Linear(config.q_lora_rank, query_dim, bias=False)
+        else:
+            self.q_down, self.q_norm = nn.Identity(), nn.Identity()
+            self.q_proj = nn.Linear(config.hidden_size, query_dim, bias=False)
+        self.kv_down = nn.Linear(config.hidden_size, self.rank + self.rope_dim, bias=False)
+        self.kv_norm = RMSNorm(self.rank, config.rms_norm_eps)
+        self.kv_up = nn.Linear(self.rank, self.num_heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.value_dim, config.hidden_size, bias=False)
+        self.scale = (self.nope_dim + self.rope_dim) ** -0.5
+
+    @classmethod
+    def default_dimensions(cls, config: Any) -> dict[str, int | None]:
+        """Dimensions that give the layer as many parameters as grouped-query attention of the same config.
+
+        Heads keep their width, a quarter of which (at least 16, even) is rotated. What the two query and
+        output projections leave of the grouped-query budget buys the latent's rank.
+        """
+        hidden, heads, dim = config.hidden_size, config.num_attention_heads, config.head_dim
+        rope = config.qk_rope_head_dim or min(dim // 2, max(16, dim // 4))
+        nope = config.qk_nope_head_dim or dim - rope
+        value = config.v_head_dim or dim
+        # kv_down and kv_up share the budget of k_proj and v_proj, give or take what the widths changed.
+        budget = 2 * hidden * (heads + config.num_key_value_heads) * dim
+        budget -= hidden * heads * (nope + rope + value) + hidden * rope
+        rank = max(8, round(budget / (hidden + heads * (nope + value)) / 8) * 8)
+        return {
+            "qk_rope_head_dim": rope,
+            "qk_nope_head_dim": nope,
+            "v_head_dim": value,
+            "kv_lora_rank": rank,
+            "q_lora_rank": None,
+        }
+
+    @classmethod
+    def cache_layer(cls, config: Any) -> CacheLayerMixin:
+        """A `LatentLayer`."""
+        return LatentLayer()
+
+    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
+        """See `Mixer.forward`."""
+        batch, new, _ = hidden_states.shape
+        theta = self.config.rope_theta
+        query = self.q_proj(self.q_norm(self.q_down(hidden_states)))
+        query = query.view(batch, new, self.num_heads, self.nope_dim + self.rope_dim).transpose(1, 2)
+        q_nope, q_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
+        q_rope = apply_rotary(q_rope, sequence.position_ids, theta)
+        latent, k_rope = self.kv_down(hidden_states).split([self.rank, self.rope_dim], dim=-1)
+        latent = self.kv_norm(latent).unsqueeze(1)  # (B, 1, N, rank): one head, so that any cache can hold it
+        k_rope = apply_rotary(k_rope.unsqueeze(1), sequence.position_ids, theta)
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+        attend = self._absorbed if new == 1 and latent.shape[2] > 1 else self._expanded
+        output = attend(q_nope, q_rope, latent, k_rope, sequence)
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, sequence: SequenceInfo
+    ) -> Tensor:
+        """Build keys and values of every head from the latent: cheapest where queries are as many as keys."""
+        batch, _, length, _ = latent.shape
+        rows = self.kv_up(latent.squeeze(1)).view(batch, length, self.num_heads, self.nope_dim + self.value_dim)
+        k_nope, value = rows.transpose(1, 2).split([self.nope_dim, self.value_dim], dim=-1)
+        key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
+        return dense_attention(torch.cat([q_nope, q_rope], dim=-1), key, value, sequence, scale=self.scale)
+
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, sequence: SequenceInfo
+    ) -> Tensor:
+        """Attend in the latent space: q·(W c) = (Wᵀ q)·c, and the sum over W c is W times the sum over c."""
+        up = self.kv_up.weight.view(self.num_heads, self.nope_dim + self.value_dim, self.rank)
+        up_key, up_value = up.split([self.nope_dim, self.value_dim], dim=1)
+        query = torch.cat([torch.einsum("bhnd,hdr->bhnr", q_nope, up_key), q_rope], dim=-1)
+        key = torch.cat([latent, k_rope], dim=-1)
+        mixed = dense_attention(query, key, latent, sequence, scale=self.scale)
+        return torch.einsum("bhnr,hvr->bhnv", mixed, up_value)
+
+
+class LatentLayer(DynamicLayer):
+    """A growing cache layer that holds the latent (B, 1, N, kv_lora_rank) as keys and k_rope as values."""

@@ -1,0 +1,87 @@
+"""Native sparse attention (NSA, arXiv 2502.11089): compressed, selected and sliding branches, learned gates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo
+from dynamask.ops.nsa import block_layout, nsa_attention
+
+
+class NativeSparseAttention(GroupedQueryMixer):
+    """Grouped-query attention whose queries see block means, the best blocks, and a sliding window.
+
+    On a GPU, flash-linear-attention's kernels run where they are installed and take the shape (H / G a power of
+    two of at least 16, no cache, no padding, no packing); elsewhere `dynamask.ops.nsa`.
+    """
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.g_proj = nn.Linear(config.hidden_size, self.num_heads * 3, bias=False)
+
+    @classmethod
+    def default_dimensions(cls, config: Any) -> dict[str, int]:
+        """Block, selection and window so that a query sees about `config.window` keys in the last two branches."""
+        block = config.nsa_block_size or max(4, min(64, config.window // 8))
+        return {
+            "nsa_block_size": block,
+            # The first, current and previous block are always among them.
+            "nsa_block_counts": max(4, config.window // 2 // block),
+            "nsa_window": max(1, config.window // 2),
+        }
+
+    @classmethod
+    def cache_layer(cls, config: Any) -> CacheLayerMixin:
+        """transformers' growing layer: any block may be selected again, so every key is kept."""
+        return DynamicLayer()
+
+    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
+        """See `Mixer.forward`."""
+        query, key, value = self.project(hidden_states, sequence.position_ids)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
+        gates = self.g_proj(hidden_states).sigmoid().unflatten(-1, (self.num_heads, 3)).transpose(1, 2)
+        batch, _, length, _ = key.shape
+        config = self.config
+        options = {"block_size": config.nsa_block_size, "block_counts": config.nsa_block_counts}
+        if sequence.plain and query.shape[2] == length and _kernels_take(query, key):
+            return self.merge_heads(_kernels(query, key, value, gates, window=config.nsa_window, **options))
+        layout = block_layout(batch, length, config.nsa_block_size, key.device, sequence.segment_ids, sequence.key_mask)
+        output = nsa_attention(query, key, value, gates, window=config.nsa_window, layout=layout, **options)
+        return self.merge_heads(output)
+
+
+def _kernels_take(query: Tensor, key: Tensor) -> bool:
+    """Whether flash-linear-attention is installed and supports these heads."""
+    ratio = query.shape[1] // key.shape[1]
+    if not query.is_cuda or ratio < 16 or ratio & (ratio - 1):
+        return False
+    try:
+        import fla.ops.nsa  # noqa: F401
+        import flash_attn  # noqa: F401 -- its sliding branch calls it
+    except ImportError:
+        return False
+    return True
+
+
+def _kernels(
+    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, *, block_size: int, block_counts: int, window: int
+) -> Tensor:
+    from fla.ops.nsa import parallel_nsa
+
+    by_position = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
+    compressed, selected, sliding = (g.transpose(1, 2).contiguous() for g in torch.unbind(gates, dim=-1))
+    output = parallel_nsa(
+        *by_position,
+        g_cmp=compressed,
+        g_slc=selected,
+        g_swa=sliding,
+        block_size=block_size,
+        block_counts=block_counts,
+        window_size=window,
+    )
+    return output.transpose(1, 2)
