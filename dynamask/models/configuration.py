@@ -45,7 +45,7 @@ class DynamaskConfig(PreTrainedConfig):
     """
 
     model_type = "dynamask"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 -- transformers adds lists to it
 
     vocab_size: int = 32000
     hidden_size: int = 2048

@@ -1,0 +1,206 @@
+"""Tokens on disk: each split is one stream of documents, cut into memory-mapped shards, with an index.
+
+    corpus/
+      index.json            dtype, shard lengths, fingerprint of what it was made from
+      train-00000.bin ...   tokens, each document followed by the end-of-text token
+      train-documents.npy   where each document starts in the split's stream
+      tokenizer/            what the tokens mean
+
+A corpus is built in a folder beside its own and renamed when whole: a killed run leaves no half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamask.data.sources import Document, documents, source_files
+from dynamask.data.tokenizer import load_tokenizer, train_tokenizer
+from dynamask.errors import UsageError
+
+SPLITS = ("train", "validation")
+SHARD_TOKENS = 1 << 27
+TOKENIZER_SAMPLE = 50_000_000
+"""Characters a tokenizer is trained on at most: merges settle long before."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus on disk."""
+
+    folder: Path
+    index: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Corpus:
+        """Open a prepared folder. Raises UsageError if it is not one."""
+        folder = Path(folder)
+        try:
+            return cls(folder, json.loads((folder / "index.json").read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UsageError(f"{folder} is not a prepared corpus ({error}); delete it and prepare again") from error
+
+    def tokens(self, split: str) -> list[np.ndarray]:
+        """The split's shards, memory-mapped, in order."""
+        lengths = self.index["splits"][split]["shards"]
+        return [
+            np.memmap(self.folder / f"{split}-{i:05d}.bin", dtype=self.index["dtype"], mode="r", shape=(length,))
+            for i, length in enumerate(lengths)
+        ]
+
+    def document_starts(self, split: str) -> np.ndarray:
+        """(documents,) int64: where each document starts in the split's stream."""
+        return np.load(self.folder / f"{split}-documents.npy", mmap_mode="r")
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer the corpus was made with."""
+        return load_tokenizer(self.folder / "tokenizer")
+
+
+def prepare(
+    sources: list[str],
+    folder: str | Path,
+    *,
+    vocab_size: int,
+    tokenizer: str | None = None,
+    validation: float = 0.02,
+    errors: str = "fail",
+    progress: Callable[[Iterable[Document], str], Iterable[Document]] | None = None,
+) -> Corpus:
+    """Tokenise sources into a corpus, or reopen the one that was made from the very same.
+
+    Args:
+        sources: see `documents`.
+        folder: where the corpus is to be.
+        vocab_size: tokens of the tokenizer trained on the spot, and the most a given one may have.
+        tokenizer: folder or hub name of a given tokenizer; None trains one on the documents.
+        validation: share of the documents held out, chosen by a hash of their names.
+        errors: "fail" or "skip", for files that cannot be read.
+        progress: wraps the documents as they are read, given a description.
+
+    Raises:
+        UsageError: no text at all, a tokenizer larger than vocab_size, a full disk, whatever `documents` raises.
+    """
+    if not 0 < validation < 1:
+        raise UsageError(f"validation is a share of the documents, between 0 and 1; got {validation}")
+    folder = Path(folder)
+    fingerprint = _fingerprint(sources, tokenizer, vocab_size, validation, errors)
+    if (folder / "index.json").exists():
+        corpus = Corpus.open(folder)
+        if corpus.index["fingerprint"] == fingerprint:
+            return corpus
+    follow = progress or (lambda stream, _: stream)
+    skipped: list[str] = []
+    if tokenizer is None:
+        sample = follow(documents(sources, errors=errors), "training the tokenizer")
+        trained = train_tokenizer(_limited(sample), vocab_size)
+    else:
+        trained = load_tokenizer(tokenizer)
+    if len(trained) > vocab_size:
+        raise UsageError(
+            f"the tokenizer has {len(trained)} tokens and the model {vocab_size}: set model.vocab_size={len(trained)}"
+        )
+    stream = follow(documents(sources, errors=errors, skipped=skipped), "tokenising")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        splits = _write(stream, trained, partial, validation, sources)
+        trained.save_pretrained(partial / "tokenizer")
+        index = {"dtype": _dtype(trained).name, "splits": splits, "fingerprint": fingerprint, "skipped": skipped}
+        (partial / "index.json").write_text(json.dumps(index, indent=1))
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UsageError(f"the disk is full: no room for the corpus in {folder.parent}; free some space") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Corpus.open(folder)
+
+
+class _SplitWriter:
+    """Appends documents to a split's shards."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype) -> None:
+        self.folder, self.split, self.dtype = folder, split, dtype
+        self.starts: list[int] = []
+        self.shards: list[int] = []
+        self.total = 0
+
+    def append(self, tokens: np.ndarray) -> None:
+        self.starts.append(self.total)
+        self.total += len(tokens)
+        while len(tokens):
+            if not self.shards or self.shards[-1] == SHARD_TOKENS:
+                self.shards.append(0)
+            part = tokens[: SHARD_TOKENS - self.shards[-1]]
+            with open(self.folder / f"{self.split}-{len(self.shards) - 1:05d}.bin", "ab") as file:
+                file.write(part.astype(self.dtype).tobytes())
+            self.shards[-1] += len(part)
+            tokens = tokens[len(part) :]
+
+    def finish(self) -> dict[str, Any]:
+        np.save(self.folder / f"{self.split}-documents.npy", np.asarray(self.starts, dtype=np.int64))
+        return {"shards": self.shards, "tokens": self.total, "documents": len(self.starts)}
+
+
+def _write(
+    stream: Iterable[Document], tokenizer: Any, folder: Path, validation: float, sources: list[str]
+) -> dict[str, Any]:
+    dtype = _dtype(tokenizer)
+    writers = {split: _SplitWriter(folder, split, dtype) for split in SPLITS}
+    first: np.ndarray | None = None
+    for document in stream:
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int64)
+        if first is None:
+            # Where it goes waits for the end: a corpus needs at least one document in each split.
+            first = tokens
+            continue
+        held_out = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:4], "big") / 2**32 < validation
+        writers["validation" if held_out else "train"].append(tokens)
+    if first is None:
+        raise UsageError(f"no text in {', '.join(sources)}: there is nothing to train on")
+    if not writers["train"].total and not writers["validation"].total:
+        cut = max(1, int(len(first) * (1 - max(validation, 0.05))))
+        writers["train"].append(first[:cut])
+        writers["validation"].append(first[cut:] if cut < len(first) else first)
+    else:
+        writers["validation" if writers["train"].total and not writers["validation"].total else "train"].append(first)
+        if not writers["validation"].total:
+            writers["validation"].append(first)
+    return {split: writer.finish() for split, writer in writers.items()}
+
+
+def _dtype(tokenizer: Any) -> np.dtype:
+    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32)
+
+
+def _limited(stream: Iterable[Document]) -> Iterable[str]:
+    taken = 0
+    for document in stream:
+        yield document.text
+        taken += len(document.text)
+        if taken >= TOKENIZER_SAMPLE:
+            return
+
+
+def _fingerprint(sources: list[str], tokenizer: str | None, vocab_size: int, validation: float, errors: str) -> str:
+    """What the corpus depends on; files by name, size and time of change."""
+    facts: list[Any] = ["dynamask-corpus-1", tokenizer, vocab_size, validation, errors]
+    for source in sources:
+        files = source_files(source)
+        facts.append([source, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

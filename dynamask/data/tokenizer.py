@@ -1,0 +1,54 @@
+"""A tokenizer trained on the spot (byte-level BPE: every text has an encoding), or a given one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from dynamask.errors import UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer.
+
+    Args:
+        texts: what to learn the merges from.
+        vocab_size: number of tokens, at least 257: 256 bytes and the end of text.
+
+    Raises:
+        UsageError: a vocabulary too small for the bytes.
+    """
+    if vocab_size < 257:
+        raise UsageError(f"a byte-level vocabulary needs at least 257 tokens; got vocab_size={vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def load_tokenizer(name_or_path: str | Path) -> Any:
+    """A tokenizer from a folder or the hub.
+
+    Raises:
+        UsageError: it cannot be loaded, or has no end-of-text token to separate documents with.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load the tokenizer {str(name_or_path)!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer {str(name_or_path)!r} has no eos token, which separates the documents")
+    return tokenizer

@@ -1,0 +1,150 @@
+"""What a training run is: one dataclass, read from a preset, a YAML file and `key=value` overrides, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynamask.errors import UsageError
+
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
+@dataclass
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        preset: model size, see `dynamask.models.PRESETS`.
+        model: fields of `DynamaskConfig` to override, written `model.window=128` on the command line.
+        data: sources of text, see `dynamask.data.documents`.
+        tokenizer: folder or hub name; None trains one on the data.
+        validation: share of the documents held out.
+        errors: "fail" or "skip", for files that cannot be read.
+        output: folder of the run: corpus, checkpoints, logs, final model.
+        corpus: folder of the prepared corpus; None: `output`/corpus.
+        context: tokens per training sequence.
+        batch_size: sequences per device and step.
+        gradient_accumulation: micro-steps per optimizer step.
+        steps: optimizer steps.
+        learning_rate: peak learning rate of AdamW.
+        schedule: "cosine" to zero, "wsd" (warm-up, stable, linear decay over the last fifth), "constant".
+        warmup: steps of linear warm-up.
+        weight_decay, beta1, beta2: AdamW's.
+        clip: largest norm of the gradient.
+        precision: "auto" (bfloat16 on a GPU that has it, else float32), "bf16", "fp32".
+        gradient_checkpointing: recompute layers in the backward pass.
+        compile: run the model through torch.compile.
+        seed: of weights and data order.
+        log_every, eval_every, save_every: in steps; 0 means only at the end.
+        keep: checkpoints kept, at least 1.
+        resume: continue from the run's newest checkpoint if there is one.
+    """
+
+    preset: str = "tiny"
+    model: dict[str, Any] = field(default_factory=dict)
+    data: list[str] = field(default_factory=lambda: ["stdlib"])
+    tokenizer: str | None = None
+    validation: float = 0.02
+    errors: str = "fail"
+    output: str = "runs/tiny"
+    corpus: str | None = None
+    context: int = 512
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    steps: int = 500
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: int = 50
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 100
+    keep: int = 2
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("context", "batch_size", "gradient_accumulation", "steps", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        if self.precision not in ("auto", "bf16", "fp32"):
+            raise UsageError(f"precision must be auto, bf16 or fp32; got {self.precision!r}")
+
+    @classmethod
+    def load(cls, file: str | Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
+        """Read a YAML file, then apply overrides.
+
+        Args:
+            file: YAML with fields of this class, or None.
+            overrides: "key=value" each; the value is YAML ("data=[a.txt,b.txt]"), "model.x=..." goes to `model`.
+
+        Raises:
+            UsageError: unreadable file, unknown key (naming the nearest), value of the wrong type.
+        """
+        values: dict[str, Any] = {}
+        if file is not None:
+            try:
+                loaded = yaml.safe_load(Path(file).read_text())
+            except OSError as error:
+                raise UsageError(f"cannot read the configuration {file}: {error.strerror}") from error
+            except yaml.YAMLError as error:
+                raise UsageError(f"{file} is not valid YAML: {error}") from error
+            if not isinstance(loaded, dict):
+                raise UsageError(f"{file} must hold keys and values; got {type(loaded).__name__}")
+            values.update(loaded)
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise UsageError(f"{override!r} is not an override: write key=value, such as steps=200")
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise UsageError(f"{override!r}: the value is not valid YAML: {error}") from error
+            if key.startswith("model."):
+                values.setdefault("model", {})[key.removeprefix("model.")] = value
+            else:
+                values[key] = value
+        return cls(**{key: _typed(key, value) for key, value in values.items()})
+
+    def save(self, path: Path) -> None:
+        """Write as YAML."""
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+
+
+def _typed(key: str, value: Any) -> Any:
+    """The value in the field's type. Raises UsageError for an unknown key or a value that does not fit."""
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    if key not in fields:
+        close = difflib.get_close_matches(key, list(fields), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UsageError(f"unknown setting {key!r}{hint}; there are {', '.join(fields)}")
+    kind = str(fields[key].type)
+    if kind.endswith("| None") and value is None:
+        return None
+    kind = kind.removesuffix(" | None")
+    if kind == "list[str]" and isinstance(value, str):
+        return [value]
+    if kind == "float" and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as a string
+            return float(value)
+        except ValueError:
+            pass
+    expected = {"int": int, "float": float, "bool": bool, "str": str, "list[str]": list, "dict[str, Any]": dict}[kind]
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise UsageError(f"{key} must be {expected.__name__}; got {value!r}")
+    return value
