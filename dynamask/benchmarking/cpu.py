@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,38 +47,39 @@ def benchmark_cpu(
     Returns:
         One row per length: seconds of each peer, and `error`, the largest difference from masked SDPA.
     """
-    rows = []
-    for length in lengths:
-        generator = torch.Generator().manual_seed(length)
-        query = torch.randn(1, heads, length, dim, generator=generator, requires_grad=True)
-        key, value = (torch.randn(1, groups, length, dim, generator=generator, requires_grad=True) for _ in range(2))
-        scores = torch.randn(1, groups, length, generator=generator, requires_grad=True)
-        expiry = key_expiry(scores, window)
-        grad = torch.randn(query.shape, generator=generator)
+    return [_one_length(length, window, heads, groups, dim, repeats) for length in lengths]
 
-        def interval(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
-            return interval_attention(q, k, v, key_expiry(s, window), bias=s, backend="torch")  # noqa: B023
 
-        def masked(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
-            seen = visible(expiry, length)  # noqa: B023
-            mask = s[:, :, None].masked_fill(~seen, float("-inf")).repeat_interleave(heads // groups, dim=1)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+def _one_length(length: int, window: int, heads: int, groups: int, dim: int, repeats: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(length)
+    query = torch.randn(1, heads, length, dim, generator=generator, requires_grad=True)
+    key, value = (torch.randn(1, groups, length, dim, generator=generator, requires_grad=True) for _ in range(2))
+    scores = torch.randn(1, groups, length, generator=generator, requires_grad=True)
+    grad = torch.randn(query.shape, generator=generator)
+    seen = visible(key_expiry(scores, window), length)
 
-        def dense(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    def interval(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        return interval_attention(q, k, v, key_expiry(s, window), bias=s, backend="torch")
 
-        inputs = (query, key, value, scores)
-        with torch.no_grad():
-            error = (interval(*inputs) - masked(*inputs)).abs().max().item()
-        if not error < 1e-4:
-            raise AssertionError(f"interval attention is off by {error} at N={length}: its time would mean nothing")
-        row: dict[str, Any] = {"length": length, "window": window, "heads": heads, "groups": groups, "dim": dim}
-        row["error"] = error
-        for name, attend in (("interval", interval), ("masked_sdpa", masked), ("dense_sdpa", dense)):
-            row[f"{name}_forward_s"] = _median(lambda f=attend: _forward(f, inputs), repeats)  # type: ignore[misc]
-            row[f"{name}_train_s"] = _median(lambda f=attend: _train(f, inputs, grad), repeats)  # type: ignore[misc]
-        rows.append(row)
-    return rows
+    def masked(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        # The mask is made beforehand: SDPA is not charged for finding out which keys are seen.
+        mask = s[:, :, None].masked_fill(~seen, float("-inf")).repeat_interleave(heads // groups, dim=1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    inputs = (query, key, value, scores)
+    with torch.no_grad():
+        error = (interval(*inputs) - masked(*inputs)).abs().max().item()
+    if not error < 1e-4:
+        raise AssertionError(f"interval attention is off by {error} at N={length}: its time would mean nothing")
+    row: dict[str, Any] = {"length": length, "window": window, "heads": heads, "groups": groups, "dim": dim}
+    row["error"] = error
+    for name, attend in (("interval", interval), ("masked_sdpa", masked), ("dense_sdpa", dense)):
+        row[f"{name}_forward_s"] = _median(partial(_forward, attend, inputs), repeats)
+        row[f"{name}_train_s"] = _median(partial(_train, attend, inputs, grad), repeats)
+    return row
 
 
 def _forward(attend: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:

@@ -64,7 +64,7 @@ def perplexity_by_position(
         progress: wraps the batches, given a description.
     """
     length = len(blocks[0]["input_ids"])  # type: ignore[arg-type]
-    edges = [0] + sorted({max(1, round(length / 2**k)) for k in range(buckets)})
+    edges = [0, *sorted({max(1, round(length / 2**k)) for k in range(buckets)})]
     bounds = torch.tensor(edges[1:-1])
     sums = torch.zeros(len(edges) - 1, dtype=torch.float64)
     counts = torch.zeros(len(edges) - 1, dtype=torch.long)
@@ -78,7 +78,7 @@ def perplexity_by_position(
         logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
         losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels.to(device), reduction="none").cpu()
         counted = labels != -100
-        bucket = torch.bucketize(batch["position_ids"][:, 1:], bounds, right=True)
+        bucket = torch.bucketize(batch["position_ids"][:, 1:].contiguous(), bounds, right=True)
         sums.index_add_(0, bucket[counted], losses[counted].double())
         counts.index_add_(0, bucket[counted], torch.ones_like(bucket[counted]))
     model.train(was_training)

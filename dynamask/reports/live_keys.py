@@ -12,7 +12,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.expiry import key_expiry
 from dynamask.mixers import DynamicMaskGate
 
-_LINE = 78  # characters of text per line of a panel
+_LINE = 88  # characters of text per line of a panel
 
 
 @torch.no_grad()
@@ -52,7 +52,7 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
 
     Args:
         model, tokenizer: a causal LM with dynamic mask attention and its tokenizer.
-        text: what to read; the first 600 tokens are used.
+        text: what to read; the first 360 tokens are used.
         picture: file to write, by its suffix .png, .svg or .pdf.
         panels: heads shown over the text: those whose survivors are oldest.
     """
@@ -60,7 +60,7 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :600].to(model.device)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :360].to(model.device)
     expiry = layer_expiry(model, ids)
     layers, heads, length = expiry.shape
     position = torch.arange(length)
@@ -75,8 +75,8 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
 
     lines = _layout(words)
     rows = 1 + max(line for line, _, _ in lines)
-    figure = Figure(figsize=(15, 2.0 + 0.16 * rows * ((len(shown) + 1) // 2) + 3.2), layout="constrained")
-    grid = figure.add_gridspec((len(shown) + 1) // 2 + 1, 2, height_ratios=[rows] * ((len(shown) + 1) // 2) + [18])
+    figure = Figure(figsize=(13, 1.6 + 0.15 * rows * ((len(shown) + 1) // 2) + 3.2), layout="constrained")
+    grid = figure.add_gridspec((len(shown) + 1) // 2 + 1, 2, height_ratios=[rows] * ((len(shown) + 1) // 2) + [16])
     for number, head in enumerate(shown):
         axes = figure.add_subplot(grid[number // 2, number % 2])
         axes.set_title(
@@ -97,12 +97,12 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
                 column,
                 line + 0.5,
                 piece,
-                fontsize=5.6,
+                fontsize=6.6,
                 family="monospace",
                 va="center",
                 color="black" if kept else "0.45",
                 weight="bold" if kept else "normal",
-                bbox={"facecolor": shade, "edgecolor": "none", "pad": 0.6, "alpha": 0.9 if kept else 0.35},
+                bbox={"facecolor": shade, "edgecolor": "none", "pad": 0.4, "alpha": 0.9 if kept else 0.35},
             )
     axes = figure.add_subplot(grid[-1, :])
     image = axes.imshow(lifetime.clamp(min=1), aspect="auto", norm=norm, cmap=colors, interpolation="nearest")
