@@ -1,0 +1,5 @@
+"""`python -m dynamask`."""
+
+from dynamask.cli import main
+
+main()

@@ -1,0 +1,337 @@
+"""The command line: `dynamask train | evaluate | generate | benchmark | convert | report`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dynamask.errors import CacheRollbackError, InvalidInputError, UsageError
+
+app = typer.Typer(
+    name="dynamask",
+    help="Train, evaluate and serve language models with Dynamic Mask Attention.\n\n"
+    "Start with: dynamask train preset=tiny data=stdlib steps=200",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+convert_app = typer.Typer(
+    help="Turn an existing model into one whose attention runs on dynamask.", no_args_is_help=True
+)
+report_app = typer.Typer(help="Tables and pictures about models and runs.", no_args_is_help=True)
+benchmark_app = typer.Typer(help="Time the kernels against their peers, each correct first.", no_args_is_help=True)
+app.add_typer(convert_app, name="convert")
+app.add_typer(report_app, name="report")
+app.add_typer(benchmark_app, name="benchmark")
+
+console = Console()
+errors = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="Folder of a finished run, or of a saved causal LM, or a hub name.")]
+
+
+def main() -> None:
+    """Entry point: mistakes of the user end with a message and exit code 2, never with a traceback."""
+    try:
+        app()
+    except (UsageError, InvalidInputError, CacheRollbackError) as error:
+        if os.environ.get("DYNAMASK_DEBUG"):
+            raise
+        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; run the same command again to continue from the last checkpoint")
+        sys.exit(130)
+
+
+def _progress(stream: Iterable[Any], description: str) -> Iterator[Any]:
+    total = len(stream) if hasattr(stream, "__len__") else None  # type: ignore[arg-type]
+    yield from track(stream, description=description, total=total, console=errors, transient=True)
+
+
+@app.command()
+def train(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value settings, such as steps=500 model.window=128.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings.")] = None,
+) -> None:
+    """Train a language model on text.
+
+    Settings come from their defaults, then the YAML file, then the overrides.
+
+    **Examples**
+
+    - `dynamask train` — tiny model, Python's standard library, a few minutes on a CPU
+
+    - `dynamask train preset=30m data=corpus/ context=2048 output=runs/mine`
+
+    - `dynamask train model.attention=mha output=runs/dense` — a rival: dma, mha, swa, mla, nsa
+
+    - `dynamask train -c run.yaml learning_rate=3e-4`
+
+    - `accelerate launch -m dynamask train -c run.yaml` — several GPUs
+
+    **Data** is a list of files, folders, .jsonl or .parquet tables with a `text` column, hub data sets, or
+    `stdlib`. A killed run continues from its last checkpoint when the same command is run again. Curves:
+    `tensorboard --logdir runs`.
+
+    **Settings**: preset, model.*, data, tokenizer, validation, errors, output, corpus, context, batch_size,
+    gradient_accumulation, steps, learning_rate, schedule (cosine, wsd, constant), warmup, weight_decay, beta1,
+    beta2, clip, precision (auto, bf16, fp32), gradient_checkpointing, compile, seed, log_every, eval_every,
+    save_every, keep, resume.
+    """
+    from dynamask.training import TrainConfig
+    from dynamask.training import train as run
+
+    settings = TrainConfig.load(config, overrides or [])
+    result = run(settings, progress=_progress)
+    console.print(f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+    console.print(f"model: {result.model_dir}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Sources to evaluate on; default: the run's own held-out split.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Evaluate at most so many sequences.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+) -> None:
+    """Perplexity, overall and by position in the document: does the model use what it can see?
+
+    **Examples**
+
+    - `dynamask evaluate runs/tiny`
+
+    - `dynamask evaluate runs/tiny --data notes/ --context 1024 --output figures.json`
+    """
+    import tempfile
+
+    from dynamask.data import PackedDataset, prepare
+    from dynamask.evaluation import perplexity_by_position
+    from dynamask.training import open_corpus, open_run
+
+    loaded, tokenizer = open_run(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        if data:
+            tokenizer.save_pretrained(f"{scratch}/tokenizer")
+            corpus = prepare(
+                data,
+                f"{scratch}/corpus",
+                vocab_size=len(tokenizer),
+                tokenizer=f"{scratch}/tokenizer",
+                validation=1e-9,
+                progress=_progress,
+            )
+            blocks = PackedDataset(corpus, "train", context)
+        else:
+            blocks = PackedDataset(open_corpus(model), "validation", context)
+        result = perplexity_by_position(loaded, blocks, batch_size=batch_size, limit=limit, progress=_progress)
+    table = Table("position in document", "tokens", "perplexity", title=f"perplexity {result.perplexity:.2f}")
+    for row in result.to_dict()["buckets"]:
+        shown = f"{row['perplexity']:.2f}" if row["perplexity"] else "-"
+        table.add_row(f"{row['from']} to {row['to'] - 1}", str(row["tokens"]), shown)
+    console.print(table)
+    if output:
+        output.write_text(json.dumps(result.to_dict(), indent=1))
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text, from the model's own cache: bounded, for dynamic mask and sliding-window attention.
+
+    **Example**: `dynamask generate runs/tiny "def main():" --max-new-tokens 200`
+    """
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from dynamask.training import open_run
+
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UsageError(f"temperature must be >= 0 and top-p in (0, 1]; got {temperature} and {top_p}")
+    loaded, tokenizer = open_run(model)
+    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(loaded.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UsageError("the prompt is empty: give at least one character to continue")
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    start = time.perf_counter()
+    output = loaded.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer),
+        return_dict_in_generate=True,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    made = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    held = cache_bytes(output.past_key_values)
+    errors.print(f"{made} tokens, {made / seconds:.1f} tokens/s, cache {held / 1024:.0f} KiB", highlight=False)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Memory of a cache's tensors, in bytes, whatever its kind."""
+    total = 0
+    for layer in cache.layers:
+        held = getattr(layer, "num_bytes", None)
+        if held is None:
+            tensors = [t for t in (layer.keys, layer.values) if t is not None]
+            held = sum(t.numel() * t.element_size() for t in tensors)
+        total += held
+    return total
+
+
+@convert_app.command("doge")
+def convert_doge(
+    source: Annotated[str, typer.Argument(help="Folder or hub name of a Doge model.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+) -> None:
+    """A released Doge model, with the same logits, its attention on dynamask."""
+    from dynamask import convert
+
+    model = _load_causal_lm(source)
+    _save_converted(convert.from_doge(model), source, target)
+
+
+@convert_app.command("upcycle")
+def convert_upcycle(
+    source: Annotated[str, typer.Argument(help="Folder or hub name of a Llama, Mistral, Qwen or SmolLM model.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.")],
+    window: Annotated[int, typer.Option(help="Keys each query keeps.")] = 2048,
+    local: Annotated[int | None, typer.Option(help="How many of them are the newest; default half.")] = None,
+) -> None:
+    """A dense model with zero-initialised gates: the same model up to `window` tokens, trainable sparse beyond."""
+    from dynamask import convert
+
+    model = _load_causal_lm(source)
+    _save_converted(convert.upcycle(model, window, local=local), source, target)
+
+
+def _load_causal_lm(source: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load a causal LM from {source!r}: {str(error).splitlines()[0]}") from error
+
+
+def _save_converted(model: Any, source: str, target: Path) -> None:
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    if target.exists():
+        raise UsageError(f"{target} exists already: choose another folder, or delete it")
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+        except (OSError, ValueError):
+            errors.print(f"{source} has no tokenizer; the converted model is saved without one")
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    console.print(f"{type(model).__name__} written to {target}", soft_wrap=True)
+
+
+@benchmark_app.command("cpu")
+def benchmark_cpu_command(
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="Sequence length; repeatable.")] = None,
+    window: Annotated[int, typer.Option(help="Keys per query.")] = 512,
+    repeats: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+) -> None:
+    """Interval attention against masked and dense SDPA on this CPU."""
+    from dynamask.benchmarking.cpu import benchmark_cpu, environment
+
+    rows = benchmark_cpu(lengths or [2048, 4096, 8192], window, repeats=repeats)
+    table = Table(
+        "N", "pass", "interval ms", "masked SDPA ms", "dense SDPA ms", "x masked", "x dense", title=f"window {window}"
+    )
+    for row in rows:
+        for kind in ("forward", "train"):
+            ours, masked, dense = (row[f"{peer}_{kind}_s"] for peer in ("interval", "masked_sdpa", "dense_sdpa"))
+            figures = [f"{1e3 * t:.0f}" for t in (ours, masked, dense)]
+            table.add_row(str(row["length"]), kind, *figures, f"{masked / ours:.1f}", f"{dense / ours:.1f}")
+    console.print(table)
+    if output:
+        output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+
+
+@report_app.command("parameters")
+def report_parameters(
+    preset: Annotated[str | None, typer.Option(help="One preset; default: all of them.")] = None,
+) -> None:
+    """Parameter counts of every preset with every mixer, and how far each is from dense attention's."""
+    from dynamask.models import PRESETS
+    from dynamask.models import preset as make
+    from dynamask.reports import parameter_counts
+
+    names = [preset] if preset else list(PRESETS)
+    make(names[0])  # names an unknown preset before anything is printed
+    table: Table | None = None
+    for name in names:
+        counts = parameter_counts(name)
+        table = table or Table("preset", *counts)
+        cells = [f"{n / 1e6:.2f}M ({n / counts['mha'] - 1:+.2%})" for n in counts.values()]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@report_app.command("curves")
+def report_curves(
+    runs: Annotated[list[str], typer.Argument(help="Folders of finished runs.")],
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("curves.png"),
+) -> None:
+    """Draw the training and validation curves of runs side by side."""
+    from dynamask.reports import draw_curves
+
+    console.print(f"written {draw_curves(runs, output)}")
+
+
+@report_app.command("mask")
+def report_mask(
+    model: Model,
+    text: Annotated[Path, typer.Argument(help="Text file to read.")],
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("live_keys.png"),
+) -> None:
+    """Draw which keys stay alive in which head, over the text itself."""
+    from dynamask.reports import draw_live_keys
+    from dynamask.training import open_run
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from error
+    loaded, tokenizer = open_run(model)
+    console.print(f"written {draw_live_keys(loaded, tokenizer, content, output)}")
