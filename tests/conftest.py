@@ -1,0 +1,60 @@
+"""Small models every test file may ask for."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reached for the network would fail, not hang
+
+import pytest
+import torch
+from torch import nn
+
+from dynamask import DynamaskConfig, DynamaskForCausalLM
+from dynamask.mixers import DynamicMaskGate
+
+
+def tiny_config(attention: str = "dma", **fields: object) -> DynamaskConfig:
+    """Two layers of four heads over 50 tokens, with a window that a 40-token text overflows."""
+    shape = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_theta": 100.0,
+        "window": 6,
+        "initializer_range": 0.2,
+    }
+    return DynamaskConfig(attention=attention, **(shape | fields))
+
+
+def tiny_model(attention: str = "dma", **fields: object) -> DynamaskForCausalLM:
+    """A float64 model whose gates choose by content: untrained ones would make DMA a sliding window."""
+    torch.manual_seed(0)
+    model = DynamaskForCausalLM(tiny_config(attention, **fields)).double().eval()
+    for module in model.modules():
+        if isinstance(module, DynamicMaskGate):
+            nn.init.normal_(module.gate, std=2.0)
+            nn.init.normal_(module.delta.weight, std=1.0)
+    return model
+
+
+VARIANTS = {
+    "dma": {},
+    "dma-paper": {"local": 0, "recency": 0.0},
+    "dma-linear": {"local": 2, "recency": 0.05, "score_form": "linear"},
+    "dma-one": {"window": 1, "local": 0},
+    "swa": {},
+    "mha": {},
+    "mla": {},
+    "nsa": {},
+}
+
+
+@pytest.fixture(scope="session", params=VARIANTS)
+def model(request: pytest.FixtureRequest) -> DynamaskForCausalLM:
+    """Each mixer, DMA in its variants."""
+    return tiny_model(request.param.split("-")[0], **VARIANTS[request.param])

@@ -1,0 +1,148 @@
+"""DynamaskForCausalLM as a transformers model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from dynamask import DynamaskConfig, DynamaskForCausalLM, InvalidInputError
+from dynamask.errors import UsageError
+from dynamask.mixers import MIXERS
+from dynamask.models import PRESETS, preset
+from dynamask.reports import parameter_counts
+from tests.conftest import tiny_config, tiny_model
+
+IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def test_saves_and_loads(model: DynamaskForCausalLM, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    assert list(tmp_path.glob("*.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert isinstance(loaded, DynamaskForCausalLM)
+    first, second = (m.config.to_dict() | {"_name_or_path": ""} for m in (loaded, model))
+    assert first == second
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    assert AutoConfig.from_pretrained(tmp_path).attention == model.config.attention
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "DynamaskModel"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"do_sample": False}, {"num_beams": 3}, {"do_sample": True}, {"num_return_sequences": 2, "do_sample": True}],
+    ids=["greedy", "beam", "sampling", "several"],
+)
+def test_generates_the_same_with_and_without_cache(model: DynamaskForCausalLM, options: dict) -> None:
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(1)
+        results.append(
+            model.generate(IDS, attention_mask=mask, max_new_tokens=15, pad_token_id=0, use_cache=use_cache, **options)
+        )
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("attention", MIXERS)
+def test_gradient_checkpointing_changes_no_gradient(attention: str) -> None:
+    model = tiny_model(attention).train()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_outputs_people_ask_for() -> None:
+    model = tiny_model("dma")
+    output = model(IDS, output_hidden_states=True, logits_to_keep=1)
+    assert output.logits.shape == (2, 1, 50)
+    assert len(output.hidden_states) == 3
+    assert isinstance(model(IDS, return_dict=False), tuple)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(IDS)).logits
+    torch.testing.assert_close(embedded, model(IDS).logits)
+
+
+def test_bfloat16_runs_and_scores_stay_float32() -> None:
+    model = tiny_model("dma").bfloat16()
+    assert model(IDS, labels=IDS).loss.isfinite()
+    gate = model.model.layers[0].mixer.gate
+    scores = gate(torch.randn(1, 2, 5, 8, dtype=torch.bfloat16), torch.arange(5)[None])
+    assert scores.dtype == torch.float32
+
+
+def test_compiles() -> None:
+    model = tiny_model("dma").float()
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(IDS, use_cache=False).logits, model(IDS, use_cache=False).logits, atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({}, "exactly one of input_ids and inputs_embeds"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 11)}, "attention_mask covers"),
+        ({"input_ids": IDS, "attention_mask": torch.ones(2, 1, 12, 12)}, "must be \\(batch, length\\)"),
+        ({"input_ids": IDS, "segment_ids": torch.arange(12).flip(0).expand(2, 12)}, "must not decrease"),
+    ],
+)
+def test_bad_calls_are_named(call: dict, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        tiny_model("dma")(**call)
+
+
+def test_packed_documents_cannot_continue_from_a_cache() -> None:
+    model = tiny_model("dma")
+    cache = model(IDS, use_cache=True).past_key_values
+    with pytest.raises(InvalidInputError, match="cannot continue from a cache"):
+        model(IDS, past_key_values=cache, segment_ids=torch.zeros_like(IDS))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention": "flash"}, "attention must be one of dma"),
+        ({"window": 0, "local": 0}, "window must be an integer of at least 1"),
+        ({"local": 7}, "local must be an integer from 0 to window = 6"),
+        ({"recency": -1.0}, "recency"),
+        ({"score_form": "square"}, "score_form must be one of exp, linear"),
+        ({"num_key_value_heads": 3}, "must be a multiple"),
+        ({"head_dim": 7}, "must be even"),
+    ],
+)
+def test_bad_configurations_are_named(fields: dict, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        tiny_config(**fields)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_fair(name: str) -> None:
+    counts = parameter_counts(name)
+    assert max(abs(count / counts["mha"] - 1) for count in counts.values()) < 0.02
+
+
+def test_largest_preset_has_qwen3s_shape() -> None:
+    config = preset("1.7b")
+    shape = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    assert (shape, heads) == ((2048, 6144, 28, 151_936), (16, 8, 128))
+
+
+def test_unknown_presets_and_fields_name_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'tiny'"):
+        preset("tinny")
+    with pytest.raises(UsageError, match="did you mean 'window'"):
+        preset("tiny", windw=3)
+
+
+def test_fields_given_survive_a_round_trip() -> None:
+    config = DynamaskConfig(window=64, local=3, recency=0.5)
+    again = DynamaskConfig.from_dict(config.to_dict())
+    assert (again.window, again.local, again.recency) == (64, 3, 0.5)
