@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo
-from dynamask.ops import dynamic_mask_attention, interval_attention
+from dynamask.ops import attend, dynamic_mask_attention
 
 
 class DynamicMaskGate(nn.Module):
@@ -150,7 +150,7 @@ def dynamic_mask_mix(
     if layer is not None:
         scores = gate(value, sequence.position_ids)
         live = layer.extend(key, value, scores, sequence.new_key_mask())
-        return interval_attention(query, live.key, live.value, live.expiry, bias=live.score, scale=scale)
+        return attend(query, live.key, live.value, live.expiry, bias=live.score, scale=scale, max_live=window)
     if cache is not None:
         key, value = cache.update(key, value, layer_idx)
     scores = gate(value, sequence.key_position_ids(key.shape[2]))

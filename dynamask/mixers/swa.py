@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from dynamask.cache import BoundedLayer
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
 from dynamask.mixers.dma import bounded_layer
-from dynamask.ops import interval_attention
+from dynamask.ops import attend
 
 
 class SlidingWindowAttention(GroupedQueryMixer):
@@ -27,9 +27,9 @@ class SlidingWindowAttention(GroupedQueryMixer):
         layer = None if cache is None else bounded_layer(cache, self.layer_idx)
         if layer is not None:
             live = layer.extend(key, value, None, sequence.new_key_mask())
-            return self.merge_heads(interval_attention(query, live.key, live.value, live.expiry))
+            return self.merge_heads(attend(query, live.key, live.value, live.expiry, max_live=self.config.window))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         batch, groups, length = key.shape[:3]
         expiry = recency_expiry(batch, groups, length, self.config.window, sequence, key.device)
-        return self.merge_heads(interval_attention(query, key, value, expiry))
+        return self.merge_heads(attend(query, key, value, expiry, max_live=self.config.window))

@@ -60,12 +60,34 @@ def interval_attention(
 
     Source: arXiv 2508.02124, equation (9) with the mask in interval form.
     """
+    return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+    max_live: int = 0,
+) -> Tensor:
+    """`interval_attention` for callers who know how many keys a query sees at most.
+
+    Args:
+        max_live: that number, or 0 if unknown. It spares the GPU path a look at the data, and must be right: a
+            query that sees more keys would lose some.
+
+    The rest as in `interval_attention`.
+    """
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     backend = _choose_backend(backend, query)
     if backend == "reference":
         return interval_attention_reference(query, key, value, expiry, bias, scale)
-    return interval_attention_op(query, key, value, expiry, bias, scale, backend)[0]
+    return interval_attention_op(query, key, value, expiry, bias, scale, backend, max_live)[0]
 
 
 def dynamic_mask_attention(
@@ -105,7 +127,7 @@ def dynamic_mask_attention(
     Source: arXiv 2508.02124, equations (5) to (9).
     """
     expiry = key_expiry(scores.detach(), window, local=local, segment_ids=segment_ids, key_mask=key_mask)
-    return interval_attention(query, key, value, expiry, bias=scores, scale=scale, backend=backend)
+    return attend(query, key, value, expiry, bias=scores, scale=scale, backend=backend, max_live=window)
 
 
 def _choose_backend(backend: str, query: Tensor) -> str:

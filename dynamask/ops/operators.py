@@ -11,8 +11,6 @@ from torch import Tensor
 
 from dynamask.ops import blocked
 
-_BACKENDS = ("torch", "triton")
-
 
 def triton_available() -> bool:
     """Whether the Triton kernels can run: Triton imports and there is a GPU (or Triton's interpreter is on)."""
@@ -25,19 +23,33 @@ def triton_available() -> bool:
 
 @torch.library.custom_op("dynamask::interval_attention", mutates_args=())
 def interval_attention_op(
-    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    backend: str,
+    max_live: int,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; see `dynamask.ops.blocked.forward` for shapes."""
     if backend == "triton":
         from dynamask.ops import triton as kernels
 
-        return kernels.forward(query, key, value, expiry, bias, scale)
+        return kernels.forward(query, key, value, expiry, bias, scale, max_live)
     return blocked.forward(query, key, value, expiry, bias, scale)
 
 
 @interval_attention_op.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    backend: str,
+    max_live: int,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -56,12 +68,14 @@ def interval_attention_backward_op(
     lse: Tensor,
     scale: float,
     backend: str,
+    max_live: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value and bias; see `dynamask.ops.blocked.backward` for shapes."""
-    if backend == "triton":
+    # The kernel sums gradients with atomics, in no fixed order.
+    if backend == "triton" and not torch.are_deterministic_algorithms_enabled():
         from dynamask.ops import triton as kernels
 
-        return kernels.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
+        return kernels.backward(grad_output, query, key, value, expiry, bias, output, lse, scale, max_live)
     return blocked.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
 
 
@@ -77,6 +91,7 @@ def _(
     lse: Tensor,
     scale: float,
     backend: str,
+    max_live: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     return (
@@ -88,18 +103,18 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, expiry, bias, scale, backend = inputs
+    query, key, value, expiry, bias, scale, backend, max_live = inputs
     ctx.save_for_backward(query, key, value, expiry, bias, *output)
-    ctx.scale, ctx.backend = scale, backend
+    ctx.scale, ctx.backend, ctx.max_live = scale, backend, max_live
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, grad_output, _grad_lse):  # type: ignore[no-untyped-def]
     query, key, value, expiry, bias, output, lse = ctx.saved_tensors
     dq, dk, dv, dbias = interval_attention_backward_op(
-        grad_output.contiguous(), query, key, value, expiry, bias, output, lse, ctx.scale, ctx.backend
+        grad_output.contiguous(), query, key, value, expiry, bias, output, lse, ctx.scale, ctx.backend, ctx.max_live
     )
-    return dq, dk, dv, None, None if bias is None else dbias.to(bias.dtype), None, None
+    return dq, dk, dv, None, None if bias is None else dbias.to(bias.dtype), None, None, None
 
 
 interval_attention_op.register_autograd(_backward, setup_context=_setup_context)

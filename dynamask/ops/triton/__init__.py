@@ -1,0 +1,64 @@
+"""Interval attention on a GPU, in Triton.
+
+| file | holds |
+| --- | --- |
+| `lists.py` | which keys a block of queries can see, gathered into one list per block |
+| `forward.py` | attention of a block of queries over its list |
+| `backward.py` | gradients over the same lists |
+| `decode.py` | a few queries over many keys, split along the keys |
+
+`TRITON_INTERPRET=1` runs all of it on a CPU, which is how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from dynamask.ops.triton.backward import backward_kernel_launch
+from dynamask.ops.triton.decode import MAX_QUERIES, decode
+from dynamask.ops.triton.forward import forward_kernel_launch
+from dynamask.ops.triton.lists import build_lists
+
+
+def is_available() -> bool:
+    """Whether the kernels can run: a CUDA device, or Triton's interpreter."""
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, max_live: int
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp; shapes as in `dynamask.ops.blocked.forward`.
+
+    Args:
+        max_live: no query sees more keys than this; 0 if unknown, which costs one look at the data.
+    """
+    query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
+    bias = None if bias is None else bias.float().contiguous()
+    if query.shape[2] <= MAX_QUERIES:
+        return decode(query, key, value, expiry, bias, scale)
+    lists = build_lists(expiry, query.shape[2], query.shape[1] // key.shape[1], max_live)
+    return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+
+
+def backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    scale: float,
+    max_live: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to query, key, value (their dtypes) and bias (float32)."""
+    query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
+    bias = None if bias is None else bias.float().contiguous()
+    lists = build_lists(expiry, query.shape[2], query.shape[1] // key.shape[1], max_live)
+    saved = (output.contiguous(), lse.contiguous())
+    return backward_kernel_launch(grad_output.contiguous(), query, key, value, expiry, bias, *saved, lists, scale)

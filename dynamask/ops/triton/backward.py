@@ -1,0 +1,216 @@
+"""Backward over the forward's lists: one pass gives dQ directly, and dK, dV, dbias by atomic sums in float32."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynamask.ops.triton.forward import LOG2E, row_of
+from dynamask.ops.triton.lists import KeyLists
+
+
+def backward_kernel_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    lists: KeyLists,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous."""
+    batch, heads, num_queries, dim = query.shape
+    groups, length, value_dim = value.shape[1:]
+    ratio = heads // groups
+    # sum_j p_ij · dp_ij = do_i · o_i (FlashAttention's identity)
+    delta = (grad_output.float() * output.float()).sum(-1)
+    d_query = torch.empty_like(query)
+    d_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
+    d_value = torch.zeros(value.shape, dtype=torch.float32, device=key.device)
+    d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
+    narrow = query.element_size() == 2
+    _backward[(lists.index.shape[1], batch * groups)](
+        grad_output,
+        query,
+        key,
+        value,
+        expiry,
+        expiry if bias is None else bias,
+        lse,
+        delta,
+        lists.index,
+        lists.whole,
+        lists.partial,
+        d_query,
+        d_key,
+        d_value,
+        d_bias,
+        scale,
+        heads,
+        num_queries,
+        length,
+        lists.index.shape[1],
+        lists.index.shape[2],
+        GROUPS=groups,
+        RATIO=ratio,
+        RATIO_PAD=triton.next_power_of_2(ratio),
+        M=lists.block,
+        DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+        HAS_BIAS=bias is not None,
+        PRECISION="tf32" if narrow else "ieee",
+        **tiles(max(dim, value_dim), narrow),
+    )
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
+
+
+def tiles(dim: int, narrow: bool) -> dict[str, int]:
+    """Keys per tile, warps and pipeline stages for a head width; `narrow` for 16-bit inputs."""
+    if not narrow or dim > 128:
+        return {"N": 32, "num_warps": 8, "num_stages": 1}
+    return {"N": 64, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _tile(
+    q,
+    do,
+    row_lse,
+    row_delta,
+    dq,
+    position,
+    j,
+    listed,
+    key,
+    value,
+    expiry,
+    bias,
+    d_key,
+    d_value,
+    d_bias,
+    scale,
+    d,
+    dv,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TEST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    wide = j.to(tl.int64)
+    k_place = wide[:, None] * DIM + d[None, :]
+    v_place = wide[:, None] * VALUE_DIM + dv[None, :]
+    k = tl.load(key + k_place, mask=(d < DIM)[None, :], other=0.0)
+    v = tl.load(value + v_place, mask=(dv < VALUE_DIM)[None, :], other=0.0)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    if HAS_BIAS:
+        s += (tl.load(bias + wide) * LOG2E)[None, :]
+    p = tl.exp2(s - row_lse[:, None])
+    if TEST:
+        dies = tl.load(expiry + wide, mask=listed, other=0)
+        p = tl.where((j[None, :] <= position[:, None]) & (position[:, None] < dies[None, :]), p, 0.0)
+    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    ds = p * (dp - row_delta[:, None])
+    if TEST:
+        ds = tl.where((j[None, :] <= position[:, None]) & (position[:, None] < dies[None, :]), ds, 0.0)
+    narrow_ds = ds.to(k.dtype)
+    dq = tl.dot(narrow_ds, k, dq, input_precision=PRECISION)
+    dv_tile = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+    tl.atomic_add(d_value + v_place, dv_tile, mask=listed[:, None] & (dv < VALUE_DIM)[None, :], sem="relaxed")
+    dk_tile = tl.dot(tl.trans(narrow_ds), q, input_precision=PRECISION) * scale
+    tl.atomic_add(d_key + k_place, dk_tile, mask=listed[:, None] & (d < DIM)[None, :], sem="relaxed")
+    if HAS_BIAS:
+        tl.atomic_add(d_bias + wide, tl.sum(ds, 0), mask=listed, sem="relaxed")
+    return dq
+
+
+@triton.jit
+def _backward(
+    grad_output,
+    query,
+    key,
+    value,
+    expiry,
+    bias,
+    lse,
+    delta,
+    index,
+    whole,
+    partial,
+    d_query,
+    d_key,
+    d_value,
+    d_bias,
+    scale,
+    heads,
+    num_queries,
+    length,
+    blocks,
+    capacity,
+    GROUPS: tl.constexpr,
+    RATIO: tl.constexpr,
+    RATIO_PAD: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block = blocks - 1 - tl.program_id(0)
+    row = tl.program_id(1)
+    batch, group = row // GROUPS, row % GROUPS
+    tile = tl.arange(0, RATIO_PAD * M)
+    head, place = tile // M, block * M + tile % M
+    real = (head < RATIO) & (place < num_queries)
+    position = length - num_queries + place
+    q_row = (batch * heads + group * RATIO + head).to(tl.int64) * num_queries + place
+    d = tl.arange(0, DIM_PAD)
+    dv = tl.arange(0, VALUE_PAD)
+    q_mask = real[:, None] & (d < DIM)[None, :]
+    q = tl.load(query + q_row[:, None] * DIM + d[None, :], mask=q_mask, other=0.0)
+    do = tl.load(
+        grad_output + q_row[:, None] * VALUE_DIM + dv[None, :],
+        mask=real[:, None] & (dv < VALUE_DIM)[None, :],
+        other=0.0,
+    )
+    # A row of no query, or of one that saw nothing, weighs nothing: exp2(s - inf) = 0.
+    row_lse = tl.load(lse + q_row, mask=real, other=float("inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+    row_delta = tl.load(delta + q_row, mask=real, other=0.0)
+    base = row.to(tl.int64) * length
+    key += base * DIM
+    d_key += base * DIM
+    value += base * VALUE_DIM
+    d_value += base * VALUE_DIM
+    expiry += base
+    bias += base
+    d_bias += base
+    list_row = index + (row.to(tl.int64) * blocks + block) * capacity
+    num_whole = tl.load(whole + row * blocks + block)
+    whole_tiles = num_whole // N * N
+    tested = num_whole - whole_tiles + tl.load(partial + row * blocks + block)
+    dq = tl.zeros([RATIO_PAD * M, DIM_PAD], tl.float32)
+    n = tl.arange(0, N)
+    for begin in range(0, whole_tiles, N):
+        j = tl.load(list_row + begin + n)
+        dq = _tile(
+            q, do, row_lse, row_delta, dq, position, j, n >= 0, key, value, expiry, bias, d_key, d_value, d_bias,
+            scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, False, PRECISION,
+        )  # fmt: skip
+    for begin in range(0, tested, N):
+        j = row_of(list_row, begin + n, whole_tiles, num_whole, tested, capacity)
+        dq = _tile(
+            q, do, row_lse, row_delta, dq, position, j, begin + n < tested, key, value, expiry, bias, d_key, d_value,
+            d_bias, scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, True, PRECISION,
+        )  # fmt: skip
+    tl.store(d_query + q_row[:, None] * DIM + d[None, :], (dq * scale).to(d_query.dtype.element_ty), mask=q_mask)

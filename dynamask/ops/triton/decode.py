@@ -1,0 +1,173 @@
+"""A few queries over many keys: the keys are split among programs, and the parts merged by their log-sum-exps."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynamask.ops.triton.forward import LN2, LOG2E
+
+MAX_QUERIES = 8
+_SPLIT = 256
+"""Keys per program at least: fewer and the merge costs more than the reading."""
+
+
+def decode(
+    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, Nq, Dv) and lse (B, H, Nq) float32, Nq <= MAX_QUERIES; shapes as in `blocked.forward`.
+
+    Every key is read once, in order, and tested: from a bounded cache nearly all of them are seen.
+    """
+    batch, heads, num_queries, dim = query.shape
+    groups, length, value_dim = value.shape[1:]
+    ratio = heads // groups
+    # Enough programs to fill a large GPU, whatever the batch.
+    splits = max(1, min(triton.cdiv(length, _SPLIT), triton.cdiv(528, batch * groups)))
+    part = triton.cdiv(triton.cdiv(length, splits), 64) * 64
+    splits = max(1, triton.cdiv(length, part))
+    rows = max(16, triton.next_power_of_2(ratio * num_queries))
+    outputs = torch.empty(splits, batch, heads, num_queries, value_dim, dtype=torch.float32, device=query.device)
+    lses = torch.empty(splits, batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    _decode[(splits, batch * groups)](
+        query,
+        key,
+        value,
+        expiry,
+        expiry if bias is None else bias,
+        outputs,
+        lses,
+        scale,
+        batch * heads * num_queries,
+        length,
+        part,
+        NUM_QUERIES=num_queries,
+        RATIO=ratio,
+        ROWS=rows,
+        N=64,
+        DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+        HAS_BIAS=bias is not None,
+        PRECISION="tf32" if query.element_size() == 2 else "ieee",
+        num_warps=4,
+        num_stages=2,
+    )
+    output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    _merge[(batch * heads * num_queries,)](
+        outputs,
+        lses,
+        output,
+        lse,
+        splits,
+        SPLITS_PAD=triton.next_power_of_2(splits),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+        num_warps=4,
+    )
+    return output, lse
+
+
+@triton.jit
+def _decode(
+    query,
+    key,
+    value,
+    expiry,
+    bias,
+    outputs,
+    lses,
+    scale,
+    total_rows,
+    length,
+    part,
+    NUM_QUERIES: tl.constexpr,
+    RATIO: tl.constexpr,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    split = tl.program_id(0)
+    row = tl.program_id(1)
+    tile = tl.arange(0, ROWS)
+    real = tile < RATIO * NUM_QUERIES
+    position = length - NUM_QUERIES + tile % NUM_QUERIES
+    # Rows of one key/value head lie together: (batch, group, head in group, query).
+    q_row = row.to(tl.int64) * RATIO * NUM_QUERIES + tile
+    d = tl.arange(0, DIM_PAD)
+    dv = tl.arange(0, VALUE_PAD)
+    q = tl.load(query + q_row[:, None] * DIM + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+    base = row.to(tl.int64) * length
+    stop = tl.minimum((split + 1) * part, length)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    mixed = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+    for begin in range(split * part, stop, N):
+        j = begin + tl.arange(0, N)
+        there = j < stop
+        dies = tl.load(expiry + base + j, mask=there, other=0)
+        place = base + j
+        k = tl.load(key + place[:, None] * DIM + d[None, :], mask=there[:, None] & (d < DIM)[None, :], other=0.0)
+        v = tl.load(
+            value + place[:, None] * VALUE_DIM + dv[None, :],
+            mask=there[:, None] & (dv < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        if HAS_BIAS:
+            s += (tl.load(bias + place, mask=there, other=0.0) * LOG2E)[None, :]
+        s = tl.where((j[None, :] <= position[:, None]) & (position[:, None] < dies[None, :]), s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_row = split.to(tl.int64) * total_rows + q_row
+    tl.store(
+        outputs + out_row[:, None] * VALUE_DIM + dv[None, :],
+        mixed,
+        mask=real[:, None] & (dv < VALUE_DIM)[None, :],
+    )
+    tl.store(lses + out_row, (top + tl.log2(total)) * LN2, mask=real)
+
+
+@triton.jit
+def _merge(
+    outputs,
+    lses,
+    output,
+    lse,
+    splits,
+    SPLITS_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    rows = tl.num_programs(0).to(tl.int64)
+    s = tl.arange(0, SPLITS_PAD)
+    dv = tl.arange(0, VALUE_PAD)
+    part = tl.load(lses + s * rows + row, mask=s < splits, other=float("-inf"))
+    top = tl.max(part, 0)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2((part - base) * LOG2E)
+    total = tl.sum(weight, 0)
+    tile = tl.load(
+        outputs + (s[:, None] * rows + row) * VALUE_DIM + dv[None, :],
+        mask=(s < splits)[:, None] & (dv < VALUE_DIM)[None, :],
+        other=0.0,
+    )
+    mixed = tl.sum(tile * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(output + row * VALUE_DIM + dv, mixed.to(output.dtype.element_ty), mask=dv < VALUE_DIM)
+    tl.store(lse + row, base + tl.log(total))

@@ -1,0 +1,138 @@
+"""The Triton kernels against float64: on a GPU, or small on a CPU under TRITON_INTERPRET=1.
+
+`test_triton.py` runs this file in a process of its own with the interpreter on, because Triton decides at import.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from dynamask import key_expiry
+from dynamask.ops import attend
+from dynamask.ops.reference import interval_attention_reference
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+# numpy, which the interpreter computes with, has no bfloat16.
+DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def scores_of(kind: str, shape: tuple, generator: torch.Generator) -> torch.Tensor:
+    scores = torch.randn(shape, generator=generator)
+    if kind == "rising":  # every new key outranks all: a sliding window
+        return scores.sort(-1).values
+    if kind == "falling":  # no new key is ever kept: the first ones stay
+        return scores.sort(-1, descending=True).values
+    return (scores * 2).round() if kind == "ties" else scores
+
+
+def check(
+    heads=4, groups=2, queries=None, length=150, dim=32, window=40, local=0, dtype=torch.float32, kind="random",
+    packed=False, padded=False, bias=True, known=True, value_dim=None,
+):  # fmt: skip
+    queries = length if queries is None else queries
+    generator = torch.Generator().manual_seed(heads * 1000 + length)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(dtype).to(DEVICE).requires_grad_()
+
+    query, key = draw(2, heads, queries, dim), draw(2, groups, length, dim)
+    value = draw(2, groups, length, value_dim or dim)
+    scores = scores_of(kind, (2, groups, length), generator).to(DEVICE).requires_grad_()
+    segments = (torch.rand(2, length, generator=generator) < 0.03).long().cumsum(-1).to(DEVICE) if packed else None
+    mask = (torch.rand(2, length, generator=generator) < 0.8).to(DEVICE) if padded else None
+    expiry = key_expiry(scores.detach(), window, local=local, segment_ids=segments, key_mask=mask)
+    inputs = (query, key, value) + ((scores,) if bias else ())
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    expected = interval_attention_reference(*wide[:3], expiry, wide[3] if bias else None, dim**-0.5)
+    actual = attend(
+        query, key, value, expiry, bias=scores if bias else None, backend="triton", max_live=window if known else 0
+    )
+    grad = torch.randn(expected.shape, generator=generator).to(dtype).to(DEVICE)
+    pairs = [(actual, expected)]
+    pairs += zip(
+        torch.autograd.grad(actual, inputs, grad), torch.autograd.grad(expected, wide, grad.double()), strict=True
+    )
+    for got, wanted in pairs:
+        error = (got.double() - wanted).norm() / wanted.norm().clamp(min=1e-9)
+        assert error < TOLERANCE[dtype], error
+    return actual
+
+
+@pytest.mark.parametrize("kind", ["random", "rising", "falling", "ties"])
+@pytest.mark.parametrize("known", [True, False])
+def test_score_patterns(kind: str, known: bool) -> None:
+    check(kind=kind, known=known)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (6, 2), (8, 1)])
+def test_dtypes_and_head_ratios(dtype: torch.dtype, heads: int, groups: int) -> None:
+    check(heads=heads, groups=groups, dtype=dtype, length=100)
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256] if GPU else [64, 96])
+@pytest.mark.parametrize("dtype", DTYPES if GPU else [torch.float32])
+def test_head_dims(dim: int, dtype: torch.dtype) -> None:
+    check(dim=dim, length=300 if GPU else 60, dtype=dtype)
+
+
+def test_packed_padded_and_both() -> None:
+    check(packed=True)
+    check(padded=True)
+    check(packed=True, padded=True, local=7, known=False)
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8, 9, 77])
+def test_fewer_queries_than_keys(queries: int) -> None:
+    if queries <= 8:
+        with torch.no_grad():
+            query, key, value = (torch.randn(2, h, n, 32, device=DEVICE) for h, n in ((4, queries), (2, 700), (2, 700)))
+            scores = torch.randn(2, 2, 700, device=DEVICE)
+            expiry = key_expiry(scores, 300, local=20)
+            actual = attend(query, key, value, expiry, bias=scores, backend="triton")
+            expected = interval_attention_reference(
+                query.double(), key.double(), value.double(), expiry, scores.double(), 32**-0.5
+            )
+            torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    check(queries=queries)
+
+
+def test_without_bias_and_with_another_value_width() -> None:
+    check(bias=False)
+    check(value_dim=16)
+
+
+def test_query_without_keys() -> None:
+    query, key, value = (torch.randn(1, 2, 40, 32, device=DEVICE).requires_grad_() for _ in range(3))
+    expiry = torch.arange(40, device=DEVICE).int().expand(1, 2, 40).contiguous()
+    expiry[:, :, 20:] = 40
+    output = attend(query, key, value, expiry, backend="triton")
+    assert (output[:, :, :20] == 0).all()
+    output.sum().backward()
+    for tensor in (query, key, value):
+        assert (tensor.grad[:, :, :20] == 0).all()
+        assert torch.isfinite(tensor.grad).all()
+
+
+def test_deterministic_mode_is_bitwise() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        grads = []
+        for _ in range(5):
+            generator = torch.Generator().manual_seed(0)
+            inputs = [torch.randn(1, 2, 150, 32, generator=generator).to(DEVICE).requires_grad_() for _ in range(3)]
+            expiry = key_expiry(torch.randn(1, 2, 150, generator=generator).to(DEVICE), 40)
+            attend(*inputs, expiry, backend="triton").square().sum().backward()
+            grads.append([t.grad for t in inputs])
+        for other in grads[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
