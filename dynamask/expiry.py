@@ -66,13 +66,7 @@ def key_expiry(
     elif contested >= length:
         expiry = end[:, None].expand(batch, heads, length)
     else:
-        rank = key_rank(scores, key_mask)
-        threshold = _prefix_threshold(rank, start, contested)
-        # Within a segment the threshold only rises; offsetting each segment by more than any rank makes one
-        # increasing sequence per row, and a search in it stops at the segment's end by itself.
-        offset = (start * (length + 1)).unsqueeze(1)
-        expiry = torch.searchsorted(threshold + offset, rank + offset, right=True)
-        expiry = torch.maximum(expiry, position)
+        expiry = _contested_expiry(key_rank(scores, key_mask), start, end, contested)
     expiry = torch.minimum(expiry + local, end[:, None])
     if key_mask is not None:
         expiry = torch.where(key_mask[:, None], expiry, position)
@@ -167,6 +161,29 @@ def segment_bounds(segment_ids: Tensor | None, batch: int, length: int, device: 
     closes[:, :-1] = opens[:, 1:]
     end = torch.where(closes, position + 1, length).flip(-1).cummin(-1).values.flip(-1)
     return start, end
+
+
+def _contested_expiry(rank: Tensor, start: Tensor, end: Tensor, count: int) -> Tensor:
+    """Where `count` keys of the segment's prefix first outrank each key: (B, G, N), never before the key itself.
+
+    Args:
+        rank: (B, G, N) int64 permutation of 0..N-1.
+        start, end: (B, N) int64 bounds of each position's segment.
+        count: places in the contest.
+    """
+    if rank.is_cuda and not torch.compiler.is_compiling():
+        try:
+            from dynamask.ops.triton.expiry import contested_expiry
+        except ImportError:  # a CUDA build without Triton: the tensor operations below give the same, slower
+            pass
+        else:
+            return contested_expiry(rank, start, end, count)
+    threshold = _prefix_threshold(rank, start, count)
+    # Within a segment the threshold only rises; offsetting each segment by more than any rank makes one
+    # increasing sequence per row, and a search in it stops at the segment's end by itself.
+    offset = (start * (rank.shape[-1] + 1)).unsqueeze(1)
+    expiry = torch.searchsorted(threshold + offset, rank + offset, right=True)
+    return torch.maximum(expiry, torch.arange(rank.shape[-1], device=rank.device))
 
 
 def _prefix_threshold(rank: Tensor, start: Tensor, count: int) -> Tensor:

@@ -57,7 +57,8 @@ def check(dim: int, heads: int, groups: int, window: int, kind: str, dtype: torc
     grad = torch.randn(query.shape, device="cuda", dtype=dtype)
     inputs = (query, key, value, scores)
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    expected = interval_attention_reference(*wide[:3], expiry, wide[3], dim**-0.5)
+    wide_query, wide_key, wide_value, wide_scores = wide
+    expected = interval_attention_reference(wide_query, wide_key, wide_value, expiry, wide_scores, dim**-0.5)
     wanted = (expected, *torch.autograd.grad(expected, wide, grad.double()))
     actual = attend(query, key, value, expiry, bias=scores, backend="triton", max_live=window)
     got = (actual, *torch.autograd.grad(actual, inputs, grad))
@@ -66,7 +67,7 @@ def check(dim: int, heads: int, groups: int, window: int, kind: str, dtype: torc
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         dense = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
     full = torch.full(shape, length, dtype=torch.int32, device="cuda")
-    reference = interval_attention_reference(*(t.detach().double() for t in inputs[:3]), full, None, dim**-0.5)
+    reference = interval_attention_reference(wide_query, wide_key, wide_value, full, None, dim**-0.5)
     result["flash_output"] = _error(dense, reference)
     return result
 
@@ -144,11 +145,11 @@ def time_decode(context: int, window: int, batch: int, dim: int = 128, heads: in
     return row
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Callable[[], Tensor]:
+def _flash(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, expiry: Tensor) -> Callable[[], Tensor]:
     return _sdpa(SDPBackend.FLASH_ATTENTION, query, key, value)
 
 
-def _cudnn(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Callable[[], Tensor]:
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, expiry: Tensor) -> Callable[[], Tensor]:
     return _sdpa(SDPBackend.CUDNN_ATTENTION, query, key, value)
 
 
@@ -160,7 +161,7 @@ def _sdpa(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Cal
     return attention
 
 
-def _fa3(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Callable[[], Tensor]:
+def _fa3(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, expiry: Tensor) -> Callable[[], Tensor]:
     try:
         from fa3_fwd_interface import flash_attn_func
     except ImportError:
@@ -185,7 +186,12 @@ def _flex(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, expiry: Ten
     return lambda: compiled(query, key, value, score_mod=bias, block_mask=blocks, enable_gqa=True)
 
 
-_PEERS = {"flash": _flash, "cudnn": _cudnn, "fa3": _fa3, "flex": _flex}
+_PEERS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Callable[[], Tensor]]] = {
+    "flash": _flash,
+    "cudnn": _cudnn,
+    "fa3": _fa3,
+    "flex": _flex,
+}
 
 
 def _ms(run: Callable[[], Any]) -> float:

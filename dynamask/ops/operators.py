@@ -36,7 +36,7 @@ def interval_attention_op(
     if backend == "triton":
         from dynamask.ops import triton as kernels
 
-        return kernels.forward(query, key, value, expiry, bias, scale, max_live)
+        return kernels.interval_forward(query, key, value, expiry, bias, scale, max_live)
     return blocked.forward(query, key, value, expiry, bias, scale)
 
 
@@ -75,7 +75,7 @@ def interval_attention_backward_op(
     if backend == "triton" and not torch.are_deterministic_algorithms_enabled():
         from dynamask.ops import triton as kernels
 
-        return kernels.backward(grad_output, query, key, value, expiry, bias, output, lse, scale, max_live)
+        return kernels.interval_backward(grad_output, query, key, value, expiry, bias, output, lse, scale, max_live)
     return blocked.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
 
 

@@ -136,3 +136,22 @@ def test_deterministic_mode_is_bitwise() -> None:
             assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("length", [1, 2, 37, 1500])
+@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
+def test_expiry_is_the_cpu_definition(length: int, kind: str) -> None:
+    from dynamask.expiry import _contested_expiry, key_rank, segment_bounds
+    from dynamask.ops.triton.expiry import contested_expiry
+
+    generator = torch.Generator().manual_seed(length)
+    scores = scores_of(kind, (2, 2, length), generator)
+    scores[torch.rand(scores.shape, generator=generator) < 0.05] = float("nan")
+    segments = (torch.rand(2, length, generator=generator) < 0.05).long().cumsum(-1)
+    for ids in (None, segments):
+        start, end = segment_bounds(ids, 2, length, scores.device)
+        for count in (1, 5, 400):
+            rank = key_rank(scores)
+            expected = _contested_expiry(rank, start, end, count)
+            actual = contested_expiry(*(t.to(DEVICE) for t in (rank, start, end)), count)
+            torch.testing.assert_close(actual.cpu().long(), expected)

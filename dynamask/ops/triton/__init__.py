@@ -28,7 +28,7 @@ def is_available() -> bool:
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def forward(
+def interval_forward(
     query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, max_live: int
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp; shapes as in `dynamask.ops.blocked.forward`.
@@ -44,7 +44,7 @@ def forward(
     return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
 
 
-def backward(
+def interval_backward(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
