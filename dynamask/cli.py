@@ -288,6 +288,30 @@ def benchmark_cpu_command(
         output.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
 
 
+@benchmark_app.command("gpu")
+def benchmark_gpu_command(
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="Sequence length; repeatable.")] = None,
+    windows: Annotated[list[int] | None, typer.Option("--window", help="Keys per query; repeatable.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write FOLDER.json and FOLDER.md beside each other.")] = None,
+) -> None:
+    """The Triton kernels against SDPA (flash, cuDNN), FlashAttention-3 (`fa3-fwd`) and FlexAttention, on one GPU.
+
+    **Example**: `dynamask benchmark gpu --length 32768 --window 2048 --output benchmarks/results/h100`
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError("no CUDA device here: `dynamask benchmark cpu` times the CPU path")
+    from dynamask.benchmarking.gpu import benchmark_gpu, markdown
+
+    results = benchmark_gpu(lengths or [8192, 32768, 131072], windows or [1024, 2048])
+    table = markdown(results)
+    print(table)
+    if output:
+        output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        output.with_suffix(".md").write_text(table)
+
+
 @report_app.command("parameters")
 def report_parameters(
     preset: Annotated[str | None, typer.Option(help="One preset; default: all of them.")] = None,

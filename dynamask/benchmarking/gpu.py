@@ -6,7 +6,6 @@ Peers: PyTorch SDPA with the flash and the cuDNN backend (dense causal), FlashAt
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable
 from functools import partial
@@ -212,6 +211,66 @@ def _ms_graph(run: Callable[[], Any]) -> float:
     return _ms(graph.replay) / 20
 
 
-def geometric_mean(values: list[float]) -> float:
-    """Of positive numbers."""
-    return math.exp(sum(math.log(v) for v in values) / len(values))
+def benchmark_gpu(lengths: list[int], windows: list[int]) -> dict[str, Any]:
+    """Check, then time, the operator at H = 16, G = 4 and 16, D = 128 and 64, and decoding.
+
+    Args:
+        lengths: N to time.
+        windows: w to time.
+
+    Returns:
+        "environment", "errors" (against float64), "attention" and "decode" rows.
+
+    Raises:
+        AssertionError: an output error above 1.5 times flash SDPA's on its own problem, or a gradient off by 1%.
+    """
+    errors = []
+    for kind in ("random", "rising", "falling"):
+        for dim, groups in ((128, 4), (128, 16), (64, 4)):
+            row = check(dim, 16, groups, 512, kind, torch.bfloat16)
+            if not (row["output"] <= 1.5 * row["flash_output"] and max(row.values()) < 1e-2):
+                raise AssertionError(f"wrong result, so no time is worth anything: {kind}, D={dim}, G={groups}: {row}")
+            errors.append({"scores": kind, "D": dim, "G": groups, **row})
+    attention = []
+    for dim, groups in ((128, 4), (128, 16), (64, 4)):
+        for window in windows:
+            for length in lengths:
+                if window >= length:
+                    continue
+                peers: tuple[str, ...] = ("flash", "cudnn", "fa3") if window == windows[-1] else ()
+                if length == 32768 and window == windows[-1] and groups == 4:
+                    peers += ("flex",)
+                attention.append(time_attention(length, dim, 16, groups, window, peers=peers))
+    for kind in ("rising", "falling"):
+        attention.append(time_attention(32768, 128, 16, 4, windows[-1], kind=kind))
+    decode = [
+        time_decode(context, 2048, batch)
+        for batch in (1, 32)
+        for context in (2048, 32768, 524288)
+        if batch < 32 or context < 524288
+    ]
+    return {"environment": environment(), "errors": errors, "attention": attention, "decode": decode}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as tables for people."""
+    lines = [", ".join(f"{key} {value}" for key, value in results["environment"].items()), ""]
+    lines += ["bfloat16, batch 1, random scores unless said; milliseconds; TFLOP/s of useful work", ""]
+    columns = ("N", "D", "G", "w", "scores", "expiry_ms", "lists_ms", "forward_ms", "forward_tflops", "fa3_forward_ms")
+    columns += ("backward_ms", "backward_tflops", "cudnn_forward_ms", "cudnn_backward_ms", "flash_forward_ms")
+    columns += ("flash_backward_ms", "flex_forward_ms")
+    lines += [" | ".join(columns), " | ".join("---" for _ in columns)]
+    for row in results["attention"]:
+        lines.append(" | ".join(_cell(row.get(column)) for column in columns))
+    lines += ["", "Decoding, microseconds of one step's attention:", "", "context | batch | bounded cache | dense SDPA"]
+    lines.append("--- | --- | --- | ---")
+    for row in results["decode"]:
+        cells = (row["context"], row["B"], row["bounded_us"], row.get("dense_us"))
+        lines.append(" | ".join(_cell(cell) for cell in cells))
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -75,7 +75,8 @@ def tiles(dim: int, narrow: bool) -> dict[str, int]:
     """Keys per tile, warps and pipeline stages for a head width; `narrow` for 16-bit inputs."""
     if not narrow or dim > 128:
         return {"N": 32, "num_warps": 8, "num_stages": 1}
-    return {"N": 64, "num_warps": 8, "num_stages": 2}
+    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md).
+    return {"N": 64, "num_warps": 8, "num_stages": 2} if dim > 64 else {"N": 32, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
