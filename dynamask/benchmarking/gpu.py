@@ -256,9 +256,11 @@ def markdown(results: dict[str, Any]) -> str:
     """The results as tables for people."""
     lines = [", ".join(f"{key} {value}" for key, value in results["environment"].items()), ""]
     lines += ["bfloat16, batch 1, random scores unless said; milliseconds; TFLOP/s of useful work", ""]
-    columns = ("N", "D", "G", "w", "scores", "expiry_ms", "lists_ms", "forward_ms", "forward_tflops", "fa3_forward_ms")
-    columns += ("backward_ms", "backward_tflops", "cudnn_forward_ms", "cudnn_backward_ms", "flash_forward_ms")
-    columns += ("flash_backward_ms", "flex_forward_ms")
+    columns = [
+        *("N", "D", "G", "w", "scores", "expiry_ms", "lists_ms", "forward_ms", "forward_tflops", "backward_ms"),
+        *("backward_tflops", "fa3_forward_ms", "cudnn_forward_ms", "cudnn_backward_ms", "flash_forward_ms"),
+        *("flash_backward_ms", "flex_forward_ms"),
+    ]
     lines += [" | ".join(columns), " | ".join("---" for _ in columns)]
     for row in results["attention"]:
         lines.append(" | ".join(_cell(row.get(column)) for column in columns))

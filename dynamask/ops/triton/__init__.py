@@ -20,7 +20,7 @@ from torch import Tensor
 from dynamask.ops.triton.backward import backward_kernel_launch
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
-from dynamask.ops.triton.lists import build_lists
+from dynamask.ops.triton.lists import KeyLists, build_lists, rows_of
 
 
 def is_available() -> bool:
@@ -40,7 +40,7 @@ def interval_forward(
     bias = None if bias is None else bias.float().contiguous()
     if query.shape[2] <= MAX_QUERIES:
         return decode(query, key, value, expiry, bias, scale)
-    lists = build_lists(expiry, query.shape[2], query.shape[1] // key.shape[1], max_live)
+    lists = _lists(query, value, expiry, max_live)
     return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
 
 
@@ -59,6 +59,11 @@ def interval_backward(
     """Gradients to query, key, value (their dtypes) and bias (float32)."""
     query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
     bias = None if bias is None else bias.float().contiguous()
-    lists = build_lists(expiry, query.shape[2], query.shape[1] // key.shape[1], max_live)
+    lists = _lists(query, value, expiry, max_live)
     saved = (output.contiguous(), lse.contiguous())
     return backward_kernel_launch(grad_output.contiguous(), query, key, value, expiry, bias, *saved, lists, scale)
+
+
+def _lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
+    rows = rows_of(max(query.shape[3], value.shape[3]), query.element_size())
+    return build_lists(expiry, query.shape[2], query.shape[1] // value.shape[1], max_live, rows)

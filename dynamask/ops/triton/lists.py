@@ -41,12 +41,22 @@ class KeyLists(NamedTuple):
     block: int
 
 
-def block_of(ratio: int) -> int:
-    """Queries per block for H / G query heads on one key/value head, so that a tile has `ROWS` rows."""
-    return max(16, ROWS // triton.next_power_of_2(ratio))
+def block_of(ratio: int, rows: int = ROWS) -> int:
+    """Queries per block for H / G query heads on one key/value head, so that a tile has `rows` rows."""
+    return max(16, rows // triton.next_power_of_2(ratio))
 
 
-def build_lists(expiry: Tensor, num_queries: int, ratio: int, max_live: int) -> KeyLists:
+def rows_of(dim: int, element_size: int) -> int:
+    """Rows of a tile whose queries, keys, values and gradients fit Hopper's 227 KiB of shared memory.
+
+    Args:
+        dim: the wider of the key's and the value's head width.
+        element_size: bytes per number.
+    """
+    return ROWS if dim <= 128 else ROWS * 2 // (2 * element_size)
+
+
+def build_lists(expiry: Tensor, num_queries: int, ratio: int, max_live: int, tile_rows: int = ROWS) -> KeyLists:
     """Build the lists.
 
     Args:
@@ -54,10 +64,11 @@ def build_lists(expiry: Tensor, num_queries: int, ratio: int, max_live: int) -> 
         num_queries: Nq; the queries are the last Nq positions.
         ratio: H / G.
         max_live: no query sees more keys than this; 0 if unknown, which costs a synchronisation.
+        tile_rows: rows of a query tile.
     """
     batch, groups, length = expiry.shape
     rows = batch * groups
-    block = block_of(ratio)
+    block = block_of(ratio, tile_rows)
     blocks, coarse_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, _COARSE)
     flat = expiry.view(rows, length)
 

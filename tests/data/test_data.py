@@ -1,0 +1,175 @@
+"""Sources, tokenizer, shards and blocks: what goes in comes out, and bad input is named."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+
+from dynamask.data import Corpus, PackedDataset, documents, load_tokenizer, prepare, shards, train_tokenizer
+from dynamask.errors import UsageError
+
+TEXTS = [f"document number {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 1) for i in range(40)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = tmp_path / "texts"
+    (source / "deep").mkdir(parents=True)
+    for i, text in enumerate(TEXTS[:20]):
+        (source / f"{i:02d}.txt").write_text(text)
+    rows = [json.dumps({"text": text, "other": 1}) for text in TEXTS[20:30]]
+    (source / "deep" / "table.jsonl").write_text("\n".join(rows) + "\n\n")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS[30:]}), source / "deep" / "table.parquet")
+    (source / "picture.png").write_bytes(b"\x89PNG")
+    return source
+
+
+def test_a_folder_gives_all_its_texts(folder) -> None:
+    assert sorted(d.text for d in documents([str(folder)])) == sorted(TEXTS)
+    assert [d.text for d in documents([str(folder / "03.txt")])] == [TEXTS[3]]
+
+
+def test_the_standard_library_is_a_source() -> None:
+    first = next(documents(["stdlib"]))
+    assert first.name.endswith(".py")
+    assert len(first.text) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("latin.txt", "caf\xe9".encode("latin-1"), "latin.txt is not UTF-8 \\(byte 3: 0xe9\\)"),
+        ("broken.jsonl", b'{"text": "a"}\n{"text"', "broken.jsonl, line 2"),
+        ("column.jsonl", b'{"content": "a"}\n', 'line 1: expected a JSON object with a "text" field'),
+        ("number.jsonl", b'{"text": 3}\n', '"text" must be a string; got int'),
+        ("broken.parquet", b"not parquet", "cannot read .*broken.parquet as parquet"),
+    ],
+)
+def test_bad_files_are_named_or_skipped(tmp_path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "zz.txt").write_text("fine")
+    with pytest.raises(UsageError, match=message):
+        list(documents([str(tmp_path)]))
+    skipped: list[str] = []
+    kept = list(documents([str(tmp_path)], errors="skip", skipped=skipped))
+    assert kept[-1].text == "fine"
+    assert len(skipped) == 1
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_unreadable_file_is_named(tmp_path) -> None:
+    (tmp_path / "secret.txt").write_text("x")
+    (tmp_path / "secret.txt").chmod(0)
+    with pytest.raises(UsageError, match=r"cannot read .*secret.txt"):
+        list(documents([str(tmp_path)]))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("./nowhere", "no such file"), ("gone.txt", "no such file"), ("no-such/dataset", "could be loaded from the hub")],
+)
+def test_missing_sources_are_named(source: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        list(documents([source]))
+
+
+def test_empty_corpora_are_named_and_leave_nothing(tmp_path) -> None:
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(UsageError, match="holds no text"):
+        list(documents([str(tmp_path / "texts")]))
+    (tmp_path / "texts" / "blank.txt").write_text(" \n ")
+    with pytest.raises(UsageError, match="there is nothing to train on"):
+        prepare([str(tmp_path / "texts")], tmp_path / "corpus", vocab_size=300)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts"]
+
+
+def test_tokens_round_trip_and_splits_share_no_document(folder, tmp_path) -> None:
+    corpus = prepare([str(folder)], tmp_path / "corpus", vocab_size=300, validation=0.25)
+    tokenizer = corpus.tokenizer
+    found = {}
+    for split in ("train", "validation"):
+        stream = np.concatenate(corpus.tokens(split))
+        starts = [*corpus.document_starts(split), len(stream)]
+        found[split] = [tokenizer.decode(stream[a : b - 1]) for a, b in itertools.pairwise(starts)]
+        assert all(stream[b - 1] == tokenizer.eos_token_id for b in starts[1:])
+    assert sorted(found["train"] + found["validation"]) == sorted(TEXTS)
+    assert 1 <= len(found["validation"]) <= 20
+
+
+def test_shards_may_be_cut_anywhere(folder, tmp_path, monkeypatch) -> None:
+    whole = prepare([str(folder)], tmp_path / "whole", vocab_size=300)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 97)
+    cut = prepare([str(folder)], tmp_path / "cut", vocab_size=300)
+    assert len(cut.tokens("train")) > 5
+    assert all(len(shard) == 97 for shard in cut.tokens("train")[:-1])
+    first, second = (PackedDataset(corpus, "train", 64) for corpus in (whole, cut))
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_blocks_mark_where_documents_begin(folder, tmp_path) -> None:
+    corpus = prepare([str(folder)], tmp_path / "corpus", vocab_size=300)
+    stream = np.concatenate(corpus.tokens("train"))
+    starts = set(corpus.document_starts("train").tolist())
+    dataset = PackedDataset(corpus, "train", 50)
+    for number, block in enumerate(dataset):
+        assert (block["input_ids"].numpy() == stream[number * 50 : (number + 1) * 50]).all()
+        position = 0
+        for place in range(50):
+            begins = number * 50 + place in starts
+            position = 0 if begins or place == 0 else position + 1
+            assert block["position_ids"][place] == position
+            assert (block["labels"][place] == -100) == begins
+
+
+def test_an_unchanged_corpus_is_reused_and_a_changed_one_made_again(folder, tmp_path) -> None:
+    target = tmp_path / "corpus"
+    prepare([str(folder)], target, vocab_size=300)
+    stamp = (target / "index.json").stat().st_mtime_ns
+    prepare([str(folder)], target, vocab_size=300)
+    assert (target / "index.json").stat().st_mtime_ns == stamp
+    (folder / "99.txt").write_text("one more document")
+    again = prepare([str(folder)], target, vocab_size=300)
+    assert (target / "index.json").stat().st_mtime_ns != stamp
+    documents_now = sum(again.index["splits"][split]["documents"] for split in ("train", "validation"))
+    assert documents_now == 41
+
+
+def test_one_document_still_makes_two_splits(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS[-1])
+    corpus = prepare([str(tmp_path / "a.txt")], tmp_path / "corpus", vocab_size=300)
+    assert all(corpus.index["splits"][split]["tokens"] > 0 for split in ("train", "validation"))
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(folder, tmp_path, monkeypatch) -> None:
+    def full(*_args, **_options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards, "_write", full)
+    with pytest.raises(UsageError, match="the disk is full"):
+        prepare([str(folder)], tmp_path / "corpus", vocab_size=300)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts"]
+
+
+def test_settings_that_cannot_be_are_named(folder, tmp_path) -> None:
+    with pytest.raises(UsageError, match="at least 257 tokens"):
+        train_tokenizer(["a"], 100)
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        prepare([str(folder)], tmp_path / "c", vocab_size=300, validation=1.5)
+    with pytest.raises(UsageError, match="cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="not a prepared corpus"):
+        Corpus.open(tmp_path / "nothing")
+    corpus = prepare([str(folder)], tmp_path / "corpus", vocab_size=300)
+    with pytest.raises(UsageError, match="less than one block"):
+        PackedDataset(corpus, "validation", 10**6)
+    with pytest.raises(UsageError, match=r"set model\.vocab_size=300"):
+        prepare([str(folder)], tmp_path / "c", vocab_size=290, tokenizer=str(tmp_path / "corpus" / "tokenizer"))
