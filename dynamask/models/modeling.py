@@ -135,8 +135,6 @@ class DynamaskModel(DynamaskPreTrainedModel):
             use_cache = False  # recomputing a layer in the backward pass would extend its cache twice
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
-        elif not use_cache and past_key_values is None:
-            past_key_values = None
         sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
         states: tuple[Tensor, ...] = ()
