@@ -40,6 +40,7 @@ from dynamask.cache import BoundedCache
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import SequenceInfo
 from dynamask.mixers.dma import DynamicMaskGate, dynamic_mask_mix
+from dynamask.models.generation import OwnCacheGeneration
 
 
 def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -160,7 +161,7 @@ def _first_output(module: nn.Module, inputs: Any, output: Any) -> Tensor:
     return output[0]
 
 
-class ConvertedModel:
+class ConvertedModel(OwnCacheGeneration):
     """What the converted classes share, mixed in before the transformers class."""
 
     config: Any
@@ -184,16 +185,8 @@ class ConvertedModel:
                 init.zeros_(module.delta.bias)
             init.zeros_(module.gate)
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
-        if chosen or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(  # type: ignore[misc]
-                generation_config, model_kwargs, *args, **kwargs
-            )
-        else:
-            model_kwargs["past_key_values"] = BoundedCache(self.config)
+    def _new_cache(self) -> Cache:
+        return BoundedCache(self.config)
 
 
 def _register(config_class: type, model_class: type) -> tuple[type, type]:

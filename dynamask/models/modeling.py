@@ -18,6 +18,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.expiry import check_segment_ids
 from dynamask.mixers import DynamicMaskGate, Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.models.configuration import DynamaskConfig
+from dynamask.models.generation import OwnCacheGeneration
 
 
 def new_cache(config: DynamaskConfig) -> Cache:
@@ -154,7 +155,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
 
-class DynamaskForCausalLM(DynamaskPreTrainedModel, GenerationMixin):
+class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, GenerationMixin):
     """The decoder with an output layer over the vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -215,15 +216,8 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, GenerationMixin):
         )
         return output if return_dict is not False else output.to_tuple()
 
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Give `generate` the mixer's own cache unless the caller chose one."""
-        chosen = model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation
-        if chosen or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        else:
-            model_kwargs["past_key_values"] = new_cache(self.config)
+    def _new_cache(self) -> Cache:
+        return new_cache(self.config)
 
 
 def _sequence_info(
