@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -57,7 +58,9 @@ class MultiHeadLatentAttention(Mixer):
         value = config.v_head_dim or dim
         # kv_down and kv_up share the budget of k_proj and v_proj, give or take what the widths changed.
         budget = 2 * hidden * (heads + config.num_key_value_heads) * dim
-        budget -= hidden * heads * (nope + rope + value) + hidden * rope
+        query_dim, query_rank = heads * (nope + rope), config.q_lora_rank
+        queries = hidden * query_rank + query_rank + query_rank * query_dim if query_rank else hidden * query_dim
+        budget -= queries + hidden * heads * value + hidden * rope
         rank = max(8, round(budget / (hidden + heads * (nope + value)) / 8) * 8)
         return {
             "qk_rope_head_dim": rope,
@@ -107,7 +110,13 @@ class MultiHeadLatentAttention(Mixer):
         up_key, up_value = up.split([self.nope_dim, self.value_dim], dim=1)
         query = torch.cat([torch.einsum("bhnd,hdr->bhnr", q_nope, up_key), q_rope], dim=-1)
         key = torch.cat([latent, k_rope], dim=-1)
-        mixed = dense_attention(query, key, latent, sequence, scale=self.scale)
+        mask = None
+        if sequence.key_mask is not None:
+            mask = sequence.key_mask[:, None, None]
+            mask = mask | ~mask.any(-1, keepdim=True)  # a row of padding alone: numbers without meaning, not NaN
+        # SDPA rather than interval attention: one query needs no intervals, and at this head width (768 in the
+        # largest preset) the GPU kernels' tiles would not fit.
+        mixed = F.scaled_dot_product_attention(query, key, latent, attn_mask=mask, scale=self.scale, enable_gqa=True)
         return torch.einsum("bhnr,hvr->bhnv", mixed, up_value)
 
 

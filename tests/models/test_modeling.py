@@ -128,6 +128,16 @@ def test_presets_are_fair(name: str) -> None:
     assert max(abs(count / counts["mha"] - 1) for count in counts.values()) < 0.02
 
 
+@pytest.mark.parametrize("rank", [None, 64, 96, 128])
+def test_mla_is_as_large_as_mha_whatever_its_query_rank(rank: int | None) -> None:
+    with torch.device("meta"):
+        sizes = [
+            sum(p.numel() for p in DynamaskForCausalLM(preset("tiny", **fields)).model.layers.parameters())
+            for fields in ({"attention": "mla", "q_lora_rank": rank}, {"attention": "mha"})
+        ]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.02
+
+
 def test_largest_preset_has_qwen3s_shape() -> None:
     config = preset("1.7b")
     shape = (config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.vocab_size)
