@@ -35,7 +35,8 @@ def test_flas_kernels_agree_with_the_torch_path(length: int) -> None:
     gradients = torch.autograd.grad(actual, inputs, grad.half()), torch.autograd.grad(expected, wide, grad)
     pairs += zip(("query", "key", "value", "gates"), *gradients, strict=True)
     for name, got, wanted in pairs:
-        # A block whose importance ties within half precision may be chosen differently: hence not rounding alone.
+        # Seen on an H100: 4e-4 at 512 and 7e-3 to 1e-2 at 1000, above rounding. Queries that select another block
+        # when importances nearly tie in half precision would explain it; that cause has not been established.
         error = ((got.float() - wanted).norm() / wanted.norm()).item()
         print(name, f"{error:.1e}")
         assert error < 2e-2, (name, error)
