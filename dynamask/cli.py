@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -48,11 +49,19 @@ def main() -> None:
     except (UsageError, InvalidInputError, CacheRollbackError) as error:
         if os.environ.get("DYNAMASK_DEBUG"):
             raise
-        errors.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("interrupted; run the same command again to continue from the last checkpoint")
         sys.exit(130)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a mistake.")] = False,
+) -> None:
+    if debug:
+        os.environ["DYNAMASK_DEBUG"] = "1"
 
 
 def _progress(stream: Iterable[Any], description: str) -> Iterator[Any]:
@@ -97,6 +106,10 @@ def train(
 
     settings = TrainConfig.load(config, overrides or [])
     result = run(settings, progress=_progress)
+    if result.skipped:
+        errors.print(
+            f"left out {len(result.skipped)} unreadable files, such as: {escape(result.skipped[0])}", soft_wrap=True
+        )
     console.print(f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
     console.print(f"model: {result.model_dir}", soft_wrap=True)
 
@@ -126,6 +139,11 @@ def evaluate(
     from dynamask.evaluation import perplexity_by_position
     from dynamask.training import open_corpus, open_run
 
+    for name, value, least in (("context", context, 2), ("batch-size", batch_size, 1), ("limit", limit, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"--{name} must be at least {least}; got {value}")
+    if output and not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} to write {output.name} to: create it first")
     loaded, tokenizer = open_run(model)
     with tempfile.TemporaryDirectory() as scratch:
         if data:
@@ -135,7 +153,7 @@ def evaluate(
                 f"{scratch}/corpus",
                 vocab_size=len(tokenizer),
                 tokenizer=f"{scratch}/tokenizer",
-                validation=1e-9,
+                validation=0.0,
                 progress=_progress,
             )
             blocks = PackedDataset(corpus, "train", context)
@@ -273,6 +291,10 @@ def benchmark_cpu_command(
 ) -> None:
     """Interval attention against masked and dense SDPA on this CPU."""
     from dynamask.benchmarking.cpu import benchmark_cpu, environment
+
+    for name, value in (("length", min(lengths or [1])), ("window", window), ("repeats", repeats)):
+        if value < 1:
+            raise UsageError(f"--{name} must be at least 1; got {value}")
 
     rows = benchmark_cpu(lengths or [2048, 4096, 8192], window, repeats=repeats)
     table = Table(

@@ -84,14 +84,14 @@ def prepare(
         folder: where the corpus is to be.
         vocab_size: tokens of the tokenizer trained on the spot, and the most a given one may have.
         tokenizer: folder or hub name of a given tokenizer; None trains one on the documents.
-        validation: share of the documents held out, chosen by a hash of their names.
+        validation: share of the documents held out, chosen by a hash of their names; 0: all of them are "train".
         errors: "fail" or "skip", for files that cannot be read.
         progress: wraps the documents as they are read, given a description.
 
     Raises:
         UsageError: no text at all, a tokenizer larger than vocab_size, a full disk, whatever `documents` raises.
     """
-    if not 0 < validation < 1:
+    if not 0 <= validation < 1:
         raise UsageError(f"validation is a share of the documents, between 0 and 1; got {validation}")
     folder = Path(folder)
     fingerprint = _fingerprint(sources, tokenizer, vocab_size, validation, errors)
@@ -99,6 +99,12 @@ def prepare(
         corpus = Corpus.open(folder)
         if corpus.index["fingerprint"] == fingerprint:
             return corpus
+    elif (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
+        # It would be replaced by the corpus, and it is not ours to delete.
+        raise UsageError(
+            f"{folder} exists and is not a prepared corpus: name a new folder for the corpus (corpus=FOLDER), not the "
+            "one that holds your texts"
+        )
     follow = progress or (lambda stream, _: stream)
     skipped: list[str] = []
     if tokenizer is None:
@@ -111,12 +117,19 @@ def prepare(
             f"the tokenizer has {len(trained)} tokens and the model {vocab_size}: set model.vocab_size={len(trained)}"
         )
     stream = follow(documents(sources, errors=errors, skipped=skipped), "tokenising")
+    parent_is_new = not folder.parent.exists()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        splits = _write(stream, trained, partial, validation, sources)
+        splits, content = _write(stream, trained, partial, validation, sources)
         trained.save_pretrained(partial / "tokenizer")
-        index = {"dtype": _dtype(trained).name, "splits": splits, "fingerprint": fingerprint, "skipped": skipped}
+        index = {
+            "dtype": _dtype(trained).name,
+            "splits": splits,
+            "fingerprint": fingerprint,
+            "content": content,
+            "skipped": skipped,
+        }
         (partial / "index.json").write_text(json.dumps(index, indent=1))
         if folder.exists():
             shutil.rmtree(folder)
@@ -127,6 +140,8 @@ def prepare(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if parent_is_new and folder.parent.is_dir() and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
     return Corpus.open(folder)
 
 
@@ -138,10 +153,12 @@ class _SplitWriter:
         self.starts: list[int] = []
         self.shards: list[int] = []
         self.total = 0
+        self.digest = hashlib.sha256()
 
     def append(self, tokens: np.ndarray) -> None:
         self.starts.append(self.total)
         self.total += len(tokens)
+        self.digest.update(tokens.astype("<i8").tobytes())
         while len(tokens):
             if not self.shards or self.shards[-1] == SHARD_TOKENS:
                 self.shards.append(0)
@@ -158,22 +175,25 @@ class _SplitWriter:
 
 def _write(
     stream: Iterable[Document], tokenizer: Any, folder: Path, validation: float, sources: list[str]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], str]:
+    """Write the shards. Returns the index of each split, and a digest of the vocabulary and of every token."""
     dtype = _dtype(tokenizer)
     writers = {split: _SplitWriter(folder, split, dtype) for split in SPLITS}
     first: np.ndarray | None = None
     for document in stream:
         ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
         tokens = np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int64)
-        if first is None:
+        if first is None and validation:
             # Where it goes waits for the end: a corpus needs at least one document in each split.
             first = tokens
             continue
         held_out = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:4], "big") / 2**32 < validation
         writers["validation" if held_out else "train"].append(tokens)
-    if first is None:
+    if first is None and not writers["train"].total:
         raise UsageError(f"no text in {', '.join(sources)}: there is nothing to train on")
-    if not writers["train"].total and not writers["validation"].total:
+    if first is None:
+        pass  # nothing is held out, so nothing had to wait
+    elif not writers["train"].total and not writers["validation"].total:
         cut = max(1, int(len(first) * (1 - max(validation, 0.05))))
         writers["train"].append(first[:cut])
         writers["validation"].append(first[cut:] if cut < len(first) else first)
@@ -181,7 +201,10 @@ def _write(
         writers["validation" if writers["train"].total and not writers["validation"].total else "train"].append(first)
         if not writers["validation"].total:
             writers["validation"].append(first)
-    return {split: writer.finish() for split, writer in writers.items()}
+    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+    for writer in writers.values():
+        digest.update(writer.digest.digest())
+    return {split: writer.finish() for split, writer in writers.items()}, digest.hexdigest()
 
 
 def _dtype(tokenizer: Any) -> np.dtype:
@@ -199,7 +222,7 @@ def _limited(stream: Iterable[Document]) -> Iterable[str]:
 
 def _fingerprint(sources: list[str], tokenizer: str | None, vocab_size: int, validation: float, errors: str) -> str:
     """What the corpus depends on; files by name, size and time of change."""
-    facts: list[Any] = ["dynamask-corpus-1", tokenizer, vocab_size, validation, errors]
+    facts: list[Any] = ["dynamask-corpus-2", tokenizer, vocab_size, validation, errors]
     for source in sources:
         files = source_files(source)
         facts.append([source, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]])

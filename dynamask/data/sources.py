@@ -42,6 +42,8 @@ def documents(sources: Iterable[str], *, errors: str = "fail", skipped: list[str
     if errors not in ERROR_POLICIES:
         raise UsageError(f"errors must be one of {', '.join(ERROR_POLICIES)}; got {errors!r}")
     for source in sources:
+        if not isinstance(source, str) or not source.strip():
+            raise UsageError(f"a source is a file, a folder, 'stdlib' or the name of a data set; got {source!r}")
         for path_or_name in _expand(source):
             try:
                 for document in _read(path_or_name):
@@ -103,7 +105,8 @@ def _decode(path: Path) -> str:
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(_decode(path).splitlines(), 1):
+    # Not splitlines(): JSON strings may hold U+2028 and U+0085 as they are, which it takes for line ends.
+    for number, line in enumerate(_decode(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -112,9 +115,13 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             raise UsageError(
                 f'{path}, line {number}: expected a JSON object with a "text" field ({type(error).__name__}: {error})'
             ) from error
-        if not isinstance(text, str):
-            raise UsageError(f'{path}, line {number}: "text" must be a string; got {type(text).__name__}')
+        _check_text(text, f"{path}, line {number}")
         yield Document(f"{path}:{number}", text)
+
+
+def _check_text(text: object, place: str) -> None:
+    if not isinstance(text, str):
+        raise UsageError(f'{place}: "text" must be a string; got {type(text).__name__}')
 
 
 def _read_parquet(path: Path) -> Iterator[Document]:
@@ -129,7 +136,8 @@ def _read_parquet(path: Path) -> Iterator[Document]:
             for batch in table.iter_batches(columns=["text"]):
                 for text in batch.column(0).to_pylist():
                     number += 1
-                    if text:
+                    if text is not None:
+                        _check_text(text, f"{path}, row {number}")
                         yield Document(f"{path}:{number}", text)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UsageError(f"cannot read {path} as parquet: {error}") from error
@@ -150,4 +158,6 @@ def _read_hub(name: str) -> Iterator[Document]:
     if column is None:
         raise UsageError(f"the data set {name!r} has no column 'text'; it has {', '.join(rows.column_names)}")
     for number, row in enumerate(rows):
-        yield Document(f"{name}:{number}", row[column])
+        if row[column] is not None:
+            _check_text(row[column], f"{name}, row {number}")
+            yield Document(f"{name}:{number}", row[column])

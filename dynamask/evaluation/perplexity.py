@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ def perplexity_by_position(
         limit: evaluate at most so many blocks.
         progress: wraps the batches, given a description.
     """
+    if limit is not None:
+        blocks = Subset(blocks, range(min(limit, len(blocks))))  # type: ignore[arg-type]
     length = len(blocks[0]["input_ids"])  # type: ignore[arg-type]
     edges = [0, *sorted({max(1, round(length / 2**k)) for k in range(buckets)})]
     bounds = torch.tensor(edges[1:-1])
@@ -71,9 +73,7 @@ def perplexity_by_position(
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
     loader: Iterable[dict[str, Tensor]] = DataLoader(blocks, batch_size=batch_size)
-    for number, batch in enumerate(progress(loader, "evaluating") if progress else loader):
-        if limit is not None and number * batch_size >= limit:
-            break
+    for batch in progress(loader, "evaluating") if progress else loader:
         labels = batch.pop("labels")[:, 1:]
         logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
         losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels.to(device), reduction="none").cpu()

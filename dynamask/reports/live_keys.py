@@ -61,6 +61,8 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
     from matplotlib.figure import Figure
 
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :360].to(model.device)
+    if ids.shape[1] == 0:
+        raise InvalidInputError("the text is empty: there is no key to draw")
     expiry = layer_expiry(model, ids)
     layers, heads, length = expiry.shape
     position = torch.arange(length)

@@ -80,6 +80,11 @@ class TrainConfig:
         for name in ("context", "batch_size", "gradient_accumulation", "steps", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("warmup", "save_every", "eval_every", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"{name} must be at least 0; got {getattr(self, name)}")
+        if not 0 < self.learning_rate < float("inf"):
+            raise UsageError(f"learning_rate must be a positive number; got {self.learning_rate}")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
         if self.precision not in ("auto", "bf16", "fp32"):
@@ -102,7 +107,7 @@ class TrainConfig:
                 loaded = yaml.safe_load(Path(file).read_text())
             except OSError as error:
                 raise UsageError(f"cannot read the configuration {file}: {error.strerror}") from error
-            except yaml.YAMLError as error:
+            except (yaml.YAMLError, UnicodeDecodeError) as error:
                 raise UsageError(f"{file} is not valid YAML: {error}") from error
             if not isinstance(loaded, dict):
                 raise UsageError(f"{file} must hold keys and values; got {type(loaded).__name__}")
@@ -116,7 +121,10 @@ class TrainConfig:
             except yaml.YAMLError as error:
                 raise UsageError(f"{override!r}: the value is not valid YAML: {error}") from error
             if key.startswith("model."):
-                values.setdefault("model", {})[key.removeprefix("model.")] = value
+                values["model"] = values.get("model") or {}
+                if not isinstance(values["model"], dict):
+                    raise UsageError(f"model must hold keys and values; got {values['model']!r}, so {key} has no place")
+                values["model"][key.removeprefix("model.")] = value
             else:
                 values[key] = value
         return cls(**{key: _typed(key, value) for key, value in values.items()})
@@ -130,7 +138,7 @@ def _typed(key: str, value: Any) -> Any:
     """The value in the field's type. Raises UsageError for an unknown key or a value that does not fit."""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     if key not in fields:
-        close = difflib.get_close_matches(key, list(fields), n=1)
+        close = difflib.get_close_matches(str(key), list(fields), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UsageError(f"unknown setting {key!r}{hint}; there are {', '.join(fields)}")
     kind = str(fields[key].type)

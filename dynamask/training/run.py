@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from dynamask.data import Corpus, Document, PackedDataset, prepare
@@ -23,6 +24,9 @@ from dynamask.training.trainer import AtomicTrainer, checkpoints
 _FREE_TO_CHANGE = {"resume", "keep", "save_every", "log_every", "eval_every", "output", "corpus", "data", "errors"}
 
 
+_CORPUS_OF_RUN = "corpus.sha256"
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run produced.
@@ -32,12 +36,14 @@ class TrainResult:
         loss: mean validation cross-entropy, nats per token.
         perplexity: its exponential.
         history: the Trainer's log, one dictionary per entry.
+        skipped: what errors="skip" left out of the corpus, and why.
     """
 
     model_dir: Path
     loss: float
     perplexity: float
     history: list[dict[str, Any]]
+    skipped: list[str]
 
 
 def train(
@@ -61,15 +67,18 @@ def train(
     output = Path(config.output)
     _check_same_run(config, output)
     shape = preset(config.preset, **config.model)
-    corpus = prepare(
-        config.data,
-        config.corpus or output / "corpus",
-        vocab_size=shape.vocab_size,
-        tokenizer=config.tokenizer,
-        validation=config.validation,
-        errors=config.errors,
-        progress=progress,
-    )
+    arguments = _arguments(config, quiet)
+    with arguments.main_process_first(local=False):  # the other ranks open what the first one made
+        corpus = prepare(
+            config.data,
+            config.corpus or output / "corpus",
+            vocab_size=shape.vocab_size,
+            tokenizer=config.tokenizer,
+            validation=config.validation,
+            errors=config.errors,
+            progress=progress,
+        )
+    _check_same_corpus(corpus, output)
     train_set = PackedDataset(corpus, "train", config.context)
     validation_set = PackedDataset(corpus, "validation", config.context)
     tokenizer = corpus.tokenizer
@@ -79,11 +88,15 @@ def train(
     model = DynamaskForCausalLM(shape)
     _check_disk(model, output, config.keep)
     output.mkdir(parents=True, exist_ok=True)
-    config.save(output / "train.yaml")
+    if arguments.process_index == 0:
+        # A corpus elsewhere is named in full, so that the run can be evaluated from any folder.
+        place = config.corpus and str(Path(config.corpus).resolve())
+        replace(config, corpus=place).save(output / "train.yaml")
+        (output / _CORPUS_OF_RUN).write_text(corpus.index["content"])
 
     trainer = AtomicTrainer(
         model=model,
-        args=_arguments(config, quiet),
+        args=arguments,
         train_dataset=train_set,
         eval_dataset=validation_set,
         callbacks=list(callbacks),
@@ -96,13 +109,17 @@ def train(
         final = output / "model"
         partial = output / ".model.partial"
         model.config.use_cache = True  # the Trainer turned it off for itself; whoever loads the model wants it
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_model(str(partial))
-        tokenizer.save_pretrained(partial)
-        trainer.state.save_to_json(str(partial / "trainer_state.json"))
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        if trainer.is_world_process_zero():
+            shutil.rmtree(partial, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(partial))  # by every rank: gathering a sharded model takes them all
+        if trainer.is_world_process_zero():
+            tokenizer.save_pretrained(partial)
+            trainer.state.save_to_json(str(partial / "trainer_state.json"))
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+        trainer.accelerator.wait_for_everyone()
     except Exception as error:
         if "No space left" in str(error):  # torch, safetensors and the system each have their own class for it
             raise UsageError(
@@ -110,7 +127,7 @@ def train(
                 f"{output}. Earlier checkpoints are intact; free some space and run the same command to continue"
             ) from error
         raise
-    return TrainResult(final, loss, math.exp(min(loss, 700.0)), trainer.state.log_history)
+    return TrainResult(final, loss, math.exp(min(loss, 700.0)), trainer.state.log_history, corpus.index["skipped"])
 
 
 def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
@@ -127,7 +144,7 @@ def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder))
         return model.eval(), AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UsageError(
             f"cannot load a model from {model_dir!s}: {str(error).splitlines()[0]}. Give the folder of a finished "
             "run (dynamask train output=FOLDER) or a saved causal LM"
@@ -201,6 +218,16 @@ def _check_same_run(config: TrainConfig, output: Path) -> None:
         told = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise UsageError(
             f"{output} holds a run with other settings: {told}. Use the same settings to continue it, or another output"
+        )
+
+
+def _check_same_corpus(corpus: Corpus, output: Path) -> None:
+    """Checkpoints know their tokens by number: a corpus made anew from edited texts numbers them otherwise."""
+    record = output / _CORPUS_OF_RUN
+    if checkpoints(output) and record.exists() and record.read_text() != corpus.index["content"]:
+        raise UsageError(
+            f"the texts of the run in {output} changed since its checkpoints were written, and with them the tokenizer "
+            "and the order of the data: restore the texts to continue it, or choose another output"
         )
 
 

@@ -173,3 +173,47 @@ def test_settings_that_cannot_be_are_named(folder, tmp_path) -> None:
         PackedDataset(corpus, "validation", 10**6)
     with pytest.raises(UsageError, match=r"set model\.vocab_size=300"):
         prepare([str(folder)], tmp_path / "c", vocab_size=290, tokenizer=str(tmp_path / "corpus" / "tokenizer"))
+
+
+def test_a_folder_that_is_no_corpus_is_not_replaced(folder, tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UsageError, match="is not a prepared corpus"):
+        prepare([str(folder)], tmp_path / "mine", vocab_size=300)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_with_nothing_held_out_every_document_is_kept(folder, tmp_path) -> None:
+    corpus = prepare([str(folder)], tmp_path / "corpus", vocab_size=300, validation=0.0)
+    stream = np.concatenate(corpus.tokens("train"))
+    starts = [*corpus.document_starts("train"), len(stream)]
+    assert sorted(corpus.tokenizer.decode(stream[a : b - 1]) for a, b in itertools.pairwise(starts)) == sorted(TEXTS)
+    assert corpus.index["splits"]["validation"]["tokens"] == 0
+
+
+def test_line_ends_of_other_kinds_may_stand_in_json_strings(tmp_path) -> None:
+    text = "a\u2028b\x85c"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [d.text for d in documents([str(tmp_path / "a.jsonl")])] == [text]
+
+
+def test_a_column_of_numbers_is_no_text(tmp_path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet, row 1: \"text\" must be a string; got int"):
+        list(documents([str(tmp_path / "a.parquet")]))
+
+
+@pytest.mark.parametrize("source", ["", " ", 3])
+def test_sources_that_name_nothing_are_refused(source) -> None:
+    with pytest.raises(UsageError, match="a source is a file"):
+        list(documents([source]))
+
+
+def test_a_failed_corpus_leaves_no_folder_above_it(tmp_path) -> None:
+    (tmp_path / "blank.txt").write_text(" ")
+    with pytest.raises(UsageError, match="nothing to train on"):
+        prepare([str(tmp_path / "blank.txt")], tmp_path / "run" / "corpus", vocab_size=300)
+    assert [p.name for p in tmp_path.iterdir()] == ["blank.txt"]

@@ -142,6 +142,42 @@ def test_a_folder_belongs_to_one_run(text, tmp_path) -> None:
         train(settings(text, tmp_path / "run", resume=False), quiet=True)
 
 
+def test_a_run_is_not_resumed_on_other_texts(text, tmp_path) -> None:
+    import os
+    import shutil
+
+    texts = shutil.copytree(text, tmp_path / "texts")
+    with pytest.raises(KeyboardInterrupt):
+        train(settings(texts, tmp_path / "run"), quiet=True, callbacks=[_Stop()])
+    before = (texts / "1.txt").read_text()
+    (texts / "1.txt").write_text("xylophone quartz " * 60)
+    with pytest.raises(UsageError, match=r"texts of the run .* changed"):
+        train(settings(texts, tmp_path / "run"), quiet=True)
+    # The same texts with another date are the same texts.
+    (texts / "1.txt").write_text(before)
+    os.utime(texts / "1.txt", (1, 1))
+    assert max(losses(train(settings(texts, tmp_path / "run"), quiet=True).history)) == 12
+
+
+def test_ranks_share_one_corpus_and_one_model(text, tmp_path) -> None:
+    file = tmp_path / "run.yaml"
+    settings(text, tmp_path / "run", steps=4).save(file)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "dynamask", "train"]
+    done = subprocess.run([sys.executable, *command, "-c", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    open_run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".*partial*"))
+
+
+def test_left_out_files_are_reported(text, tmp_path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    result = train(
+        settings(text, tmp_path / "run", data=[str(text), str(tmp_path / "bad.txt")], errors="skip"), quiet=True
+    )
+    assert len(result.skipped) == 1
+    assert "bad.txt is not UTF-8" in result.skipped[0]
+
+
 def test_settings_come_from_file_and_overrides(tmp_path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("steps: 7\nlearning_rate: 1e-3\nmodel: {window: 4}\n")
@@ -162,6 +198,9 @@ def test_settings_come_from_file_and_overrides(tmp_path) -> None:
         (["precision=fp8"], "precision must be"),
         (["compile=3"], "compile must be bool"),
         (["data=[a"], "not valid YAML"),
+        (["model=3", "model.window=4"], "model must hold keys and values"),
+        (["learning_rate=.nan"], "learning_rate must be a positive number"),
+        (["warmup=-1"], "warmup must be at least 0"),
     ],
 )
 def test_bad_settings_are_named(overrides: list[str], message: str) -> None:
@@ -178,8 +217,22 @@ def test_bad_configuration_files_are_named(tmp_path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [")
     with pytest.raises(UsageError, match="not valid YAML"):
         TrainConfig.load(tmp_path / "broken.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"steps: 3 # caf\xe9")
+    with pytest.raises(UsageError, match="not valid YAML"):
+        TrainConfig.load(tmp_path / "latin.yaml")
+    (tmp_path / "number.yaml").write_text("1: 2")
+    with pytest.raises(UsageError, match="unknown setting 1"):
+        TrainConfig.load(tmp_path / "number.yaml")
 
 
 def test_a_folder_without_a_model_is_named(tmp_path) -> None:
     with pytest.raises(UsageError, match="cannot load a model from"):
         open_run(tmp_path)
+
+
+def test_a_truncated_model_is_named(text, tmp_path) -> None:
+    result = train(settings(text, tmp_path / "run", steps=1), quiet=True)
+    weights = result.model_dir / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UsageError, match="cannot load a model from"):
+        open_run(tmp_path / "run")
