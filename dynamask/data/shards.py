@@ -15,6 +15,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from dynamask.data.tokenizer import load_tokenizer, train_tokenizer
 from dynamask.errors import UsageError
 
 SPLITS = ("train", "validation")
+_OWN_NAME = re.compile(r"index\.json|tokenizer|(train|validation)-(\d{5}\.bin|documents\.npy)")
 SHARD_TOKENS = 1 << 27
 TOKENIZER_SAMPLE = 50_000_000
 """Characters a tokenizer is trained on at most: merges settle long before."""
@@ -95,16 +97,12 @@ def prepare(
         raise UsageError(f"validation is a share of the documents, between 0 and 1; got {validation}")
     folder = Path(folder)
     fingerprint = _fingerprint(sources, tokenizer, vocab_size, validation, errors)
-    if (folder / "index.json").exists():
-        corpus = Corpus.open(folder)
-        if corpus.index["fingerprint"] == fingerprint:
-            return corpus
-    elif (folder.is_dir() and any(folder.iterdir())) or folder.is_file():
-        # It would be replaced by the corpus, and it is not ours to delete.
-        raise UsageError(
-            f"{folder} exists and is not a prepared corpus: name a new folder for the corpus (corpus=FOLDER), not the "
-            "one that holds your texts"
-        )
+    if folder.exists() or folder.is_symlink():
+        _check_replaceable(folder)
+        if (folder / "index.json").exists():
+            corpus = Corpus.open(folder)
+            if corpus.index["fingerprint"] == fingerprint:
+                return corpus
     follow = progress or (lambda stream, _: stream)
     skipped: list[str] = []
     if tokenizer is None:
@@ -143,6 +141,24 @@ def prepare(
         if parent_is_new and folder.parent.is_dir() and not any(folder.parent.iterdir()):
             folder.parent.rmdir()
     return Corpus.open(folder)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Preparing anew deletes the folder. Raises UsageError unless all that is in it is a corpus's own, or nothing."""
+    if folder.is_dir() and not folder.is_symlink():
+        entries = [path.name for path in folder.iterdir()]
+        strange = [name for name in entries if not _OWN_NAME.fullmatch(name)]
+        if not entries:
+            return
+        if not strange and "index.json" in entries and {"fingerprint", "splits"} <= set(Corpus.open(folder).index):
+            return
+        found = f"it holds {', '.join(sorted(strange or entries)[:3])}"
+    else:
+        found = "it is a link" if folder.is_symlink() else "it is a file"
+    raise UsageError(
+        f"{folder} exists and is not a prepared corpus and nothing else ({found}): name a new folder (corpus=FOLDER); "
+        "this one would have to be deleted"
+    )
 
 
 class _SplitWriter:

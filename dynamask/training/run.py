@@ -207,10 +207,16 @@ def _arguments(config: TrainConfig, quiet: bool) -> TrainingArguments:
 def _check_same_run(config: TrainConfig, output: Path) -> None:
     """A folder belongs to one run: continuing it with other settings would give a loss curve of neither."""
     settings = output / "train.yaml"
-    if not settings.exists() or not checkpoints(output):
+    if not checkpoints(output) and not (output / "model").exists():
         return
+    if not settings.exists():
+        # Training would continue these checkpoints, prune them and replace the model, and they are not ours.
+        raise UsageError(
+            f"{output} holds checkpoints or a model that no run of dynamask left there (no train.yaml): choose another "
+            "output"
+        )
     if not config.resume:
-        raise UsageError(f"{output} holds checkpoints of a run: choose another output, or delete it to start over")
+        raise UsageError(f"{output} holds checkpoints or the model of a run: choose another output, or delete it")
     before = yaml.safe_load(settings.read_text())
     now = asdict(config)
     changed = [key for key in now if key not in _FREE_TO_CHANGE and before.get(key, now[key]) != now[key]]

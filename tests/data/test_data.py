@@ -183,6 +183,25 @@ def test_a_folder_that_is_no_corpus_is_not_replaced(folder, tmp_path) -> None:
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("index", ["{}", "[]", None])
+def test_a_folder_with_an_index_of_its_own_is_no_corpus(folder, tmp_path, index) -> None:
+    mine = tmp_path / "mine"
+    if index is None:  # a corpus, to which its owner added something
+        prepare([str(folder)], mine, vocab_size=300)
+        (folder / "new.txt").write_text("so that it would be prepared anew")
+    else:
+        mine.mkdir()
+        (mine / "index.json").write_text(index)
+    (mine / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"it holds notes\.md"):
+        prepare([str(folder)], mine, vocab_size=300)
+    assert (mine / "notes.md").read_text() == "mine"
+    (mine / "notes.md").unlink()
+    if index is not None:
+        with pytest.raises(UsageError, match="is not a prepared corpus"):
+            prepare([str(folder)], mine, vocab_size=300)
+
+
 def test_with_nothing_held_out_every_document_is_kept(folder, tmp_path) -> None:
     corpus = prepare([str(folder)], tmp_path / "corpus", vocab_size=300, validation=0.0)
     stream = np.concatenate(corpus.tokens("train"))

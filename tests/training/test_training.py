@@ -138,8 +138,26 @@ def test_a_folder_belongs_to_one_run(text, tmp_path) -> None:
     train(settings(text, tmp_path / "run"), quiet=True)
     with pytest.raises(UsageError, match=r"learning_rate was 0\.001 and is 0\.01"):
         train(settings(text, tmp_path / "run", learning_rate=1e-2), quiet=True)
-    with pytest.raises(UsageError, match="holds checkpoints"):
+    with pytest.raises(UsageError, match="holds checkpoints or the model"):
         train(settings(text, tmp_path / "run", resume=False), quiet=True)
+
+
+def test_what_others_left_in_the_output_is_left_alone(text, tmp_path) -> None:
+    for name in ("model", "checkpoint-5"):
+        output = tmp_path / f"with-{name}"
+        (output / name).mkdir(parents=True)
+        (output / name / "precious.txt").write_text("years of work")
+        with pytest.raises(UsageError, match="no run of dynamask left there"):
+            train(settings(text, output), quiet=True)
+        assert (output / name / "precious.txt").read_text() == "years of work"
+
+
+def test_a_model_without_checkpoints_is_not_replaced_by_another_run(text, tmp_path) -> None:
+    train(settings(text, tmp_path / "run", save_every=0, steps=2), quiet=True)
+    before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="seed was 0 and is 1"):
+        train(settings(text, tmp_path / "run", save_every=0, steps=2, seed=1), quiet=True)
+    assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
 
 
 def test_a_run_is_not_resumed_on_other_texts(text, tmp_path) -> None:
