@@ -93,6 +93,7 @@ class DynamaskConfig(PreTrainedConfig):
             raise InvalidInputError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
         if self.score_form not in SCORE_FORMS:
             raise InvalidInputError(f"score_form must be one of {', '.join(SCORE_FORMS)}; got {self.score_form!r}")
+        check_window(self.window, 0)
         if self.local is None:
             self.local = self.window // 2
         check_window(self.window, self.local)

@@ -44,6 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_CHECKED = frozenset(DynamaskConfig.__annotations__) - {"eos_token_id"}
+
+
 def preset(name: str, **overrides: Any) -> DynamaskConfig:
     """A configuration by name, with fields overridden.
 
@@ -60,6 +63,14 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
     for field in overrides:
         if field not in fields:
             raise UsageError(f"unknown model field {field!r}{_nearest(field, fields)}")
+        default = fields[field].default
+        # A field whose default is None is one of DynamaskConfig's optional numbers, or a token id transformers checks.
+        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
+        given = overrides[field]
+        fits = isinstance(given, kinds) and (isinstance(default, bool) or not isinstance(given, bool))
+        if field in _CHECKED and not fits and not (given is None and default is None):
+            wanted = "a number" if isinstance(kinds, tuple) else kinds.__name__
+            raise UsageError(f"the model field {field} must be {wanted}; got {given!r}")
     return DynamaskConfig(**(PRESETS[name] | overrides))
 
 

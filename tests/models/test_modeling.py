@@ -152,6 +152,26 @@ def test_unknown_presets_and_fields_name_the_nearest() -> None:
         preset("tiny", windw=3)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("window", "abc", "window must be int; got 'abc'"),
+        ("hidden_size", "x", "hidden_size must be int; got 'x'"),
+        ("hidden_size", True, "hidden_size must be int; got True"),
+        ("recency", "low", "recency must be a number"),
+        ("attention", 3, "attention must be str; got 3"),
+    ],
+)
+def test_model_fields_of_the_wrong_kind_are_named(field: str, value: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        preset("tiny", **{field: value})
+
+
+def test_model_fields_of_the_right_kind_pass() -> None:
+    config = preset("tiny", rope_theta=500, recency=None, local=None, q_lora_rank=8, tie_word_embeddings=False)
+    assert (config.rope_theta, config.local) == (500, 32)
+
+
 def test_fields_given_survive_a_round_trip() -> None:
     config = DynamaskConfig(window=64, local=3, recency=0.5)
     again = DynamaskConfig.from_dict(config.to_dict())
