@@ -106,15 +106,10 @@ class BoundedLayer(CacheLayerMixin):
         # Rows differ in how many keys they hold only by their padding, which all heads of a row share.
         real = torch.cat([self.positions[:, 0] >= 0, key_mask], dim=-1)
         positions = torch.cat([self.positions, position.expand(batch, heads, new)], dim=-1)
-        live = LiveKeys(
-            torch.cat([self.keys, key], dim=2),
-            torch.cat([self.values, value], dim=2),
-            torch.cat([self.scores, scores], dim=-1),
-            torch.empty(0),
-        )
+        score = torch.cat([self.scores, scores], dim=-1)
+        expiry = key_expiry(score.detach(), self.window, local=self.local, key_mask=real)
+        live = LiveKeys(torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2), score, expiry)
         length = positions.shape[-1]
-        expiry = key_expiry(live.score.detach(), self.window, local=self.local, key_mask=real)
-        live = live._replace(expiry=expiry)
         self.seen += new
 
         survives = expiry >= length
@@ -310,7 +305,19 @@ class BoundedCache(Cache):
     @property
     def num_bytes(self) -> int:
         """Memory of all layers, in bytes."""
-        return sum(layer.num_bytes for layer in self.layers)
+        return cache_bytes(self)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Memory of a cache's tensors, in bytes, whatever its kind."""
+    total = 0
+    for layer in cache.layers:
+        held = getattr(layer, "num_bytes", None)
+        if held is None:
+            tensors = [t for t in (layer.keys, layer.values) if t is not None]
+            held = sum(t.numel() * t.element_size() for t in tensors)
+        total += held
+    return total
 
 
 def _take_rows(rows: Tensor, index: Tensor) -> Tensor:

@@ -185,6 +185,7 @@ def generate(
     import torch
     from transformers import TextStreamer, set_seed
 
+    from dynamask.cache import cache_bytes
     from dynamask.training import open_run
 
     if max_new_tokens < 1:
@@ -212,18 +213,6 @@ def generate(
     made = output.sequences.shape[1] - inputs["input_ids"].shape[1]
     held = cache_bytes(output.past_key_values)
     errors.print(f"{made} tokens, {made / seconds:.1f} tokens/s, cache {held / 1024:.0f} KiB", highlight=False)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Memory of a cache's tensors, in bytes, whatever its kind."""
-    total = 0
-    for layer in cache.layers:
-        held = getattr(layer, "num_bytes", None)
-        if held is None:
-            tensors = [t for t in (layer.keys, layer.values) if t is not None]
-            held = sum(t.numel() * t.element_size() for t in tensors)
-        total += held
-    return total
 
 
 @convert_app.command("doge")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class InvalidInputError(ValueError):
     """An argument has the wrong shape, dtype, device or value.
@@ -17,3 +20,9 @@ class UsageError(Exception):
 
 class CacheRollbackError(RuntimeError):
     """A bounded cache was asked to return to a length whose keys it has already evicted."""
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """ " (did you mean 'window'?)" for the nearest known name, or nothing where none is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import set_seed
 
-from dynamask.cli import cache_bytes
+from dynamask.cache import cache_bytes
 from dynamask.data import PackedDataset
 from dynamask.evaluation import perplexity_by_position
 from dynamask.mixers import DynamicMaskGate

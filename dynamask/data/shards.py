@@ -97,12 +97,9 @@ def prepare(
         raise UsageError(f"validation is a share of the documents, between 0 and 1; got {validation}")
     folder = Path(folder)
     fingerprint = _fingerprint(sources, tokenizer, vocab_size, validation, errors)
-    if folder.exists() or folder.is_symlink():
-        _check_replaceable(folder)
-        if (folder / "index.json").exists():
-            corpus = Corpus.open(folder)
-            if corpus.index["fingerprint"] == fingerprint:
-                return corpus
+    existing = _existing_corpus(folder)
+    if existing is not None and existing.index["fingerprint"] == fingerprint:
+        return existing
     follow = progress or (lambda stream, _: stream)
     skipped: list[str] = []
     if tokenizer is None:
@@ -143,18 +140,28 @@ def prepare(
     return Corpus.open(folder)
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Preparing anew deletes the folder. Raises UsageError unless all that is in it is a corpus's own, or nothing."""
-    if folder.is_dir() and not folder.is_symlink():
-        entries = [path.name for path in folder.iterdir()]
+def _existing_corpus(folder: Path) -> Corpus | None:
+    """The corpus in the folder; None where there is no folder, or an empty one.
+
+    Raises:
+        UsageError: anything else is there. Preparing anew deletes the folder, so all in it must be a corpus's own.
+    """
+    if folder.is_symlink():
+        found = "it is a link"
+    elif not folder.exists():
+        return None
+    elif not folder.is_dir():
+        found = "it is a file"
+    else:
+        entries = sorted(path.name for path in folder.iterdir())
         strange = [name for name in entries if not _OWN_NAME.fullmatch(name)]
         if not entries:
-            return
-        if not strange and "index.json" in entries and {"fingerprint", "splits"} <= set(Corpus.open(folder).index):
-            return
-        found = f"it holds {', '.join(sorted(strange or entries)[:3])}"
-    else:
-        found = "it is a link" if folder.is_symlink() else "it is a file"
+            return None
+        if not strange and "index.json" in entries:
+            corpus = Corpus.open(folder)
+            if {"fingerprint", "splits"} <= set(corpus.index):
+                return corpus
+        found = f"it holds {', '.join((strange or entries)[:3])}"
     raise UsageError(
         f"{folder} exists and is not a prepared corpus and nothing else ({found}): name a new folder (corpus=FOLDER); "
         "this one would have to be deleted"
@@ -205,18 +212,16 @@ def _write(
             continue
         held_out = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:4], "big") / 2**32 < validation
         writers["validation" if held_out else "train"].append(tokens)
-    if first is None and not writers["train"].total:
+    train, held = writers["train"], writers["validation"]
+    if first is None and not train.total:
         raise UsageError(f"no text in {', '.join(sources)}: there is nothing to train on")
-    if first is None:
-        pass  # nothing is held out, so nothing had to wait
-    elif not writers["train"].total and not writers["validation"].total:
-        cut = max(1, int(len(first) * (1 - max(validation, 0.05))))
-        writers["train"].append(first[:cut])
-        writers["validation"].append(first[cut:] if cut < len(first) else first)
-    else:
-        writers["validation" if writers["train"].total and not writers["validation"].total else "train"].append(first)
-        if not writers["validation"].total:
-            writers["validation"].append(first)
+    if first is not None:
+        if train.total or held.total:
+            (held if not held.total else train).append(first)
+        else:  # the only document: its end is held out
+            cut = max(1, int(len(first) * (1 - max(validation, 0.05))))
+            train.append(first[:cut])
+            held.append(first[cut:] if cut < len(first) else first)
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for writer in writers.values():
         digest.update(writer.digest.digest())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -46,6 +47,22 @@ class SequenceInfo:
             return (self.key_mask.long().cumsum(-1) - 1).clamp(min=0)
         first = self.position_ids[:, :1] - (length - self.position_ids.shape[1])
         return first + torch.arange(length, device=first.device)
+
+
+def packed_segments(position_ids: Tensor) -> Tensor | None:
+    """Segments of documents packed end to end, read off positions that start over, as in transformers.
+
+    Args:
+        position_ids: (B, N).
+
+    Returns:
+        (B, N) non-decreasing int64, or None where no position starts over. While compiling, which must not look
+        at the data, always a tensor.
+    """
+    starts_over = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if torch.compiler.is_compiling() or bool(starts_over.any()):
+        return F.pad(starts_over.long(), (1, 0)).cumsum(-1)
+    return None
 
 
 class Mixer(nn.Module, ABC):

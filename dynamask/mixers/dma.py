@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer
@@ -47,6 +48,13 @@ class DynamicMaskGate(nn.Module):
         self.gate = nn.Parameter(torch.zeros(num_key_value_heads))
         if recency:
             self.log_recency = nn.Parameter(torch.full((num_key_value_heads,), recency).log())
+
+    def initialize_parameters(self) -> None:
+        """A = 0: an untrained gate is exactly a sliding window (design section 1), and exactly dense attention up to
+        `window` tokens. Delta is left random, for with both zero neither would get a gradient."""
+        init.zeros_(self.gate)
+        if self.recency:
+            init.constant_(self.log_recency, float(torch.tensor(self.recency).log()))
 
     def forward(self, value: Tensor, position_ids: Tensor) -> Tensor:
         """Scores of keys.

@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
@@ -31,14 +30,13 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.models.doge.modeling_doge import DogeDecoderLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from dynamask.cache import BoundedCache
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.base import SequenceInfo
+from dynamask.mixers.base import SequenceInfo, packed_segments
 from dynamask.mixers.dma import DynamicMaskGate, dynamic_mask_mix
 from dynamask.models.generation import OwnCacheGeneration
 
@@ -124,12 +122,8 @@ def _sequence(
     if position_ids is None:
         raise InvalidInputError("the decoder passed no position_ids to its attention: transformers >= 5.10 does")
     position_ids = position_ids.expand(batch, new)
-    segment_ids = None
     past = cache.get_seq_length(layer_idx) if cache is not None else 0
-    if mask is None and past == 0 and new > 1:
-        starts_over = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if bool(starts_over.any()):
-            segment_ids = F.pad(starts_over.long(), (1, 0)).cumsum(-1)
+    segment_ids = packed_segments(position_ids) if mask is None and past == 0 and new > 1 else None
     return SequenceInfo(position_ids, segment_ids, None if mask is None else mask.bool())
 
 
@@ -172,18 +166,14 @@ class ConvertedModel(OwnCacheGeneration):
         layers: Any = self.model.layers  # type: ignore[attr-defined]
         for index, layer in enumerate(layers):
             layer.self_attn = ConvertedAttention(layer.self_attn, config, index)
-            self._init_weights(layer.self_attn.gate)
+            layer.self_attn.gate.apply(self._init_weights)
             if getattr(config, "is_moe", False) and not _doge_layer_unpacks_experts():
                 layer.mlp.register_forward_hook(_first_output)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
         if isinstance(module, DynamicMaskGate):
-            # Delta random, A zero: exactly the dense model, yet A gets a gradient. With both zero neither would.
-            init.normal_(module.delta.weight, std=self.config.initializer_range)
-            if module.delta.bias is not None:
-                init.zeros_(module.delta.bias)
-            init.zeros_(module.gate)
+            module.initialize_parameters()
 
     def _new_cache(self) -> Cache:
         return BoundedCache(self.config)

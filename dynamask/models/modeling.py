@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -16,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from dynamask.cache import BoundedCache
 from dynamask.errors import InvalidInputError
 from dynamask.expiry import check_segment_ids
-from dynamask.mixers import DynamicMaskGate, Mixer, RMSNorm, SequenceInfo, get_mixer
+from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
+from dynamask.mixers.base import packed_segments
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.generation import OwnCacheGeneration
 
@@ -75,11 +75,6 @@ class DynamaskPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, DynamicMaskGate):
-            # gate = 0: an untrained layer is exactly sliding-window attention (design section 1).
-            init.zeros_(module.gate)
-            if module.recency:
-                init.constant_(module.log_recency, float(torch.tensor(module.recency).log()))
         initialize = getattr(module, "initialize_parameters", None)
         if initialize is not None:  # parameters a mixer owns itself, outside Linear and RMSNorm
             initialize()
@@ -256,9 +251,7 @@ def _sequence_info(
         else:
             position_ids = torch.arange(past, past + new, device=device).unsqueeze(0)
     elif segment_ids is None and key_mask is None and past == 0 and new > 1 and position_ids.shape[0] == batch:
-        starts_over = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if torch.compiler.is_compiling() or bool(starts_over.any()):
-            segment_ids = F.pad(starts_over.long(), (1, 0)).cumsum(-1)
+        segment_ids = packed_segments(position_ids)
     if segment_ids is not None:
         if past:
             raise InvalidInputError(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
-from dynamask.errors import UsageError
+from dynamask.errors import UsageError, did_you_mean
 from dynamask.models.configuration import DynamaskConfig
 
 
@@ -58,11 +57,11 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
         UsageError: an unknown preset or field; the message names the nearest known one.
     """
     if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}{_nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+        raise UsageError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}")
     fields = DynamaskConfig.__dataclass_fields__
     for field in overrides:
         if field not in fields:
-            raise UsageError(f"unknown model field {field!r}{_nearest(field, fields)}")
+            raise UsageError(f"unknown model field {field!r}{did_you_mean(field, fields)}")
         default = fields[field].default
         # A field whose default is None is one of DynamaskConfig's optional numbers, or a token id transformers checks.
         kinds = (int, float) if default is None or isinstance(default, float) else type(default)
@@ -72,8 +71,3 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
             wanted = "a number" if isinstance(kinds, tuple) else kinds.__name__
             raise UsageError(f"the model field {field} must be {wanted}; got {given!r}")
     return DynamaskConfig(**(PRESETS[name] | overrides))
-
-
-def _nearest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -56,8 +56,8 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
 
 def _tile(
     grouped: Tensor, key: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, block: tuple
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Masked logits of one block: its queries, gathered keys, logits (B, G, R·M, L) and mask (B, G, 1, M, L)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One block: its queries (B, G, R·M, D), gathered keys (B, G, L, D) and masked logits (B, G, R, M, L)."""
     start, stop, index, listed, first = block
     batch, groups, ratio, _, dim = grouped.shape
     rows = stop - start
@@ -71,7 +71,7 @@ def _tile(
     seen = (index[:, :, None, :] <= query_position) & (query_position < alive) & listed[:, :, None, :]
     seen = seen.unsqueeze(2)
     logits = logits.view(batch, groups, ratio, rows, -1).masked_fill_(~seen, float("-inf"))
-    return q, k, logits, seen
+    return q, k, logits
 
 
 def forward(
@@ -104,7 +104,7 @@ def forward(
     for start, stop, index, listed in key_lists(expiry, num_queries, block):
         if index.shape[-1] == 0:
             continue
-        _, _, logits, _ = _tile(grouped, key, expiry, bias, scale, (start, stop, index, listed, first))
+        _, _, logits = _tile(grouped, key, expiry, bias, scale, (start, stop, index, listed, first))
         row_lse = torch.logsumexp(logits, dim=-1)
         # exp(-inf - finite) = 0 is what a row without keys needs; -inf - -inf would be NaN.
         weights = logits.sub_(_finite(row_lse).unsqueeze(-1)).exp_()
@@ -151,7 +151,7 @@ def backward(
         if index.shape[-1] == 0:
             continue
         tile = (start, stop, index, listed, first)
-        q, k, logits, _ = _tile(grouped, key, expiry, bias, scale, tile)
+        q, k, logits = _tile(grouped, key, expiry, bias, scale, tile)
         rows = slice(start - first, stop - first)
         weights = logits.sub_(row_lse[:, :, :, rows].unsqueeze(-1)).exp_()
         flat = (batch, groups, ratio * (stop - start), -1)

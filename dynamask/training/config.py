@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dynamask.errors import UsageError
+from dynamask.errors import UsageError, did_you_mean
 
 SCHEDULES = ("cosine", "wsd", "constant")
 
@@ -138,9 +137,7 @@ def _typed(key: str, value: Any) -> Any:
     """The value in the field's type. Raises UsageError for an unknown key or a value that does not fit."""
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     if key not in fields:
-        close = difflib.get_close_matches(str(key), list(fields), n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UsageError(f"unknown setting {key!r}{hint}; there are {', '.join(fields)}")
+        raise UsageError(f"unknown setting {key!r}{did_you_mean(key, fields)}; there are {', '.join(fields)}")
     kind = str(fields[key].type)
     if kind.endswith("| None") and value is None:
         return None
