@@ -1,0 +1,397 @@
+"""Forward for Hopper, warp-specialised in Gluon: the arithmetic of `forward.py`, with gathering and multiplying apart.
+
+One group of four warps (the producer) copies the listed keys and values to shared memory, two others (the consumers)
+each multiply 64 rows of the query tile. A consumer starts the scores of the next keys before it takes the softmax of
+the present ones, so the tensor cores work through the exponentials; the two consumers fill each other's gaps. The
+programs are persistent: the producer is already gathering for the next tile while the consumers write the last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import next_power_of_2
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dynamask.ops.triton.lists import KeyLists
+
+_LOG2E = gl.constexpr(1.4426950408889634)
+_LN2 = gl.constexpr(0.6931471805599453)
+
+
+def forward_kernel_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    lists: KeyLists,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `forward.forward_kernel_launch`; 16-bit inputs whose widths `is_supported` takes."""
+    batch, heads, num_queries, dim = query.shape
+    groups, length, value_dim = value.shape[1:]
+    ratio = heads // groups
+    blocks, capacity = lists.index.shape[1:]
+    output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    items = blocks * batch * groups
+    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    _forward[(programs,)](
+        query,
+        key,
+        value,
+        expiry,
+        expiry if bias is None else bias,
+        lists.index,
+        lists.whole,
+        lists.partial,
+        output,
+        lse,
+        scale * 1.4426950408889634,
+        items,
+        batch * groups,
+        heads,
+        num_queries,
+        length,
+        blocks,
+        capacity,
+        GROUPS=groups,
+        RATIO=ratio,
+        M=lists.block,
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        ROWS=next_power_of_2(ratio) * lists.block // 2,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+        **tiles(max(dim, value_dim)),
+    )
+    return output, lse
+
+
+def tiles(dim: int) -> dict[str, int]:
+    """Keys per stage, stages, rows gathered at a time and registers of the warps' roles for a head width."""
+    stages = 2 if dim > 64 else 4
+    return {"N": 128, "STAGES": stages, "PART": 32, "PRODUCER_REGISTERS": 72, "CONSUMER_REGISTERS": 216}
+
+
+@gluon.jit
+def _produce(
+    key,
+    value,
+    expiry,
+    bias,
+    index,
+    whole,
+    partial,
+    items,
+    rows,
+    length,
+    blocks,
+    capacity,
+    keys,
+    values,
+    biases,
+    deaths,
+    places,
+    key_full,
+    key_empty,
+    value_full,
+    value_empty,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PART: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """Gather listed keys and values into the stages, in the order in which the consumers take them."""
+    k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    k_rows = gl.arange(0, PART, gl.SliceLayout(1, k_layout))
+    v_rows = gl.arange(0, PART, gl.SliceLayout(1, v_layout))
+    k_columns = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
+    v_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
+    n = gl.arange(0, N, flat)
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block = blocks - 1 - item // rows
+        row = item % rows
+        num_whole = gl.load(whole + row * blocks + block)
+        total = num_whole + gl.load(partial + row * blocks + block)
+        base = row.to(gl.int64) * length
+        list_row = index + (row.to(gl.int64) * blocks + block) * capacity
+        k_base = key + base * DIM
+        v_base = value + base * VALUE_DIM
+        # Entry p stands at p if every query sees it, else at capacity - 1 - (p - whole).
+        back = capacity - 1 + num_whole
+        for begin in range(0, total, N):
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            p = begin + n
+            entry = gl.where(p < num_whole, p, back - p)
+            j = gl.load(list_row + entry, mask=p < total, other=0)
+            mbarrier.wait(key_empty.index(stage), phase ^ 1)
+            if HAS_BIAS:
+                async_copy.async_copy_global_to_shared(biases.index(stage), bias + base + j)
+            if begin + N > num_whole:
+                async_copy.async_copy_global_to_shared(deaths.index(stage), expiry + base + j, mask=p < total)
+                async_copy.async_copy_global_to_shared(places.index(stage), list_row + entry, mask=p < total)
+            for part in gl.static_range(0, N, PART):
+                p = begin + part + k_rows
+                j = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
+                async_copy.async_copy_global_to_shared(
+                    keys.index(stage).slice(part, PART), k_base + (j * DIM)[:, None] + k_columns[None, :]
+                )
+            async_copy.mbarrier_arrive(key_full.index(stage), increment_count=False)
+            mbarrier.wait(value_empty.index(stage), phase ^ 1)
+            for part in gl.static_range(0, N, PART):
+                p = begin + part + v_rows
+                j = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
+                async_copy.async_copy_global_to_shared(
+                    values.index(stage).slice(part, PART), v_base + (j * VALUE_DIM)[:, None] + v_columns[None, :]
+                )
+            async_copy.mbarrier_arrive(value_full.index(stage), increment_count=False)
+            step += 1
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _softmax(
+    s, top, total, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr
+):
+    """Weights of one tile of scores, and the running maximum and sum brought up to date."""
+    columns: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+    if HAS_BIAS:
+        s = s * factor + (biases.index(stage).load(columns) * _LOG2E)[None, :]
+    else:
+        s = s * factor
+    if tested:
+        born = places.index(stage).load(columns)
+        dies = deaths.index(stage).load(columns)
+        seen = (born[None, :] <= position[:, None]) & (position[:, None] < dies[None, :])
+        s = gl.where(seen, s, float("-inf"))
+    new_top = gl.maximum(top, gl.max(s, 1))
+    # A row that has seen nothing yet has top -inf; -inf - -inf would be NaN.
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    p = gl.exp2(s - base[:, None])
+    shrink = gl.exp2(top - base)
+    total = total * shrink + gl.sum(p, 1)
+    return p, shrink, new_top, total
+
+
+@gluon.jit
+def _consume(
+    query,
+    output,
+    lse,
+    whole,
+    partial,
+    items,
+    rows,
+    heads,
+    num_queries,
+    length,
+    blocks,
+    factor,
+    queries,
+    keys,
+    values,
+    biases,
+    deaths,
+    places,
+    key_full,
+    key_empty,
+    value_full,
+    value_empty,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    M: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    ROWS: gl.constexpr,
+    FIRST_ROW: gl.constexpr,
+):
+    """`ROWS` rows of the query tile, from `FIRST_ROW`, against every stage."""
+    dtype: gl.constexpr = query.dtype.element_ty
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE_DIM, 16]
+    )
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q_tile = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    s_tile = FIRST_ROW + gl.arange(0, ROWS, s_rows)
+    o_tile = FIRST_ROW + gl.arange(0, ROWS, o_rows)
+    q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
+    o_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, o_layout))
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block = blocks - 1 - item // rows
+        row = item % rows
+        num_whole = gl.load(whole + row * blocks + block)
+        listed = num_whole + gl.load(partial + row * blocks + block)
+        first_head = row // GROUPS * heads + row % GROUPS * RATIO
+        q_place = block * M + q_tile % M
+        q_row = (first_head + q_tile // M).to(gl.int64) * num_queries + q_place
+        q_real = (q_tile // M < RATIO) & (q_place < num_queries)
+        q = gl.load(query + (q_row * DIM)[:, None] + q_columns[None, :], mask=q_real[:, None], other=0.0)
+        queries.store(q)
+        fence_async_shared()
+        position = length - num_queries + block * M + s_tile % M
+        top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        total = gl.full([ROWS], 0.0, gl.float32, s_rows)
+        mixed = gl.full([ROWS, VALUE_DIM], 0.0, gl.float32, o_layout)
+        nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
+        if listed > 0:
+            stage = step % STAGES
+            mbarrier.wait(key_full.index(stage), (step // STAGES) & 1)
+            fence_async_shared()
+            s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
+            p, shrink, top, total = _softmax(
+                s, top, total, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS, s_layout
+            )
+            mbarrier.arrive(key_empty.index(stage), count=1)
+            weights = gl.convert_layout(p.to(dtype), p_layout)
+            for begin in range(N, listed, N):
+                following = (step + 1) % STAGES
+                mbarrier.wait(key_full.index(following), ((step + 1) // STAGES) & 1)
+                fence_async_shared()
+                s = warpgroup_mma(queries, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                stage = step % STAGES
+                mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
+                fence_async_shared()
+                mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
+                s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+                p, shrink, top, total = _softmax(
+                    s, top, total, biases, deaths, places, position, following, begin + N > num_whole, factor,
+                    HAS_BIAS, s_layout,
+                )  # fmt: skip
+                mbarrier.arrive(key_empty.index(following), count=1)
+                mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
+                mbarrier.arrive(value_empty.index(stage), count=1)
+                mixed = mixed * gl.convert_layout(shrink, o_rows)[:, None]
+                weights = gl.convert_layout(p.to(dtype), p_layout)
+                step += 1
+            stage = step % STAGES
+            mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
+            fence_async_shared()
+            mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
+            mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
+            mbarrier.arrive(value_empty.index(stage), count=1)
+            step += 1
+        o_place = block * M + o_tile % M
+        o_row = (first_head + o_tile // M).to(gl.int64) * num_queries + o_place
+        o_real = (o_tile // M < RATIO) & (o_place < num_queries)
+        divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), o_rows)
+        gl.store(
+            output + (o_row * VALUE_DIM)[:, None] + o_columns[None, :],
+            (mixed / divisor[:, None]).to(dtype),
+            mask=o_real[:, None],
+        )
+        row_lse = gl.convert_layout((top + gl.log2(total)) * _LN2, o_rows)
+        gl.store(lse + o_row, row_lse, mask=o_real)
+
+
+@gluon.jit
+def _forward(
+    query,
+    key,
+    value,
+    expiry,
+    bias,
+    index,
+    whole,
+    partial,
+    output,
+    lse,
+    factor,
+    items,
+    rows,
+    heads,
+    num_queries,
+    length,
+    blocks,
+    capacity,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    M: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    PART: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    dtype: gl.constexpr = query.dtype.element_ty
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
+    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, DIM], dtype)
+    v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, VALUE_DIM], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    queries_0 = gl.allocate_shared_memory(dtype, [ROWS, DIM], q_shared)
+    queries_1 = gl.allocate_shared_memory(dtype, [ROWS, DIM], q_shared)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, N, DIM], k_shared)
+    values = gl.allocate_shared_memory(dtype, [STAGES, N, VALUE_DIM], v_shared)
+    biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
+    deaths = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    places = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    for stage in gl.static_range(STAGES):
+        # Every producing thread arrives once its copies have landed; each consumer arrives once.
+        mbarrier.init(key_full.index(stage), count=128)
+        mbarrier.init(value_full.index(stage), count=128)
+        mbarrier.init(key_empty.index(stage), count=2)
+        mbarrier.init(value_empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries_0, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    GROUPS, RATIO, M, DIM, VALUE_DIM, N, STAGES, HAS_BIAS, ROWS, 0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries_1, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    GROUPS, RATIO, M, DIM, VALUE_DIM, N, STAGES, HAS_BIAS, ROWS, ROWS,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
+                    keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
+                ),
+            ),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip
