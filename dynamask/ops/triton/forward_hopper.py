@@ -44,19 +44,20 @@ def forward_kernel_launch(
     output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
     items = blocks * batch * groups
+    chosen = tiles(max(dim, value_dim))
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
     _forward[(programs,)](
         query,
         key,
         value,
         expiry,
-        expiry if bias is None else bias,
+        expiry if bias is None else bias * _LOG2E.value,
         lists.index,
         lists.whole,
         lists.partial,
         output,
         lse,
-        scale * 1.4426950408889634,
+        scale * _LOG2E.value,
         items,
         batch * groups,
         heads,
@@ -66,13 +67,13 @@ def forward_kernel_launch(
         capacity,
         GROUPS=groups,
         RATIO=ratio,
-        M=lists.block,
+        RATIO_PAD=next_power_of_2(ratio),
         DIM=dim,
         VALUE_DIM=value_dim,
-        ROWS=next_power_of_2(ratio) * lists.block // 2,
+        ROWS=next_power_of_2(ratio) * lists.block // chosen["CONSUMERS"],
         HAS_BIAS=bias is not None,
         num_warps=4,
-        **tiles(max(dim, value_dim)),
+        **chosen,
     )
     return output, lse
 
@@ -80,7 +81,7 @@ def forward_kernel_launch(
 def tiles(dim: int) -> dict[str, int]:
     """Keys per stage, stages, rows gathered at a time and registers of the warps' roles for a head width."""
     stages = 2 if dim > 64 else 4
-    return {"N": 128, "STAGES": stages, "PART": 32, "PRODUCER_REGISTERS": 72, "CONSUMER_REGISTERS": 216}
+    return {"N": 64, "STAGES": stages, "PART": 32, "CONSUMERS": 3, "PRODUCER_REGISTERS": 72, "CONSUMER_REGISTERS": 216}
 
 
 @gluon.jit
@@ -166,15 +167,19 @@ def _produce(
 
 
 @gluon.jit
-def _softmax(
-    s, top, total, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr, LAYOUT: gl.constexpr
-):
-    """Weights of one tile of scores, and the running maximum and sum brought up to date."""
-    columns: gl.constexpr = gl.SliceLayout(0, LAYOUT)
+def _by_lane(p):
+    """Sums over the columns of a score tile that one thread holds: (rows, N) -> (rows, 4), without a shuffle."""
+    # In the accumulator's layout a row belongs to four lanes, each holding two of every eight columns.
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _softmax(s, top, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr):
+    """Weights of one tile of scores, by how much to shrink what was summed before, and the new running maximum."""
+    columns: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    s = s * factor
     if HAS_BIAS:
-        s = s * factor + (biases.index(stage).load(columns) * _LOG2E)[None, :]
-    else:
-        s = s * factor
+        s += biases.index(stage).load(columns)[None, :]
     if tested:
         born = places.index(stage).load(columns)
         dies = deaths.index(stage).load(columns)
@@ -183,10 +188,7 @@ def _softmax(
     new_top = gl.maximum(top, gl.max(s, 1))
     # A row that has seen nothing yet has top -inf; -inf - -inf would be NaN.
     base = gl.where(new_top == float("-inf"), 0.0, new_top)
-    p = gl.exp2(s - base[:, None])
-    shrink = gl.exp2(top - base)
-    total = total * shrink + gl.sum(p, 1)
-    return p, shrink, new_top, total
+    return gl.exp2(s - base[:, None]), gl.exp2(top - base), new_top
 
 
 @gluon.jit
@@ -203,7 +205,7 @@ def _consume(
     length,
     blocks,
     factor,
-    queries,
+    all_queries,
     keys,
     values,
     biases,
@@ -215,16 +217,17 @@ def _consume(
     value_empty,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
-    M: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
     DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    ROWS: gl.constexpr,
-    FIRST_ROW: gl.constexpr,
+    CONSUMER: gl.constexpr,
 ):
-    """`ROWS` rows of the query tile, from `FIRST_ROW`, against every stage."""
+    """The query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block, against every stage."""
     dtype: gl.constexpr = query.dtype.element_ty
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -234,11 +237,15 @@ def _consume(
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
-    q_tile = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
-    s_tile = FIRST_ROW + gl.arange(0, ROWS, s_rows)
-    o_tile = FIRST_ROW + gl.arange(0, ROWS, o_rows)
+    QUERIES: gl.constexpr = ROWS // RATIO_PAD
+    M: gl.constexpr = QUERIES * CONSUMERS
+    q_tile = gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    s_tile = gl.arange(0, ROWS, s_rows)
+    o_tile = gl.arange(0, ROWS, o_rows)
     q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
     o_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, o_layout))
+    queries = all_queries.index(CONSUMER)
+    nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         block = blocks - 1 - item // rows
@@ -246,45 +253,45 @@ def _consume(
         num_whole = gl.load(whole + row * blocks + block)
         listed = num_whole + gl.load(partial + row * blocks + block)
         first_head = row // GROUPS * heads + row % GROUPS * RATIO
-        q_place = block * M + q_tile % M
-        q_row = (first_head + q_tile // M).to(gl.int64) * num_queries + q_place
-        q_real = (q_tile // M < RATIO) & (q_place < num_queries)
+        first_place = block * M + CONSUMER * QUERIES
+        q_place = first_place + q_tile % QUERIES
+        q_row = (first_head + q_tile // QUERIES).to(gl.int64) * num_queries + q_place
+        q_real = (q_tile // QUERIES < RATIO) & (q_place < num_queries)
         q = gl.load(query + (q_row * DIM)[:, None] + q_columns[None, :], mask=q_real[:, None], other=0.0)
         queries.store(q)
         fence_async_shared()
-        position = length - num_queries + block * M + s_tile % M
+        position = length - num_queries + first_place + s_tile % QUERIES
         top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        total = gl.full([ROWS], 0.0, gl.float32, s_rows)
+        total = _by_lane(nothing)
+        lane_rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
         mixed = gl.full([ROWS, VALUE_DIM], 0.0, gl.float32, o_layout)
-        nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
         if listed > 0:
             stage = step % STAGES
             mbarrier.wait(key_full.index(stage), (step // STAGES) & 1)
             fence_async_shared()
             s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-            p, shrink, top, total = _softmax(
-                s, top, total, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS, s_layout
-            )
+            p, shrink, top = _softmax(s, top, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
             mbarrier.arrive(key_empty.index(stage), count=1)
+            total += _by_lane(p)
             weights = gl.convert_layout(p.to(dtype), p_layout)
             for begin in range(N, listed, N):
                 following = (step + 1) % STAGES
+                # A barrier of the producer completes when all its earlier copies have: the values of the stage
+                # before are there too.
                 mbarrier.wait(key_full.index(following), ((step + 1) // STAGES) & 1)
                 fence_async_shared()
                 s = warpgroup_mma(queries, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
                 stage = step % STAGES
-                mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
-                fence_async_shared()
                 mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
                 s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-                p, shrink, top, total = _softmax(
-                    s, top, total, biases, deaths, places, position, following, begin + N > num_whole, factor,
-                    HAS_BIAS, s_layout,
-                )  # fmt: skip
-                mbarrier.arrive(key_empty.index(following), count=1)
+                p, shrink, top = _softmax(
+                    s, top, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
+                )
                 mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
+                mbarrier.arrive(key_empty.index(following), count=1)
                 mbarrier.arrive(value_empty.index(stage), count=1)
+                total = total * gl.convert_layout(shrink, lane_rows)[:, None] + _by_lane(p)
                 mixed = mixed * gl.convert_layout(shrink, o_rows)[:, None]
                 weights = gl.convert_layout(p.to(dtype), p_layout)
                 step += 1
@@ -295,17 +302,16 @@ def _consume(
             mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
             mbarrier.arrive(value_empty.index(stage), count=1)
             step += 1
-        o_place = block * M + o_tile % M
-        o_row = (first_head + o_tile // M).to(gl.int64) * num_queries + o_place
-        o_real = (o_tile // M < RATIO) & (o_place < num_queries)
-        divisor = gl.convert_layout(gl.where(total == 0.0, 1.0, total), o_rows)
+        o_place = first_place + o_tile % QUERIES
+        o_row = (first_head + o_tile // QUERIES).to(gl.int64) * num_queries + o_place
+        o_real = (o_tile // QUERIES < RATIO) & (o_place < num_queries)
+        summed = gl.convert_layout(gl.sum(total, 1), o_rows)
         gl.store(
             output + (o_row * VALUE_DIM)[:, None] + o_columns[None, :],
-            (mixed / divisor[:, None]).to(dtype),
+            (mixed / gl.where(summed == 0.0, 1.0, summed)[:, None]).to(dtype),
             mask=o_real[:, None],
         )
-        row_lse = gl.convert_layout((top + gl.log2(total)) * _LN2, o_rows)
-        gl.store(lse + o_row, row_lse, mask=o_real)
+        gl.store(lse + o_row, (gl.convert_layout(top, o_rows) + gl.log2(summed)) * _LN2, mask=o_real)
 
 
 @gluon.jit
@@ -330,13 +336,14 @@ def _forward(
     capacity,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
-    M: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
     DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
     PART: gl.constexpr,
+    CONSUMERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
@@ -347,8 +354,7 @@ def _forward(
     v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, VALUE_DIM], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    queries_0 = gl.allocate_shared_memory(dtype, [ROWS, DIM], q_shared)
-    queries_1 = gl.allocate_shared_memory(dtype, [ROWS, DIM], q_shared)
+    queries = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], q_shared)
     keys = gl.allocate_shared_memory(dtype, [STAGES, N, DIM], k_shared)
     values = gl.allocate_shared_memory(dtype, [STAGES, N, VALUE_DIM], v_shared)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
@@ -362,36 +368,76 @@ def _forward(
         # Every producing thread arrives once its copies have landed; each consumer arrives once.
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
-        mbarrier.init(key_empty.index(stage), count=2)
-        mbarrier.init(value_empty.index(stage), count=2)
+        mbarrier.init(key_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(value_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _consume,
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
                 (
-                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries_0, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                    GROUPS, RATIO, M, DIM, VALUE_DIM, N, STAGES, HAS_BIAS, ROWS, 0,
+                    _consume,
+                    (
+                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
+                    ),
                 ),
-            ),
-            (
-                _consume,
                 (
-                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries_1, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                    GROUPS, RATIO, M, DIM, VALUE_DIM, N, STAGES, HAS_BIAS, ROWS, ROWS,
+                    _consume,
+                    (
+                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
+                    ),
                 ),
-            ),
-            (
-                _produce,
                 (
-                    key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
-                    keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                    DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
+                    _consume,
+                    (
+                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 2,
+                    ),
                 ),
-            ),
-        ],
-        [4, 4],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+                (
+                    _produce,
+                    (
+                        key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
+                        keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                        DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
+                    ),
+                ),
+            ],
+            [4, 4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
+                    ),
+                ),
+                (
+                    _produce,
+                    (
+                        key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
+                        keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                        DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
+                    ),
+                ),
+            ],
+            [4, 4],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
