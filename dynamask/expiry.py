@@ -54,13 +54,24 @@ def key_expiry(
     Source: arXiv 2508.02124, section 3 (the top-w mask); the interval form is dynamask's.
     """
     _check_expiry_arguments(scores, window, local, segment_ids, key_mask)
+    if scores.shape[-1] == 0:
+        return torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
+    return _key_expiry_op(scores.detach(), window, local, segment_ids, key_mask)
+
+
+@torch.library.custom_op("dynamask::key_expiry", mutates_args=())
+def _key_expiry_op(
+    scores: Tensor, window: int, local: int, segment_ids: Tensor | None, key_mask: Tensor | None
+) -> Tensor:
+    """`key_expiry` after its checks, as an operator: torch.compile calls it whole, kernels and all."""
     batch, heads, length = scores.shape
     position = torch.arange(length, device=scores.device)
-    if length == 0:
-        return torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
-
-    start, end = segment_bounds(segment_ids, batch, length, scores.device)
     contested = window - local
+    if 0 < contested < length and segment_ids is None and key_mask is None:
+        fast = _unpacked_expiry(scores, contested, local)
+        if fast is not None:
+            return fast
+    start, end = segment_bounds(segment_ids, batch, length, scores.device)
     if contested == 0:
         expiry = position.expand(batch, heads, length)
     elif contested >= length:
@@ -71,6 +82,25 @@ def key_expiry(
     if key_mask is not None:
         expiry = torch.where(key_mask[:, None], expiry, position)
     return expiry.to(torch.int32).contiguous()
+
+
+@_key_expiry_op.register_fake
+def _(scores: Tensor, window: int, local: int, segment_ids: Tensor | None, key_mask: Tensor | None) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.int32)
+
+
+def _unpacked_expiry(scores: Tensor, count: int, local: int) -> Tensor | None:
+    """`key_expiry` of unpacked, unpadded rows in Triton; None where that cannot run."""
+    if not scores.is_cuda:
+        return None
+    try:
+        from dynamask.ops.triton import expiry_unpacked
+    except ImportError:  # a CUDA build without Triton: the tensor operations give the same, slower
+        return None
+    if scores.shape[-1] > expiry_unpacked.LONGEST:
+        return None
+    order = sortable_scores(scores).sort(dim=-1, stable=True).indices
+    return expiry_unpacked.unpacked_expiry(order, count, local)
 
 
 def key_expiry_by_definition(
@@ -171,7 +201,7 @@ def _contested_expiry(rank: Tensor, start: Tensor, end: Tensor, count: int) -> T
         start, end: (B, N) int64 bounds of each position's segment.
         count: places in the contest.
     """
-    if rank.is_cuda and not torch.compiler.is_compiling():
+    if rank.is_cuda:
         try:
             from dynamask.ops.triton.expiry import contested_expiry
         except ImportError:  # a CUDA build without Triton: the tensor operations below give the same, slower

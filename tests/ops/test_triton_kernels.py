@@ -155,3 +155,42 @@ def test_expiry_is_the_cpu_definition(length: int, kind: str) -> None:
             expected = _contested_expiry(rank, start, end, count)
             actual = contested_expiry(*(t.to(DEVICE) for t in (rank, start, end)), count)
             torch.testing.assert_close(actual.cpu().long(), expected)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
+@pytest.mark.parametrize(("length", "count"), [(2, 1), (37, 5), (700, 699), (700, 3), (1500, 400), (2600, 1030)])
+def test_unpacked_expiry_is_the_cpu_definition(length: int, count: int, kind: str) -> None:
+    from dynamask.expiry import sortable_scores
+    from dynamask.ops.triton.expiry_unpacked import unpacked_expiry
+
+    generator = torch.Generator().manual_seed(length)
+    scores = scores_of(kind, (2, 2, length), generator)
+    scores[torch.rand(scores.shape, generator=generator) < 0.05] = float("nan")
+    order = sortable_scores(scores).sort(dim=-1, stable=True).indices.to(DEVICE)
+    for local in (0, 9):
+        expected = key_expiry(scores, count + local, local=local)
+        assert torch.equal(unpacked_expiry(order, count, local).cpu(), expected)
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (16, 4), (6, 2), (8, 1), (64, 1)])
+def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -> None:
+    """Shapes with many blocks, several tiles per block and blocks that no tile divides, poisoned memory, each pattern."""
+    from dynamask.ops.triton import _hopper
+
+    assert _hopper() is not None
+    for kind, length, queries in (("random", 1100, 1100), ("rising", 515, 300), ("falling", 700, 700)):
+        query = torch.randn(2, heads, queries, dim, device=DEVICE, dtype=dtype)
+        key, value = (torch.randn(2, groups, length, dim, device=DEVICE, dtype=dtype) for _ in range(2))
+        assert _hopper().is_supported(query, value)
+        scores = scores_of(kind, (2, groups, length), torch.Generator().manual_seed(1)).to(DEVICE)
+        expiry = key_expiry(scores, 200)
+        torch.full_like(query, float("nan"))  # what an unwritten output would likely reuse
+        actual = attend(query, key, value, expiry, bias=scores, backend="triton", max_live=200)
+        expected = interval_attention_reference(
+            query.double(), key.double(), value.double(), expiry, scores.double(), dim**-0.5
+        )
+        error = (actual.double() - expected).norm() / expected.norm()
+        assert error < TOLERANCE[dtype], (kind, error)

@@ -4,7 +4,9 @@
 | --- | --- |
 | `lists.py` | which keys a block of queries can see, gathered into one list per block |
 | `forward.py` | attention of a block of queries over its list |
+| `forward_hopper.py` | the same in Gluon for Hopper GPUs, with gathering and multiplying in different warps |
 | `backward.py` | gradients over the same lists |
+| `expiry.py`, `expiry_unpacked.py` | scores to intervals, with and without packed documents |
 | `decode.py` | a few queries over many keys, split along the keys |
 
 `TRITON_INTERPRET=1` runs all of it on a CPU, which is how it is tested without a GPU.
@@ -12,7 +14,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -20,7 +24,7 @@ from torch import Tensor
 from dynamask.ops.triton.backward import backward_kernel_launch
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
-from dynamask.ops.triton.lists import KeyLists, build_lists, rows_of
+from dynamask.ops.triton.lists import KeyLists, block_of, build_lists, rows_of
 
 
 def is_available() -> bool:
@@ -40,6 +44,10 @@ def interval_forward(
     bias = None if bias is None else bias.float().contiguous()
     if query.shape[2] <= MAX_QUERIES:
         return decode(query, key, value, expiry, bias, scale)
+    ratio = query.shape[1] // value.shape[1]
+    if (hopper := _hopper()) is not None and hopper.is_supported(query, value):
+        lists = build_lists(expiry, query.shape[2], hopper.block_of(ratio), max_live)
+        return hopper.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
     lists = _lists(query, value, expiry, max_live)
     return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
 
@@ -66,4 +74,16 @@ def interval_backward(
 
 def _lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
     rows = rows_of(max(query.shape[3], value.shape[3]), query.element_size())
-    return build_lists(expiry, query.shape[2], query.shape[1] // value.shape[1], max_live, rows)
+    return build_lists(expiry, query.shape[2], block_of(query.shape[1] // value.shape[1], rows), max_live)
+
+
+@functools.cache
+def _hopper() -> ModuleType | None:
+    """The Hopper kernel's module, where there is such a GPU and a Triton with Gluon."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        from dynamask.ops.triton import forward_hopper
+    except ImportError:
+        return None
+    return forward_hopper

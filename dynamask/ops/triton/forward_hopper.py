@@ -1,8 +1,8 @@
 """Forward for Hopper, warp-specialised in Gluon: the arithmetic of `forward.py`, with gathering and multiplying apart.
 
-One group of four warps (the producer) copies the listed keys and values to shared memory, two others (the consumers)
-each multiply 64 rows of the query tile. A consumer starts the scores of the next keys before it takes the softmax of
-the present ones, so the tensor cores work through the exponentials; the two consumers fill each other's gaps. The
+One group of four warps (the producer) copies the listed keys and values to shared memory; three others (the consumers)
+multiply 64 rows of the query tile each. A consumer starts the product of one tile's weights and values before it takes
+the softmax of the next, so the tensor cores work through the exponentials, and the three fill each other's gaps. The
 programs are persistent: the producer is already gathering for the next tile while the consumers write the last.
 """
 
@@ -26,6 +26,12 @@ from dynamask.ops.triton.lists import KeyLists
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
 
+_ROWS = 64
+"""Rows of a consumer's tile, the least that Hopper's matrix instruction takes."""
+
+_CONSUMERS = 3
+"""Consumers of a program. With two, keys are read from L2 half as often again; four leave too few registers."""
+
 
 def forward_kernel_launch(
     query: Tensor,
@@ -44,7 +50,6 @@ def forward_kernel_launch(
     output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
     items = blocks * batch * groups
-    chosen = tiles(max(dim, value_dim))
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
     _forward[(programs,)](
         query,
@@ -70,18 +75,39 @@ def forward_kernel_launch(
         RATIO_PAD=next_power_of_2(ratio),
         DIM=dim,
         VALUE_DIM=value_dim,
-        ROWS=next_power_of_2(ratio) * lists.block // chosen["CONSUMERS"],
+        ROWS=_ROWS,
+        CONSUMERS=_CONSUMERS,
         HAS_BIAS=bias is not None,
         num_warps=4,
-        **chosen,
+        **tiles(max(dim, value_dim)),
     )
     return output, lse
 
 
+def is_supported(query: Tensor, value: Tensor) -> bool:
+    """Whether this kernel takes the inputs: a Hopper GPU, 16-bit numbers, widths of 32, 64 or 128, few enough heads."""
+    widths, ratio = (query.shape[3], value.shape[3]), query.shape[1] // value.shape[1]
+    return (
+        query.is_cuda
+        and torch.cuda.get_device_capability(query.device)[0] == 9
+        and query.element_size() == 2
+        and all(width in (32, 64, 128) for width in widths)
+        and next_power_of_2(ratio) <= _ROWS
+        # Rows of keys and values are addressed in 32 bits from the head's first.
+        and value.shape[2] * max(widths) < 2**31
+    )
+
+
+def block_of(ratio: int) -> int:
+    """Queries per block for H / G query heads on one key/value head."""
+    return _CONSUMERS * _ROWS // next_power_of_2(ratio)
+
+
 def tiles(dim: int) -> dict[str, int]:
-    """Keys per stage, stages, rows gathered at a time and registers of the warps' roles for a head width."""
-    stages = 2 if dim > 64 else 4
-    return {"N": 64, "STAGES": stages, "PART": 32, "CONSUMERS": 3, "PRODUCER_REGISTERS": 72, "CONSUMER_REGISTERS": 216}
+    """Keys per stage, stages, keys gathered at a time and registers of the warps' roles for a head width."""
+    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md). More registers to either side spill the other.
+    stages, part = (4, 16) if dim > 64 else (8, 32)
+    return {"N": 64, "STAGES": stages, "PART": part, "PRODUCER_REGISTERS": 40, "CONSUMER_REGISTERS": 152}
 
 
 @gluon.jit
@@ -371,73 +397,41 @@ def _forward(
         mbarrier.init(key_empty.index(stage), count=CONSUMERS)
         mbarrier.init(value_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
-    if CONSUMERS == 3:
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                _consume,
                 (
-                    _consume,
-                    (
-                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
-                    ),
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
                 ),
+            ),
+            (
+                _consume,
                 (
-                    _consume,
-                    (
-                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
-                    ),
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
                 ),
+            ),
+            (
+                _consume,
                 (
-                    _consume,
-                    (
-                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 2,
-                    ),
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 2,
                 ),
+            ),
+            (
+                _produce,
                 (
-                    _produce,
-                    (
-                        key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
-                        keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                        DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
-                    ),
+                    key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
+                    keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
                 ),
-            ],
-            [4, 4, 4],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _consume,
-                    (
-                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
-                    ),
-                ),
-                (
-                    _consume,
-                    (
-                        query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                        queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
-                    ),
-                ),
-                (
-                    _produce,
-                    (
-                        key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
-                        keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                        DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
-                    ),
-                ),
-            ],
-            [4, 4],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+            ),
+        ],
+        [4, 4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

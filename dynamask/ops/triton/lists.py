@@ -18,7 +18,7 @@ ROWS = 128
 """Rows of a query tile: the query heads of one key/value head times the queries of a block."""
 
 _CHUNK = 1024
-"""Keys looked at in one step of a scan."""
+"""Keys of a list looked at in one step."""
 
 _COARSE = 512
 """Queries of a large block. All keys are scanned once per large block, whose list the blocks inside pick from:
@@ -56,20 +56,19 @@ def rows_of(dim: int, element_size: int) -> int:
     return ROWS if dim <= 128 else ROWS * 2 // (2 * element_size)
 
 
-def build_lists(expiry: Tensor, num_queries: int, ratio: int, max_live: int, tile_rows: int = ROWS) -> KeyLists:
+def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> KeyLists:
     """Build the lists.
 
     Args:
         expiry: (B, G, N) int32, contiguous.
         num_queries: Nq; the queries are the last Nq positions.
-        ratio: H / G.
+        block: queries per block, at most `_COARSE`.
         max_live: no query sees more keys than this; 0 if unknown, which costs a synchronisation.
-        tile_rows: rows of a query tile.
     """
     batch, groups, length = expiry.shape
     rows = batch * groups
-    block = block_of(ratio, tile_rows)
-    blocks, coarse_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, _COARSE)
+    large = _COARSE // block * block  # no block lies in two large ones
+    blocks, coarse_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, large)
     flat = expiry.view(rows, length)
 
     def empty(*shape: int) -> Tensor:
@@ -77,20 +76,22 @@ def build_lists(expiry: Tensor, num_queries: int, ratio: int, max_live: int, til
 
     first = length - num_queries
     # A chunk of keys none of which outlives a block's first query needs no second look.
-    chunks = triton.cdiv(length, _CHUNK)
+    # A scan is a chain of loads, one per chunk: long rows take long chunks.
+    chunk, warps = (_CHUNK, 4) if length <= 16 * _CHUNK else (4 * _CHUNK, 8)
+    chunks = triton.cdiv(length, chunk)
     chunk_last = empty(rows, chunks)
-    _chunk_maximum[(chunks, rows)](flat, chunk_last, length, chunks, CHUNK=_CHUNK, num_warps=4)
+    _chunk_maximum[(chunks, rows)](flat, chunk_last, length, chunks, CHUNK=chunk, num_warps=warps)
     counts = empty(rows, coarse_blocks)
     grid = (coarse_blocks, rows)
     scan = (flat, chunk_last, length, first, coarse_blocks, chunks)
     if max_live:
-        capacity = min(max_live + _COARSE, length)
+        capacity = min(max_live + large, length)
         fine_capacity = min(max_live + block, length)
     else:
-        _coarse[grid](*scan, flat, counts, 0, BLOCK=_COARSE, CHUNK=_CHUNK, WRITE=False, num_warps=4)
+        _coarse[grid](*scan, flat, counts, 0, BLOCK=large, CHUNK=chunk, WRITE=False, num_warps=warps)
         fine_capacity = capacity = max(1, int(counts.max()))
     coarse = empty(rows, coarse_blocks, capacity)
-    _coarse[grid](*scan, coarse, counts, capacity, BLOCK=_COARSE, CHUNK=_CHUNK, WRITE=True, num_warps=4)
+    _coarse[grid](*scan, coarse, counts, capacity, BLOCK=large, CHUNK=chunk, WRITE=True, num_warps=warps)
     index, whole, partial = empty(rows, blocks, fine_capacity), empty(rows, blocks), empty(rows, blocks)
     _fine[(blocks, rows)](
         flat,
@@ -106,7 +107,7 @@ def build_lists(expiry: Tensor, num_queries: int, ratio: int, max_live: int, til
         partial,
         fine_capacity,
         BLOCK=block,
-        COARSE=_COARSE,
+        COARSE=large,
         CHUNK=_CHUNK,
         num_warps=4,
     )
@@ -182,7 +183,7 @@ def _fine(
     start = first_query + block * BLOCK
     stop = tl.minimum(start + BLOCK, length)
     expiry += row.to(tl.int64) * length
-    source = row.to(tl.int64) * coarse_blocks + block * BLOCK // COARSE
+    source = row.to(tl.int64) * coarse_blocks + block // (COARSE // BLOCK)
     listed = tl.load(counts + source)
     out = index + (row.to(tl.int64) * blocks + block) * capacity
     num_whole = 0
