@@ -71,11 +71,13 @@ def interval_attention_backward_op(
     max_live: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value and bias; see `dynamask.ops.blocked.backward` for shapes."""
-    # The kernel sums gradients with atomics, in no fixed order.
-    if backend == "triton" and not torch.are_deterministic_algorithms_enabled():
+    if backend == "triton":
         from dynamask.ops import triton as kernels
 
-        return kernels.interval_backward(grad_output, query, key, value, expiry, bias, output, lse, scale, max_live)
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return kernels.interval_backward(
+            grad_output, query, key, value, expiry, bias, output, lse, scale, max_live, deterministic
+        )
     return blocked.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
 
 

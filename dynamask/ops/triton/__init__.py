@@ -7,6 +7,7 @@
 | `forward_hopper.py` | the same in Gluon for Hopper GPUs, with gathering and multiplying in different warps |
 | `backward.py` | gradients over the same lists |
 | `expiry.py`, `expiry_unpacked.py` | scores to intervals, with and without packed documents |
+| `backward_walk.py` | gradients to keys and values in a fixed order, for deterministic mode |
 | `decode.py` | a few queries over many keys, split along the keys |
 
 `TRITON_INTERPRET=1` runs all of it on a CPU, which is how it is tested without a GPU.
@@ -63,13 +64,16 @@ def interval_backward(
     lse: Tensor,
     scale: float,
     max_live: int,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to query, key, value (their dtypes) and bias (float32)."""
+    """Gradients to query, key, value (their dtypes) and bias (float32); `deterministic`: the same bits every time."""
     query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
     bias = None if bias is None else bias.float().contiguous()
     lists = _lists(query, value, expiry, max_live)
     saved = (output.contiguous(), lse.contiguous())
-    return backward_kernel_launch(grad_output.contiguous(), query, key, value, expiry, bias, *saved, lists, scale)
+    return backward_kernel_launch(
+        grad_output.contiguous(), query, key, value, expiry, bias, *saved, lists, scale, deterministic
+    )
 
 
 def _lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:

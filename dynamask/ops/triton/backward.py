@@ -1,4 +1,7 @@
-"""Backward over the forward's lists: one pass gives dQ directly, and dK, dV, dbias by atomic sums in float32."""
+"""Backward over the forward's lists: one pass gives dQ directly, and dK, dV, dbias by atomic sums in float32.
+
+In deterministic mode it gives dQ alone, and `backward_walk.py` the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, row_of
 from dynamask.ops.triton.lists import KeyLists
 
@@ -22,17 +26,24 @@ def backward_kernel_launch(
     lse: Tensor,
     lists: KeyLists,
     scale: float,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous."""
+    """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous.
+
+    Args:
+        deterministic: bitwise the same on every run, in some more time.
+    """
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
     # sum_j p_ij · dp_ij = do_i · o_i (FlashAttention's identity)
     delta = (grad_output.float() * output.float()).sum(-1)
     d_query = torch.empty_like(query)
-    d_key = torch.zeros(key.shape, dtype=torch.float32, device=key.device)
-    d_value = torch.zeros(value.shape, dtype=torch.float32, device=key.device)
-    d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
+    if deterministic:
+        d_key, d_value, d_bias = walk_kernel_launch(grad_output, query, key, value, expiry, bias, lse, delta, scale)
+    else:
+        d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
+        d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
     narrow = query.element_size() == 2
     _backward[(lists.index.shape[1], batch * groups)](
         grad_output,
@@ -65,6 +76,7 @@ def backward_kernel_launch(
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
         HAS_BIAS=bias is not None,
+        SCATTER=not deterministic,
         PRECISION="tf32" if narrow else "ieee",
         **tiles(max(dim, value_dim), narrow),
     )
@@ -102,6 +114,7 @@ def _tile(
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCATTER: tl.constexpr,
     TEST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -123,12 +136,13 @@ def _tile(
         ds = tl.where((j[None, :] <= position[:, None]) & (position[:, None] < dies[None, :]), ds, 0.0)
     narrow_ds = ds.to(k.dtype)
     dq = tl.dot(narrow_ds, k, dq, input_precision=PRECISION)
-    dv_tile = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
-    tl.atomic_add(d_value + v_place, dv_tile, mask=listed[:, None] & (dv < VALUE_DIM)[None, :], sem="relaxed")
-    dk_tile = tl.dot(tl.trans(narrow_ds), q, input_precision=PRECISION) * scale
-    tl.atomic_add(d_key + k_place, dk_tile, mask=listed[:, None] & (d < DIM)[None, :], sem="relaxed")
-    if HAS_BIAS:
-        tl.atomic_add(d_bias + wide, tl.sum(ds, 0), mask=listed, sem="relaxed")
+    if SCATTER:
+        dv_tile = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision=PRECISION)
+        tl.atomic_add(d_value + v_place, dv_tile, mask=listed[:, None] & (dv < VALUE_DIM)[None, :], sem="relaxed")
+        dk_tile = tl.dot(tl.trans(narrow_ds), q, input_precision=PRECISION) * scale
+        tl.atomic_add(d_key + k_place, dk_tile, mask=listed[:, None] & (d < DIM)[None, :], sem="relaxed")
+        if HAS_BIAS:
+            tl.atomic_add(d_bias + wide, tl.sum(ds, 0), mask=listed, sem="relaxed")
     return dq
 
 
@@ -165,6 +179,7 @@ def _backward(
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SCATTER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = blocks - 1 - tl.program_id(0)
@@ -206,12 +221,12 @@ def _backward(
         j = tl.load(list_row + begin + n)
         dq = _tile(
             q, do, row_lse, row_delta, dq, position, j, n >= 0, key, value, expiry, bias, d_key, d_value, d_bias,
-            scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, False, PRECISION,
+            scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, SCATTER, False, PRECISION,
         )  # fmt: skip
     for begin in range(0, tested, N):
         j = row_of(list_row, begin + n, whole_tiles, num_whole, tested, capacity)
         dq = _tile(
             q, do, row_lse, row_delta, dq, position, j, begin + n < tested, key, value, expiry, bias, d_key, d_value,
-            d_bias, scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, True, PRECISION,
+            d_bias, scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, SCATTER, True, PRECISION,
         )  # fmt: skip
     tl.store(d_query + q_row[:, None] * DIM + d[None, :], (dq * scale).to(d_query.dtype.element_ty), mask=q_mask)

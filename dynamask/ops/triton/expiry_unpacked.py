@@ -17,8 +17,8 @@ from torch import Tensor
 _CHUNK = 1024
 """Positions in a row of the table of counts, and looked at in one step."""
 
-_BUCKET = 256
-"""Keys of the order that one program resolves."""
+_BUCKET = 128
+"""Keys of the order that one program resolves; twice as many for the longest rows, whose table halves with it."""
 
 LONGEST = 1 << 21
 """Above this many keys the table, which grows with the square of the length, is no longer small."""
@@ -38,14 +38,15 @@ def unpacked_expiry(order: Tensor, count: int, local: int) -> Tensor:
     batch, groups, length = order.shape
     rows = batch * groups
     order = order.contiguous()
-    chunks, buckets = triton.cdiv(length, _CHUNK), triton.cdiv(length - count, _BUCKET)
+    bucket = _BUCKET if length <= 256 * _CHUNK else 2 * _BUCKET
+    chunks, buckets = triton.cdiv(length, _CHUNK), triton.cdiv(length - count, bucket)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=order.device)
 
     place, expiry, table = empty(rows, length), empty(batch, groups, length), empty(rows, chunks, buckets)
     # A bucket's candidates: what T can fall through, at most as many old keys as new ones, and where it started.
-    candidates = empty(rows, buckets, 2, 4 * _BUCKET)
+    candidates = empty(rows, buckets, 2, 4 * bucket)
     _invert[(chunks, rows)](order, place, expiry, length, count, CHUNK=_CHUNK, num_warps=4)
     _count[(chunks, rows)](
         place,
@@ -55,7 +56,7 @@ def unpacked_expiry(order: Tensor, count: int, local: int) -> Tensor:
         chunks,
         buckets,
         CHUNK=_CHUNK,
-        BUCKET=_BUCKET,
+        BUCKET=bucket,
         BINS=triton.next_power_of_2(max(buckets, 2)),
         num_warps=4,
     )
@@ -72,10 +73,11 @@ def unpacked_expiry(order: Tensor, count: int, local: int) -> Tensor:
         buckets,
         CHUNK=_CHUNK,
         CHUNKS_PAD=triton.next_power_of_2(chunks),
-        BUCKET=_BUCKET,
-        ROOM=4 * _BUCKET,
-        BATCH=8,
-        num_warps=8,
+        BUCKET=bucket,
+        ROOM=4 * bucket,
+        GROUP=min(32, bucket),
+        BATCH=16,
+        num_warps=4,
     )
     return expiry
 
@@ -139,6 +141,7 @@ def _resolve(
     CHUNKS_PAD: tl.constexpr,
     BUCKET: tl.constexpr,
     ROOM: tl.constexpr,
+    GROUP: tl.constexpr,
     BATCH: tl.constexpr,
 ):
     """T for every key of one bucket, hence its expiry."""
@@ -172,16 +175,26 @@ def _resolve(
         step += 1
     tl.debug_barrier()
     e = tl.arange(0, ROOM)
-    position = tl.load(where_base + e, mask=e < found, other=0)
-    when = tl.load(when_base + e, mask=e < found, other=2147483647)
-    members = tl.arange(0, BUCKET)
-    own = tl.load(order + length - 1 - first - members, mask=first + members < length, other=length).to(tl.int32)
+    tl.store(when_base + e, tl.full([ROOM], 2147483647, tl.int32), mask=e >= found)
+    tl.debug_barrier()
+    # Candidates in groups, so that a place among them is found in two short counts instead of a long one.
+    groups = tl.arange(0, ROOM // GROUP)
+    members = tl.arange(0, GROUP)
+    when = tl.load(when_base + groups[:, None] * GROUP + members[None, :])
+    new = tl.arange(0, BUCKET)
+    own = tl.load(order + length - 1 - first - new, mask=first + new < length, other=length).to(tl.int32)
+    pushes = (own <= highest).to(tl.int32)
     for begin in range(0, BUCKET, BATCH):
         k = begin + tl.arange(0, BATCH)
         # Every new key at or below where T started pushes T one place down.
-        pushed = tl.sum(((members[None, :] < k[:, None]) & (own[None, :] <= highest)).to(tl.int32), 1)
-        present = (when[None, :] < k[:, None]).to(tl.int32)
-        here = (present == 1) & (tl.cumsum(present, 1) == pushed[:, None] + 1)
-        fallen = tl.sum(tl.where(here, position[None, :], 0), 1)
+        pushed = tl.sum(tl.where(new[None, :] < k[:, None], pushes[None, :], 0), 1)
+        per_group = tl.sum((when[None, :, :] < k[:, None, None]).to(tl.int32), 2)
+        through = tl.cumsum(per_group, 1)
+        before = tl.sum((through <= pushed[:, None]).to(tl.int32), 1)
+        skipped = tl.max(tl.where(groups[None, :] < before[:, None], through, 0), 1)
+        slot = before[:, None] * GROUP + members[None, :]
+        present = (tl.load(when_base + slot, mask=slot < ROOM, other=2147483647) < k[:, None]).to(tl.int32)
+        here = (present == 1) & (skipped[:, None] + tl.cumsum(present, 1) == pushed[:, None] + 1)
+        fallen = tl.sum(tl.where(here, tl.load(where_base + slot, mask=here, other=0), 0), 1)
         j = tl.load(order + length - 1 - first - k, mask=first + k < length, other=0).to(tl.int32)
         tl.store(expiry + j, tl.minimum(tl.maximum(j, fallen) + local, length), mask=first + k < length)

@@ -24,6 +24,9 @@ _COARSE = 512
 """Queries of a large block. All keys are scanned once per large block, whose list the blocks inside pick from:
 scanning them once per block took a fifth of the forward's time at N = 32K, and more at longer ones."""
 
+_FAN = 16
+"""Large blocks that share one scan of all keys when there are many of them."""
+
 
 class KeyLists(NamedTuple):
     """Lists of visible keys.
@@ -84,6 +87,9 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
     counts = empty(rows, coarse_blocks)
     grid = (coarse_blocks, rows)
     scan = (flat, chunk_last, length, first, coarse_blocks, chunks)
+    # Scanning all keys once per large block grows with the square of the length; long rows scan them once per
+    # _FAN large blocks and let each pick from that list.
+    fan = _FAN if max_live and coarse_blocks >= 8 * _FAN else 1
     if max_live:
         capacity = min(max_live + large, length)
         fine_capacity = min(max_live + block, length)
@@ -91,7 +97,44 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
         _coarse[grid](*scan, flat, counts, 0, BLOCK=large, CHUNK=chunk, WRITE=False, num_warps=warps)
         fine_capacity = capacity = max(1, int(counts.max()))
     coarse = empty(rows, coarse_blocks, capacity)
-    _coarse[grid](*scan, coarse, counts, capacity, BLOCK=large, CHUNK=chunk, WRITE=True, num_warps=warps)
+    if fan == 1:
+        _coarse[grid](*scan, coarse, counts, capacity, BLOCK=large, CHUNK=chunk, WRITE=True, num_warps=warps)
+    else:
+        huge, huge_blocks = large * fan, triton.cdiv(num_queries, large * fan)
+        huge_capacity = min(max_live + huge, length)
+        huge_lists, huge_counts = empty(rows, huge_blocks, huge_capacity), empty(rows, huge_blocks)
+        _coarse[(huge_blocks, rows)](
+            flat,
+            chunk_last,
+            length,
+            first,
+            huge_blocks,
+            chunks,
+            huge_lists,
+            huge_counts,
+            huge_capacity,
+            BLOCK=huge,
+            CHUNK=chunk,
+            WRITE=True,
+            num_warps=warps,
+        )
+        _pick[grid](
+            flat,
+            huge_lists,
+            huge_counts,
+            length,
+            first,
+            huge_blocks,
+            huge_capacity,
+            coarse_blocks,
+            coarse,
+            counts,
+            capacity,
+            BLOCK=large,
+            FAN=fan,
+            CHUNK=_CHUNK,
+            num_warps=4,
+        )
     index, whole, partial = empty(rows, blocks, fine_capacity), empty(rows, blocks), empty(rows, blocks)
     _fine[(blocks, rows)](
         flat,
@@ -156,6 +199,45 @@ def _coarse(
                 place = count + tl.cumsum(seen.to(tl.int32), 0) - 1
                 tl.store(out + place, key, mask=seen & (place < capacity))
             count += tl.sum(seen.to(tl.int32), 0)
+    tl.store(counts + row * blocks + block, count)
+
+
+@triton.jit
+def _pick(
+    expiry,
+    source,
+    source_counts,
+    length,
+    first_query,
+    source_blocks,
+    source_capacity,
+    blocks,
+    index,
+    counts,
+    capacity,
+    BLOCK: tl.constexpr,
+    FAN: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """The list of a large block, picked from that of `FAN` of them."""
+    block = tl.program_id(0)
+    row = tl.program_id(1)
+    start = first_query + block * BLOCK
+    stop = tl.minimum(start + BLOCK, length)
+    expiry += row.to(tl.int64) * length
+    parent = row.to(tl.int64) * source_blocks + block // FAN
+    listed = tl.load(source_counts + parent)
+    out = index + (row.to(tl.int64) * blocks + block) * capacity
+    count = 0
+    for begin in range(0, listed, CHUNK):
+        entry = begin + tl.arange(0, CHUNK)
+        there = entry < listed
+        key = tl.load(source + parent * source_capacity + entry, mask=there, other=0)
+        dies = tl.load(expiry + key, mask=there, other=0)
+        seen = there & (key < stop) & (dies > tl.maximum(start, key))
+        place = count + tl.cumsum(seen.to(tl.int32), 0) - 1
+        tl.store(out + place, key, mask=seen & (place < capacity))
+        count += tl.sum(seen.to(tl.int32), 0)
     tl.store(counts + row * blocks + block, count)
 
 

@@ -1,0 +1,182 @@
+"""dK, dV and dbias without atomics: each tile of keys walks the queries that see it, and sums in a fixed order.
+
+A tile's walk is as long as from its first birth to its last expiry, so keys are grouped by lifetime (to a power of
+two) and, within that, by birth (design section 2). A tile whose keys agree wastes little; measured in
+benchmarks/kernels.md. dQ comes from `backward.py` over the lists, with the scattering left out.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dynamask.ops.triton.forward import LOG2E
+
+
+def walking_order(expiry: Tensor) -> Tensor:
+    """Keys in the order of tiles: longest lifetimes (by power of two) first, by birth within them.
+
+    Args:
+        expiry: (B, G, N) int32.
+
+    Returns:
+        (B, G, N) int32 positions.
+    """
+    length = expiry.shape[-1]
+    position = torch.arange(length, device=expiry.device)
+    # frexp's exponent is the bit length: 0 for the keys that nobody sees, which come last.
+    _, lifetime_class = torch.frexp((expiry - position).clamp(min=0).float())
+    return ((64 - lifetime_class.long()) * length + position).argsort(-1).to(torch.int32)
+
+
+def walk_kernel_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to key and value in their dtypes and bias in float32; arguments contiguous."""
+    batch, heads, num_queries, dim = query.shape
+    groups, length, value_dim = value.shape[1:]
+    ratio = heads // groups
+    d_key, d_value = torch.empty_like(key), torch.empty_like(value)
+    d_bias = torch.empty(expiry.shape, dtype=torch.float32, device=key.device)
+    narrow = query.element_size() == 2
+    chosen = tiles(max(dim, value_dim), narrow)
+    rows = chosen.pop("rows")
+    ratio_pad = triton.next_power_of_2(ratio)
+    _walk[(triton.cdiv(length, chosen["N"]), batch * groups)](
+        grad_output,
+        query,
+        key,
+        value,
+        expiry,
+        expiry if bias is None else bias,
+        lse,
+        delta,
+        walking_order(expiry),
+        d_key,
+        d_value,
+        d_bias,
+        scale,
+        heads,
+        num_queries,
+        length,
+        GROUPS=groups,
+        RATIO=ratio,
+        RATIO_PAD=ratio_pad,
+        M=max(16 // ratio_pad, rows // ratio_pad, 1),
+        DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+        HAS_BIAS=bias is not None,
+        PRECISION="tf32" if narrow else "ieee",
+        **chosen,
+    )
+    return d_key, d_value, d_bias
+
+
+def tiles(dim: int, narrow: bool) -> dict[str, int]:
+    """Keys per tile, rows of queries per step, warps and pipeline stages; `narrow` for 16-bit inputs."""
+    if not narrow:
+        return {"N": 32, "rows": 32 if dim > 128 else 64, "num_warps": 4, "num_stages": 1}
+    if dim > 128:
+        return {"N": 32, "rows": 64, "num_warps": 8, "num_stages": 1}
+    return {"N": 64, "rows": 128, "num_warps": 8, "num_stages": 2}
+
+
+@triton.jit
+def _walk(
+    grad_output,
+    query,
+    key,
+    value,
+    expiry,
+    bias,
+    lse,
+    delta,
+    order,
+    d_key,
+    d_value,
+    d_bias,
+    scale,
+    heads,
+    num_queries,
+    length,
+    GROUPS: tl.constexpr,
+    RATIO: tl.constexpr,
+    RATIO_PAD: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(1)
+    batch, group = row // GROUPS, row % GROUPS
+    base = row.to(tl.int64) * length
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    listed = n < length
+    j = tl.load(order + base + n, mask=listed, other=0)
+    dies = tl.load(expiry + base + j, mask=listed, other=0)
+    wide = base + j
+    d = tl.arange(0, DIM_PAD)
+    dv = tl.arange(0, VALUE_PAD)
+    k_place = wide[:, None] * DIM + d[None, :]
+    v_place = wide[:, None] * VALUE_DIM + dv[None, :]
+    k_mask = listed[:, None] & (d < DIM)[None, :]
+    v_mask = listed[:, None] & (dv < VALUE_DIM)[None, :]
+    k = tl.load(key + k_place, mask=k_mask, other=0.0)
+    v = tl.load(value + v_place, mask=v_mask, other=0.0)
+    if HAS_BIAS:
+        own = tl.load(bias + wide, mask=listed, other=0.0) * LOG2E
+    first_query = length - num_queries
+    alive = dies > tl.maximum(j, first_query)
+    low = tl.min(tl.where(alive, tl.maximum(j, first_query), length), 0)
+    high = tl.max(tl.where(alive, dies, 0), 0)
+
+    tile = tl.arange(0, RATIO_PAD * M)
+    head, offset = tile // M, tile % M
+    head_row = (batch * heads + group * RATIO + head).to(tl.int64) * num_queries - first_query
+    d_k = tl.zeros([N, DIM_PAD], tl.float32)
+    d_v = tl.zeros([N, VALUE_PAD], tl.float32)
+    d_b = tl.zeros([N], tl.float32)
+    for start in range(low, high, M):
+        position = start + offset
+        real = (head < RATIO) & (position < high)
+        q_row = head_row + position
+        q = tl.load(query + q_row[:, None] * DIM + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+        do = tl.load(
+            grad_output + q_row[:, None] * VALUE_DIM + dv[None, :],
+            mask=real[:, None] & (dv < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        # A row of no query, or of one that saw nothing, weighs nothing: exp2(s - inf) = 0.
+        row_lse = tl.load(lse + q_row, mask=real, other=float("inf"))
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
+        row_delta = tl.load(delta + q_row, mask=real, other=0.0)
+        seen = (j[:, None] <= position[None, :]) & (position[None, :] < dies[:, None])
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        if HAS_BIAS:
+            s += own[:, None]
+        p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
+        d_v = tl.dot(p.to(do.dtype), do, d_v, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = tl.where(seen, p * (dp - row_delta[None, :]), 0.0)
+        d_k = tl.dot(ds.to(q.dtype), q, d_k, input_precision=PRECISION)
+        if HAS_BIAS:
+            d_b += tl.sum(ds, 1)
+    tl.store(d_key + k_place, (d_k * scale).to(d_key.dtype.element_ty), mask=k_mask)
+    tl.store(d_value + v_place, d_v.to(d_value.dtype.element_ty), mask=v_mask)
+    tl.store(d_bias + wide, d_b, mask=listed)
