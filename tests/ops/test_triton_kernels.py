@@ -216,13 +216,12 @@ def test_lists_of_long_rows_are_those_of_short_ones(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (16, 4), (6, 2), (8, 1), (64, 1)])
 def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -> None:
     """Many blocks, lists of several tiles that no tile divides, each score pattern."""
-    from dynamask.ops.triton import _hopper
+    from dynamask.ops.triton.gluon import hopper
 
-    assert _hopper() is not None
     for kind, length, queries in (("random", 1100, 1100), ("rising", 515, 300), ("falling", 700, 700)):
         query = torch.randn(2, heads, queries, dim, device=DEVICE, dtype=dtype)
         key, value = (torch.randn(2, groups, length, dim, device=DEVICE, dtype=dtype) for _ in range(2))
-        assert _hopper().is_supported(query, value)
+        assert hopper("forward_hopper", query, value) is not None
         scores = scores_of(kind, (2, groups, length), torch.Generator().manual_seed(1)).to(DEVICE)
         expiry = key_expiry(scores, 200)
         actual = attend(query, key, value, expiry, bias=scores, backend="triton", max_live=200)

@@ -4,7 +4,8 @@
 | --- | --- |
 | `lists.py` | which keys a block of queries can see, gathered into one list per block |
 | `forward.py` | attention of a block of queries over its list |
-| `forward_hopper.py` | the same in Gluon for Hopper GPUs, with gathering and multiplying in different warps |
+| `forward_hopper.py`, `backward_hopper.py` | both in Gluon for Hopper, loading and multiplying in different warps |
+| `gluon.py` | which inputs those take |
 | `backward.py` | gradients over the same lists |
 | `expiry.py`, `expiry_unpacked.py` | scores to intervals, with and without packed documents |
 | `backward_walk.py` | gradients to keys and values in a fixed order, for deterministic mode |
@@ -15,9 +16,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from dynamask.ops.triton.backward import backward_kernel_launch
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
+from dynamask.ops.triton.gluon import hopper
 from dynamask.ops.triton.lists import KeyLists, block_of, build_lists, rows_of
 
 
@@ -46,9 +46,9 @@ def interval_forward(
     if query.shape[2] <= MAX_QUERIES:
         return decode(query, key, value, expiry, bias, scale)
     ratio = query.shape[1] // value.shape[1]
-    if (hopper := _hopper()) is not None and hopper.is_supported(query, value):
-        lists = build_lists(expiry, query.shape[2], hopper.block_of(ratio), max_live)
-        return hopper.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+    if (forward_hopper := hopper("forward_hopper", query, value)) is not None:
+        lists = build_lists(expiry, query.shape[2], forward_hopper.block_of(ratio), max_live)
+        return forward_hopper.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
     lists = _lists(query, value, expiry, max_live)
     return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
 
@@ -79,15 +79,3 @@ def interval_backward(
 def _lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
     rows = rows_of(max(query.shape[3], value.shape[3]), query.element_size())
     return build_lists(expiry, query.shape[2], block_of(query.shape[1] // value.shape[1], rows), max_live)
-
-
-@functools.cache
-def _hopper() -> ModuleType | None:
-    """The Hopper kernel's module, where there is such a GPU and a Triton with Gluon."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        from dynamask.ops.triton import forward_hopper
-    except ImportError:
-        return None
-    return forward_hopper

@@ -1,9 +1,11 @@
 """Backward over the forward's lists: one pass gives dQ directly, and dK, dV, dbias by atomic sums in float32.
 
-In deterministic mode it gives dQ alone, and `backward_walk.py` the rest.
+In deterministic mode, and on Hopper, it gives dQ alone, and `backward_walk.py` or `backward_hopper.py` the rest.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, row_of
+from dynamask.ops.triton.gluon import hopper
 from dynamask.ops.triton.lists import KeyLists
 
 
@@ -36,11 +39,11 @@ def backward_kernel_launch(
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
-    # sum_j p_ij · dp_ij = do_i · o_i (FlashAttention's identity)
-    delta = (grad_output.float() * output.float()).sum(-1)
+    lse, delta = prepare(grad_output, output, lse)
     d_query = torch.empty_like(query)
-    if deterministic:
-        d_key, d_value, d_bias = walk_kernel_launch(grad_output, query, key, value, expiry, bias, lse, delta, scale)
+    walk = _walk_kernel(query, value, deterministic)
+    if walk is not None:
+        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, lse, delta, scale)
     else:
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
@@ -76,11 +79,49 @@ def backward_kernel_launch(
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
         HAS_BIAS=bias is not None,
-        SCATTER=not deterministic,
+        SCATTER=walk is None,
         PRECISION="tf32" if narrow else "ieee",
         **tiles(max(dim, value_dim), narrow),
     )
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
+
+
+def prepare(grad_output: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What every step needs of a query row, in one pass over it.
+
+    Args:
+        grad_output, output: (B, H, Nq, Dv), contiguous.
+        lse: (B, H, Nq) float32.
+
+    Returns:
+        The log-sum-exp to base 2, +inf where the query saw no key, so that exp2(s - it) is 0 there; and
+        do_i · o_i = sum_j p_ij · dp_ij (FlashAttention's identity). Both (B, H, Nq) float32.
+    """
+    value_dim = output.shape[-1]
+    lse_2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    rows = 32
+    _prepare[(triton.cdiv(lse.numel(), rows),)](
+        grad_output,
+        output,
+        lse,
+        lse_2,
+        delta,
+        lse.numel(),
+        ROWS=rows,
+        VALUE_DIM=value_dim,
+        VALUE_PAD=triton.next_power_of_2(value_dim),
+        num_warps=4,
+    )
+    return lse_2, delta
+
+
+def _walk_kernel(query: Tensor, value: Tensor, deterministic: bool) -> Callable[..., tuple[Tensor, ...]] | None:
+    """What gives dK, dV and dbias: a walk over each key's queries, or None for atomic sums in the pass for dQ."""
+    if deterministic:
+        return walk_kernel_launch
+    if (backward_hopper := hopper("backward_hopper", query, value)) is not None:
+        return backward_hopper.walk_kernel_launch
+    return None
 
 
 def tiles(dim: int, narrow: bool) -> dict[str, int]:
@@ -89,6 +130,22 @@ def tiles(dim: int, narrow: bool) -> dict[str, int]:
         return {"N": 32, "num_warps": 8, "num_stages": 1}
     # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md).
     return {"N": 64, "num_warps": 8, "num_stages": 2} if dim > 64 else {"N": 32, "num_warps": 4, "num_stages": 2}
+
+
+@triton.jit
+def _prepare(
+    grad_output, output, lse, lse_2, delta, rows, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = row < rows
+    dv = tl.arange(0, VALUE_PAD)
+    place = row.to(tl.int64)[:, None] * VALUE_DIM + dv[None, :]
+    mask = real[:, None] & (dv < VALUE_DIM)[None, :]
+    do = tl.load(grad_output + place, mask=mask, other=0.0).to(tl.float32)
+    o = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + row, tl.sum(do * o, 1), mask=real)
+    own = tl.load(lse + row, mask=real, other=0.0)
+    tl.store(lse_2 + row, tl.where(own == float("-inf"), float("inf"), own * LOG2E), mask=real)
 
 
 @triton.jit
@@ -199,9 +256,8 @@ def _backward(
         mask=real[:, None] & (dv < VALUE_DIM)[None, :],
         other=0.0,
     )
-    # A row of no query, or of one that saw nothing, weighs nothing: exp2(s - inf) = 0.
+    # A row of no query weighs nothing: exp2(s - inf) = 0.
     row_lse = tl.load(lse + q_row, mask=real, other=float("inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * LOG2E)
     row_delta = tl.load(delta + q_row, mask=real, other=0.0)
     base = row.to(tl.int64) * length
     key += base * DIM

@@ -42,7 +42,7 @@ def forward_kernel_launch(
     lists: KeyLists,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """As `forward.forward_kernel_launch`; 16-bit inputs whose widths `is_supported` takes."""
+    """As `forward.forward_kernel_launch`; inputs that `gluon.hopper` lets through."""
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
@@ -82,20 +82,6 @@ def forward_kernel_launch(
         **tiles(max(dim, value_dim)),
     )
     return output, lse
-
-
-def is_supported(query: Tensor, value: Tensor) -> bool:
-    """Whether this kernel takes the inputs: a Hopper GPU, 16-bit numbers, widths of 32, 64 or 128, few enough heads."""
-    widths, ratio = (query.shape[3], value.shape[3]), query.shape[1] // value.shape[1]
-    return (
-        query.is_cuda
-        and torch.cuda.get_device_capability(query.device)[0] == 9
-        and query.element_size() == 2
-        and all(width in (32, 64, 128) for width in widths)
-        and next_power_of_2(ratio) <= _ROWS
-        # Rows of keys and values are addressed in 32 bits from the head's first.
-        and value.shape[2] * max(widths) < 2**31
-    )
 
 
 def block_of(ratio: int) -> int:

@@ -1,0 +1,374 @@
+"""dK, dV and dbias on Hopper, warp-specialised in Gluon: tiles of keys walk the queries that see them.
+
+The walk of `backward_walk.py` with loading and multiplying apart, as in `forward_hopper.py`: the producer copies tiles
+of queries and output gradients, and two consumers hold 64 keys each, with their gradients in registers. All four
+products take one operand from registers or in its natural layout, so nothing goes back to shared memory. Long walks
+are cut in pieces, or the few keys that live longest would keep most of the GPU waiting; a piece adds its sums to the
+result by atomics, a few thousandths of what one atomic per key and block of queries moves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import cdiv, next_power_of_2
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+
+from dynamask.ops.triton.backward_walk import walking_order
+
+_LOG2E = gl.constexpr(1.4426950408889634)
+
+_KEYS = 64
+"""Keys of a consumer, the rows of its products."""
+
+_PIECES = 8
+"""A walk is cut into at most so many pieces ..."""
+
+_SHORTEST_PIECE = 1024
+"""... none of them of fewer queries than this, but the last."""
+
+
+def walk_kernel_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `backward_walk.walk_kernel_launch`, all three in float32; inputs that `gluon.hopper` lets through."""
+    batch, heads, num_queries, dim = query.shape
+    groups, length, value_dim = value.shape[1:]
+    ratio = heads // groups
+    d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
+    d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
+    rows = 64
+    step = rows // next_power_of_2(ratio)
+    piece = max(_SHORTEST_PIECE, cdiv(num_queries, _PIECES * step) * step)
+    _walk[(cdiv(num_queries, piece), cdiv(length, 2 * _KEYS), batch * groups)](
+        grad_output,
+        query,
+        key,
+        value,
+        expiry,
+        expiry if bias is None else bias * _LOG2E.value,
+        lse,
+        delta,
+        walking_order(expiry),
+        d_key,
+        d_value,
+        d_bias,
+        scale * _LOG2E.value,
+        scale,
+        heads,
+        num_queries,
+        length,
+        piece,
+        GROUPS=groups,
+        RATIO=ratio,
+        RATIO_PAD=next_power_of_2(ratio),
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        KEYS=_KEYS,
+        ROWS=rows,
+        STAGES=4 if max(dim, value_dim) > 64 else 6,
+        PART=8,
+        PRODUCER_REGISTERS=24,
+        CONSUMER_REGISTERS=240,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )
+    return d_key, d_value, d_bias
+
+
+@gluon.jit
+def _produce(
+    grad_output,
+    query,
+    lse,
+    delta,
+    heads,
+    num_queries,
+    length,
+    begin,
+    end,
+    queries,
+    grads,
+    tops,
+    deltas,
+    full,
+    empty,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PART: gl.constexpr,
+):
+    """Copy tiles of queries, output gradients and what goes with them, in the order of positions."""
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    g_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    M: gl.constexpr = ROWS // RATIO_PAD
+    q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
+    g_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, g_layout))
+    row = gl.program_id(2)
+    first_head = row // GROUPS * heads + row % GROUPS * RATIO
+    first_query = length - num_queries
+    tile = gl.arange(0, ROWS, flat)
+    step = 0
+    for start in range(begin, end, M):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+        position = start + tile % M
+        real = (tile // M < RATIO) & (position < length)
+        at = (first_head + tile // M).to(gl.int64) * num_queries + position - first_query
+        async_copy.async_copy_global_to_shared(tops.index(stage), lse + at, mask=real)
+        async_copy.async_copy_global_to_shared(deltas.index(stage), delta + at, mask=real)
+        for part in gl.static_range(0, ROWS, PART):
+            r = part + gl.arange(0, PART, gl.SliceLayout(1, q_layout))
+            place = start + r % M
+            at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
+            async_copy.async_copy_global_to_shared(
+                queries.index(stage).slice(part, PART),
+                query + (at * DIM)[:, None] + q_columns[None, :],
+                mask=((r // M < RATIO) & (place < length))[:, None],
+            )
+            r = part + gl.arange(0, PART, gl.SliceLayout(1, g_layout))
+            place = start + r % M
+            at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
+            async_copy.async_copy_global_to_shared(
+                grads.index(stage).slice(part, PART),
+                grad_output + (at * VALUE_DIM)[:, None] + g_columns[None, :],
+                mask=((r // M < RATIO) & (place < length))[:, None],
+            )
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        step += 1  # noqa: SIM113
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def _consume(
+    key,
+    value,
+    expiry,
+    bias,
+    order,
+    d_key,
+    d_value,
+    d_bias,
+    factor,
+    scale,
+    length,
+    begin,
+    end,
+    all_keys,
+    all_values,
+    queries,
+    grads,
+    tops,
+    deltas,
+    full,
+    empty,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    KEYS: gl.constexpr,
+    ROWS: gl.constexpr,
+    M: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):
+    """Gradients of 64 keys from the queries `begin` to `end`."""
+    dtype: gl.constexpr = key.dtype.element_ty
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
+    k_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    v_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE_DIM, 16]
+    )
+    k_load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    v_load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    columns: gl.constexpr = gl.SliceLayout(0, s_layout)
+    if begin < end:
+        base = gl.program_id(2).to(gl.int64) * length
+        first = (gl.program_id(1) * 2 + CONSUMER) * KEYS
+        keys, values = all_keys.index(CONSUMER), all_values.index(CONSUMER)
+        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_load))
+        j = gl.load(order + base + n, mask=n < length, other=0)
+        d = gl.arange(0, DIM, gl.SliceLayout(0, k_load))
+        keys.store(gl.load(key + ((base + j) * DIM)[:, None] + d[None, :]))
+        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, v_load))
+        j = gl.load(order + base + n, mask=n < length, other=0)
+        dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_load))
+        values.store(gl.load(value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :]))
+        fence_async_shared()
+        n = first + gl.arange(0, KEYS, s_rows)
+        listed = n < length
+        born = gl.load(order + base + n, mask=listed, other=0)
+        # What is not listed is born after everything.
+        dies = gl.load(expiry + base + born, mask=listed, other=0)
+        latest = gl.max(gl.where(listed, born, length), 0)
+        soonest = gl.min(dies, 0)
+        own = gl.full([KEYS], 0.0, gl.float32, s_rows)
+        if HAS_BIAS:
+            own = gl.load(bias + base + born)
+        nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, s_layout)
+        k_sum = warpgroup_mma_init(gl.full([KEYS, DIM], 0.0, gl.float32, k_layout))
+        v_sum = warpgroup_mma_init(gl.full([KEYS, VALUE_DIM], 0.0, gl.float32, v_layout))
+        b_sum = gl.full([KEYS], 0.0, gl.float32, s_rows)
+        offset = gl.arange(0, ROWS, columns) % M
+        step = 0
+        for start in range(begin, end, M):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            fence_async_shared()
+            s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dp = warpgroup_mma(values, grads.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            # The sums of the step before were issued first, so they are done first.
+            v_sum, k_sum = warpgroup_mma_wait(num_outstanding=2, deps=(v_sum, k_sum))
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+            top = tops.index(stage).load(columns)
+            s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+            p = gl.exp2(s * factor + own[:, None] - top[None, :])
+            delta = deltas.index(stage).load(columns)
+            dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
+            ds = p * (dp - delta[None, :])
+            if (start < latest) | (start + M > soonest):
+                position = start + offset
+                seen = (born[:, None] <= position[None, :]) & (position[None, :] < dies[:, None])
+                p = gl.where(seen, p, 0.0)
+                ds = gl.where(seen, ds, 0.0)
+            if HAS_BIAS:
+                b_sum += gl.sum(ds, 1)
+            weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
+            slopes = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2))
+            v_sum = warpgroup_mma(weights, grads.index(stage), v_sum, is_async=True)
+            k_sum = warpgroup_mma(slopes, queries.index(stage), k_sum, is_async=True)
+            step += 1  # noqa: SIM113
+        v_sum, k_sum = warpgroup_mma_wait(num_outstanding=0, deps=(v_sum, k_sum))
+        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_layout))
+        j = gl.load(order + base + n, mask=n < length, other=0)
+        d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
+        gl.atomic_add(
+            d_key + ((base + j) * DIM)[:, None] + d[None, :], k_sum * scale, mask=(n < length)[:, None], sem="relaxed"
+        )
+        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, v_layout))
+        j = gl.load(order + base + n, mask=n < length, other=0)
+        dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
+        gl.atomic_add(
+            d_value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :], v_sum, mask=(n < length)[:, None], sem="relaxed"
+        )
+        if HAS_BIAS:
+            gl.atomic_add(d_bias + base + born, b_sum, mask=listed, sem="relaxed")
+
+
+@gluon.jit
+def _walk(
+    grad_output,
+    query,
+    key,
+    value,
+    expiry,
+    bias,
+    lse,
+    delta,
+    order,
+    d_key,
+    d_value,
+    d_bias,
+    factor,
+    scale,
+    heads,
+    num_queries,
+    length,
+    piece,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    KEYS: gl.constexpr,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    PART: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    dtype: gl.constexpr = query.dtype.element_ty
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    M: gl.constexpr = ROWS // RATIO_PAD
+    # From the first birth to the last expiry among the tile's keys; of that, this program's piece.
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    n = gl.program_id(1) * 2 * KEYS + gl.arange(0, 2 * KEYS, line)
+    base = gl.program_id(2).to(gl.int64) * length
+    first_query = length - num_queries
+    j = gl.load(order + base + n, mask=n < length, other=0)
+    dies = gl.load(expiry + base + j, mask=n < length, other=0)
+    alive = dies > gl.maximum(j, first_query)
+    begin = gl.min(gl.where(alive, gl.maximum(j, first_query), length), 0) + gl.program_id(0) * piece
+    end = gl.minimum(gl.max(gl.where(alive, dies, 0), 0), begin + piece)
+
+    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DIM], dtype)
+    v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, VALUE_DIM], dtype)
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
+    g_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, VALUE_DIM], dtype)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    keys = gl.allocate_shared_memory(dtype, [2, KEYS, DIM], k_shared)
+    values = gl.allocate_shared_memory(dtype, [2, KEYS, VALUE_DIM], v_shared)
+    queries = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], q_shared)
+    grads = gl.allocate_shared_memory(dtype, [STAGES, ROWS, VALUE_DIM], g_shared)
+    tops = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    deltas = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    for stage in gl.static_range(STAGES):
+        # Every producing thread arrives once its copies have landed; each consumer arrives once.
+        mbarrier.init(full.index(stage), count=128)
+        mbarrier.init(empty.index(stage), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length, begin, end,
+                    keys, values, queries, grads, tops, deltas, full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, STAGES, HAS_BIAS, 0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length, begin, end,
+                    keys, values, queries, grads, tops, deltas, full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, STAGES, HAS_BIAS, 1,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    grad_output, query, lse, delta, heads, num_queries, length, begin, end,
+                    queries, grads, tops, deltas, full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, STAGES, PART,
+                ),
+            ),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

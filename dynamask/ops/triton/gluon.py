@@ -1,0 +1,31 @@
+"""Which inputs the Gluon kernels for Hopper take, and where to get those kernels."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def hopper(module: str, query: Tensor, value: Tensor) -> ModuleType | None:
+    """Module `module` of this package if its kernel can run on these inputs, else None.
+
+    Args:
+        module: "forward_hopper" or "backward_hopper".
+        query, value: as the kernel would get them. It takes 16-bit numbers, widths of 32, 64 or 128, and up to 64
+            query heads per key/value head, on a Hopper GPU, under a Triton that has Gluon.
+    """
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device)[0] != 9:
+        return None
+    widths, ratio = (query.shape[3], value.shape[3]), query.shape[1] // value.shape[1]
+    # Rows of keys and values are addressed in 32 bits from the head's first.
+    if query.element_size() != 2 or ratio > 64 or value.shape[2] * max(widths) >= 2**31:
+        return None
+    if any(width not in (32, 64, 128) for width in widths):
+        return None
+    try:
+        return importlib.import_module(f"dynamask.ops.triton.{module}")
+    except ImportError:
+        return None
