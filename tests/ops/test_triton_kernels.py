@@ -213,6 +213,24 @@ def test_lists_of_long_rows_are_those_of_short_ones(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [32, 64, 128])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (8, 2), (6, 2), (8, 1)])
+def test_hopper_backward(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, heads: int, groups: int
+) -> None:
+    """The walk, which short rows would not take by themselves, cut into pieces and not."""
+    from dynamask.ops.triton import backward, backward_hopper
+
+    monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
+    monkeypatch.setattr(backward_hopper, "_SHORTEST_PIECE", 128)
+    for kind in ("random", "rising", "falling"):
+        check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
+    check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
+    check(heads=heads, groups=groups, dim=dim, dtype=dtype, bias=False)
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (16, 4), (6, 2), (8, 1), (64, 1)])
 def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -> None:
     """Many blocks, lists of several tiles that no tile divides, each score pattern."""

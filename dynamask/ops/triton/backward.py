@@ -119,9 +119,12 @@ def _walk_kernel(query: Tensor, value: Tensor, deterministic: bool) -> Callable[
     """What gives dK, dV and dbias: a walk over each key's queries, or None for atomic sums in the pass for dQ."""
     if deterministic:
         return walk_kernel_launch
-    if (backward_hopper := hopper("backward_hopper", query, value)) is not None:
-        return backward_hopper.walk_kernel_launch
-    return None
+    backward_hopper = hopper("backward_hopper", query, value)
+    # Measured on an H100 (benchmarks/kernels.md): ordering the keys costs more than it saves on short rows, and with
+    # one query head per key head the atomics are as fast.
+    if backward_hopper is None or query.shape[2] < 16384 or query.shape[1] == value.shape[1]:
+        return None
+    return backward_hopper.walk_kernel_launch
 
 
 def tiles(dim: int, narrow: bool) -> dict[str, int]:
