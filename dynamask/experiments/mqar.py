@@ -1,8 +1,8 @@
 """Multi-query associative recall (arXiv 2312.04927): two layers of each mixer, and what they remember.
 
 The task, the mixture of lengths and the recipe are those of HazyResearch/zoology (commit d88d6f5,
-`data/multiquery_ar.py`, `train.py`, `experiments/paper_configs`): 2 layers, no feed-forward, tied embeddings, vocabulary
-8192; AdamW with weight decay 0.1, constant within an epoch and cosine from epoch to epoch, no warm-up, no clipping,
+`data/multiquery_ar.py`, `train.py`, `experiments/paper_configs`): 2 layers, no feed-forward, tied embeddings, 8192
+tokens; AdamW with weight decay 0.1, constant within an epoch and cosine from epoch to epoch, no warm-up, no clipping,
 float32, batches of at most 65536 tokens in the mixture's order, stopped at 99% accuracy; learning rates
 `np.logspace(-4, -2, 4)`, of which the best counts. Different here, for all mixers alike: dynamask's layers (RoPE and
 q/k norm instead of learned positions, heads of 64 instead of one), no dropout, no convolution in the first layer.
