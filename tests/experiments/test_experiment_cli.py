@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from rich.console import Console
 
+from dynamask import cli
 from dynamask.experiments import MQAR, Record, read_results, run_key
 from dynamask.experiments.results import ResultsFile
 
 
-def dynamask(*arguments: str, columns: int = 200) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "dynamask", "experiment", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": str(columns)},
-    )
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def test_help_and_the_list_of_experiments_teach() -> None:
+Command = Callable[..., Done]
+
+
+@pytest.fixture
+def dynamask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command in this process, for a new one takes seconds to import torch: its exit code and what it printed."""
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["dynamask", "experiment", *arguments])
+        monkeypatch.setattr(cli, "console", Console(width=200))
+        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=200))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(int(ended.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def test_help_and_the_list_of_experiments_teach(dynamask: Command) -> None:
     helped = dynamask("--help")
     assert helped.returncode == 0
     assert "--budget 25m" in helped.stdout
@@ -33,7 +49,7 @@ def test_help_and_the_list_of_experiments_teach() -> None:
     assert "smoke (6)" in listed.stdout
 
 
-def test_list_says_what_is_done_and_what_is_left_and_writes_nothing(tmp_path: Path) -> None:
+def test_list_says_what_is_done_and_left_and_writes_nothing(dynamask: Command, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     fresh = dynamask("mqar", "--size", "smoke", "--results", str(path), "--list")
     assert (fresh.returncode, "0 done, 6 to do" in fresh.stdout) == (0, True)
@@ -47,7 +63,7 @@ def test_list_says_what_is_done_and_what_is_left_and_writes_nothing(tmp_path: Pa
     assert len(read_results(path)) == 1
 
 
-def test_an_exhausted_budget_says_how_to_go_on(tmp_path: Path) -> None:
+def test_an_exhausted_budget_says_how_to_go_on(dynamask: Command, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     done = dynamask("mqar", "--size", "smoke", "--results", str(path), "--budget", "0.0001s")
     assert done.returncode == 0, done.stderr
@@ -66,7 +82,9 @@ def test_an_exhausted_budget_says_how_to_go_on(tmp_path: Path) -> None:
         (["mqar", "--results", "no/such/r.jsonl"], "cannot write results to"),
     ],
 )
-def test_mistakes_end_with_a_message_and_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_mistakes_end_with_a_message_and_code_2(
+    dynamask: Command, arguments: list[str], message: str, tmp_path: Path
+) -> None:
     done = dynamask(*[str(tmp_path / each) if each.endswith(".jsonl") else each for each in arguments])
     assert done.returncode == 2, done.stderr[-2000:]
     assert message in " ".join(done.stderr.split())
