@@ -14,8 +14,11 @@ import dynamask
 
 def device_name() -> str:
     """The GPU's name, or the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+
+
+def processor_name() -> str:
+    """The CPU's name, as exact as the system tells it."""
     try:
         with open("/proc/cpuinfo") as file:
             return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))

@@ -72,9 +72,13 @@ class Estimator:
 
     def add(self, record: Record) -> None:
         """Learn from a finished run."""
-        if (record.experiment, record.device) == (self.experiment.name, self.device):
-            rate = record.seconds / self.experiment.cost(record.config)
-            self._rates[self.experiment.kind(record.config)].append(rate)
+        if (record.experiment, record.device) != (self.experiment.name, self.device):
+            return
+        try:
+            kind, cost = self.experiment.kind(record.config), self.experiment.cost(record.config)
+        except InvalidInputError:
+            return  # settings of an earlier version: a result worth keeping, but no measure for today's runs
+        self._rates[kind].append(record.seconds / cost)
 
     def seconds(self, config: Config) -> float | None:
         """The estimate, or None while nothing has been measured."""

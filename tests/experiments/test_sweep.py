@@ -25,6 +25,7 @@ from dynamask.experiments import (
 )
 from dynamask.experiments.budget import format_seconds, parse_seconds
 from dynamask.experiments.provenance import commit, device_name, versions
+from dynamask.experiments.results import ResultsFile
 from dynamask.experiments.sweep import Estimator
 
 
@@ -132,6 +133,15 @@ def test_estimates_are_the_kind_s_median_rate_on_this_device_and_the_slowest_kin
     assert Estimator(toy(), records[-1:], device_name()).seconds(a) is None
 
 
+def test_records_of_settings_no_longer_known_are_kept_and_not_measured_by(tmp_path: Path) -> None:
+    mqar, path = get_experiment("mqar"), tmp_path / "r.jsonl"
+    with ResultsFile(path) as file:
+        old = {"attention": "mha", "depth": 2, "seed": 0}
+        file.append(Record("mqar", run_key("mqar", old), old, 0, {}, 1.0, device_name(), {}, None))
+    assert Estimator(mqar, read_results(path), device_name()).seconds(mqar.configs("smoke")[0]) is None
+    assert run_sweep(mqar, [], path).records == []
+
+
 def test_a_run_that_raises_costs_only_itself_and_is_tried_again(tmp_path: Path) -> None:
     def out_of_memory(config: dict, progress: Any) -> dict:
         if config["cost"] == 1:
@@ -175,6 +185,7 @@ def test_spans_are_written_for_reading() -> None:
     assert [format_seconds(s) for s in (7.34, 125, 3599.9, 5400)] == ["7.3s", "2m05s", "1h00m", "1h30m"]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(tmp_path: Path) -> None:
     """The real thing: the smoke sweep of mqar in a process, SIGKILL while it runs, the same command again."""
     path = tmp_path / "r.jsonl"
