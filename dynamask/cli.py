@@ -1,4 +1,4 @@
-"""The command line: `dynamask train | evaluate | generate | benchmark | convert | report`."""
+"""The command line: `dynamask train | evaluate | generate | experiment | benchmark | convert | report`."""
 
 from __future__ import annotations
 
@@ -269,6 +269,65 @@ def _save_converted(model: Any, source: str, target: Path) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     console.print(f"{type(model).__name__} written to {target}", soft_wrap=True)
+
+
+@app.command()
+def experiment(
+    name: Annotated[str | None, typer.Argument(help="Which one, such as mqar; none: say which there are.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="JSON lines, one per finished run; created, or continued.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Wall time, such as 25m, 1h30m or 90s. Default: until every run is done.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="Which sweep: smoke (seconds on a CPU), small, paper.")] = "small",
+    listing: Annotated[
+        bool, typer.Option("--list", help="Say what is done, what is left and how long; run nothing.")
+    ] = False,
+) -> None:
+    """Run the sweep of an experiment, as much of it as the budget allows, and say what it found.
+
+    The runs not in the results file yet are done shortest first. Each is on the disk when it ends, with its settings,
+    time, device, versions and commit, so a killed or exhausted sweep continues when the same command is run again.
+    No run is started that would not end within the budget, judging by the times of those before it.
+
+    **Examples**
+
+    - `dynamask experiment` — which experiments and sizes there are
+
+    - `dynamask experiment mqar --size smoke --results smoke.jsonl` — seconds, on any machine
+
+    - `dynamask experiment mqar --results mqar.jsonl --budget 25m` — the small sweep, on one GPU
+
+    - `dynamask experiment mqar --size paper --results mqar.jsonl --list` — what is left, and how long it takes
+    """
+    from dynamask.experiments import EXPERIMENTS, get_experiment, read_results, run_sweep
+    from dynamask.experiments.budget import parse_seconds
+    from dynamask.experiments.display import SweepDisplay, runs_table, summary_table
+
+    if name is None:
+        table = Table("experiment", "sizes (runs)", "what it measures")
+        for known in EXPERIMENTS.values():
+            sizes = ", ".join(f"{each} ({len(known.configs(each))})" for each in known.sizes)
+            table.add_row(known.name, sizes, known.description)
+        console.print(table)
+        return
+    chosen = get_experiment(name)
+    configs = chosen.configs(size)
+    seconds = None if budget is None else parse_seconds(budget)
+    if listing:
+        console.print(runs_table(chosen, configs, read_results(results) if results else []))
+        return
+    if results is None:
+        raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
+    with SweepDisplay(errors, configs) as display:
+        report = run_sweep(chosen, configs, results, seconds, observer=display)
+    title = f"{name} {size}: {len(report.records)} of {len(configs)} runs"
+    console.print(summary_table(chosen.summary(report.records), title) if report.records else title)
+    if report.left:
+        errors.print(f"{len(report.left)} runs are left: run the same command again to go on", highlight=False)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 @benchmark_app.command("cpu")

@@ -37,7 +37,7 @@ def run(tmp_path_factory):
 
 
 def test_every_help_teaches() -> None:
-    for command in ([], ["train"], ["evaluate"], ["generate"], ["convert"], ["report"], ["benchmark"]):
+    for command in ([], ["train"], ["evaluate"], ["generate"], ["experiment"], ["convert"], ["report"], ["benchmark"]):
         done = dynamask(*command, "--help")
         assert done.returncode == 0
         assert len(done.stdout) > 200

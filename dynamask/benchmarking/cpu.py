@@ -14,19 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask import interval_attention, key_expiry
+from dynamask.experiments.provenance import processor_name
 from dynamask.ops.reference import visible
 
 
 def environment() -> dict[str, Any]:
     """What the figures depend on: processor, threads, versions."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as file:
-            name = next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
-        "device": name,
+        "device": processor_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -1,0 +1,123 @@
+"""Sweeps on a terminal: the progress of one that runs, and tables of what is done, to do, and found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dynamask.experiments.budget import format_seconds
+from dynamask.experiments.provenance import device_name
+from dynamask.experiments.registry import Config, Experiment
+from dynamask.experiments.results import Record, run_key
+from dynamask.experiments.sweep import Estimator, Observer
+
+
+class SweepDisplay(Observer):
+    """Two bars, the sweep's and the run's, and a line for each run that ends. Use as a context manager.
+
+    Args:
+        console: where to draw.
+        configs: the sweep's runs; those settings are shown in which they differ.
+    """
+
+    def __init__(self, console: Console, configs: Sequence[Config]) -> None:
+        self.console = console
+        self.varied = _varied(configs)
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+        self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        self.sweep = self.bars.add_task("sweep")
+        self.run = self.bars.add_task("run", total=1.0, visible=False)
+
+    def resumed(self, finished: int, pending: int, dropped: int) -> None:
+        """See `Observer.resumed`."""
+        self.bars.update(self.sweep, total=finished + pending, completed=finished)
+        if dropped:
+            self._say(f"cut off {dropped} bytes of a run that was being written when the last sweep was killed")
+        if finished:
+            self._say(f"{finished} of {finished + pending} runs stand in the file already")
+
+    def started(self, config: Config, estimate: float | None) -> None:
+        """See `Observer.started`."""
+        guess = "" if estimate is None else f", about {format_seconds(estimate)}"
+        self.bars.reset(self.run, description=escape(self._name(config) + guess), visible=True)
+
+    def advanced(self, share: float, note: str) -> None:
+        """See `Observer.advanced`."""
+        self.bars.update(self.run, completed=share)
+        if note:
+            self.bars.update(self.sweep, description=f"sweep [dim]{escape(note)}[/]")
+
+    def finished(self, record: Record) -> None:
+        """See `Observer.finished`."""
+        self.bars.update(self.run, visible=False)
+        self.bars.advance(self.sweep)
+        plain = {key: value for key, value in record.result.items() if isinstance(value, (int, float))}
+        figures = ", ".join(f"{key} {_cell(value)}" for key, value in plain.items())
+        self._say(f"{self._name(record.config)}: {figures} in {format_seconds(record.seconds)}")
+
+    def failed(self, config: Config, error: Exception) -> None:
+        """See `Observer.failed`."""
+        self.bars.update(self.run, visible=False)
+        self._say(f"{self._name(config)}: {type(error).__name__}: {error}", style="bold red")
+
+    def _name(self, config: Config) -> str:
+        return " ".join(f"{key}={_cell(config[key])}" for key in self.varied if config[key] is not None) or "run"
+
+    def _say(self, text: str, style: str | None = None) -> None:
+        self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> SweepDisplay:
+        self.bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bars.stop()
+
+
+def runs_table(experiment: Experiment, configs: Sequence[Config], records: Sequence[Record]) -> Table:
+    """Every run with the settings in which they differ, and its time: measured, or estimated for this device."""
+    done = {record.key: record for record in records}
+    estimator = Estimator(experiment, records, device_name())
+    varied = _varied(configs)
+    table = Table(*varied, "state", "seconds")
+    finished = [config for config in configs if run_key(experiment.name, config) in done]
+    pending = estimator.shortest_first(config for config in configs if run_key(experiment.name, config) not in done)
+    for config in finished:
+        measured = done[run_key(experiment.name, config)].seconds
+        table.add_row(*(_cell(config[key]) for key in varied), "done", f"{measured:.1f}")
+    estimates = [estimator.seconds(config) for config in pending]
+    for config, estimate in zip(pending, estimates, strict=True):
+        guess = "?" if estimate is None else f"about {estimate:.1f}"
+        table.add_row(*(_cell(config[key]) for key in varied), "to do", guess)
+    known = [estimate for estimate in estimates if estimate is not None]
+    time_left = f", about {format_seconds(sum(known))} on this device" if known else ""
+    table.caption = f"{len(finished)} done, {len(pending)} to do{time_left}"
+    return table
+
+
+def summary_table(rows: Sequence[dict[str, str]], title: str) -> Table:
+    """An experiment's summary; the columns are those of any row, in order."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(row.get(column, "") for column in columns))
+    return table
+
+
+def _varied(configs: Sequence[Config]) -> list[str]:
+    """The settings that are not the same in all of the runs."""
+    return [key for key in configs[0] if any(config.get(key) != configs[0][key] for config in configs)]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
