@@ -6,7 +6,8 @@ building caches.
 
     python -m dynamask.evaluation.harness --model dynamask --model_args pretrained=FOLDER --tasks piqa
 
-is the harness's own command line with that model in it (the harness has no plug-ins, so plain `lm_eval` cannot know it).
+is the harness's own command line with that model in it: the harness has no plug-ins, and plain `lm_eval` cannot know
+it.
 
 Raises:
     ImportError: on import, where the harness is not installed; the message says what to install.

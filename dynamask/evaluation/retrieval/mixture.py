@@ -75,7 +75,7 @@ def _mixed(
     def draw_length() -> int:
         return round(math.exp(rng.uniform(*log_lengths)))
 
-    # Drawn before it is due: a length drawn anew for every document would come out short, as the long ones wait longest.
+    # Drawn before it is due: drawn anew for every document, lengths would come out short, as the long ones wait longest.
     owed, number, length = 0.0, 0, draw_length()
     for document in documents:
         yield document

@@ -21,6 +21,7 @@ import random
 import string
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from dynamask.errors import InvalidInputError, did_you_mean
@@ -163,8 +164,7 @@ def variable_tracking(rng: random.Random) -> Puzzle:
     value = str(rng.randrange(10**4, 10**5))
     return Puzzle(
         head="Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n",
-        needles=[f"VAR {names[0]} = {value}"]
-        + [f"VAR {new} = VAR {old}" for old, new in zip(names, names[1:], strict=False)],
+        needles=[f"VAR {names[0]} = {value}"] + [f"VAR {new} = VAR {old}" for old, new in pairwise(names)],
         tail=f"\nQuestion: Find all variables that are assigned the value {value} in the text above. Answer: "
         f"According to the chain(s) of variable assignment in the text above, {len(names)} variables are assigned the "
         f"value {value}, they are:",
