@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import dynamask  # noqa: F401 -- registers the Auto classes
@@ -44,6 +45,7 @@ class DynamaskLM(HFLM):
     """
 
     def __init__(self, pretrained: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("backend", "causal")  # the harness knows the decoders of transformers' own list by themselves
         super().__init__(str(model_folder(pretrained)) if isinstance(pretrained, str | Path) else pretrained, **kwargs)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -103,7 +105,8 @@ def evaluate_tasks(
             num_fewshot=num_fewshot,
             limit=limit,
             batch_size=batch_size,
-            device=device,
+            # Left to itself, the harness asks for CUDA even where there is none.
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             log_samples=False,
         )
     except (OSError, ConnectionError) as error:

@@ -3,7 +3,7 @@
 from dynamask.evaluation.retrieval.haystack import Haystack
 from dynamask.evaluation.retrieval.mixture import mixture
 from dynamask.evaluation.retrieval.scores import RetrievalScore, evaluate_retrieval, read_scores, write_scores
-from dynamask.evaluation.retrieval.tasks import TASKS, RetrievalExample, make_example
+from dynamask.evaluation.retrieval.tasks import TASKS, RetrievalExample, least_length, make_example
 
 __all__ = [
     "TASKS",
@@ -11,6 +11,7 @@ __all__ = [
     "RetrievalExample",
     "RetrievalScore",
     "evaluate_retrieval",
+    "least_length",
     "make_example",
     "mixture",
     "read_scores",

@@ -11,7 +11,7 @@ from typing import Any
 from dynamask.data.sources import Document
 from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval.haystack import Haystack
-from dynamask.evaluation.retrieval.tasks import TASKS, check_task, make_example
+from dynamask.evaluation.retrieval.tasks import TASKS, least_length, make_example
 
 _RECENT = 16
 """Documents the haystacks are taken from: those that came last, so that the stream is never held as a whole."""
@@ -23,7 +23,7 @@ def mixture(
     share: float,
     seed: int,
     *,
-    lengths: tuple[int, int] = (256, 1024),
+    lengths: tuple[int, int] = (512, 1024),
     tasks: Sequence[str] = tuple(TASKS),
 ) -> Iterator[Document]:
     """All documents in their order, and between them retrieval examples, question and answer included.
@@ -46,7 +46,8 @@ def mixture(
         whatever the number given to both.
 
     Raises:
-        InvalidInputError: a share or lengths out of range, an unknown task, or lengths too short for one.
+        InvalidInputError: a share or lengths out of range, an unknown task, or lengths too short for one; all of them before the
+            first document is read.
     """
     if not 0 <= share < 1:
         raise InvalidInputError(f"share is the retrieval examples' part of all tokens, from 0 to below 1; got {share}")
@@ -56,7 +57,12 @@ def mixture(
     if not tasks:
         raise InvalidInputError(f"give at least one task: {', '.join(TASKS)}")
     for task in tasks:
-        check_task(task)
+        least = least_length(task, tokenizer)
+        if shortest < least:
+            raise InvalidInputError(
+                f"examples of {task} need {least} tokens with this tokenizer; got lengths {lengths}: make the least "
+                "greater, or leave the task out"
+            )
     return _mixed(documents, tokenizer, share, seed, (math.log(shortest), math.log(longest)), tasks)
 
 
@@ -75,7 +81,7 @@ def _mixed(
     def draw_length() -> int:
         return round(math.exp(rng.uniform(*log_lengths)))
 
-    # Drawn before it is due: drawn anew for every document, lengths would come out short, as the long ones wait longest.
+    # Drawn before it is due: drawn anew for every document, lengths would come out short, as long ones wait longest.
     owed, number, length = 0.0, 0, draw_length()
     for document in documents:
         yield document

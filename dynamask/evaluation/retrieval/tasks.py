@@ -22,7 +22,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynamask.errors import InvalidInputError, did_you_mean
 from dynamask.evaluation.retrieval.haystack import Haystack
@@ -187,6 +187,17 @@ def check_task(task: str) -> None:
         )
 
 
+def least_length(task: str, tokenizer: Any) -> int:
+    """A length, in tokens, that every example of the task fits in, whatever its seed: a tenth above twenty examples.
+
+    Raises:
+        InvalidInputError: an unknown task.
+    """
+    check_task(task)
+    sizes = [_size(_encode(TASKS[task](random.Random(f"size {seed}")), tokenizer)) for seed in range(20)]
+    return max(sizes) * 11 // 10
+
+
 def make_example(
     task: str,
     tokenizer: Any,
@@ -232,21 +243,9 @@ def _assemble(
     task: str, puzzle: Puzzle, tokenizer: Any, haystack: Haystack, length: int, depth: float, rng: random.Random
 ) -> tuple[RetrievalExample, list[int]]:
     """The example, and the filler in it."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    head = _begin_of_text(tokenizer) + encode(puzzle.head)
-    tail = encode(puzzle.tail)
-    # The tokens the tokenizer itself would continue the question with; a sentencepiece vocabulary would otherwise
-    # begin the answer as it begins a text, with a space of its own.
-    whole = encode(puzzle.tail + puzzle.answer)
-    answer = whole[len(tail) :] if whole[: len(tail)] == tail else encode(puzzle.answer)
-    # Each on a line of its own, so that it is never part of a sentence of the haystack.
-    needles = [encode(f"\n{needle}\n") for needle in puzzle.needles]
-    distractors = [encode(f"\n{needle}\n") for needle in puzzle.distractors]
-
-    taken = sum(map(len, (head, tail, answer, *needles, *distractors)))
+    pieces = _encode(puzzle, tokenizer)
+    head, tail, answer, needles, distractors = pieces
+    taken = _size(pieces)
     if length < taken:
         raise InvalidInputError(
             f"length {length} is too short for {task}: needles, question and answer alone take {taken} tokens"
@@ -268,6 +267,38 @@ def _assemble(
     prompt += filler[done:] + tail
     reached = first / len(filler) if filler else 0.0
     return RetrievalExample(task, prompt, answer, tuple(puzzle.values), reached, position), filler
+
+
+class _Pieces(NamedTuple):
+    """A puzzle as token ids."""
+
+    head: list[int]
+    tail: list[int]
+    answer: list[int]
+    needles: list[list[int]]
+    distractors: list[list[int]]
+
+
+def _size(pieces: _Pieces) -> int:
+    return sum(map(len, (pieces.head, pieces.tail, pieces.answer, *pieces.needles, *pieces.distractors)))
+
+
+def _encode(puzzle: Puzzle, tokenizer: Any) -> _Pieces:
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    tail = encode(puzzle.tail)
+    # The tokens the tokenizer itself would continue the question with; a sentencepiece vocabulary would otherwise
+    # begin the answer as it begins a text, with a space of its own.
+    whole = encode(puzzle.tail + puzzle.answer)
+    return _Pieces(
+        head=_begin_of_text(tokenizer) + encode(puzzle.head),
+        tail=tail,
+        answer=whole[len(tail) :] if whole[: len(tail)] == tail else encode(puzzle.answer),
+        # Each on a line of its own, so that it is never part of a sentence of the haystack.
+        needles=[encode(f"\n{needle}\n") for needle in puzzle.needles],
+        distractors=[encode(f"\n{needle}\n") for needle in puzzle.distractors],
+    )
 
 
 def _begin_of_text(tokenizer: Any) -> list[int]:

@@ -42,7 +42,12 @@ class Solver(nn.Module):
         rows = []
         for prompt in input_ids.tolist():
             text = self.tokenizer.decode(prompt)
-            made = self.tokenizer(solve(text) if self.right(text) else " nothing like it")["input_ids"][:max_new_tokens]
+            made = self._continue(solve(text) if self.right(text) else " nothing like it")[:max_new_tokens]
             rows.append(prompt + made + [options["pad_token_id"]] * (max_new_tokens - len(made)))
             self.lengths.append(len(prompt))
         return torch.tensor(rows)
+
+    def _continue(self, text: str) -> list[int]:
+        """The tokens of a text that does not stand at a beginning."""
+        before, whole = (self.tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("is", "is" + text))
+        return whole[len(before) :]

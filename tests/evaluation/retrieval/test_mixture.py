@@ -10,6 +10,7 @@ from dynamask.evaluation.retrieval import make_example, mixture
 from tests.evaluation.retrieval.conftest import TEXTS
 from tests.evaluation.retrieval.solver import solve
 
+LENGTHS = (700, 900)
 PLAIN = [Document(f"{n}", text) for n, text in enumerate(TEXTS * 6)]
 
 
@@ -18,14 +19,14 @@ def _tokens(tokenizer, documents) -> int:
 
 
 def test_share_of_tokens_and_order(byte_tokenizer) -> None:
-    mixed = list(mixture(PLAIN, byte_tokenizer, 0.4, 0, lengths=(500, 900)))
+    mixed = list(mixture(PLAIN, byte_tokenizer, 0.4, 0, lengths=(700, 900)))
     examples = [d for d in mixed if d.name.startswith("retrieval/")]
     assert [d for d in mixed if d not in examples] == PLAIN
     share = _tokens(byte_tokenizer, examples) / _tokens(byte_tokenizer, mixed)
     assert share == pytest.approx(0.4, abs=0.02)
     assert len({d.name for d in examples}) == len(examples)
     sizes = [_tokens(byte_tokenizer, [d]) for d in examples]
-    assert 490 <= min(sizes) < 560
+    assert 690 <= min(sizes) < 740
     assert 840 < max(sizes) <= 910
     gaps = [mixed.index(d) for d in examples]
     assert gaps[0] < 5  # between the documents from the beginning, not after them
@@ -45,9 +46,10 @@ def test_examples_end_with_their_answer_in_noise_and_in_documents(byte_tokenizer
 
 
 def test_reproducible_and_apart_from_evaluation(byte_tokenizer) -> None:
-    once, again, other = (list(mixture(PLAIN[:9], byte_tokenizer, 0.5, seed)) for seed in (3, 3, 4))
+    once, again, other = (list(mixture(PLAIN[:9], byte_tokenizer, 0.5, seed, lengths=LENGTHS)) for seed in (3, 3, 4))
     assert once == again != other
-    assert list(mixture(PLAIN, byte_tokenizer, 0, 0)) == PLAIN
+    assert list(mixture(PLAIN, byte_tokenizer, 0, 0, lengths=LENGTHS)) == PLAIN
+    assert len(once) > 9
     asked = make_example("passkey", byte_tokenizer, 300, 0.5, "3 0").values[0]
     assert not any(asked in document.text for document in once)
 
@@ -59,6 +61,10 @@ def test_mistakes_are_named_at_once(byte_tokenizer) -> None:
     with pytest.raises(InvalidInputError, match="least and the greatest"):
         mixture(PLAIN, byte_tokenizer, 0.1, 0, lengths=(9, 3))
     with pytest.raises(InvalidInputError, match="did you mean 'multi_key'"):
-        mixture(PLAIN, byte_tokenizer, 0.1, 0, tasks=["multikey"])
+        mixture(PLAIN, byte_tokenizer, 0.1, 0, lengths=LENGTHS, tasks=["multikey"])
     with pytest.raises(InvalidInputError, match="at least one task"):
         mixture(PLAIN, byte_tokenizer, 0.1, 0, tasks=[])
+    with pytest.raises(
+        InvalidInputError, match=r"examples of multi_query need 6\d\d tokens .* got lengths \(300, 900\)"
+    ):
+        mixture(PLAIN, byte_tokenizer, 0.1, 0, lengths=(300, 900), tasks=["passkey", "multi_query"])
