@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dynamask import InvalidInputError
@@ -98,6 +100,11 @@ def test_mistakes_are_named(byte_tokenizer) -> None:
         make_example("passkey", byte_tokenizer, 20, 0.5, 0)
     with pytest.raises(InvalidInputError, match="haystack is empty"):
         Haystack(byte_tokenizer, [])
-    every_key = " ".join(str(n) for n in range(10**4, 10**5))
-    with pytest.raises(InvalidInputError, match="give other documents"):
-        make_example("passkey", byte_tokenizer, 400_000, 0.5, 0, haystack=Haystack(byte_tokenizer, [every_key]))
+
+
+def test_a_haystack_that_holds_the_answer_is_refused(byte_tokenizer, monkeypatch) -> None:
+    puzzle = TASKS["passkey"]
+    monkeypatch.setitem(TASKS, "passkey", lambda rng: replace(puzzle(rng), secrets=["ledgers"]))
+    assert make_example("passkey", byte_tokenizer, 900, 0.5, 0).depth == pytest.approx(0.5, abs=0.02)  # noise has none
+    with pytest.raises(InvalidInputError, match=r"one of ledgers\): give other documents"):
+        make_example("passkey", byte_tokenizer, 900, 0.5, 0, haystack=Haystack(byte_tokenizer, TEXTS))
