@@ -46,8 +46,8 @@ def mixture(
         whatever the number given to both.
 
     Raises:
-        InvalidInputError: a share or lengths out of range, an unknown task, or lengths too short for one. The call itself
-            raises them, before a document is read.
+        InvalidInputError: a share or lengths out of range, an unknown task, or lengths too short for one. The call
+            itself raises them, before a document is read.
     """
     if not 0 <= share < 1:
         raise InvalidInputError(f"share is the retrieval examples' part of all tokens, from 0 to below 1; got {share}")
