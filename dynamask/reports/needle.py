@@ -61,11 +61,12 @@ def draw_needle(files: Sequence[str | Path], picture: str | Path, *, metric: str
         for axes, model in zip(row, models, strict=True):
             own = [score for score in scores if (score.model, score.task) == (model, task)]
             grid = score_grid(own, lengths, depths, metric)
-            image = axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
             for y, line in enumerate(grid):
                 for x, value in enumerate(line):
                     if not math.isnan(value):
-                        axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7)
+                        ink = "black" if value > 0.6 else "white"
+                        axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
             axes.set_title(f"{model}: {task}", fontsize=9)
             axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], rotation=45, fontsize=7)
             axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths], fontsize=7)
