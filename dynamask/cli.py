@@ -122,16 +122,27 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="Evaluate at most so many sequences.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Evaluate at most so many sequences, or questions.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead: benchmark tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(help="With --tasks: worked examples before each question.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: folder with task definitions of your own.")
+    ] = None,
 ) -> None:
-    """Perplexity, overall and by position in the document: does the model use what it can see?
+    """Perplexity, overall and by position in the document: does the model use what it can see? Or benchmark tasks.
 
     **Examples**
 
     - `dynamask evaluate runs/tiny`
 
     - `dynamask evaluate runs/tiny --data notes/ --context 1024 --output figures.json`
+
+    - `dynamask evaluate runs/tiny --tasks piqa,arc_easy` — needs `pip install 'dynamask[eval]'`
+
+    - `dynamask evaluate runs/tiny --tasks plurals --include-path examples/multiple_choice` — a task of your own
     """
     import tempfile
 
@@ -144,6 +155,13 @@ def evaluate(
             raise UsageError(f"--{name} must be at least {least}; got {value}")
     if output and not output.parent.is_dir():
         raise UsageError(f"there is no folder {output.parent} to write {output.name} to: create it first")
+    if tasks is not None:
+        if data:
+            raise UsageError("--tasks bring their own data: give either --tasks or --data")
+        _evaluate_tasks(model, tasks, include_path, fewshot, limit, batch_size, output)
+        return
+    if fewshot is not None or include_path is not None:
+        raise UsageError("--fewshot and --include-path belong to --tasks: name the tasks to run")
     loaded, tokenizer = open_run(model)
     with tempfile.TemporaryDirectory() as scratch:
         if data:
@@ -167,6 +185,92 @@ def evaluate(
     console.print(table)
     if output:
         output.write_text(json.dumps(result.to_dict(), indent=1))
+
+
+def _evaluate_tasks(
+    model: str,
+    tasks: str,
+    include_path: Path | None,
+    fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    output: Path | None,
+) -> None:
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--tasks names no task: give some, separated by commas, such as piqa,arc_easy")
+    try:
+        from dynamask.evaluation.harness import evaluate_tasks
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    results = evaluate_tasks(
+        model, names, include_path=include_path, num_fewshot=fewshot, limit=limit, batch_size=batch_size
+    )
+    table = Table("task", "metric", "value", "± standard error")
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, float) and kind and not metric.endswith("_stderr"):
+                deviation = metrics.get(f"{metric}_stderr,{kind}")
+                shown = f"{deviation:.4f}" if isinstance(deviation, float) else "-"
+                table.add_row(escape(task), metric, f"{value:.4f}", shown)
+    console.print(table)
+    if output:
+        kept = {key: results.get(key) for key in ("results", "n-shot", "n-samples", "versions")}
+        output.write_text(json.dumps(kept, indent=1, default=str))
+
+
+@app.command()
+def retrieval(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="JSON lines to write, for `dynamask report needle`.")],
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of prompt and answer; repeatable.")] = None,
+    depths: Annotated[int, typer.Option(help="Depths, evenly from the beginning to the end.")] = 5,
+    samples: Annotated[int, typer.Option(help="Examples per task, length and depth.")] = 10,
+    task: Annotated[list[str] | None, typer.Option(help="Task; repeatable; default: all of them.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Sources of the haystack; default: RULER's noise.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in pictures; default: the folder's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per call of generate().")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
+) -> None:
+    """Does the model find what was said far back? Needles, a passkey, variable tracking, after RULER.
+
+    **Tasks**: single_needle, multi_key, multi_value, multi_query, passkey, variable_tracking.
+
+    **Example**: `dynamask retrieval runs/tiny --length 512 --length 1024 --task passkey --output tiny.jsonl`, then
+    `dynamask report needle tiny.jsonl dense.jsonl`
+    """
+    import torch
+
+    from dynamask.data import documents
+    from dynamask.evaluation.retrieval import TASKS, evaluate_retrieval, write_scores
+    from dynamask.training import open_run
+
+    if depths < 1:
+        raise UsageError(f"--depths must be at least 1; got {depths}")
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} to write {output.name} to: create it first")
+    loaded, tokenizer = open_run(model)
+    scores = evaluate_retrieval(
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
+        tokenizer,
+        length or [512, 1024],
+        [i / max(1, depths - 1) for i in range(depths)],
+        samples,
+        tasks=task or list(TASKS),
+        documents=(document.text for document in documents(data)) if data else None,
+        seed=seed,
+        batch_size=batch_size,
+        name=name or Path(model).name,
+        progress=_progress,
+    )
+    table = Table("task", "length", "exact match", "values found")
+    for kind in dict.fromkeys((score.task, score.length) for score in scores):
+        rows = [score for score in scores if (score.task, score.length) == kind]
+        means = [sum(getattr(score, metric) for score in rows) / len(rows) for metric in ("exact", "recall")]
+        table.add_row(kind[0], str(kind[1]), *(f"{mean:.1%}" for mean in means))
+    console.print(table)
+    write_scores(scores, output)
 
 
 @app.command()
@@ -429,3 +533,15 @@ def report_mask(
         raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from error
     loaded, tokenizer = open_run(model)
     console.print(f"written {draw_live_keys(loaded, tokenizer, content, output)}")
+
+
+@report_app.command("needle")
+def report_needle(
+    scores: Annotated[list[Path], typer.Argument(help="JSON lines that `dynamask retrieval` wrote.")],
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("needle.png"),
+    metric: Annotated[str, typer.Option(help="exact or recall.")] = "exact",
+) -> None:
+    """Draw retrieval by depth and length, models side by side."""
+    from dynamask.reports import draw_needle
+
+    console.print(f"written {draw_needle(scores, output, metric=metric)}")

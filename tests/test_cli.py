@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -63,6 +64,28 @@ def test_evaluate_generate_and_report(run) -> None:
     assert "+0.0" in table.stdout
 
 
+def test_retrieval_and_its_picture(run) -> None:
+    file = run / "scores.jsonl"
+    asked = ["--length", "400", "--depths", "2", "--samples", "1", "--task", "passkey", "--data", str(run / "texts")]
+    done = dynamask("retrieval", str(run / "run"), *asked, "--output", str(file), "--name", "small")
+    assert done.returncode == 0, done.stderr
+    assert "passkey" in done.stdout
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["model"], row["length"], row["depth"]) for row in rows] == [("small", 400, 0.0), ("small", 400, 1.0)]
+    picture = run / "needle.png"
+    drawn = dynamask("report", "needle", str(file), "--output", str(picture))
+    assert drawn.returncode == 0, drawn.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm_eval is installed")
+def test_benchmark_tasks_say_what_to_install(run) -> None:
+    done = dynamask("evaluate", str(run / "run"), "--tasks", "piqa")
+    assert done.returncode == 2
+    assert "pip install 'dynamask[eval]'" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+
+
 def test_convert(run) -> None:
     dense = LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                          num_attention_heads=2))  # fmt: skip
@@ -89,6 +112,11 @@ def test_convert(run) -> None:
         (["evaluate", "/no/such/run"], "cannot load a model"),
         (["evaluate", "/no/such/run", "--context", "0"], "--context must be at least 2; got 0"),
         (["evaluate", "/no/such/run", "--output", "/no/such/dir/f.json"], "there is no folder"),
+        (["evaluate", "/no/such/run", "--fewshot", "3"], "belong to --tasks"),
+        (["evaluate", "/no/such/run", "--tasks", "piqa", "--data", "x.txt"], "either --tasks or --data"),
+        (["evaluate", "/no/such/run", "--tasks", ","], "names no task"),
+        (["retrieval", "/no/such/run", "--output", "/no/such/dir/f.jsonl"], "there is no folder"),
+        (["report", "needle", "/no/such.jsonl"], "cannot read the scores"),
         (["benchmark", "cpu", "--length", "0"], "--length must be at least 1"),
         (["generate", "/no/such/run", "x", "--max-new-tokens", "0"], "at least 1"),
         (["report", "parameters", "--preset", "huge"], "unknown preset"),

@@ -280,7 +280,9 @@ def markdown(results: dict[str, Any]) -> str:
     """The results as tables for people."""
     lines = [", ".join(f"{key} {value}" for key, value in results["environment"].items()), ""]
     lines += [
-        "bfloat16, batch 1, random scores unless said; milliseconds (forward and backward with their lists, expiry and lists by themselves as graphs); TFLOP/s of useful work; mask_share: expiry + lists over forward; memory: peak above results, over the inputs' size",
+        "bfloat16, batch 1, random scores unless said; milliseconds (forward and backward with their lists, expiry and "
+        "lists by themselves as graphs); TFLOP/s of useful work; mask_share: expiry + lists over forward; memory: peak "
+        "above the results, over the inputs' size",
         "",
     ]
     columns = [

@@ -1,7 +1,16 @@
 """Training: configuration, a Trainer with atomic checkpoints, and the run that ties data, model and both together."""
 
 from dynamask.training.config import TrainConfig
-from dynamask.training.run import TrainResult, open_corpus, open_run, train
+from dynamask.training.run import TrainResult, model_folder, open_corpus, open_run, train
 from dynamask.training.trainer import AtomicTrainer, checkpoints
 
-__all__ = ["AtomicTrainer", "TrainConfig", "TrainResult", "checkpoints", "open_corpus", "open_run", "train"]
+__all__ = [
+    "AtomicTrainer",
+    "TrainConfig",
+    "TrainResult",
+    "checkpoints",
+    "model_folder",
+    "open_corpus",
+    "open_run",
+    "train",
+]

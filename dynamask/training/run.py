@@ -130,6 +130,12 @@ def train(
     return TrainResult(final, loss, math.exp(min(loss, 700.0)), trainer.state.log_history, corpus.index["skipped"])
 
 
+def model_folder(name: str | Path) -> Path:
+    """Where the model of a run's folder lies: its `model` folder; anything else is returned as it is."""
+    folder = Path(name)
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder
+
+
 def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
     """Model and tokenizer of a finished run (its folder, or the `model` folder in it), or of any causal LM.
 
@@ -138,9 +144,7 @@ def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(model_dir)
-    if (folder / "model" / "config.json").exists():
-        folder = folder / "model"
+    folder = model_folder(model_dir)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder))
         return model.eval(), AutoTokenizer.from_pretrained(str(folder))
