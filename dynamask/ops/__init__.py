@@ -80,8 +80,9 @@ def attend(
         max_live: that number, or 0 if unknown. It spares the GPU path a look at the data, and must be right: a
             query that sees more keys would lose some.
 
-    The rest as in `interval_attention`.
+    The rest as in `interval_attention`. Under autocast query, key and value take its dtype, as in SDPA.
     """
+    query, key, value = _autocast(query, key, value)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     backend = _choose_backend(backend, query)
@@ -128,6 +129,15 @@ def dynamic_mask_attention(
     """
     expiry = key_expiry(scores.detach(), window, local=local, segment_ids=segment_ids, key_mask=key_mask)
     return attend(query, key, value, expiry, bias=scores, scale=scale, backend=backend, max_live=window)
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """What autocast does to SDPA's inputs: norms with float32 weights leave query and key wider than value."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    narrow = torch.get_autocast_dtype(kind)
+    return [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
 def _choose_backend(backend: str, query: Tensor) -> str:
