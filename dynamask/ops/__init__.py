@@ -134,7 +134,7 @@ def dynamic_mask_attention(
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """What autocast does to SDPA's inputs: norms with float32 weights leave query and key wider than value."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):  # "meta" knows no autocast
         return list(tensors)
     narrow = torch.get_autocast_dtype(kind)
     return [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
