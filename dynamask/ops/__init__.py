@@ -82,7 +82,13 @@ def attend(
 
     The rest as in `interval_attention`. Under autocast query, key and value take its dtype, as in SDPA.
     """
-    query, key, value = _autocast(query, key, value)
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" knows no autocast
+        # Norms with float32 weights leave query and key wider than value. Inside, sums stay in float32: autocast is off.
+        narrow = torch.get_autocast_dtype(device)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(narrow) for t in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     backend = _choose_backend(backend, query)
@@ -129,15 +135,6 @@ def dynamic_mask_attention(
     """
     expiry = key_expiry(scores.detach(), window, local=local, segment_ids=segment_ids, key_mask=key_mask)
     return attend(query, key, value, expiry, bias=scores, scale=scale, backend=backend, max_live=window)
-
-
-def _autocast(*tensors: Tensor) -> list[Tensor]:
-    """What autocast does to SDPA's inputs: norms with float32 weights leave query and key wider than value."""
-    kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):  # "meta" knows no autocast
-        return list(tensors)
-    narrow = torch.get_autocast_dtype(kind)
-    return [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
 
 
 def _choose_backend(backend: str, query: Tensor) -> str:
