@@ -84,11 +84,12 @@ def attend(
     """
     device = query.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" knows no autocast
-        # Norms with float32 weights leave query and key wider than value. Inside, sums stay in float32: autocast is off.
+        # Norms with float32 weights leave query and key wider than value. Autocast is off inside: sums stay float32.
         narrow = torch.get_autocast_dtype(device)
-        query, key, value = (t if t.dtype == torch.float64 else t.to(narrow) for t in (query, key, value))
+        inputs = (query, key, value)
+        narrowed = [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in inputs]
         with torch.autocast(device, enabled=False):
-            return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
+            return attend(*narrowed, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     backend = _choose_backend(backend, query)
