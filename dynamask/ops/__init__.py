@@ -87,9 +87,9 @@ def attend(
         # Norms with float32 weights leave query and key wider than value. Autocast is off inside: sums stay float32.
         narrow = torch.get_autocast_dtype(device)
         inputs = (query, key, value)
-        narrowed = [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in inputs]
+        query, key, value = [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in inputs]
         with torch.autocast(device, enabled=False):
-            return attend(*narrowed, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
+            return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     backend = _choose_backend(backend, query)
