@@ -31,7 +31,9 @@ convert_app = typer.Typer(
     help="Turn an existing model into one whose attention runs on dynamask.", no_args_is_help=True
 )
 report_app = typer.Typer(help="Tables and pictures about models and runs.", no_args_is_help=True)
-benchmark_app = typer.Typer(help="Time the kernels against their peers, each correct first.", no_args_is_help=True)
+benchmark_app = typer.Typer(
+    help="Time the kernels against their peers, each correct first, and whole models.", no_args_is_help=True
+)
 app.add_typer(convert_app, name="convert")
 app.add_typer(report_app, name="report")
 app.add_typer(benchmark_app, name="benchmark")
@@ -484,6 +486,106 @@ def benchmark_gpu_command(
     if output:
         output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
         output.with_suffix(".md").write_text(table)
+
+
+@benchmark_app.command("model")
+def benchmark_model_command(
+    preset: Annotated[str, typer.Option(help="Model size; `tiny` tries the command out on a CPU.")] = "1.7b",
+    lengths: Annotated[
+        list[int] | None,
+        typer.Option("--length", help="Tokens of a training step; repeatable, first is measured first."),
+    ] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option("--context", help="Tokens in the cache when decoding; repeatable.")
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", help="Sequences decoded; repeatable.")] = None,
+    prefill: Annotated[int, typer.Option(help="Tokens of the timed prefill; 0 leaves it out.")] = 32768,
+    steps: Annotated[int, typer.Option(help="Decoding steps timed.")] = 32,
+    only: Annotated[str | None, typer.Option(help="training or generation; default: both.")] = None,
+    longest: Annotated[bool, typer.Option(help="Search for the longest trainable length, last of all.")] = True,
+    gates: Annotated[
+        str,
+        typer.Option(help="scattered (random keys kept, dma's worst case) or initial (a sliding window, its best)."),
+    ] = "scattered",
+    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 300.0,
+    commit: Annotated[str | None, typer.Option(help="Recorded as the code's commit; default: asked of git.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for model.json, model.md, training.png and generation.png.")
+    ] = None,
+) -> None:
+    """Whole models, dynamic mask against dense attention: training steps, decoding, prefill, longest length.
+
+    Measures tokens/s, peak memory and model FLOP utilisation, the most important figures first; results are written
+    after every measurement, so a killed run keeps what it has. What does not fit is reported, not fatal.
+
+    **Examples**
+
+    - `dynamask benchmark model --output benchmarks/results/h100-model` — the whole of it, on one GPU
+
+    - `dynamask benchmark model --only training --length 32768 --no-longest --budget 120`
+
+    - `dynamask benchmark model --preset tiny --length 256 --context 128 --batch 1 --no-longest --prefill 9` — a CPU
+    """
+    from dynamask.benchmarking.model import (
+        BATCHES,
+        CONTEXTS,
+        LENGTHS,
+        TABLES,
+        Settings,
+        benchmark_model,
+        draw,
+        table_rows,
+        write,
+    )
+
+    if only not in (None, "training", "generation"):
+        raise UsageError(f"--only must be training or generation; got {only!r}")
+    if gates not in ("scattered", "initial"):
+        raise UsageError(f"--gates must be scattered or initial; got {gates!r}")
+    checked = (
+        ("length", min(lengths or LENGTHS), 2),
+        ("context", min(contexts or CONTEXTS), 1),
+        ("batch", min(batches or BATCHES), 1),
+        ("prefill", prefill, 0),
+        ("steps", steps, 1),
+    )
+    for name, value, least in checked:
+        if value < least:
+            raise UsageError(f"--{name} must be at least {least}; got {value}")
+    if not budget > 0:
+        raise UsageError(f"--budget must be positive; got {budget}")
+    settings = Settings(
+        preset=preset,
+        lengths=lengths or LENGTHS,
+        contexts=contexts or CONTEXTS,
+        batches=batches or BATCHES,
+        prefill=prefill,
+        steps=steps,
+        only=only,
+        budget_seconds=budget,
+        longest=longest,
+        gates=gates,
+    )
+
+    def save(results: dict[str, Any]) -> None:
+        if output:
+            write(results, output)
+
+    results = benchmark_model(settings, commit=commit, save=save)
+    for part, (title, columns) in TABLES.items():
+        if results[part]:
+            table = Table(*columns, "remark", title=title)
+            for cells in table_rows(results, part):
+                table.add_row(*map(escape, cells))
+            # A log has no width of its own, and at 80 columns the figures would be cut.
+            (console if console.is_terminal else Console(width=160)).print(table)
+    if results["not_measured"]:
+        console.print(
+            f"{len(results['not_measured'])} measurements were left out: the budget of {budget:g} s was spent"
+        )
+    if output:
+        draw(results, output)
+        console.print(f"written {output}/model.json, model.md and pictures", soft_wrap=True)
 
 
 @report_app.command("parameters")

@@ -80,8 +80,16 @@ def attend(
         max_live: that number, or 0 if unknown. It spares the GPU path a look at the data, and must be right: a
             query that sees more keys would lose some.
 
-    The rest as in `interval_attention`.
+    The rest as in `interval_attention`. Under autocast query, key and value take its dtype, as in SDPA.
     """
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" knows no autocast
+        # Norms with float32 weights leave query and key wider than value. Autocast is off inside: sums stay float32.
+        narrow = torch.get_autocast_dtype(device)
+        inputs = (query, key, value)
+        query, key, value = [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in inputs]
+        with torch.autocast(device, enabled=False):
+            return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     backend = _choose_backend(backend, query)

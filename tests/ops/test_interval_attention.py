@@ -194,3 +194,12 @@ def test_unknown_or_unavailable_backend_is_named() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(InvalidInputError, match="backend='triton' needs a CUDA device"):
             dynamic_mask_attention(query, key, value, scores, 4, backend="triton")
+
+
+def test_autocast_takes_inputs_of_mixed_width_as_sdpa_does() -> None:
+    query, key, value = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    scores = torch.randn(1, 2, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = dynamic_mask_attention(query, key, value.bfloat16(), scores, 5)
+    narrow = (t.bfloat16() for t in (query, key, value))
+    assert torch.equal(actual, dynamic_mask_attention(*narrow, scores, 5))
