@@ -65,12 +65,12 @@ def _key_expiry_op(
 ) -> Tensor:
     """`key_expiry` after its checks, as an operator: torch.compile calls it whole, kernels and all."""
     batch, heads, length = scores.shape
-    position = torch.arange(length, device=scores.device)
     contested = window - local
     if 0 < contested < length and segment_ids is None and key_mask is None:
         fast = _unpacked_expiry(scores, contested, local)
         if fast is not None:
             return fast
+    position = torch.arange(length, device=scores.device)
     start, end = segment_bounds(segment_ids, batch, length, scores.device)
     if contested == 0:
         expiry = position.expand(batch, heads, length)

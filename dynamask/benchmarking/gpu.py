@@ -99,15 +99,11 @@ def time_attention(
     def ours() -> Tensor:
         return attend(query, key, value, expiry, bias=scores, backend="triton", max_live=window)
 
-    from dynamask.ops.triton.gluon import hopper
-    from dynamask.ops.triton.lists import block_of, build_lists
+    from dynamask.ops.triton import forward_lists
 
-    forward_hopper = hopper("forward_hopper", query, value)
-    ratio = heads // groups
-    block = block_of(ratio) if forward_hopper is None else forward_hopper.block_of(ratio)
     # Replayed as a graph: a training step queues its launches ahead, so their device time is what it pays.
     row["expiry_ms"] = _ms_graph(lambda: key_expiry(scores, window))
-    row["lists_ms"] = _ms_graph(lambda: build_lists(expiry, length, block, window))
+    row["lists_ms"] = _ms_graph(lambda: forward_lists(query, value, expiry, window))
     with torch.no_grad():
         row["forward_ms"] = _ms(ours)
     output = ours()

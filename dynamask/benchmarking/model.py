@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import os
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from transformers.cache_utils import Cache
 
 from dynamask.cache import BoundedCache, BoundedLayer, cache_bytes
 from dynamask.errors import UsageError
+from dynamask.experiments import provenance
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
 
 # In order of importance: a budget that ends early cuts from the end.
@@ -106,17 +106,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         from dynamask.benchmarking import cpu
 
         found = cpu.environment()
-    return found | {"transformers": transformers.__version__, "commit": commit or _commit()}
-
-
-def _commit() -> str | None:
-    folder = Path(__file__).parent
-    try:
-        command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+    return found | {"transformers": transformers.__version__, "commit": commit or provenance.commit()}
 
 
 def build(name: str, attention: str, length: int, *, gates: str = "scattered") -> DynamaskForCausalLM:

@@ -45,12 +45,18 @@ def interval_forward(
     bias = None if bias is None else bias.float().contiguous()
     if query.shape[2] <= MAX_QUERIES:
         return decode(query, key, value, expiry, bias, scale)
-    ratio = query.shape[1] // value.shape[1]
-    if (forward_hopper := hopper("forward_hopper", query, value)) is not None:
-        lists = build_lists(expiry, query.shape[2], forward_hopper.block_of(ratio), max_live)
-        return forward_hopper.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
-    lists = _lists(query, value, expiry, max_live)
-    return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+    lists = forward_lists(query, value, expiry, max_live)
+    forward_hopper = hopper("forward_hopper", query, value)
+    launch = forward_kernel_launch if forward_hopper is None else forward_hopper.forward_kernel_launch
+    return launch(query, key, value, expiry, bias, lists, scale)
+
+
+def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
+    """The lists that `interval_forward` takes on these inputs, whose kernel decides the queries of a block."""
+    forward_hopper = hopper("forward_hopper", query, value)
+    if forward_hopper is None:
+        return _lists(query, value, expiry, max_live)
+    return build_lists(expiry, query.shape[2], forward_hopper.block_of(query.shape[1] // value.shape[1]), max_live)
 
 
 def interval_backward(

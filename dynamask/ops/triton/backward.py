@@ -1,6 +1,7 @@
 """Backward over the forward's lists: one pass gives dQ directly, and dK, dV, dbias by atomic sums in float32.
 
-In deterministic mode, and on Hopper, it gives dQ alone, and `backward_walk.py` or `backward_hopper.py` the rest.
+Where a walk over each key's queries gives the others (`_walk_kernel`: in deterministic mode `backward_walk.py`, on
+long rows on Hopper `backward_hopper.py`), it gives dQ alone.
 """
 
 from __future__ import annotations

@@ -97,6 +97,15 @@ def tiles(dim: int) -> dict[str, int]:
 
 
 @gluon.jit
+def _work(item, rows, blocks, whole, partial):
+    """Block, row, whole-block keys and all keys of a work item; the longest lists, those of the last blocks, first."""
+    block = blocks - 1 - item // rows
+    row = item % rows
+    num_whole = gl.load(whole + row * blocks + block)
+    return block, row, num_whole, num_whole + gl.load(partial + row * blocks + block)
+
+
+@gluon.jit
 def _produce(
     key,
     value,
@@ -137,10 +146,7 @@ def _produce(
     n = gl.arange(0, N, flat)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block = blocks - 1 - item // rows
-        row = item % rows
-        num_whole = gl.load(whole + row * blocks + block)
-        total = num_whole + gl.load(partial + row * blocks + block)
+        block, row, num_whole, total = _work(item, rows, blocks, whole, partial)
         base = row.to(gl.int64) * length
         list_row = index + (row.to(gl.int64) * blocks + block) * capacity
         k_base = key + base * DIM
@@ -260,10 +266,7 @@ def _consume(
     nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block = blocks - 1 - item // rows
-        row = item % rows
-        num_whole = gl.load(whole + row * blocks + block)
-        listed = num_whole + gl.load(partial + row * blocks + block)
+        block, row, num_whole, listed = _work(item, rows, blocks, whole, partial)
         first_head = row // GROUPS * heads + row % GROUPS * RATIO
         first_place = block * M + CONSUMER * QUERIES
         q_place = first_place + q_tile % QUERIES
