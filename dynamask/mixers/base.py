@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.expiry import key_expiry
-from dynamask.mixers.rotary import apply_rotary
+from dynamask.mixers.rotary import rotary_angles, rotate
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,15 @@ class SequenceInfo:
         segment_ids: (B, Nq) non-decreasing int64 of packed documents, or None for one document per row. Only
             without a cache that already holds keys.
         key_mask: (B, N) bool, N = past + Nq, True for a real token, or None where nothing is padding.
+        length: N, where the batch continues a cache; None leaves it to what the cache returns.
+        angles: of `position_ids`, as `rotary_angles` gives them for the mixer's `rotary_dim`; None: not computed yet.
     """
 
     position_ids: Tensor
     segment_ids: Tensor | None = None
     key_mask: Tensor | None = None
+    length: int | None = None
+    angles: tuple[Tensor, Tensor] | None = None
 
     @property
     def plain(self) -> bool:
@@ -77,6 +81,11 @@ class Mixer(nn.Module, ABC):
         self.config = config
         self.layer_idx = layer_idx
 
+    @property
+    @abstractmethod
+    def rotary_dim(self) -> int:
+        """How many dimensions of a head vector are rotated by its position."""
+
     @abstractmethod
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """Mix.
@@ -90,10 +99,35 @@ class Mixer(nn.Module, ABC):
             (B, Nq, hidden). Padding positions hold numbers without meaning, never NaN.
         """
 
+    def angles(self, sequence: SequenceInfo, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotary angles of the queries: the model's, computed once for all layers, or this layer's own."""
+        if sequence.angles is not None:
+            return sequence.angles
+        return rotary_angles(sequence.position_ids, self.rotary_dim, self.config.rope_theta, dtype)
+
+    def remember(self, cache: Cache, key: Tensor, value: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
+        """Add this call's keys and values to a transformers cache.
+
+        Returns:
+            All keys and values so far, (B, G, N, D) each. A static cache returns the slots it has not written, too:
+            they are cut off here.
+        """
+        return cached_rows(cache, key, value, self.layer_idx, sequence)
+
     @classmethod
     @abstractmethod
     def cache_layer(cls, config: Any) -> CacheLayerMixin:
         """A fresh cache layer of the kind this mixer decodes with."""
+
+
+def cached_rows(
+    cache: Cache, key: Tensor, value: Tensor, layer_idx: int, sequence: SequenceInfo
+) -> tuple[Tensor, Tensor]:
+    """See `Mixer.remember`."""
+    key, value = cache.update(key, value, layer_idx)
+    if sequence.length is None or key.shape[2] <= sequence.length:
+        return key, value
+    return key[:, :, : sequence.length], value[:, :, : sequence.length]
 
 
 class RMSNorm(nn.Module):
@@ -106,9 +140,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., dim) -> (..., dim), in the input's dtype."""
-        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(hidden_states.dtype)
+        # Under autocast weight and input differ, and only equal dtypes reach the fused kernel.
+        weight = self.weight.to(hidden_states.dtype)
+        return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 
 class GroupedQueryMixer(Mixer):
@@ -125,14 +159,19 @@ class GroupedQueryMixer(Mixer):
         self.q_norm = RMSNorm(dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(dim, config.rms_norm_eps)
 
-    def project(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def rotary_dim(self) -> int:
+        """All of a head."""
+        return self.head_dim
+
+    def project(self, hidden_states: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        theta = self.config.rope_theta
-        return apply_rotary(query, position_ids, theta), apply_rotary(key, position_ids, theta), value
+        angles = self.angles(sequence, hidden_states.dtype)
+        return rotate(query, angles), rotate(key, angles), value
 
     def merge_heads(self, output: Tensor) -> Tensor:
         """(B, H, Nq, D) -> (B, Nq, hidden) through the output projection."""

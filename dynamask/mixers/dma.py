@@ -11,7 +11,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer
-from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo
+from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
 from dynamask.ops import attend, dynamic_mask_attention
 
 
@@ -110,7 +110,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
-        query, key, value = self.project(hidden_states, sequence.position_ids)
+        query, key, value = self.project(hidden_states, sequence)
         output = dynamic_mask_mix(
             query,
             key,
@@ -160,7 +160,7 @@ def dynamic_mask_mix(
         live = layer.extend(key, value, scores, sequence.new_key_mask())
         return attend(query, live.key, live.value, live.expiry, bias=live.score, scale=scale, max_live=window)
     if cache is not None:
-        key, value = cache.update(key, value, layer_idx)
+        key, value = cached_rows(cache, key, value, layer_idx, sequence)
     scores = gate(value, sequence.key_position_ids(key.shape[2]))
     return dynamic_mask_attention(
         query,

@@ -22,9 +22,9 @@ class MultiHeadAttention(GroupedQueryMixer):
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
-        query, key, value = self.project(hidden_states, sequence.position_ids)
+        query, key, value = self.project(hidden_states, sequence)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = self.remember(cache, key, value, sequence)
         return self.merge_heads(dense_attention(query, key, value, sequence))
 
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dynamask.mixers.base import Mixer, RMSNorm, SequenceInfo
 from dynamask.mixers.mha import dense_attention
-from dynamask.mixers.rotary import apply_rotary
+from dynamask.mixers.rotary import rotate
 
 
 class MultiHeadLatentAttention(Mixer):
@@ -70,6 +70,11 @@ class MultiHeadLatentAttention(Mixer):
             "q_lora_rank": None,
         }
 
+    @property
+    def rotary_dim(self) -> int:
+        """The part of a head that carries the position."""
+        return self.rope_dim
+
     @classmethod
     def cache_layer(cls, config: Any) -> CacheLayerMixin:
         """A `LatentLayer`."""
@@ -78,16 +83,16 @@ class MultiHeadLatentAttention(Mixer):
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
         batch, new, _ = hidden_states.shape
-        theta = self.config.rope_theta
+        angles = self.angles(sequence, hidden_states.dtype)
         query = self.q_proj(self.q_norm(self.q_down(hidden_states)))
         query = query.view(batch, new, self.num_heads, self.nope_dim + self.rope_dim).transpose(1, 2)
         q_nope, q_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
-        q_rope = apply_rotary(q_rope, sequence.position_ids, theta)
+        q_rope = rotate(q_rope, angles)
         latent, k_rope = self.kv_down(hidden_states).split([self.rank, self.rope_dim], dim=-1)
         latent = self.kv_norm(latent).unsqueeze(1)  # (B, 1, N, rank): one head, so that any cache can hold it
-        k_rope = apply_rotary(k_rope.unsqueeze(1), sequence.position_ids, theta)
+        k_rope = rotate(k_rope.unsqueeze(1), angles)
         if cache is not None:
-            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+            latent, k_rope = self.remember(cache, latent, k_rope, sequence)
         attend = self._absorbed if new == 1 and latent.shape[2] > 1 else self._expanded
         output = attend(q_nope, q_rope, latent, k_rope, sequence)
         return self.o_proj(output.transpose(1, 2).flatten(2))

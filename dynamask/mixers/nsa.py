@@ -44,9 +44,9 @@ class NativeSparseAttention(GroupedQueryMixer):
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
-        query, key, value = self.project(hidden_states, sequence.position_ids)
+        query, key, value = self.project(hidden_states, sequence)
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = self.remember(cache, key, value, sequence)
         gates = self.g_proj(hidden_states).sigmoid().unflatten(-1, (self.num_heads, 3)).transpose(1, 2)
         batch, _, length, _ = key.shape
         config = self.config

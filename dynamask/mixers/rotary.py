@@ -6,21 +6,36 @@ import torch
 from torch import Tensor
 
 
-def apply_rotary(x: Tensor, position_ids: Tensor, theta: float) -> Tensor:
-    """Rotate the head vectors by their positions.
+def rotary_angles(position_ids: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, the same for all heads and layers.
 
     Args:
-        x: (B, heads, N, dim), dim even.
         position_ids: (B, N) integers.
+        dim: of a head vector, even.
         theta: base of the frequencies.
+        dtype: of the model; angles are computed in float32 or wider.
 
     Returns:
-        (B, heads, N, dim) in x's dtype; angles and products are computed in float32 or wider.
+        Two (B, 1, N, dim): each angle twice, for the two halves of a head vector.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    half = x.shape[-1] // 2
-    exponent = torch.arange(half, device=x.device, dtype=wide) / half
+    wide = torch.promote_types(dtype, torch.float32)
+    half = dim // 2
+    exponent = torch.arange(half, device=position_ids.device, dtype=wide) / half
     angle = position_ids.to(wide)[:, None, :, None] * theta**-exponent
-    cos, sin = angle.cos(), angle.sin()
-    first, second = x[..., :half].to(wide), x[..., half:].to(wide)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate head vectors by their positions.
+
+    Args:
+        x: (B, heads, N, dim).
+        angles: as `rotary_angles` gives them.
+
+    Returns:
+        (B, heads, N, dim) in x's dtype; products are computed in the angles' dtype.
+    """
+    cos, sin = angles
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

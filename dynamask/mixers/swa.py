@@ -23,13 +23,13 @@ class SlidingWindowAttention(GroupedQueryMixer):
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
-        query, key, value = self.project(hidden_states, sequence.position_ids)
+        query, key, value = self.project(hidden_states, sequence)
         layer = None if cache is None else bounded_layer(cache, self.layer_idx)
         if layer is not None:
             live = layer.extend(key, value, None, sequence.new_key_mask())
             return self.merge_heads(attend(query, live.key, live.value, live.expiry, max_live=self.config.window))
         if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+            key, value = self.remember(cache, key, value, sequence)
         batch, groups, length = key.shape[:3]
         expiry = recency_expiry(batch, groups, length, self.config.window, sequence, key.device)
         return self.merge_heads(attend(query, key, value, expiry, max_live=self.config.window))

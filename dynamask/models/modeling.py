@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,6 +134,9 @@ class DynamaskModel(DynamaskPreTrainedModel):
             past_key_values = new_cache(self.config)
         sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
+        # Once for all layers, which all rotate by the same angles.
+        sequence = replace(sequence, angles=self.layers[0].mixer.angles(sequence, hidden_states.dtype))
+
         states: tuple[Tensor, ...] = ()
         want_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         for layer in self.layers:
@@ -224,7 +228,7 @@ def _sequence_info(
 ) -> SequenceInfo:
     """Check the facts about the batch once, and fill in those not given."""
     batch, new = hidden_states.shape[:2]
-    past = cache.get_seq_length() if cache is not None else 0
+    past = int(cache.get_seq_length()) if cache is not None else 0
     device = hidden_states.device
 
     key_mask = None
@@ -259,7 +263,8 @@ def _sequence_info(
                 "run the documents as rows of a padded batch instead"
             )
         check_segment_ids(segment_ids, batch, new, device)
-    return SequenceInfo(position_ids.expand(batch, new), segment_ids, key_mask)
+    length = None if cache is None else past + new
+    return SequenceInfo(position_ids.expand(batch, new), segment_ids, key_mask, length)
 
 
 def _positions_in_segments(segment_ids: Tensor) -> Tensor:
