@@ -6,6 +6,7 @@ changes no output: decoding from the bounded cache is the same attention as deco
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
 from dynamask.expiry import check_window, key_expiry, sortable_scores
+from dynamask.ops import triton_available
 
 _PER_KEY = ("keys", "values", "scores", "positions")
 
@@ -61,6 +63,8 @@ class BoundedLayer(CacheLayerMixin):
         self.seen = 0
         self._exact_from = 0  # the shortest length this layer can still be cropped to
         self._full = False  # every slot of every row holds a key and there are `window` of them
+        self._clock: Tensor | None = None  # (B, G) int64, `seen` on the device, where a full layer counts itself
+        self._everlasting: Tensor | None = None  # (B, G, S) int32, the expiry of slots that the one query all sees
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take dtype and device from the first keys; the layer starts without slots."""
@@ -92,8 +96,10 @@ class BoundedLayer(CacheLayerMixin):
                 f"the cache holds {self.keys.shape[0]} sequences and was given {key.shape[0]}: start a new cache "
                 "or reorder this one"
             )
-        if self._full and key.shape[2] == 1 and key_mask is None and not torch.is_grad_enabled():
+        one = self._full and key.shape[2] == 1 and not torch.is_grad_enabled()
+        if one and (key_mask is None or bool(key_mask.all())):
             return self._replace(key, value, scores)
+        self._clock = None
         return self._merge(key, value, scores, key_mask)
 
     def _merge(self, key: Tensor, value: Tensor, scores: Tensor, key_mask: Tensor | None) -> LiveKeys:
@@ -131,6 +137,17 @@ class BoundedLayer(CacheLayerMixin):
 
     def _replace(self, key: Tensor, value: Tensor, scores: Tensor) -> LiveKeys:
         """One token into a full layer: it takes, in place, the slot of the lowest-ranked key of the contest."""
+        if self._everlasting is None or self._everlasting.shape != self.positions.shape:
+            self._everlasting = _everlasting(self.positions.shape, self.window, self.positions.device)
+        if key.is_cuda and scores.dtype == self.scores.dtype == torch.float32 and triton_available():
+            self._replace_in_one_launch(key, value, scores)
+        else:
+            self._replace_plainly(key, value, scores)
+        self.advance()
+        # The slots are in no order, but there is one query and it sees them all.
+        return LiveKeys(self.keys, self.values, self.scores, self._everlasting)
+
+    def _replace_plainly(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
         rank = sortable_scores(self.scores)
         worst = torch.iinfo(rank.dtype).max
         # The contest: keys older than the local part. The key that leaves it now takes part for the first time.
@@ -146,11 +163,28 @@ class BoundedLayer(CacheLayerMixin):
         self.scores.scatter_(-1, slot, torch.where(arrives, scores, self.scores.gather(-1, slot)))
         position = torch.where(arrives, self.seen, self.positions.gather(-1, slot))
         self.positions.scatter_(-1, slot, position)
+
+    def _replace_in_one_launch(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
+        from dynamask.ops.triton.replace import replace_lowest
+
+        if self._clock is None:
+            self._clock = torch.full(self.positions.shape[:2], self.seen, device=key.device)
+            for name in _PER_KEY:
+                setattr(self, name, getattr(self, name).contiguous())
+        slots = (self.keys, self.values, self.scores, self.positions)
+        replace_lowest(key, value, scores, *slots, self._clock, self.local)
+
+    def advance(self) -> None:
+        """Count the token that `extend`, or a replayed graph of it, has put into the full layer."""
         self.seen += 1
         self._exact_from = self.seen
-        # The slots are in no order, but there is one query and it sees them all.
-        expiry = torch.full_like(self.positions, self.window, dtype=torch.int32)
-        return LiveKeys(self.keys, self.values, self.scores, expiry)
+
+    def addresses(self) -> tuple[int, ...] | None:
+        """Where the tensors lie that decoding works on in place; None while steps still change their shapes."""
+        if not self._full or self._clock is None or self._everlasting is None:
+            return None
+        tensors = (self.keys, self.values, self.scores, self.positions, self._clock, self._everlasting)
+        return tuple(tensor.data_ptr() for tensor in tensors)
 
     def _sort_by_position(self) -> None:
         if self.positions.shape[-1] > 1 and bool((self.positions.diff(dim=-1) < 0).any()):
@@ -210,14 +244,17 @@ class BoundedLayer(CacheLayerMixin):
             setattr(self, name, getattr(self, name)[:, :, keep])
         self.seen = max_length
         self._full = False
+        self._clock = None
 
     def reset(self) -> None:
         """Forget everything."""
         self.keys, self.values = None, None  # type: ignore[assignment]
+        self._clock = self._everlasting = None
         self.is_initialized = self._full = False
         self.seen = self._exact_from = 0
 
     def _index_batch(self, index: Tensor) -> None:
+        self._clock = None
         if self.is_initialized:
             for name in _PER_KEY:
                 tensor = getattr(self, name)
@@ -233,6 +270,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch `repeats` times."""
+        self._clock = None
         if self.is_initialized:
             for name in _PER_KEY:
                 setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
@@ -247,6 +285,7 @@ class BoundedLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
+        self._clock = self._everlasting = None
         if self.is_initialized:
             for name in _PER_KEY:
                 setattr(self, name, getattr(self, name).to(device, non_blocking=True))
@@ -263,6 +302,8 @@ class BoundedCache(Cache):
         window: keys per query and head. Default `config.window`, or Doge's `config.keep_window_size`.
         local: how many of them are the newest positions. Default `config.local`, or 0.
         num_hidden_layers: default `config.num_hidden_layers`.
+        graphs: on a GPU, record the step of a dynamask model as a CUDA graph once the cache is full, and replay it
+            for every further token (`dynamask.models.decoding`). The same numbers without the launches' waiting.
 
     Raises:
         InvalidInputError: no window to be found, or attention that a bounded cache cannot serve.
@@ -277,7 +318,9 @@ class BoundedCache(Cache):
         window: int | None = None,
         local: int | None = None,
         num_hidden_layers: int | None = None,
+        graphs: bool = True,
     ) -> None:
+        self.graphs = graphs
         attention = getattr(config, "attention", "dma") if config is not None else "dma"
         if attention not in ("dma", "swa"):
             raise InvalidInputError(
@@ -318,6 +361,12 @@ def cache_bytes(cache: Cache) -> int:
             held = sum(t.numel() * t.element_size() for t in tensors)
         total += held
     return total
+
+
+@lru_cache(maxsize=8)
+def _everlasting(shape: torch.Size, window: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # shared by layers and calls, whatever mode each is in
+        return torch.full(shape, window, dtype=torch.int32, device=device)
 
 
 def _take_rows(rows: Tensor, index: Tensor) -> Tensor:

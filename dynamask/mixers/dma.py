@@ -120,7 +120,8 @@ class DynamicMaskAttention(GroupedQueryMixer):
             window=self.config.window,
             local=self.config.local,
             cache=cache,
-            layer_idx=self.layer_idx,
+            # Not read without a cache: compiled layer by layer, one graph serves every layer then.
+            layer_idx=self.layer_idx if cache is not None else 0,
         )
         return self.merge_heads(output)
 

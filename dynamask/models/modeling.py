@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from dynamask.expiry import check_segment_ids
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
 from dynamask.models.configuration import DynamaskConfig
+from dynamask.models.decoding import decode_by_graph
 from dynamask.models.generation import OwnCacheGeneration
 
 
@@ -135,7 +136,8 @@ class DynamaskModel(DynamaskPreTrainedModel):
         sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
         # Once for all layers, which all rotate by the same angles.
-        sequence = replace(sequence, angles=self.layers[0].mixer.angles(sequence, hidden_states.dtype))
+        mixer = cast(DynamaskDecoderLayer, self.layers[0]).mixer
+        sequence = replace(sequence, angles=mixer.angles(sequence, hidden_states.dtype))
 
         states: tuple[Tensor, ...] = ()
         want_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
@@ -192,6 +194,11 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
         Returns:
             logits (B, Nq, vocab_size), and loss, past_key_values and hidden_states where asked for.
         """
+        plain = labels is None and inputs_embeds is None and segment_ids is None and use_cache is not False
+        if plain and not (output_hidden_states or self.config.output_hidden_states) and return_dict is not False:
+            logits = decode_by_graph(self, past_key_values, input_ids, attention_mask, position_ids)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -36,8 +36,11 @@ def interval_attention_op(
     if backend == "triton":
         from dynamask.ops import triton as kernels
 
-        return kernels.interval_forward(query, key, value, expiry, bias, scale, max_live)
-    return blocked.forward(query, key, value, expiry, bias, scale)
+        output, lse = kernels.interval_forward(query, key, value, expiry, bias, scale, max_live)
+    else:
+        output, lse = blocked.forward(query, key, value, expiry, bias, scale)
+    # Compiled code believes the strides below, whatever those of the inputs.
+    return output.contiguous(), lse.contiguous()
 
 
 @interval_attention_op.register_fake
@@ -75,10 +78,13 @@ def interval_attention_backward_op(
         from dynamask.ops import triton as kernels
 
         deterministic = torch.are_deterministic_algorithms_enabled()
-        return kernels.interval_backward(
+        gradients = kernels.interval_backward(
             grad_output, query, key, value, expiry, bias, output, lse, scale, max_live, deterministic
         )
-    return blocked.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
+    else:
+        gradients = blocked.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
+    dq, dk, dv, dbias = (gradient.contiguous() for gradient in gradients)
+    return dq, dk, dv, dbias
 
 
 @interval_attention_backward_op.register_fake

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
 
 from dynamask import DynamaskConfig, DynamaskForCausalLM, InvalidInputError
 from dynamask.errors import UsageError
@@ -176,3 +177,35 @@ def test_fields_given_survive_a_round_trip() -> None:
     config = DynamaskConfig(window=64, local=3, recency=0.5)
     again = DynamaskConfig.from_dict(config.to_dict())
     assert (again.window, again.local, again.recency) == (64, 3, 0.5)
+
+
+@pytest.mark.parametrize("attention", ["dma", "mha", "swa"])
+def test_one_compiled_graph_serves_every_layer(attention: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(attention, num_hidden_layers=3).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.gate"):  # exp of this model's scores reaches 1e17, and so would the rounding error
+            torch.nn.init.normal_(parameter, std=0.1)
+    tokens = torch.randint(0, 50, (2, 24))
+    expected = model(tokens, labels=tokens, use_cache=False).loss
+    wanted = torch.autograd.grad(expected, list(model.parameters()))
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    for layer in model.model.layers:
+        layer.compile(backend=counter, fullgraph=True, dynamic=False)
+    actual = model(tokens, labels=tokens, use_cache=False).loss
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(actual, list(model.parameters())), wanted)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("attention", ["mha", "dma", "swa", "mla"])
+@torch.no_grad()
+def test_unwritten_slots_of_a_static_cache_are_not_seen(attention: str) -> None:
+    model = tiny_model(attention).eval()
+    tokens = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected = model(tokens, use_cache=False).logits
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    parts = [
+        model(tokens[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 12), (12, 19), (19, 20))
+    ]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from dynamask import key_expiry
+from dynamask.cache import BoundedLayer
 from dynamask.ops import attend
 from dynamask.ops.reference import interval_attention_reference
+from dynamask.ops.triton.replace import replace_lowest_kernel
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -248,3 +250,29 @@ def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -
         )
         error = (actual.double() - expected).norm() / expected.norm()
         assert error < TOLERANCE[dtype], (kind, error)
+
+
+@pytest.mark.parametrize("local", [0, 3, 40])
+def test_replacing_in_one_launch_is_the_plain_step(local: int) -> None:
+    """Many ties, NaN, infinities and both zeros; a new key given as a transposed view, as projections give it."""
+    torch.manual_seed(0)
+    batch, groups, slots, steps = 2, 3, 40, 60
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 2.0], device=DEVICE)
+    plain, fused = (BoundedLayer(slots, local) for _ in range(2))
+    score = values[torch.randint(8, (batch, groups, slots), device=DEVICE)]
+    key = torch.randn(batch, groups, slots, 16, device=DEVICE)
+    # Grown one by one in the CPU's way, so that both start from the same full layer.
+    for layer in (plain, fused):
+        with torch.no_grad():
+            layer.extend(key, key[..., :8], score, None)
+    clock = torch.full((batch, groups), slots, device=DEVICE)
+    held = [getattr(fused, name).contiguous().clone() for name in ("keys", "values", "scores", "positions")]
+    for _ in range(steps):
+        new = torch.randn(batch, 1, groups, 16, device=DEVICE).transpose(1, 2)
+        score = values[torch.randint(8, (batch, groups, 1), device=DEVICE)]
+        plain._replace_plainly(new, new[..., :8], score)
+        plain.advance()
+        replace_lowest_kernel(new, new[..., :8], score, *held, clock, local)
+        for name, tensor in zip(("keys", "values", "scores", "positions"), held, strict=True):
+            assert torch.equal(getattr(plain, name).nan_to_num(nan=7.5), tensor.nan_to_num(nan=7.5)), name
+    assert bool((clock == slots + steps).all())
