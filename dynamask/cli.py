@@ -503,6 +503,7 @@ def benchmark_model_command(
     steps: Annotated[int, typer.Option(help="Decoding steps timed.")] = 32,
     only: Annotated[str | None, typer.Option(help="training or generation; default: both.")] = None,
     longest: Annotated[bool, typer.Option(help="Search for the longest trainable length, last of all.")] = True,
+    compile: Annotated[bool, typer.Option(help="Train with layers compiled by torch.compile.")] = True,
     gates: Annotated[
         str,
         typer.Option(help="scattered (random keys kept, dma's worst case) or initial (a sliding window, its best)."),
@@ -564,6 +565,7 @@ def benchmark_model_command(
         only=only,
         budget_seconds=budget,
         longest=longest,
+        compile=compile,
         gates=gates,
     )
 

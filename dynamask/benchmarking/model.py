@@ -13,7 +13,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,23 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedCache, BoundedLayer, cache_bytes
 from dynamask.errors import UsageError
 from dynamask.experiments import provenance
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
+from dynamask.models.decoding import StepGraph
 
 # In order of importance: a budget that ends early cuts from the end.
 LENGTHS = (32768, 8192, 65536)
 CONTEXTS = (32768, 131072, 4096)
 BATCHES = (1, 8, 32)
 PREFILL = 32768
-CACHES = (("dma", "bounded"), ("mha", "dynamic"), ("mha", "static"))
+CACHES = (
+    *(("dma", "bounded"), ("mha", "fixed")),
+    *(("mha", "dynamic"), ("dma", "bounded-eager"), ("mha", "static")),
+)
 
 # Dense bfloat16 products, without sparsity; NVIDIA's data sheet of the SXM form of H100, and of H200.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
@@ -55,8 +60,11 @@ NOTES = (
     "mfu: (6 · non-embedding parameters · N + attention over the keys a query sees, forward and twice that backward) "
     "over the device's dense bfloat16 peak (989 TFLOP/s). Recomputation is not counted. mfu_with_output counts the "
     "output layer's product too.",
-    "Generation: bfloat16 weights, eager, greedy; caches hold random keys and values put there directly. 'static' is "
-    "transformers' StaticCache of context + steps slots, all of which SDPA reads, without a mask.",
+    "Generation: bfloat16 weights, greedy; caches hold random keys and values put there directly. 'bounded' and "
+    "'fixed' replay the step as a CUDA graph, the others run eagerly. 'fixed' is dense attention at its best: the new "
+    "key overwrites the last of `context` slots, so that nothing grows, is copied or masked; no real cache does less. "
+    "'dynamic' and 'static' are transformers' caches.",
+    "With compile, every decoder layer of every contestant is compiled by torch.compile (inductor).",
 )
 
 
@@ -75,6 +83,7 @@ class Settings:
         longest: search for the longest trainable length.
         longest_cap: where that search ends even if memory is left.
         gates: "scattered" or "initial", see `build`.
+        compile: train with compiled layers.
     """
 
     preset: str = "1.7b"
@@ -88,6 +97,7 @@ class Settings:
     longest: bool = True
     longest_cap: int = 1 << 20
     gates: str = "scattered"
+    compile: bool = True
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -187,6 +197,7 @@ def time_training(
     steps: int = 2,
     gates: str = "scattered",
     weights: str = "auto",
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Time training steps: forward, backward with gradient checkpointing, clipping, AdamW; batch 1.
 
@@ -198,6 +209,7 @@ def time_training(
         gates: see `build`.
         weights: "float32" (bf16 autocast over them, as the trainer does), "bfloat16", or "auto": float32 where
             weights, gradients and moments take at most half of the memory.
+        compile: compile every decoder layer; one graph serves them all.
 
     Returns:
         A row: step seconds, tokens/s, peak memory, MFU and what it was measured with.
@@ -215,9 +227,14 @@ def time_training(
         model = model.to(torch.bfloat16)
     device = _device()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compile:
+        torch._dynamo.reset()
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=device == "cuda")
     tokens = torch.randint(config.vocab_size, (1, length), device=device)
     row: dict[str, Any] = {"attention": attention, "N": length, "window": config.window if "dma" in attention else None}
+    row |= {"compiled": compile}
     row |= {"preset": name, "weights": weights, "parameters_m": everything / 1e6, "steps": steps, "warmup": warmup}
     if attention == "dma":
         row["gates"] = gates
@@ -303,8 +320,9 @@ def longest_trainable(
 
 def cache_size(config: DynamaskConfig, cache: str, context: int, batch: int) -> int:
     """Bytes of keys and values (and scores and positions, bounded) in bfloat16 after `context` tokens."""
-    slots = min(context, config.window) if cache == "bounded" else context
-    per_slot = 2 * 2 * config.head_dim + (12 if cache == "bounded" else 0)
+    bounded = cache.startswith("bounded")
+    slots = min(context, config.window) if bounded else context
+    per_slot = 2 * 2 * config.head_dim + (12 if bounded else 0)
     return config.num_hidden_layers * config.num_key_value_heads * batch * slots * per_slot
 
 
@@ -316,26 +334,29 @@ def filled_cache(config: DynamaskConfig, cache: str, context: int, batch: int, s
 
     Args:
         config: of the model.
-        cache: "bounded", "dynamic" or "static".
+        cache: "bounded", "bounded-eager", "dynamic", "static" or "fixed", see `NOTES`.
         context: positions seen.
         batch: sequences.
         spare: further tokens a static cache must hold.
     """
     made: Cache
-    if cache == "bounded":
-        made = BoundedCache(config)
+    bounded = cache.startswith("bounded")
+    if bounded:
+        made = BoundedCache(config, graphs=cache == "bounded")
+    elif cache == "fixed":
+        made = Cache(layers=[FixedLayer() for _ in range(config.num_hidden_layers)])
     elif cache == "dynamic":
         made = DynamicCache()
     elif cache == "static":
         made = StaticCache(config=config, max_cache_len=context + spare)
     else:
-        raise UsageError(f"cache must be bounded, dynamic or static; got {cache!r}")
-    slots = min(context, config.window) if cache == "bounded" else context
+        raise UsageError(f"cache must be bounded, bounded-eager, dynamic, static or fixed; got {cache!r}")
+    slots = min(context, config.window) if bounded else context
     shape = (batch, config.num_key_value_heads, slots, config.head_dim)
     device = _device()
     for index in range(config.num_hidden_layers):
         key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-        if cache != "bounded":
+        if not bounded:
             made.update(key, value, index)
             continue
         layer = made.layers[index]
@@ -345,6 +366,48 @@ def filled_cache(config: DynamaskConfig, cache: str, context: int, batch: int, s
         layer.positions += context - slots
         layer.seen = context
     return made
+
+
+class FixedLayer(CacheLayerMixin):
+    """Keys and values at constant length: the first call fills it, every later token overwrites the last slot."""
+
+    is_compileable = False
+    is_sliding = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Hold the first keys and values."""
+        self.keys, self.values = key_states, value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values, the newest among them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        else:
+            self.keys[:, :, -1:] = key_states
+            self.values[:, :, -1:] = value_states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Positions a query sees, its own included: the next token takes the last one's place."""
+        return self.keys.shape[2] - 1 if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of a mask over all slots."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """The length it was filled to."""
+        return self.keys.shape[2] if self.is_initialized else -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.16
+
+
+@lru_cache(maxsize=1)
+def _decoder(name: str, attention: str, length: int, gates: str) -> DynamaskForCausalLM:
+    """The last model built for decoding: building one takes longer than timing it."""
+    return build(name, attention, length, gates=gates).to(torch.bfloat16).eval()
 
 
 @torch.no_grad()
@@ -359,12 +422,12 @@ def time_generation(
     gates: str = "scattered",
     memory: int | None = None,
 ) -> dict[str, Any]:
-    """Time eager greedy decoding by the real model from a cache filled with random keys (`filled_cache`).
+    """Time greedy decoding by the real model from a cache filled with random keys (`filled_cache`).
 
     Args:
         name: the preset.
         attention: "dma" or "mha".
-        cache: "bounded" (dma), "dynamic" or "static".
+        cache: "bounded" or "bounded-eager" (dma), "dynamic", "static" or "fixed".
         context: tokens in the cache before the first step.
         batch: sequences.
         steps: decoding steps timed, after a few of warm-up.
@@ -385,19 +448,27 @@ def time_generation(
     if limit is not None and need * copies + weights > 0.97 * limit:
         row["skipped"] = f"the cache takes {need / 2**30:.0f} GiB, the device has {limit / 2**30:.0f} GiB"
         return row
-    model = build(name, attention, context + spare, gates=gates).to(torch.bfloat16).eval()
+    model = _decoder(name, attention, max(CONTEXTS) + spare, gates)
     row["window"] = model.config.window if attention == "dma" else None
     gc.collect()
     _reset_peak()  # the float32 weights of the construction are gone
     held = filled_cache(model.config, cache, context, batch, spare)
     token = torch.randint(model.config.vocab_size, (batch, 1), device=_device())
 
+    graph: StepGraph | None = None
+
     def step(token: Tensor) -> Tensor:
+        if graph is not None:
+            return graph.replay(token, place)[:, -1:].argmax(-1)
         logits = model(input_ids=token, past_key_values=held, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1:].argmax(-1)
 
     with _dense_backend(attention):
         for _ in range(_DECODE_WARMUP):
+            token = step(token)
+        if cache == "fixed" and torch.cuda.is_available():
+            place = torch.full_like(token, context - 1)
+            graph = StepGraph(model, held, token, place)
             token = step(token)
         _synchronize()
         start = time.perf_counter()
@@ -416,7 +487,7 @@ def time_prefill(name: str, attention: str, length: int, *, gates: str = "scatte
 
     A first, untimed prefill compiles and warms up.
     """
-    model = build(name, attention, length, gates=gates).to(torch.bfloat16).eval()
+    model = _decoder(name, attention, length, gates)
     gc.collect()
     _reset_peak()
     tokens = torch.randint(model.config.vocab_size, (1, length), device=_device())
@@ -516,7 +587,7 @@ def _plan(settings: Settings) -> Iterable[tuple[str, dict[str, Any], Callable[[]
     """(part, identity, measurement), the most important first."""
 
     def training(attention: str, length: int) -> tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]:
-        run = partial(time_training, settings.preset, attention, length, gates=settings.gates)
+        run = partial(time_training, settings.preset, attention, length, gates=settings.gates, compile=settings.compile)
         return "training", {"attention": attention, "N": length}, run
 
     if settings.only != "generation":
@@ -525,8 +596,9 @@ def _plan(settings: Settings) -> Iterable[tuple[str, dict[str, Any], Callable[[]
                 yield training(attention, length)
     if settings.only != "training":
         for number, batch in enumerate(settings.batches):
-            for context in settings.contexts:
-                for attention, cache in CACHES:
+            # One attention after the other, so that its model is built once.
+            for attention in ("dma", "mha"):
+                for context, cache in product(settings.contexts, [c for a, c in CACHES if a == attention]):
                     run = partial(time_generation, settings.preset, attention, cache, context, batch)
                     identity = {"attention": attention, "cache": cache, "context": context, "batch": batch}
                     yield "generation", identity, partial(run, steps=settings.steps, gates=settings.gates)
@@ -535,6 +607,7 @@ def _plan(settings: Settings) -> Iterable[tuple[str, dict[str, Any], Callable[[]
                     identity = {"attention": attention, "N": settings.prefill}
                     fill = partial(time_prefill, settings.preset, attention, settings.prefill, gates=settings.gates)
                     yield "prefill", identity, fill
+    _decoder.cache_clear()
     if settings.only != "generation" and torch.cuda.is_available():
         for length in settings.lengths:
             yield training("mha-cudnn", length)
@@ -543,7 +616,18 @@ def _plan(settings: Settings) -> Iterable[tuple[str, dict[str, Any], Callable[[]
 TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "training": (
         "Training step",
-        ("attention", "N", "weights", "step_s", "tokens_per_s", "peak_gib", "useful_tflops", "mfu", "mfu_with_output"),
+        (
+            "attention",
+            "N",
+            "weights",
+            "compiled",
+            "step_s",
+            "tokens_per_s",
+            "peak_gib",
+            "useful_tflops",
+            "mfu",
+            "mfu_with_output",
+        ),
     ),
     "generation": (
         "Decoding",

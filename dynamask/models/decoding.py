@@ -26,14 +26,14 @@ class StepGraph:
 
     Args:
         model: a causal LM called as `model(input_ids=..., position_ids=..., past_key_values=...)`.
-        cache: full, see `BoundedLayer.addresses`.
+        cache: one whose tensors stay where they are, such as a full `BoundedCache` (`BoundedLayer.addresses`).
         input_ids, position_ids: (B, 1) of the step that is recorded and then run.
     """
 
-    def __init__(self, model: nn.Module, cache: BoundedCache, input_ids: Tensor, position_ids: Tensor) -> None:
+    def __init__(self, model: nn.Module, cache: Cache, input_ids: Tensor, position_ids: Tensor) -> None:
         self._model = weakref.ref(model)
         self._parts = _parts(model)
-        self._at = _addresses(cache)
+        self._at = _addresses(cache) if isinstance(cache, BoundedCache) else None
         self.input_ids, self.position_ids = input_ids.clone(), position_ids.clone()
         self.graph = torch.cuda.CUDAGraph()
         # Recording runs the Python code, which counts the token, but no kernel: `replay` does that.
