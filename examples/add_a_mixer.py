@@ -25,7 +25,7 @@ class SinkAttention(GroupedQueryMixer):
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
-        query, key, value = self.project(hidden_states, sequence.position_ids)
+        query, key, value = self.project(hidden_states, sequence)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         batch, groups, length = key.shape[:3]
