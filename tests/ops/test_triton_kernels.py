@@ -32,6 +32,8 @@ def scores_of(kind: str, shape: tuple, generator: torch.Generator) -> torch.Tens
         return scores.sort(-1).values
     if kind == "falling":  # no new key is ever kept: the first ones stay
         return scores.sort(-1, descending=True).values
+    if kind == "large":  # exp of it is no float32: only differences may be taken
+        return scores + 300
     return (scores * 2).round() if kind == "ties" else scores
 
 
@@ -224,7 +226,7 @@ def test_hopper_backward(
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_SHORTEST_PIECE", 128)
-    for kind in ("random", "rising", "falling"):
+    for kind in ("random", "rising", "falling", "large"):
         check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, bias=False)
@@ -250,6 +252,22 @@ def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -
         )
         error = (actual.double() - expected).norm() / expected.norm()
         assert error < TOLERANCE[dtype], (kind, error)
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+def test_hopper_passes_nan_on() -> None:
+    """A query that is not a number gives NaN in its own row, and nothing waits for it."""
+    query = torch.randn(1, 4, 600, 64, device=DEVICE, dtype=torch.bfloat16)
+    key, value = (torch.randn(1, 1, 600, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    query[0, 2, 333, 5] = float("nan")
+    query.requires_grad_()
+    expiry = key_expiry(torch.randn(1, 1, 600, device=DEVICE), 100)
+    output = attend(query, key, value, expiry, backend="triton", max_live=100)
+    expected = torch.zeros(1, 4, 600, dtype=torch.bool, device=DEVICE)
+    expected[0, 2, 333] = True
+    assert torch.equal(output.isnan().any(-1), expected)
+    (gradient,) = torch.autograd.grad(output[:, :2].sum(), query)
+    assert not gradient[:, :2].isnan().any()
 
 
 @pytest.mark.parametrize("local", [0, 3, 40])

@@ -4,7 +4,9 @@
 | --- | --- |
 | `lists.py` | which keys a block of queries can see, gathered into one list per block |
 | `forward.py` | attention of a block of queries over its list |
-| `forward_hopper.py`, `backward_hopper.py` | both in Gluon for Hopper, loading and multiplying in different warps |
+| `forward_hopper.py`, `backward_query_hopper.py` | both in Gluon for Hopper, gathering and multiplying apart |
+| `backward_hopper.py` | dK, dV and dbias on Hopper: keys walk the queries that see them |
+| `parts_hopper.py` | what those share |
 | `gluon.py` | which inputs those take |
 | `backward.py` | gradients over the same lists |
 | `expiry.py`, `expiry_unpacked.py` | scores to intervals, with and without packed documents |
@@ -54,9 +56,12 @@ def interval_forward(
 def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
     """The lists that `interval_forward` takes on these inputs, whose kernel decides the queries of a block."""
     forward_hopper = hopper("forward_hopper", query, value)
+    ratio = query.shape[1] // value.shape[1]
     if forward_hopper is None:
-        return _lists(query, value, expiry, max_live)
-    return build_lists(expiry, query.shape[2], forward_hopper.block_of(query.shape[1] // value.shape[1]), max_live)
+        block = block_of(ratio, rows_of(max(query.shape[3], value.shape[3]), query.element_size()))
+    else:
+        block = forward_hopper.block_of(ratio)
+    return build_lists(expiry, query.shape[2], block, max_live)
 
 
 def interval_backward(
@@ -75,13 +80,7 @@ def interval_backward(
     """Gradients to query, key, value (their dtypes) and bias (float32); `deterministic`: the same bits every time."""
     query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
     bias = None if bias is None else bias.float().contiguous()
-    lists = _lists(query, value, expiry, max_live)
     saved = (output.contiguous(), lse.contiguous())
     return backward_kernel_launch(
-        grad_output.contiguous(), query, key, value, expiry, bias, *saved, lists, scale, deterministic
+        grad_output.contiguous(), query, key, value, expiry, bias, *saved, scale, max_live, deterministic
     )
-
-
-def _lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
-    rows = rows_of(max(query.shape[3], value.shape[3]), query.element_size())
-    return build_lists(expiry, query.shape[2], block_of(query.shape[1] // value.shape[1], rows), max_live)

@@ -1,7 +1,7 @@
 """Backward over the forward's lists: one pass gives dQ directly, and dK, dV, dbias by atomic sums in float32.
 
 Where a walk over each key's queries gives the others (`_walk_kernel`: in deterministic mode `backward_walk.py`, on
-long rows on Hopper `backward_hopper.py`), it gives dQ alone.
+long rows on Hopper `backward_hopper.py`), it gives dQ alone, on Hopper in `backward_query_hopper.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, row_of
 from dynamask.ops.triton.gluon import hopper
-from dynamask.ops.triton.lists import KeyLists
+from dynamask.ops.triton.lists import block_of, build_lists, rows_of
 
 
 def backward_kernel_launch(
@@ -28,27 +28,37 @@ def backward_kernel_launch(
     bias: Tensor | None,
     output: Tensor,
     lse: Tensor,
-    lists: KeyLists,
     scale: float,
+    max_live: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous.
 
     Args:
+        max_live: no query sees more keys than this; 0 if unknown.
         deterministic: bitwise the same on every run, in some more time.
     """
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
     lse, delta = prepare(grad_output, output, lse)
-    d_query = torch.empty_like(query)
     walk = _walk_kernel(query, value, deterministic)
     if walk is not None:
         d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, lse, delta, scale)
+        query_hopper = hopper("backward_query_hopper", query, value)
+        if query_hopper is not None:
+            lists = build_lists(expiry, num_queries, query_hopper.block_of(ratio), max_live)
+            d_query = query_hopper.query_kernel_launch(
+                grad_output, query, key, value, expiry, bias, lse, delta, lists, scale
+            )
+            return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
     else:
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
+    d_query = torch.empty_like(query)
     narrow = query.element_size() == 2
+    rows = rows_of(max(dim, value_dim), query.element_size())
+    lists = build_lists(expiry, num_queries, block_of(ratio, rows), max_live)
     _backward[(lists.index.shape[1], batch * groups)](
         grad_output,
         query,

@@ -19,11 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
-    warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from dynamask.ops.triton.backward_walk import walking_order
+from dynamask.ops.triton.parts_hopper import by_lane
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -178,6 +178,7 @@ def _consume(
     end,
     all_keys,
     all_values,
+    lives,
     queries,
     grads,
     tops,
@@ -189,6 +190,8 @@ def _consume(
     KEYS: gl.constexpr,
     ROWS: gl.constexpr,
     M: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -224,14 +227,18 @@ def _consume(
         dies = gl.load(expiry + base + born, mask=listed, other=0)
         latest = gl.max(gl.where(listed, born, length), 0)
         soonest = gl.min(dies, 0)
+        # Read again where a tile is tested: held in registers, they would cost the products theirs.
+        lives.index(2 * CONSUMER).store(born)
+        lives.index(2 * CONSUMER + 1).store(dies)
         own = gl.full([KEYS], 0.0, gl.float32, s_rows)
         if HAS_BIAS:
             own = gl.load(bias + base + born)
         nothing = gl.full([KEYS, ROWS], 0.0, gl.float32, s_layout)
-        k_sum = warpgroup_mma_init(gl.full([KEYS, DIM], 0.0, gl.float32, k_layout))
-        v_sum = warpgroup_mma_init(gl.full([KEYS, VALUE_DIM], 0.0, gl.float32, v_layout))
-        b_sum = gl.full([KEYS], 0.0, gl.float32, s_rows)
+        k_sum = gl.full([KEYS, DIM], 0.0, gl.float32, k_layout)
+        v_sum = gl.full([KEYS, VALUE_DIM], 0.0, gl.float32, v_layout)
+        b_sum = by_lane(nothing)
         offset = gl.arange(0, ROWS, columns) % M
+        padding = gl.arange(0, ROWS, columns) // M >= RATIO
         step = 0
         for start in range(begin, end, M):
             stage = step % STAGES
@@ -239,28 +246,29 @@ def _consume(
             fence_async_shared()
             s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             dp = warpgroup_mma(values, grads.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            # The sums of the step before were issued first, so they are done first.
-            v_sum, k_sum = warpgroup_mma_wait(num_outstanding=2, deps=(v_sum, k_sum))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
             top = tops.index(stage).load(columns)
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-            p = gl.exp2(s * factor + own[:, None] - top[None, :])
-            delta = deltas.index(stage).load(columns)
-            dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
-            ds = p * (dp - delta[None, :])
+            p = gl.exp2(s * factor + (own[:, None] - top[None, :]))
             if (start < latest) | (start + M > soonest):
                 position = start + offset
-                seen = (born[:, None] <= position[None, :]) & (position[None, :] < dies[:, None])
-                p = gl.where(seen, p, 0.0)
-                ds = gl.where(seen, ds, 0.0)
-            if HAS_BIAS:
-                b_sum += gl.sum(ds, 1)
+                opens = lives.index(2 * CONSUMER).load(s_rows)[:, None]
+                ends = lives.index(2 * CONSUMER + 1).load(s_rows)[:, None]
+                p = gl.where((opens <= position[None, :]) & (position[None, :] < ends), p, 0.0)
+            if RATIO != RATIO_PAD:
+                # Rows of no head were filled with zeros, their log-sum-exp too: exp2 of a large bias would be inf.
+                p = gl.where(padding[None, :], 0.0, p)
             weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
-            slopes = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2))
             v_sum = warpgroup_mma(weights, grads.index(stage), v_sum, is_async=True)
+            delta = deltas.index(stage).load(columns)
+            dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
+            ds = p * (dp - delta[None, :])
+            if HAS_BIAS:
+                b_sum += by_lane(ds)
+            slopes = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2))
             k_sum = warpgroup_mma(slopes, queries.index(stage), k_sum, is_async=True)
+            v_sum, k_sum = warpgroup_mma_wait(num_outstanding=0, deps=(v_sum, k_sum))
+            mbarrier.arrive(empty.index(stage), count=1)
             step += 1  # noqa: SIM113
-        v_sum, k_sum = warpgroup_mma_wait(num_outstanding=0, deps=(v_sum, k_sum))
         n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_layout))
         j = gl.load(order + base + n, mask=n < length, other=0)
         d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
@@ -274,7 +282,10 @@ def _consume(
             d_value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :], v_sum, mask=(n < length)[:, None], sem="relaxed"
         )
         if HAS_BIAS:
-            gl.atomic_add(d_bias + base + born, b_sum, mask=listed, sem="relaxed")
+            n = first + gl.arange(0, KEYS, s_rows)
+            j = gl.load(order + base + n, mask=n < length, other=0)
+            summed = gl.convert_layout(gl.sum(b_sum, 1), s_rows)
+            gl.atomic_add(d_bias + base + j, summed, mask=n < length, sem="relaxed")
 
 
 @gluon.jit
@@ -335,6 +346,7 @@ def _walk(
     grads = gl.allocate_shared_memory(dtype, [STAGES, ROWS, VALUE_DIM], g_shared)
     tops = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    lives = gl.allocate_shared_memory(gl.int32, [4, KEYS], flat)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for stage in gl.static_range(STAGES):
@@ -348,16 +360,16 @@ def _walk(
                 _consume,
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length, begin, end,
-                    keys, values, queries, grads, tops, deltas, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, STAGES, HAS_BIAS, 0,
+                    keys, values, lives, queries, grads, tops, deltas, full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, STAGES, HAS_BIAS, 0,
                 ),
             ),
             (
                 _consume,
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length, begin, end,
-                    keys, values, queries, grads, tops, deltas, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, STAGES, HAS_BIAS, 1,
+                    keys, values, lives, queries, grads, tops, deltas, full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, STAGES, HAS_BIAS, 1,
                 ),
             ),
             (

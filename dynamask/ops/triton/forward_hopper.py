@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dynamask.ops.triton.lists import KeyLists
+from dynamask.ops.triton.parts_hopper import by_lane, hold, produce, work
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -90,105 +91,9 @@ def block_of(ratio: int) -> int:
 
 
 def tiles(dim: int) -> dict[str, int]:
-    """Keys per stage, stages, keys gathered at a time and registers of the warps' roles for a head width."""
-    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md). More registers to either side spill the other.
-    stages, part = (4, 16) if dim > 64 else (8, 32)
-    return {"N": 64, "STAGES": stages, "PART": part, "PRODUCER_REGISTERS": 40, "CONSUMER_REGISTERS": 152}
-
-
-@gluon.jit
-def _work(item, rows, blocks, whole, partial):
-    """Block, row, whole-block keys and all keys of a work item; the longest lists, those of the last blocks, first."""
-    block = blocks - 1 - item // rows
-    row = item % rows
-    num_whole = gl.load(whole + row * blocks + block)
-    return block, row, num_whole, num_whole + gl.load(partial + row * blocks + block)
-
-
-@gluon.jit
-def _produce(
-    key,
-    value,
-    expiry,
-    bias,
-    index,
-    whole,
-    partial,
-    items,
-    rows,
-    length,
-    blocks,
-    capacity,
-    keys,
-    values,
-    biases,
-    deaths,
-    places,
-    key_full,
-    key_empty,
-    value_full,
-    value_empty,
-    DIM: gl.constexpr,
-    VALUE_DIM: gl.constexpr,
-    N: gl.constexpr,
-    STAGES: gl.constexpr,
-    PART: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-):
-    """Gather listed keys and values into the stages, in the order in which the consumers take them."""
-    k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
-    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    k_rows = gl.arange(0, PART, gl.SliceLayout(1, k_layout))
-    v_rows = gl.arange(0, PART, gl.SliceLayout(1, v_layout))
-    k_columns = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
-    v_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
-    n = gl.arange(0, N, flat)
-    step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, row, num_whole, total = _work(item, rows, blocks, whole, partial)
-        base = row.to(gl.int64) * length
-        list_row = index + (row.to(gl.int64) * blocks + block) * capacity
-        k_base = key + base * DIM
-        v_base = value + base * VALUE_DIM
-        # Entry p stands at p if every query sees it, else at capacity - 1 - (p - whole).
-        back = capacity - 1 + num_whole
-        for begin in range(0, total, N):
-            stage = step % STAGES
-            phase = (step // STAGES) & 1
-            p = begin + n
-            entry = gl.where(p < num_whole, p, back - p)
-            j = gl.load(list_row + entry, mask=p < total, other=0)
-            mbarrier.wait(key_empty.index(stage), phase ^ 1)
-            if HAS_BIAS:
-                async_copy.async_copy_global_to_shared(biases.index(stage), bias + base + j)
-            if begin + N > num_whole:
-                async_copy.async_copy_global_to_shared(deaths.index(stage), expiry + base + j, mask=p < total)
-                async_copy.async_copy_global_to_shared(places.index(stage), list_row + entry, mask=p < total)
-            for part in gl.static_range(0, N, PART):
-                p = begin + part + k_rows
-                j = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
-                async_copy.async_copy_global_to_shared(
-                    keys.index(stage).slice(part, PART), k_base + (j * DIM)[:, None] + k_columns[None, :]
-                )
-            async_copy.mbarrier_arrive(key_full.index(stage), increment_count=False)
-            mbarrier.wait(value_empty.index(stage), phase ^ 1)
-            for part in gl.static_range(0, N, PART):
-                p = begin + part + v_rows
-                j = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
-                async_copy.async_copy_global_to_shared(
-                    values.index(stage).slice(part, PART), v_base + (j * VALUE_DIM)[:, None] + v_columns[None, :]
-                )
-            async_copy.mbarrier_arrive(value_full.index(stage), increment_count=False)
-            step += 1
-    async_copy.wait_group(0)
-
-
-@gluon.jit
-def _by_lane(p):
-    """Sums over the columns of a score tile that one thread holds: (rows, N) -> (rows, 4), without a shuffle."""
-    # In the accumulator's layout a row belongs to four lanes, each holding two of every eight columns.
-    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+    """Keys per stage, stages and registers of the warps' roles for a head width."""
+    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md). All of a multiprocessor's registers are given out.
+    return {"N": 64, "STAGES": 4 if dim > 64 else 8, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 152}
 
 
 @gluon.jit
@@ -266,7 +171,7 @@ def _consume(
     nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, row, num_whole, listed = _work(item, rows, blocks, whole, partial)
+        block, row, num_whole, listed = work(item, rows, blocks, whole, partial)
         first_head = row // GROUPS * heads + row % GROUPS * RATIO
         first_place = block * M + CONSUMER * QUERIES
         q_place = first_place + q_tile % QUERIES
@@ -277,7 +182,7 @@ def _consume(
         fence_async_shared()
         position = length - num_queries + first_place + s_tile % QUERIES
         top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
-        total = _by_lane(nothing)
+        total = by_lane(nothing)
         lane_rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
         mixed = gl.full([ROWS, VALUE_DIM], 0.0, gl.float32, o_layout)
         if listed > 0:
@@ -287,8 +192,8 @@ def _consume(
             s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
             p, shrink, top = _softmax(s, top, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
-            mbarrier.arrive(key_empty.index(stage), count=1)
-            total += _by_lane(p)
+            async_copy.mbarrier_arrive(key_empty.index(stage), increment_count=False)
+            total += by_lane(p)
             weights = gl.convert_layout(p.to(dtype), p_layout)
             for begin in range(N, listed, N):
                 following = (step + 1) % STAGES
@@ -303,10 +208,11 @@ def _consume(
                 p, shrink, top = _softmax(
                     s, top, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
                 )
+                sums = hold(by_lane(p))
                 mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-                mbarrier.arrive(key_empty.index(following), count=1)
-                mbarrier.arrive(value_empty.index(stage), count=1)
-                total = total * gl.convert_layout(shrink, lane_rows)[:, None] + _by_lane(p)
+                async_copy.mbarrier_arrive(key_empty.index(following), increment_count=False)
+                async_copy.mbarrier_arrive(value_empty.index(stage), increment_count=False)
+                total = total * gl.convert_layout(shrink, lane_rows)[:, None] + sums
                 mixed = mixed * gl.convert_layout(shrink, o_rows)[:, None]
                 weights = gl.convert_layout(p.to(dtype), p_layout)
                 step += 1
@@ -315,7 +221,7 @@ def _consume(
             fence_async_shared()
             mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
             mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-            mbarrier.arrive(value_empty.index(stage), count=1)
+            async_copy.mbarrier_arrive(value_empty.index(stage), increment_count=False)
             step += 1
         o_place = first_place + o_tile % QUERIES
         o_row = (first_head + o_tile // QUERIES).to(gl.int64) * num_queries + o_place
@@ -357,7 +263,6 @@ def _forward(
     ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
-    PART: gl.constexpr,
     CONSUMERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -380,11 +285,12 @@ def _forward(
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for stage in gl.static_range(STAGES):
-        # Every producing thread arrives once its copies have landed; each consumer arrives once.
+        # Every producing thread arrives once its copies have landed, and every consuming thread for itself: an arrival
+        # for all of a consumer would make its warps wait for one another.
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
-        mbarrier.init(key_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(value_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(key_empty.index(stage), count=128 * CONSUMERS)
+        mbarrier.init(value_empty.index(stage), count=128 * CONSUMERS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -413,11 +319,11 @@ def _forward(
                 ),
             ),
             (
-                _produce,
+                produce,
                 (
                     key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
                     keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                    DIM, VALUE_DIM, N, STAGES, PART, HAS_BIAS,
+                    DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
                 ),
             ),
         ],

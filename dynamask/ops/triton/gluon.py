@@ -13,7 +13,7 @@ def hopper(module: str, query: Tensor, value: Tensor) -> ModuleType | None:
     """Module `module` of this package if its kernel can run on these inputs, else None.
 
     Args:
-        module: "forward_hopper" or "backward_hopper".
+        module: "forward_hopper", "backward_hopper" or "backward_query_hopper".
         query, value: as the kernel would get them. It takes 16-bit numbers, widths of 32, 64 or 128, and up to 64
             query heads per key/value head, on a Hopper GPU, under a Triton that has Gluon.
     """

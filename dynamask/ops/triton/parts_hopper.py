@@ -1,0 +1,122 @@
+"""What the Hopper kernels share: work items, the producer that gathers listed keys and values, two small devices."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+
+
+@gluon.jit
+def work(item, rows, blocks, whole, partial):
+    """Block, row, whole-block keys and all keys of a work item; the longest lists, those of the last blocks, first."""
+    block = blocks - 1 - item // rows
+    row = item % rows
+    num_whole = gl.load(whole + row * blocks + block)
+    return block, row, num_whole, num_whole + gl.load(partial + row * blocks + block)
+
+
+@gluon.jit
+def produce(
+    key,
+    value,
+    expiry,
+    bias,
+    index,
+    whole,
+    partial,
+    items,
+    rows,
+    length,
+    blocks,
+    capacity,
+    keys,
+    values,
+    biases,
+    deaths,
+    places,
+    key_full,
+    key_empty,
+    value_full,
+    value_empty,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    """Gather listed keys and values into the stages, in the order in which the consumers take them."""
+    k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    k_rows = gl.arange(0, N, gl.SliceLayout(1, k_layout))
+    k_columns = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
+    v_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
+    n = gl.arange(0, N, flat)
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, row, num_whole, total = work(item, rows, blocks, whole, partial)
+        base = row.to(gl.int64) * length
+        list_row = index + (row.to(gl.int64) * blocks + block) * capacity
+        k_base = key + base * DIM
+        v_base = value + base * VALUE_DIM
+        # Entry p stands at p if every query sees it, else at capacity - 1 - (p - whole).
+        back = capacity - 1 + num_whole
+        # Positions are loaded a tile ahead, so that no copy waits for them.
+        k_next = gl.load(list_row + gl.where(k_rows < num_whole, k_rows, back - k_rows), mask=k_rows < total, other=0)
+        n_next = gl.load(list_row + gl.where(n < num_whole, n, back - n), mask=n < total, other=0)
+        for begin in range(0, total, N):
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            k_j = k_next
+            n_j = n_next
+            p = begin + N + k_rows
+            k_next = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
+            p = begin + N + n
+            n_next = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
+            mbarrier.wait(key_empty.index(stage), phase ^ 1)
+            async_copy.async_copy_global_to_shared(
+                keys.index(stage), k_base + (k_j * DIM)[:, None] + k_columns[None, :]
+            )
+            if HAS_BIAS:
+                async_copy.async_copy_global_to_shared(biases.index(stage), bias + base + n_j)
+            if begin + N > num_whole:
+                p = begin + n
+                entry = gl.where(p < num_whole, p, back - p)
+                async_copy.async_copy_global_to_shared(deaths.index(stage), expiry + base + n_j, mask=p < total)
+                async_copy.async_copy_global_to_shared(places.index(stage), list_row + entry, mask=p < total)
+            async_copy.mbarrier_arrive(key_full.index(stage), increment_count=False)
+            mbarrier.wait(value_empty.index(stage), phase ^ 1)
+            v_j = gl.convert_layout(k_j, gl.SliceLayout(1, v_layout)) if DIM != VALUE_DIM else k_j
+            async_copy.async_copy_global_to_shared(
+                values.index(stage), v_base + (v_j * VALUE_DIM)[:, None] + v_columns[None, :]
+            )
+            async_copy.mbarrier_arrive(value_full.index(stage), increment_count=False)
+            step += 1
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def by_lane(p):
+    """Sums over the columns of a score tile that one thread holds: (rows, N) -> (rows, 4), without a shuffle."""
+    # In the accumulator's layout a row belongs to four lanes, each holding two of every eight columns.
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def hold(x):
+    """x, once it is there: no wait that follows in the program is begun before.
+
+    ptxas moves a wait for a product up over arithmetic that does not need it, and the tensor cores then idle through
+    the softmax that was to hide them. It moves none over a branch, so this branches, on a bit pattern that no
+    arithmetic produces (a NaN with a payload), and would do no more than pause.
+    """
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred q; .reg .b32 bits; mov.b32 bits, $1; setp.ne.u32 q, bits, 0x7FC0DEAD; "
+        "@q bra DONE; nanosleep.u32 100; DONE: mov.b32 $0, $1; }",
+        "=f,f",
+        [x],
+        dtype=gl.float32,
+        is_pure=False,
+        pack=1,
+    )
