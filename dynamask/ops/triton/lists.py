@@ -91,12 +91,12 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
         empty(rows, runs, run),
         length,
         first,
+        large,
         large_blocks,
         RUN=run,
         LOG=run.bit_length() - 1,
         WIDE=(length + 1) * run >= 1 << 31,
-        LARGE=large,
-        BLOCKS=min(256, triton.next_power_of_2(large_blocks + 1)),
+        BLOCKS=128,
         num_warps=4,
     )
     runs_pad = triton.next_power_of_2(runs)
@@ -154,7 +154,7 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
     return KeyLists(index, whole, partial, block)
 
 
-@triton.jit(do_not_specialize=["first_query", "large_blocks"])
+@triton.jit(do_not_specialize=["first_query", "large", "large_blocks"])
 def _sort_by_expiry(
     expiry,
     by_expiry,
@@ -162,11 +162,11 @@ def _sort_by_expiry(
     sorted_expiry,
     length,
     first_query,
+    large,
     large_blocks,
     RUN: tl.constexpr,
     LOG: tl.constexpr,
     WIDE: tl.constexpr,
-    LARGE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     """One run's positions, the last to expire first; alive[b] = how many outlive the first query of large block b
@@ -189,7 +189,7 @@ def _sort_by_expiry(
     alive += (row * runs + run) * (large_blocks + 1)
     for begin in range(0, large_blocks + 1, BLOCKS):
         b = begin + tl.arange(0, BLOCKS)
-        query = tl.minimum(first_query + b * LARGE, length - 1)
+        query = tl.minimum(first_query + b * large, length - 1)
         outlive = tl.zeros([BLOCKS], tl.int32)
         step = RUN
         while step > 0:
