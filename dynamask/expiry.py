@@ -49,7 +49,9 @@ def key_expiry(
 
     Cost: O(N log N) time and O(N) memory per head, without a loop over positions. The threshold of query i is
     the `window`-th best rank of its prefix, found for all i at once by descending a wavelet matrix over the
-    ranks; the threshold only rises, so a binary search finds where it passes each key.
+    ranks; the threshold only rises, so a binary search finds where it passes each key. On a GPU the threshold is
+    found at every 256th position or so, and a key is resolved in the one stretch in which the threshold passes it
+    (`dynamask.ops.triton.expiry`), packed and padded rows included.
 
     Source: arXiv 2508.02124, section 3 (the top-w mask); the interval form is dynamask's.
     """
@@ -66,8 +68,8 @@ def _key_expiry_op(
     """`key_expiry` after its checks, as an operator: torch.compile calls it whole, kernels and all."""
     batch, heads, length = scores.shape
     contested = window - local
-    if 0 < contested < length and segment_ids is None and key_mask is None:
-        fast = _unpacked_expiry(scores, contested, local)
+    if 0 < contested < length:
+        fast = _kernel_expiry(scores, contested, local, segment_ids, key_mask)
         if fast is not None:
             return fast
     position = torch.arange(length, device=scores.device)
@@ -77,7 +79,7 @@ def _key_expiry_op(
     elif contested >= length:
         expiry = end[:, None].expand(batch, heads, length)
     else:
-        expiry = _contested_expiry(key_rank(scores, key_mask), start, end, contested)
+        expiry = _contested_expiry(key_rank(scores, key_mask), start, contested)
     expiry = torch.minimum(expiry + local, end[:, None])
     if key_mask is not None:
         expiry = torch.where(key_mask[:, None], expiry, position)
@@ -89,18 +91,21 @@ def _(scores: Tensor, window: int, local: int, segment_ids: Tensor | None, key_m
     return scores.new_empty(scores.shape, dtype=torch.int32)
 
 
-def _unpacked_expiry(scores: Tensor, count: int, local: int) -> Tensor | None:
-    """`key_expiry` of unpacked, unpadded rows in Triton; None where that cannot run."""
+def _kernel_expiry(
+    scores: Tensor, count: int, local: int, segment_ids: Tensor | None, key_mask: Tensor | None
+) -> Tensor | None:
+    """`key_expiry` in Triton; None where that cannot run."""
     if not scores.is_cuda:
         return None
     try:
-        from dynamask.ops.triton import expiry_unpacked
+        from dynamask.ops.triton import expiry
     except ImportError:  # a CUDA build without Triton: the tensor operations give the same, slower
         return None
-    if scores.shape[-1] > expiry_unpacked.LONGEST:
+    if scores.shape[-1] > expiry.LONGEST:
         return None
-    order = sortable_scores(scores).sort(dim=-1, stable=True).indices
-    return expiry_unpacked.unpacked_expiry(order, count, local)
+    if scores.element_size() > 4:  # the kernels compare 32 bits: float64 scores give their ranks instead
+        scores = key_rank(scores).to(torch.int32)
+    return expiry.contested_expiry(scores, count, local, segment_ids, key_mask)
 
 
 def key_expiry_by_definition(
@@ -193,21 +198,14 @@ def segment_bounds(segment_ids: Tensor | None, batch: int, length: int, device: 
     return start, end
 
 
-def _contested_expiry(rank: Tensor, start: Tensor, end: Tensor, count: int) -> Tensor:
+def _contested_expiry(rank: Tensor, start: Tensor, count: int) -> Tensor:
     """Where `count` keys of the segment's prefix first outrank each key: (B, G, N), never before the key itself.
 
     Args:
         rank: (B, G, N) int64 permutation of 0..N-1.
-        start, end: (B, N) int64 bounds of each position's segment.
+        start: (B, N) int64 first position of each position's segment.
         count: places in the contest.
     """
-    if rank.is_cuda:
-        try:
-            from dynamask.ops.triton.expiry import contested_expiry
-        except ImportError:  # a CUDA build without Triton: the tensor operations below give the same, slower
-            pass
-        else:
-            return contested_expiry(rank, start, end, count)
     threshold = _prefix_threshold(rank, start, count)
     # Within a segment the threshold only rises; offsetting each segment by more than any rank makes one
     # increasing sequence per row, and a search in it stops at the segment's end by itself.

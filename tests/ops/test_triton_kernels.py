@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dynamask import key_expiry
 from dynamask.cache import BoundedLayer
+from dynamask.expiry import key_expiry_by_definition
 from dynamask.ops import attend
 from dynamask.ops.reference import interval_attention_reference
 from dynamask.ops.triton.replace import replace_lowest_kernel
@@ -24,6 +29,21 @@ pytestmark = pytest.mark.skipif(
 # numpy, which the interpreter computes with, has no bfloat16.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def quick_sort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter takes seconds over each `tl.sort`, whose exclusive ors it does one number at a time."""
+    if GPU:
+        return
+    from triton.runtime.interpreter import TensorHandle
+
+    def sort(x: tl.tensor, dim: int | None = None, descending: bool = False) -> tl.tensor:
+        data = np.sort(x.handle.data)
+        data = data[::-1].copy() if getattr(descending, "value", descending) else data
+        return tl.tensor(TensorHandle(data, x.handle.dtype), x.type)
+
+    monkeypatch.setattr(tl, "sort", sort)
 
 
 def scores_of(kind: str, shape: tuple, generator: torch.Generator) -> torch.Tensor:
@@ -161,57 +181,126 @@ def test_deterministic_mode_is_bitwise() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("length", [1, 2, 37, 1500])
+@pytest.fixture
+def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs, chunks and bins so short that a row that the interpreter can bear has many of each."""
+    from dynamask.ops.triton import expiry, lists
+
+    monkeypatch.setattr(expiry, "_RUNS", ((expiry.LONGEST, 64, 1),))
+    monkeypatch.setattr(expiry, "_WAYS", 4)
+    monkeypatch.setattr(expiry, "_CHUNKS", ((expiry.LONGEST, 32, 1),))
+    monkeypatch.setattr(expiry, "_BINS", 3)
+    monkeypatch.setattr(lists, "_RUNS", ((1 << 62, 32),))
+    monkeypatch.setattr(lists, "_LARGE", 64)
+
+
+SPECIAL = [0.0, -0.0, 1.0, 1e-40, -1e-40, float("inf"), float("-inf"), float("nan")]
+
+
+@st.composite
+def expiry_problems(draw: st.DrawFn) -> tuple[torch.Tensor, int, dict]:
+    length = draw(st.sampled_from([2, 3, 31, 33, 64, 100, 257 if GPU else 130]))
+    batch, groups = draw(st.sampled_from([(1, 1), (1, 2), (2, 1)]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    kind = draw(st.sampled_from(["random", "rising", "falling", "ties", "special"]))
+    scores = scores_of(kind, (batch, groups, length), generator)
+    if kind == "special":
+        scores = torch.tensor(SPECIAL)[torch.randint(len(SPECIAL), scores.shape, generator=generator)]
+    segments, mask = None, None
+    if draw(st.booleans()):  # from one long document to one for every key
+        opens = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.01, 0.1, 0.6, 1.0]))
+        segments = opens.long().cumsum(-1) - 5
+    if draw(st.booleans()):
+        mask = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.0, 0.2, 0.8]))
+    count, local = draw(st.integers(1, length - 1)), draw(st.sampled_from([0, 1, 7, length]))
+    return scores, count + local, {"local": local, "segment_ids": segments, "key_mask": mask}
+
+
+@settings(
+    max_examples=300 if GPU else 25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(expiry_problems())
+def test_expiry_is_the_definition(small_cuts: None, problem: tuple[torch.Tensor, int, dict]) -> None:
+    from dynamask.ops.triton.expiry import contested_expiry
+
+    scores, window, facts = problem
+    expected = key_expiry_by_definition(scores, window, **facts)
+    segments, mask = (None if t is None else t.to(DEVICE) for t in (facts["segment_ids"], facts["key_mask"]))
+    actual = contested_expiry(scores.to(DEVICE), window - facts["local"], facts["local"], segments, mask)
+    assert torch.equal(actual.cpu(), expected)
+
+
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
-def test_expiry_is_the_cpu_definition(length: int, kind: str) -> None:
-    from dynamask.expiry import _contested_expiry, key_rank, segment_bounds
+@pytest.mark.parametrize(
+    ("length", "count"), [(2600, 1030), (33000, 2048), (140000, 300), (1500, 1)] if GPU else [(300, 70)]
+)
+def test_expiry_of_long_rows(length: int, count: int, kind: str) -> None:
+    """The lengths of runs, chunks and bins that are used, against the tensor operations."""
     from dynamask.ops.triton.expiry import contested_expiry
 
     generator = torch.Generator().manual_seed(length)
-    scores = scores_of(kind, (2, 2, length), generator)
+    scores = scores_of(kind, (1, 2, length), generator)
     scores[torch.rand(scores.shape, generator=generator) < 0.05] = float("nan")
-    segments = (torch.rand(2, length, generator=generator) < 0.05).long().cumsum(-1)
-    for ids in (None, segments):
-        start, end = segment_bounds(ids, 2, length, scores.device)
-        for count in (1, 5, 400):
-            rank = key_rank(scores)
-            expected = _contested_expiry(rank, start, end, count)
-            actual = contested_expiry(*(t.to(DEVICE) for t in (rank, start, end)), count)
-            torch.testing.assert_close(actual.cpu().long(), expected)
+    segments = (torch.rand(1, length, generator=generator) < 3 / length).long().cumsum(-1)
+    mask = torch.rand(1, length, generator=generator) < 0.9
+    for facts in ((None, None), (segments, mask)) if GPU else ((segments, mask),):
+        expected = key_expiry(scores, count + 9, local=9, segment_ids=facts[0], key_mask=facts[1])
+        actual = contested_expiry(scores.to(DEVICE), count, 9, *(None if t is None else t.to(DEVICE) for t in facts))
+        assert torch.equal(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
-@pytest.mark.parametrize(("length", "count"), [(2, 1), (37, 5), (700, 699), (700, 3), (1500, 400), (2600, 1030)])
-def test_unpacked_expiry_is_the_cpu_definition(length: int, count: int, kind: str) -> None:
-    from dynamask.expiry import sortable_scores
-    from dynamask.ops.triton.expiry_unpacked import unpacked_expiry
-
-    generator = torch.Generator().manual_seed(length)
-    scores = scores_of(kind, (2, 2, length), generator)
-    scores[torch.rand(scores.shape, generator=generator) < 0.05] = float("nan")
-    order = sortable_scores(scores).sort(dim=-1, stable=True).indices.to(DEVICE)
-    for local in (0, 9):
-        expected = key_expiry(scores, count + local, local=local)
-        assert torch.equal(unpacked_expiry(order, count, local).cpu(), expected)
+@pytest.mark.skipif(not GPU, reason="tensors on a CPU take the tensor operations")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_expiry_of_other_dtypes(dtype: torch.dtype) -> None:
+    scores = torch.randn(2, 2, 500, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mask = torch.rand(2, 500, generator=torch.Generator().manual_seed(1)) < 0.8
+    expected = key_expiry(scores, 70, key_mask=mask)
+    assert torch.equal(key_expiry(scores.to(DEVICE), 70, key_mask=mask.to(DEVICE)).cpu(), expected)
 
 
-def test_lists_of_long_rows_are_those_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With many large blocks the keys are scanned once for several of them; the lists are the same."""
-    from dynamask.ops.triton import lists
+def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: int) -> None:
+    """Each list holds exactly the keys of its block, at the end where they belong; twice the same."""
+    from dynamask.ops.triton.lists import build_lists
 
-    expiry = key_expiry(torch.randn(1, 2, 1500, generator=torch.Generator().manual_seed(0)), 40, local=3).to(DEVICE)
-    expected = lists.build_lists(expiry, 1400, 16, 40)
-    monkeypatch.setattr(lists, "_COARSE", 32)
-    monkeypatch.setattr(lists, "_FAN", 4)
-    actual = lists.build_lists(expiry, 1400, 16, 40)
-    assert torch.equal(actual.whole, expected.whole)
-    assert torch.equal(actual.partial, expected.partial)
-    for row in range(2):
-        for block in range(actual.whole.shape[1]):
-            whole, partial = int(actual.whole[row, block]), int(actual.partial[row, block])
-            got, wanted = actual.index[row, block], expected.index[row, block]
-            assert torch.equal(got[:whole], wanted[:whole])
-            assert torch.equal(got[len(got) - partial :], wanted[len(wanted) - partial :])
+    lists, again = (build_lists(expiry.to(DEVICE), queries, block, max_live) for _ in range(2))
+    length = expiry.shape[-1]
+    position = torch.arange(length)
+    for row, dies in enumerate(expiry.flatten(0, 1)):
+        for number in range(-(-queries // block)):
+            start = length - queries + number * block
+            stop = min(start + block, length)
+            seen = (position < stop) & (dies > position.clamp(min=start))
+            by_all = seen & (position <= start) & (dies >= stop)
+            whole, partial = int(lists.whole[row, number]), int(lists.partial[row, number])
+            entries, others = lists.index[row, number].cpu(), again.index[row, number].cpu()
+            assert torch.equal(entries[:whole].sort().values, position[by_all].int())
+            assert torch.equal(entries[len(entries) - partial :].sort().values, position[seen & ~by_all].int())
+            assert torch.equal(entries[:whole], others[:whole])
+            assert torch.equal(entries[len(entries) - partial :], others[len(others) - partial :])
+
+
+@pytest.mark.parametrize("kind", ["random", "rising", "falling"])
+@pytest.mark.parametrize(
+    ("length", "queries", "block", "window", "local"),
+    [(200, 200, 16, 40, 0), (333, 170, 48, 100, 30), (90, 1, 16, 7, 7), (1, 1, 16, 1, 0)],
+)
+def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: int, window: int, local: int) -> None:
+    scores = scores_of(kind, (1, 2, length), torch.Generator().manual_seed(0))
+    mask = torch.rand(1, length, generator=torch.Generator().manual_seed(1)) < 0.9
+    expiry = key_expiry(scores, window, local=local, key_mask=mask)
+    checked_lists(expiry, queries, block, window)
+    if kind == "random":
+        checked_lists(expiry, queries, block, 0)
+
+
+@pytest.mark.skipif(not GPU, reason="too long for the interpreter")
+@pytest.mark.parametrize(("length", "block"), [(9000, 48), (140000, 192)])
+def test_lists_of_long_rows(length: int, block: int) -> None:
+    segments = (torch.rand(1, length) < 3 / length).long().cumsum(-1)
+    expiry = key_expiry(torch.randn(1, 2, length), 2048, local=512, segment_ids=segments)
+    checked_lists(expiry, length - 13, block, 2048)
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")

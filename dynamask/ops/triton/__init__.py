@@ -9,7 +9,7 @@
 | `parts_hopper.py` | what those share |
 | `gluon.py` | which inputs those take |
 | `backward.py` | gradients over the same lists |
-| `expiry.py`, `expiry_unpacked.py` | scores to intervals, with and without packed documents |
+| `expiry.py` | scores to intervals |
 | `backward_walk.py` | gradients to keys and values in a fixed order, for deterministic mode |
 | `decode.py` | a few queries over many keys, split along the keys |
 

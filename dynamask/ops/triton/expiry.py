@@ -1,7 +1,19 @@
-"""Expiry on a GPU: the wavelet-matrix descent of `dynamask.expiry` in three small kernels.
+"""Expiry on a GPU: `dynamask.expiry` in four launches (one more per factor of 16 beyond 32K keys), packed rows or not.
 
-Plain torch spends some fifteen launches a level on it, more than the attention takes. Here a level of the matrix
-costs two launches, and the descent and the final search are one kernel over all positions.
+Rank the keys of a row by (segment, score, position). Keys of later segments then outrank a key, but stand after its
+segment, where its expiry is cut off: one order of the row serves all of its segments, and nothing below knows of them
+but that cut.
+
+A key x expires at the first position whose prefix holds `count` keys that outrank it. Cut the row into chunks of
+positions. T(p), the `count`-th best rank among the first p positions, only rises, so x belongs to the one chunk [s, e)
+with T(s) <= x < T(e): if it stands behind that chunk it is dead on arrival, as most keys of a long row are; if it is
+among the `count` best of the row it never expires. The others are at most as many as the chunk's keys. Of these, the
+keys that stand before s fall in order of rank, one for each better key that arrives, so x expires where the r-th better
+key of the chunk stands, r being how many older keys rank at or below x and at or above T(s). That is counted by one
+thread per x, in one pass over the chunk.
+
+The ranks come from a merge sort: runs sorted in registers, then up to 16 runs merged at a time, each key finding its
+place in the other runs by bisection. T at the chunks' bounds comes from a table of counts per (bin of ranks, chunk).
 """
 
 from __future__ import annotations
@@ -11,131 +23,421 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 1024
+LONGEST = 1 << 22
+"""Keys of a row, above which the table's rows of chunks no longer fit one program."""
+
+_RUNS = ((1 << 14, 1024, 4), (LONGEST, 2048, 8))
+"""Up to this many keys: keys of a run, and warps to sort it. Short rows cannot fill the GPU with long runs."""
+
+_WAYS = 16
+"""Runs merged at a time."""
+
+_CHUNKS = ((1 << 17, 256, 4), (1 << 20, 512, 4), (LONGEST, 1024, 8))
+"""Up to this many keys: positions of a chunk, and warps to resolve it. The table shrinks with its length, resolving
+grows with the square."""
+
+_BINS = 512
+"""Bins of ranks in the table."""
+
+_NEVER = tl.constexpr(2147483647)
 
 
-def contested_expiry(rank: Tensor, start: Tensor, end: Tensor, count: int) -> Tensor:
-    """Where `count` keys of the segment's prefix first outrank each key.
+def contested_expiry(
+    scores: Tensor, count: int, local: int, segment_ids: Tensor | None = None, key_mask: Tensor | None = None
+) -> Tensor:
+    """`key_expiry` with `count` contested places.
 
     Args:
-        rank: (B, G, N) permutation of 0..N-1 per row, any integer dtype.
-        start, end: (B, N) bounds of each position's segment.
-        count: places in the contest, 1 <= count.
+        scores: (B, G, N) float of up to 32 bits, or int32 that compare as the scores rank (none the lowest int32,
+            which stands for padding).
+        count: places in the contest, 1 <= count < N <= `LONGEST`.
+        local: added to every expiry, which then ends at the end of the segment.
+        segment_ids: (B, N) non-decreasing integers.
+        key_mask: (B, N) bool, True for a real token.
 
     Returns:
-        (B, G, N) int32, at most the end of the segment; the key's own position if it is dead on arrival.
+        (B, G, N) int32.
     """
-    batch, groups, length = rank.shape
+    batch, groups, length = scores.shape
     rows = batch * groups
-    levels = max(length - 1, 1).bit_length()
-    chunks = triton.cdiv(length, _CHUNK)
+    scores = scores.contiguous()
+    packed, padded = segment_ids is not None, key_mask is not None
+    ids = segment_ids.contiguous() if segment_ids is not None else scores
+    mask = key_mask.contiguous().view(torch.uint8) if key_mask is not None else scores
+    run, warps = _fitting(_RUNS, length)
+    chunk, resolve_warps = _fitting(_CHUNKS, length)
+    runs, chunks = triton.cdiv(length, run), triton.cdiv(length, chunk)
+    width = max(64, triton.next_power_of_2(triton.cdiv(length, _BINS)))
+    bins = triton.cdiv(length, width)
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=rank.device)
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=scores.device)
 
-    sequence = rank.to(torch.int32).contiguous().view(rows, length)
-    original = sequence
-    ones, spare, chunk_ones = empty(levels, rows, length), empty(2, rows, length), empty(levels, rows, chunks)
-    grid = (chunks, rows)
-    for level in range(levels):
-        bit = levels - 1 - level
-        _count_ones[grid](sequence, chunk_ones[level], bit, length, chunks, CHUNK=_CHUNK, num_warps=4)
-        target = spare[level % 2]
-        _partition[grid](
-            sequence,
-            target,
-            ones[level],
-            chunk_ones[level],
-            bit,
+    expiry, place, table = empty(batch, groups, length), empty(rows, length), empty(rows, bins, chunks)
+    end = empty(batch, length) if packed else place
+    key_type = torch.int64 if packed else torch.int32
+    key, position = empty(rows, length, dtype=key_type), empty(rows, length)
+    key_out, position_out = empty(rows, length, dtype=key_type), empty(rows, length)
+    _sort_runs[(runs, rows)](
+        scores,
+        ids,
+        mask,
+        end,
+        key,
+        position,
+        length,
+        groups,
+        length.bit_length(),
+        RUN=run,
+        LOG=run.bit_length() - 1,
+        PACKED=packed,
+        PADDED=padded,
+        num_warps=warps,
+    )
+    while True:
+        # As few levels as _WAYS allows, the runs divided evenly among them.
+        levels = 1
+        while _WAYS**levels < runs:
+            levels += 1
+        ways = 1
+        while ways**levels < runs:
+            ways *= 2
+        _merge[(triton.cdiv(length, 64), rows)](
+            key,
+            position,
+            key_out,
+            position_out,
+            place,
+            expiry,
+            end,
             length,
-            chunks,
-            CHUNK=_CHUNK,
-            CHUNKS_PAD=triton.next_power_of_2(chunks),
+            groups,
+            run,
+            count,
+            local,
+            WAYS=ways,
+            KEYS=64,
+            LAST=ways >= runs,
+            PACKED=packed,
+            PADDED=padded,
             num_warps=4,
         )
-        sequence = target
-    zeros = (length - chunk_ones.sum(-1)).to(torch.int32)
-    threshold = empty(rows, length)
-    start, end = start.to(torch.int32).contiguous(), end.to(torch.int32).contiguous()
-    block = 256
-    grid = (triton.cdiv(length, block), rows)
-    _descend[grid](ones, zeros, start, threshold, count, length, rows, groups, levels, BLOCK=block, num_warps=4)
-    expiry = empty(rows, length)
-    _search[grid](
-        original, threshold, start, end, expiry, length, groups, length.bit_length(), BLOCK=block, num_warps=4
+        key, key_out, position, position_out = key_out, key, position_out, position
+        if ways >= runs:
+            break
+        run, runs = run * ways, triton.cdiv(runs, ways)
+    order, candidate, fallen = position, position_out, (key_out if key_type == torch.int32 else empty(rows, length))
+    _table[(bins, rows)](
+        order,
+        table,
+        length,
+        chunks,
+        WIDTH=width,
+        STEP=min(width, 1024),
+        CHUNK=chunk,
+        CHUNKS_PAD=max(32, triton.next_power_of_2(chunks)),
+        num_warps=1 if width < 256 else 4,
     )
-    return expiry.view(batch, groups, length)
+    # Nothing expires in the chunks that `count` keys fill.
+    skipped = count // chunk
+    _resolve[(chunks - skipped, rows)](
+        order,
+        place,
+        table,
+        candidate,
+        fallen,
+        expiry,
+        end,
+        mask,
+        length,
+        groups,
+        count,
+        local,
+        skipped,
+        chunks,
+        bins,
+        WIDTH=width,
+        STEP=min(width, 1024),
+        BINS_PAD=triton.next_power_of_2(bins),
+        CHUNK=chunk,
+        PACKED=packed,
+        PADDED=padded,
+        num_warps=resolve_warps,
+    )
+    return expiry
+
+
+def _fitting(table: tuple[tuple[int, ...], ...], length: int) -> tuple[int, ...]:
+    return next(entry[1:] for entry in table if length <= entry[0])
 
 
 @triton.jit
-def _count_ones(sequence, chunk_ones, bit, length, chunks, CHUNK: tl.constexpr):
-    chunk = tl.program_id(0)
-    row = tl.program_id(1)
-    place = chunk * CHUNK + tl.arange(0, CHUNK)
-    value = tl.load(sequence + row.to(tl.int64) * length + place, mask=place < length, other=0)
-    tl.store(chunk_ones + row * chunks + chunk, tl.sum((value >> bit) & 1, 0))
+def _ranking(score):
+    """As `sortable_scores`: int32 that compare as the scores rank; NaN lowest, -0.0 equal to 0.0."""
+    if score.dtype == tl.int32:
+        return score
+    bits = score.to(tl.float32).to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    ordered = tl.where(bits < 0, -magnitude - 1, magnitude)
+    ordered = tl.where(magnitude == 0, 0, ordered)
+    return tl.where(magnitude > 0x7F800000, -2147483647, ordered)
 
 
-@triton.jit
-def _partition(sequence, target, ones, chunk_ones, bit, length, chunks, CHUNK: tl.constexpr, CHUNKS_PAD: tl.constexpr):
-    """One level: `ones[i]` = ones among the first i + 1, and the sequence stably split, zeros first."""
-    chunk = tl.program_id(0)
-    row = tl.program_id(1)
-    base = row.to(tl.int64) * length
-    c = tl.arange(0, CHUNKS_PAD)
-    per_chunk = tl.load(chunk_ones + row * chunks + c, mask=c < chunks, other=0)
-    zeros = length - tl.sum(per_chunk, 0)
-    before = tl.sum(tl.where(c < chunk, per_chunk, 0), 0)
-    place = chunk * CHUNK + tl.arange(0, CHUNK)
-    there = place < length
-    value = tl.load(sequence + base + place, mask=there, other=0)
-    is_one = (value >> bit) & 1
-    through = before + tl.cumsum(is_one, 0)
-    tl.store(ones + base + place, through, mask=there)
-    to = tl.where(is_one == 1, zeros + through - 1, place - through)
-    tl.store(target + base + to, value, mask=there)
-
-
-@triton.jit
-def _descend(ones, zeros, start, threshold, count, length, rows, groups, levels, BLOCK: tl.constexpr):
-    """The `count`-th best rank among positions start[i]..i, for every i; -1 where there are fewer."""
-    row = tl.program_id(1)
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there = i < length
-    low = tl.load(start + (row // groups).to(tl.int64) * length + i, mask=there, other=0)
-    high = i + 1
-    enough = high - low >= count
-    wanted = tl.zeros([BLOCK], tl.int32) + count
-    found = tl.zeros([BLOCK], tl.int32)
-    for level in range(0, levels):
-        base = ones + (level * rows + row).to(tl.int64) * length
-        split = tl.load(zeros + level * rows + row)
-        low_ones = tl.load(base + low - 1, mask=there & (low > 0), other=0)
-        high_ones = tl.load(base + high - 1, mask=there & (high > 0), other=0)
-        inside = high_ones - low_ones
-        take = inside >= wanted
-        found = found * 2 + take.to(tl.int32)
-        wanted = tl.where(take, wanted, wanted - inside)
-        low = tl.where(take, split + low_ones, low - low_ones)
-        high = tl.where(take, split + high_ones, high - high_ones)
-    tl.store(threshold + row.to(tl.int64) * length + i, tl.where(enough, found, -1), mask=there)
-
-
-@triton.jit
-def _search(rank, threshold, start, end, expiry, length, groups, steps, BLOCK: tl.constexpr):
-    """First position of the segment whose threshold is above the key's rank, by bisection; never before the key."""
-    row = tl.program_id(1)
-    base = row.to(tl.int64) * length
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit(do_not_specialize=["groups", "steps"])
+def _sort_runs(
+    scores,
+    ids,
+    mask,
+    end,
+    key,
+    position,
+    length,
+    groups,
+    steps,
+    RUN: tl.constexpr,
+    LOG: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Each run of positions from worst to best: its keys' (segment's end, rank of the score) and positions."""
+    row = tl.program_id(1).to(tl.int64)
+    batch = row // groups
+    t = tl.arange(0, RUN)
+    first = tl.program_id(0) * RUN
+    j = first + t
     there = j < length
-    own = tl.load(rank + base + j, mask=there, other=0)
-    last = tl.load(end + (row // groups).to(tl.int64) * length + j, mask=there, other=0)
-    low = j
-    high = last
-    for _ in range(0, steps):
-        middle = (low + high) // 2
-        value = tl.load(threshold + base + middle, mask=there & (middle < last), other=0)
-        above = (value > own) | (low >= high)
-        high = tl.where(above & (low < high), middle, high)
-        low = tl.where(above, low, middle + 1)
-    tl.store(expiry + base + j, low, mask=there)
+    rank = _ranking(tl.load(scores + row * length + j, mask=there, other=0))
+    if PADDED:
+        rank = tl.where(tl.load(mask + batch * length + j, mask=there, other=0) != 0, rank, -2147483648)
+    unsigned = rank.to(tl.int64) + 2147483648
+    value = (unsigned << LOG) | t
+    last = j
+    if PACKED:
+        own = tl.load(ids + batch * length + j, mask=there, other=0)
+        low = j + 1
+        high = tl.zeros([RUN], tl.int32) + length
+        for _ in range(0, steps):
+            middle = (low + high) // 2
+            same = tl.load(ids + batch * length + middle, mask=there & (low < high), other=0) == own
+            high = tl.where((low < high) & (same == 0), middle, high)
+            low = tl.where((low < high) & same, middle + 1, low)
+        last = low
+        if row % groups == 0:
+            tl.store(end + batch * length + j, last, mask=there)
+        value += tl.minimum(last - first, RUN).to(tl.int64) << (32 + LOG)
+    value = tl.sort(tl.where(there, value, 1 << 62))
+    tl.store(position + row * length + j, first + (value & (RUN - 1)).to(tl.int32), mask=there)
+    unsigned = (value >> LOG) & 0xFFFFFFFF
+    if PACKED:
+        # A segment takes the same places in a run before and after sorting.
+        tl.store(key + row * length + j, (last.to(tl.int64) << 32) | unsigned, mask=there)
+    else:
+        tl.store(key + row * length + j, (unsigned - 2147483648).to(tl.int32), mask=there)
+
+
+@triton.jit(do_not_specialize=["groups", "count", "local"])
+def _merge(
+    key,
+    position,
+    key_out,
+    position_out,
+    place,
+    expiry,
+    end,
+    length,
+    groups,
+    run,
+    count,
+    local,
+    WAYS: tl.constexpr,
+    KEYS: tl.constexpr,
+    LAST: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """`WAYS` neighbouring sorted runs into one. The last merge also gives each key its rank, and the expiry that it
+    has unless `_resolve` finds another."""
+    row = tl.program_id(1).to(tl.int64)
+    base = row * length
+    t = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    there = t < length
+    own = tl.program_id(0) * KEYS // run
+    first = own // WAYS * WAYS * run
+    x = tl.load(key + base + t, mask=there, other=0)
+    other = tl.arange(0, WAYS)
+    start = first + other * run
+    # No search in a key's own run, where its place is known.
+    stop = tl.where(start == own * run, start, tl.minimum(start + run, length))
+    # On a tie the later position ranks higher.
+    bound = x[None, :] + (start < own * run).to(tl.int32)[:, None]
+    at = start[:, None] + tl.zeros([WAYS, KEYS], tl.int32)
+    step = run
+    while step > 0:
+        after = at + step
+        inside = (after <= stop[:, None]) & there[None, :]
+        below = tl.load(key + base + after - 1, mask=inside, other=0) < bound
+        at = tl.where(inside & below, after, at)
+        step = step // 2
+    rank = first + tl.sum(at - start[:, None], 0) + t - own * run
+    j = tl.load(position + base + t, mask=there, other=0)
+    tl.store(position_out + base + rank, j, mask=there)
+    if LAST:
+        tl.store(place + base + j, rank, mask=there)
+        last = length
+        if PACKED:
+            last = tl.load(end + row // groups * length + j, mask=there, other=0)
+        survives = rank >= length - count
+        dies = tl.where(survives, last, tl.minimum(j + local, last))
+        if PADDED:
+            lowest = -2147483648
+            if PACKED:
+                lowest = 0
+            dies = tl.where((x & 0xFFFFFFFF if PACKED else x) == lowest, j, dies)
+        tl.store(expiry + base + j, dies, mask=there)
+    else:
+        tl.store(key_out + base + rank, x, mask=there)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _table(
+    order,
+    table,
+    length,
+    chunks,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS_PAD: tl.constexpr,
+):
+    """table[bin, c] = keys with a rank in the bin that stand in the chunks up to c."""
+    this = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    per_chunk = tl.zeros([CHUNKS_PAD], tl.int32)
+    for begin in range(0, WIDTH, STEP):
+        rank = this * WIDTH + begin + tl.arange(0, STEP)
+        j = tl.load(order + row * length + rank, mask=rank < length, other=0)
+        per_chunk += tl.histogram(j // CHUNK, CHUNKS_PAD, mask=rank < length)
+    c = tl.arange(0, CHUNKS_PAD)
+    out = table + (row * tl.num_programs(0) + this) * chunks + c
+    tl.store(out, tl.cumsum(per_chunk, 0), mask=c < chunks)
+
+
+@triton.jit
+def _threshold(
+    order,
+    table,
+    bound,
+    c,
+    length,
+    count,
+    chunks,
+    bins,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    BINS_PAD: tl.constexpr,
+):
+    """T(bound): the `count`-th best rank among the positions before `bound`, which ends chunk c; there are enough."""
+    down = tl.arange(0, BINS_PAD)
+    in_bin = tl.load(table + (bins - 1 - down).to(tl.int64) * chunks + c, mask=down < bins, other=0)
+    through = tl.cumsum(in_bin, 0)
+    before = tl.sum((through < count).to(tl.int32), 0)
+    wanted = count - tl.max(tl.where(down < before, through, 0), 0)
+    # The wanted-th best of this bin's keys before `bound`.
+    top = (bins - before) * WIDTH - 1
+    found = -1
+    begin = 0
+    while found < 0:
+        rank = top - begin - tl.arange(0, STEP)
+        among = tl.load(order + rank, mask=rank < length, other=_NEVER) < bound
+        down_to = tl.cumsum(among.to(tl.int32), 0)
+        here = tl.sum(among.to(tl.int32), 0)
+        if here >= wanted:
+            found = top - begin - tl.sum((down_to < wanted).to(tl.int32), 0)
+        wanted -= here
+        begin += STEP
+    return found
+
+
+@triton.jit(do_not_specialize=["groups", "count", "local", "skipped", "chunks", "bins"])
+def _resolve(
+    order,
+    place,
+    table,
+    candidate,
+    fallen,
+    expiry,
+    end,
+    mask,
+    length,
+    groups,
+    count,
+    local,
+    skipped,
+    chunks,
+    bins,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    BINS_PAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PACKED: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """The keys that expire in one chunk."""
+    c = skipped + tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    batch = row // groups
+    order += row * length
+    place += row * length
+    expiry += row * length
+    table += row * bins * chunks
+    start = c * CHUNK
+    stop = tl.minimum(start + CHUNK, length)
+    if stop > count:
+        high = _threshold(order, table, stop, c, length, count, chunks, bins, WIDTH, STEP, BINS_PAD)
+        low = 0
+        if start >= count:
+            low = _threshold(order, table, start, c - 1, length, count, chunks, bins, WIDTH, STEP, BINS_PAD)
+        k = tl.arange(0, CHUNK)
+        new = tl.load(place + start + k, mask=start + k < stop, other=-1)
+        # How many keys leave the contest here, and how many of the ranks from T(s) on leave before the highest does.
+        total = stop - count
+        if start >= count:
+            total = tl.sum((new > low).to(tl.int32), 0)
+        above = tl.sum((new >= high).to(tl.int32), 0)
+        candidate += row * length + start
+        fallen += row * length + start
+        found = 0
+        older = 0
+        top = high - 1
+        while found < total:
+            rank = top - tl.arange(0, 256)
+            j = tl.load(order + rank, mask=rank >= low, other=_NEVER)
+            live = j < stop
+            old = j < start
+            # Both counts in one scan.
+            both = tl.cumsum(live.to(tl.int32) + (old.to(tl.int32) << 16), 0)
+            slot = found + (both & 0xFFFF) - 1
+            tl.store(candidate + slot, rank, mask=live)
+            # Of the places that fall free, those below this key: an old key counts itself.
+            tl.store(fallen + slot, above - older - (both >> 16) + old.to(tl.int32), mask=live)
+            found += tl.sum(live.to(tl.int32), 0)
+            older += tl.sum(old.to(tl.int32), 0)
+            top -= 256
+        tl.debug_barrier()
+        for begin in range(0, total, 128):
+            entry = begin + tl.arange(0, 128)
+            there = entry < total
+            x = tl.load(candidate + entry, mask=there, other=_NEVER - 1)
+            wanted = tl.load(fallen + entry, mask=there, other=0)
+            j = tl.load(order + x, mask=there, other=0)
+            better = tl.zeros([128], tl.int32)
+            dies = tl.zeros([128], tl.int32) + start
+            for i in tl.range(start, stop, loop_unroll_factor=8):
+                better += (tl.load(place + i) > x).to(tl.int32)
+                dies += (better < wanted).to(tl.int32)
+            last = length
+            if PACKED:
+                last = tl.load(end + batch * length + j, mask=there, other=0)
+            if PADDED:
+                there &= tl.load(mask + batch * length + j, mask=there, other=0) != 0
+            tl.store(expiry + j, tl.minimum(tl.maximum(j, dies) + local, last), mask=there)

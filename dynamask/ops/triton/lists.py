@@ -1,8 +1,13 @@
 """Which keys a block of queries can see, as one list of positions per (batch, key/value head, block).
 
-A row of the list holds, from its front, the keys that every query of the block sees, in order of position, and,
-from its back, those that only some of them see (born or expiring inside the block). The attention kernels test
-the interval for the second kind alone.
+A row of the list holds, from its front, the keys that every query of the block sees and, from its back, those that
+only some of them see (born or expiring inside the block). The attention kernels test the interval for the second kind
+alone. The order within each kind is the same every time, but not that of position.
+
+No list is found by looking at all keys. Sort the keys of each run of positions by expiry, the last first: then those
+of the run that see the start of a large block of queries are the run's first so many, a number that one table holds
+for all runs and large blocks, and a large block's list is put together from the fronts of the runs before it. Most of
+it every query of the large block sees; the blocks inside copy that part, and look at the rest alone.
 """
 
 from __future__ import annotations
@@ -17,15 +22,14 @@ from torch import Tensor
 ROWS = 128
 """Rows of a query tile: the query heads of one key/value head times the queries of a block."""
 
-_CHUNK = 1024
-"""Keys of a list looked at in one step."""
+_STEP = 1024
+"""Entries of a list handled at a time."""
 
-_COARSE = 512
-"""Queries of a large block. All keys are scanned once per large block, whose list the blocks inside pick from:
-scanning them once per block took a fifth of the forward's time at N = 32K, and more at longer ones."""
+_LARGE = 512
+"""Queries of a large block, at most."""
 
-_FAN = 16
-"""Large blocks that share one scan of all keys when there are many of them."""
+_RUNS = ((1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
+"""Up to this many keys: keys of a run."""
 
 
 class KeyLists(NamedTuple):
@@ -65,84 +69,77 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
     Args:
         expiry: (B, G, N) int32, contiguous.
         num_queries: Nq; the queries are the last Nq positions.
-        block: queries per block, at most `_COARSE`.
+        block: queries per block, at most `_LARGE`.
         max_live: no query sees more keys than this; 0 if unknown, which costs a synchronisation.
     """
     batch, groups, length = expiry.shape
     rows = batch * groups
-    large = _COARSE // block * block  # no block lies in two large ones
-    blocks, coarse_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, large)
-    flat = expiry.view(rows, length)
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=expiry.device)
-
+    large = _LARGE // block * block  # no block lies in two large ones
+    blocks, large_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, large)
+    run = next(run for longest, run in _RUNS if length <= longest)
+    runs = triton.cdiv(length, run)
     first = length - num_queries
-    # A chunk of keys none of which outlives a block's first query needs no second look.
-    # A scan is a chain of loads, one per chunk: long rows take long chunks.
-    chunk, warps = (_CHUNK, 4) if length <= 16 * _CHUNK else (4 * _CHUNK, 8)
-    chunks = triton.cdiv(length, chunk)
-    chunk_last = empty(rows, chunks)
-    _chunk_maximum[(chunks, rows)](flat, chunk_last, length, chunks, CHUNK=chunk, num_warps=warps)
-    counts = empty(rows, coarse_blocks)
-    grid = (coarse_blocks, rows)
-    scan = (flat, chunk_last, length, first, coarse_blocks, chunks)
-    # Scanning all keys once per large block grows with the square of the length; long rows scan them once per
-    # _FAN large blocks and let each pick from that list.
-    fan = _FAN if max_live and coarse_blocks >= 8 * _FAN else 1
-    if max_live:
-        capacity = min(max_live + large, length)
-        fine_capacity = min(max_live + block, length)
-    else:
-        _coarse[grid](*scan, flat, counts, 0, BLOCK=large, CHUNK=chunk, WRITE=False, num_warps=warps)
-        fine_capacity = capacity = max(1, int(counts.max()))
-    coarse = empty(rows, coarse_blocks, capacity)
-    if fan == 1:
-        _coarse[grid](*scan, coarse, counts, capacity, BLOCK=large, CHUNK=chunk, WRITE=True, num_warps=warps)
-    else:
-        huge, huge_blocks = large * fan, triton.cdiv(num_queries, large * fan)
-        huge_capacity = min(max_live + huge, length)
-        huge_lists, huge_counts = empty(rows, huge_blocks, huge_capacity), empty(rows, huge_blocks)
-        _coarse[(huge_blocks, rows)](
-            flat,
-            chunk_last,
-            length,
-            first,
-            huge_blocks,
-            chunks,
-            huge_lists,
-            huge_counts,
-            huge_capacity,
-            BLOCK=huge,
-            CHUNK=chunk,
-            WRITE=True,
-            num_warps=warps,
-        )
-        _pick[grid](
-            flat,
-            huge_lists,
-            huge_counts,
-            length,
-            first,
-            huge_blocks,
-            huge_capacity,
-            coarse_blocks,
-            coarse,
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=expiry.device)
+
+    by_expiry, alive = empty(rows, length), empty(rows, runs, large_blocks + 1, dtype=torch.int16)
+    _sort_by_expiry[(runs, rows)](
+        expiry,
+        by_expiry,
+        alive,
+        empty(rows, runs, run),
+        length,
+        first,
+        large,
+        large_blocks,
+        RUN=run,
+        LOG=run.bit_length() - 1,
+        WIDE=(length + 1) * run >= 1 << 31,
+        BLOCKS=128,
+        num_warps=4,
+    )
+    runs_pad = triton.next_power_of_2(runs)
+    through, counts = empty(rows, large_blocks, 2, runs_pad), empty(rows, large_blocks, 2)
+
+    def build_large(out: Tensor, capacity: int) -> None:
+        _large[(large_blocks, rows)](
+            expiry,
+            by_expiry,
+            alive,
+            through,
+            out,
             counts,
+            length,
+            first,
+            large_blocks,
+            runs,
             capacity,
-            BLOCK=large,
-            FAN=fan,
-            CHUNK=_CHUNK,
+            RUN=run,
+            RUNS_PAD=runs_pad,
+            LARGE=large,
+            STEP=_STEP,
+            WRITE=capacity > 0,
             num_warps=4,
         )
+
+    if max_live:
+        capacity, fine_capacity = max_live + large, max_live + block
+    else:
+        build_large(by_expiry, 0)
+        fine_capacity = capacity = int(counts.sum(-1).max())
+    # Multiples of 16 let the kernels move four entries at once.
+    capacity, fine_capacity = (max(16, triton.cdiv(min(c, length), 16) * 16) for c in (capacity, fine_capacity))
+    large_index = empty(rows, large_blocks, capacity)
+    build_large(large_index, capacity)
     index, whole, partial = empty(rows, blocks, fine_capacity), empty(rows, blocks), empty(rows, blocks)
     _fine[(blocks, rows)](
-        flat,
-        coarse,
+        expiry,
+        large_index,
         counts,
         length,
         first,
-        coarse_blocks,
+        large_blocks,
         capacity,
         blocks,
         index,
@@ -150,139 +147,189 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
         partial,
         fine_capacity,
         BLOCK=block,
-        COARSE=large,
-        CHUNK=_CHUNK,
+        LARGE=large,
+        STEP=_STEP,
         num_warps=4,
     )
     return KeyLists(index, whole, partial, block)
 
 
-@triton.jit
-def _chunk_maximum(expiry, chunk_last, length, chunks, CHUNK: tl.constexpr):
-    chunk = tl.program_id(0)
-    row = tl.program_id(1)
-    key = chunk * CHUNK + tl.arange(0, CHUNK)
-    dies = tl.load(expiry + row.to(tl.int64) * length + key, mask=key < length, other=0)
-    tl.store(chunk_last + row * chunks + chunk, tl.max(dies, 0))
-
-
-@triton.jit
-def _coarse(
+@triton.jit(do_not_specialize=["first_query", "large", "large_blocks"])
+def _sort_by_expiry(
     expiry,
-    chunk_last,
+    by_expiry,
+    alive,
+    sorted_expiry,
     length,
     first_query,
-    blocks,
-    chunks,
+    large,
+    large_blocks,
+    RUN: tl.constexpr,
+    LOG: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """One run's positions, the last to expire first; alive[b] = how many outlive the first query of large block b
+    (b = the number of blocks: the last query of all)."""
+    run = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    runs = tl.num_programs(0)
+    t = tl.arange(0, RUN)
+    key = run * RUN + t
+    dies = tl.load(expiry + row * length + key, mask=key < length, other=0)
+    # Keys beyond the end sort behind every other.
+    dies = tl.where(key < length, tl.minimum(tl.maximum(dies, 0), length), -1)
+    value = (dies.to(tl.int64) if WIDE else dies) * RUN + t
+    value = tl.sort(value, descending=True)
+    tl.store(by_expiry + row * length + key, run * RUN + (value & (RUN - 1)).to(tl.int32), mask=key < length)
+    sorted_expiry += (row * runs + run) * RUN
+    # Arithmetic shifts round down: -1 stays -1.
+    tl.store(sorted_expiry + t, (value >> LOG).to(tl.int32))
+    tl.debug_barrier()
+    alive += (row * runs + run) * (large_blocks + 1)
+    for begin in range(0, large_blocks + 1, BLOCKS):
+        b = begin + tl.arange(0, BLOCKS)
+        query = tl.minimum(first_query + b * large, length - 1)
+        outlive = tl.zeros([BLOCKS], tl.int32)
+        step = RUN
+        while step > 0:
+            after = outlive + step
+            longer = tl.load(sorted_expiry + after - 1, mask=after <= RUN, other=-1) > query
+            outlive = tl.where(longer, after, outlive)
+            step = step // 2
+        tl.store(alive + b, outlive.to(tl.int16), mask=b <= large_blocks)
+
+
+@triton.jit
+def _run_of(through, slot, RUNS_PAD: tl.constexpr):
+    """Which run fills a slot, and how many slots the runs before it fill."""
+    run = tl.zeros_like(slot)
+    step = RUNS_PAD // 2
+    while step > 0:
+        run = tl.where(tl.load(through + run + step - 1) <= slot, run + step, run)
+        step = step // 2
+    return run, tl.load(through + run - 1, mask=run > 0, other=0)
+
+
+@triton.jit(do_not_specialize=["first_query", "large_blocks", "runs"])
+def _large(
+    expiry,
+    by_expiry,
+    alive,
+    through,
     index,
     counts,
+    length,
+    first_query,
+    large_blocks,
+    runs,
     capacity,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    RUN: tl.constexpr,
+    RUNS_PAD: tl.constexpr,
+    LARGE: tl.constexpr,
+    STEP: tl.constexpr,
     WRITE: tl.constexpr,
 ):
-    """All keys that any query of a large block sees, in order of position."""
+    """The list of a large block: keys that all its queries see from the front, others from the back."""
     block = tl.program_id(0)
-    row = tl.program_id(1)
-    start = first_query + block * BLOCK
-    stop = tl.minimum(start + BLOCK, length)
-    expiry += row.to(tl.int64) * length
-    chunk_last += row.to(tl.int64) * chunks
-    out = index + (row.to(tl.int64) * blocks + block) * capacity
-    count = 0
-    for chunk in range(0, tl.cdiv(stop, CHUNK)):
-        if tl.load(chunk_last + chunk) > start:
-            key = chunk * CHUNK + tl.arange(0, CHUNK)
-            dies = tl.load(expiry + key, mask=key < stop, other=0)
-            seen = (key < stop) & (dies > tl.maximum(start, key))
-            if WRITE:
-                place = count + tl.cumsum(seen.to(tl.int32), 0) - 1
-                tl.store(out + place, key, mask=seen & (place < capacity))
-            count += tl.sum(seen.to(tl.int32), 0)
-    tl.store(counts + row * blocks + block, count)
+    row = tl.program_id(1).to(tl.int64)
+    start = first_query + block * LARGE
+    stop = tl.minimum(start + LARGE, length)
+    expiry += row * length
+    by_expiry += row * length
+    entry = row * large_blocks + block
+    out = index + entry * capacity
+    # Runs that end at or before the block's start.
+    before = start // RUN
+    p = tl.arange(0, RUNS_PAD)
+    column = alive + (row * runs + p) * (large_blocks + 1) + block
+    at_start = tl.load(column, mask=p < before, other=0).to(tl.int32)
+    at_stop = tl.load(column + 1, mask=p < before, other=0).to(tl.int32)
+    whole = tl.sum(at_stop, 0)
+    partial = tl.sum(at_start, 0) - whole
+    if WRITE:
+        whole_through = through + entry * 2 * RUNS_PAD
+        partial_through = whole_through + RUNS_PAD
+        tl.store(whole_through + p, tl.cumsum(at_stop, 0))
+        tl.store(partial_through + p, tl.cumsum(at_start - at_stop, 0))
+        tl.debug_barrier()
+        for begin in range(0, whole, STEP):
+            slot = begin + tl.arange(0, STEP)
+            there = slot < whole
+            run, skipped = _run_of(whole_through, tl.where(there, slot, 0), RUNS_PAD)
+            key = tl.load(by_expiry + run * RUN + slot - skipped, mask=there, other=0)
+            tl.store(out + slot, key, mask=there & (slot < capacity))
+        for begin in range(0, partial, STEP):
+            slot = begin + tl.arange(0, STEP)
+            there = slot < partial
+            run, skipped = _run_of(partial_through, tl.where(there, slot, 0), RUNS_PAD)
+            ahead = tl.load(whole_through + run) - tl.load(whole_through + run - 1, mask=run > 0, other=0)
+            key = tl.load(by_expiry + run * RUN + ahead + slot - skipped, mask=there, other=0)
+            tl.store(out + capacity - 1 - slot, key, mask=there & (slot < capacity))
+    for begin in range(before * RUN, stop, STEP):
+        key = begin + tl.arange(0, STEP)
+        dies = tl.load(expiry + key, mask=key < stop, other=0)
+        whole, partial = _append(out, key, dies, start, stop, key < stop, whole, partial, capacity, WRITE)
+    tl.store(counts + entry * 2, whole)
+    tl.store(counts + entry * 2 + 1, partial)
 
 
 @triton.jit
-def _pick(
-    expiry,
-    source,
-    source_counts,
-    length,
-    first_query,
-    source_blocks,
-    source_capacity,
-    blocks,
-    index,
-    counts,
-    capacity,
-    BLOCK: tl.constexpr,
-    FAN: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """The list of a large block, picked from that of `FAN` of them."""
-    block = tl.program_id(0)
-    row = tl.program_id(1)
-    start = first_query + block * BLOCK
-    stop = tl.minimum(start + BLOCK, length)
-    expiry += row.to(tl.int64) * length
-    parent = row.to(tl.int64) * source_blocks + block // FAN
-    listed = tl.load(source_counts + parent)
-    out = index + (row.to(tl.int64) * blocks + block) * capacity
-    count = 0
-    for begin in range(0, listed, CHUNK):
-        entry = begin + tl.arange(0, CHUNK)
-        there = entry < listed
-        key = tl.load(source + parent * source_capacity + entry, mask=there, other=0)
-        dies = tl.load(expiry + key, mask=there, other=0)
-        seen = there & (key < stop) & (dies > tl.maximum(start, key))
-        place = count + tl.cumsum(seen.to(tl.int32), 0) - 1
-        tl.store(out + place, key, mask=seen & (place < capacity))
-        count += tl.sum(seen.to(tl.int32), 0)
-    tl.store(counts + row * blocks + block, count)
+def _append(out, key, dies, start, stop, there, whole, partial, capacity, WRITE: tl.constexpr):
+    """Keys onto the list of the queries start..stop - 1, each at the end where it belongs; the new numbers of both."""
+    seen = there & (key < stop) & (dies > tl.maximum(start, key))
+    all_see = seen & (key <= start) & (dies >= stop)
+    # Both counts in one scan, of at most 2^15 keys.
+    flags = tl.where(all_see, 1, 0) + tl.where(seen & (all_see == 0), 65536, 0)
+    if WRITE:
+        both = tl.cumsum(flags, 0)
+        place = tl.where(all_see, whole + (both & 0xFFFF) - 1, capacity - partial - (both >> 16))
+        tl.store(out + place, key, mask=seen & (place >= 0) & (place < capacity))
+    added = tl.sum(flags, 0)
+    return whole + (added & 0xFFFF), partial + (added >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_query", "large_blocks", "blocks"])
 def _fine(
     expiry,
-    coarse,
+    large_index,
     counts,
     length,
     first_query,
-    coarse_blocks,
-    coarse_capacity,
+    large_blocks,
+    large_capacity,
     blocks,
     index,
     whole,
     partial,
     capacity,
     BLOCK: tl.constexpr,
-    COARSE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LARGE: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """The list of one block, picked from the large block's: whole-block keys from the front, others from the back."""
+    """The list of one block: what the whole large block sees, and of the rest what this one does."""
     block = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(1).to(tl.int64)
     start = first_query + block * BLOCK
     stop = tl.minimum(start + BLOCK, length)
-    expiry += row.to(tl.int64) * length
-    source = row.to(tl.int64) * coarse_blocks + block // (COARSE // BLOCK)
-    listed = tl.load(counts + source)
-    out = index + (row.to(tl.int64) * blocks + block) * capacity
-    num_whole = 0
+    expiry += row * length
+    parent = row * large_blocks + block // (LARGE // BLOCK)
+    source = large_index + parent * large_capacity
+    out = index + (row * blocks + block) * capacity
+    num_whole = tl.minimum(tl.load(counts + parent * 2), large_capacity)
+    listed = tl.minimum(tl.load(counts + parent * 2 + 1), large_capacity)
+    for begin in range(0, num_whole, STEP):
+        slot = begin + tl.arange(0, STEP)
+        key = tl.load(source + slot, mask=slot < num_whole)
+        tl.store(out + slot, key, mask=slot < tl.minimum(num_whole, capacity))
     num_partial = 0
-    for begin in range(0, listed, CHUNK):
-        entry = begin + tl.arange(0, CHUNK)
-        there = entry < listed
-        key = tl.load(coarse + source * coarse_capacity + entry, mask=there, other=0)
+    for begin in range(0, listed, STEP):
+        slot = begin + tl.arange(0, STEP)
+        there = slot < listed
+        key = tl.load(source + large_capacity - 1 - slot, mask=there, other=0)
         dies = tl.load(expiry + key, mask=there, other=0)
-        seen = there & (key < stop) & (dies > tl.maximum(start, key))
-        all_see = seen & (key <= start) & (dies >= stop)
-        some_see = seen & (all_see == 0)
-        place = num_whole + tl.cumsum(all_see.to(tl.int32), 0) - 1
-        tl.store(out + place, key, mask=all_see & (place < capacity))
-        place = capacity - num_partial - tl.cumsum(some_see.to(tl.int32), 0)
-        tl.store(out + place, key, mask=some_see & (place >= 0))
-        num_whole += tl.sum(all_see.to(tl.int32), 0)
-        num_partial += tl.sum(some_see.to(tl.int32), 0)
+        num_whole, num_partial = _append(
+            out, key, dies, start, stop, there, num_whole, num_partial, capacity, WRITE=True
+        )
     tl.store(whole + row * blocks + block, num_whole)
     tl.store(partial + row * blocks + block, num_partial)
