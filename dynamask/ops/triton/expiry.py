@@ -68,7 +68,7 @@ def contested_expiry(
     chunk, resolve_warps = _fitting(_CHUNKS, length)
     runs, chunks = triton.cdiv(length, run), triton.cdiv(length, chunk)
     width = max(64, triton.next_power_of_2(triton.cdiv(length, _BINS)))
-    bins = triton.cdiv(length, width)
+    bins, chunks_pad = triton.cdiv(length, width), max(32, triton.next_power_of_2(chunks))
 
     def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=scores.device)
@@ -135,8 +135,8 @@ def contested_expiry(
         WIDTH=width,
         STEP=min(width, 1024),
         CHUNK=chunk,
-        CHUNKS_PAD=max(32, triton.next_power_of_2(chunks)),
-        num_warps=1 if width < 256 else 4,
+        CHUNKS_PAD=chunks_pad,
+        num_warps=1 if width < 256 else 4 if chunks_pad <= 1024 else 8,
     )
     # Nothing expires in the chunks that `count` keys fill.
     skipped = count // chunk
@@ -158,7 +158,7 @@ def contested_expiry(
         bins,
         WIDTH=width,
         STEP=min(width, 1024),
-        BINS_PAD=triton.next_power_of_2(bins),
+        BINS_PAD=max(32, triton.next_power_of_2(bins)),
         CHUNK=chunk,
         PACKED=packed,
         PADDED=padded,

@@ -99,7 +99,7 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
         BLOCKS=128,
         num_warps=4,
     )
-    runs_pad = triton.next_power_of_2(runs)
+    runs_pad = max(32, triton.next_power_of_2(runs))
     through, counts = empty(rows, large_blocks, 2, runs_pad), empty(rows, large_blocks, 2)
 
     def build_large(out: Tensor, capacity: int) -> None:
