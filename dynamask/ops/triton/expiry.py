@@ -60,7 +60,7 @@ def contested_expiry(
     """
     batch, groups, length = scores.shape
     rows = batch * groups
-    scores = scores.contiguous()
+    scores, local = scores.contiguous(), min(local, length)
     packed, padded = segment_ids is not None, key_mask is not None
     ids = segment_ids.contiguous() if segment_ids is not None else scores
     mask = key_mask.contiguous().view(torch.uint8) if key_mask is not None else scores
