@@ -191,7 +191,7 @@ def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expiry, "_CHUNKS", ((expiry.LONGEST, 32, 1),))
     monkeypatch.setattr(expiry, "_BINS", 3)
     monkeypatch.setattr(lists, "_RUNS", ((1 << 62, 32),))
-    monkeypatch.setattr(lists, "_LARGE", 64)
+    monkeypatch.setattr(lists, "_LARGE", ((1 << 62, 64),))
 
 
 SPECIAL = [0.0, -0.0, 1.0, 1e-40, -1e-40, float("inf"), float("-inf"), float("nan")]
@@ -303,6 +303,44 @@ def test_lists_of_long_rows(length: int, block: int) -> None:
     checked_lists(expiry, length - 13, block, 2048)
 
 
+@pytest.mark.parametrize("kind", ["random", "rising", "falling"])
+def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Every key once, slabs of living ones by expiry, and pieces that reach from a tile's first birth to its end."""
+    from dynamask.ops.triton import backward_walk
+
+    monkeypatch.setattr(backward_walk, "_SLAB", 64)
+    length, queries, keys, piece = 500, 400, 16, 32
+    expiry = key_expiry(scores_of(kind, (2, 2, length), torch.Generator().manual_seed(0)).to(DEVICE), 60)
+    order = backward_walk.walking_order(expiry)
+    position = torch.arange(length, device=DEVICE)
+    assert torch.equal(order.sort(-1).values, position.int().expand_as(order))
+    lives = expiry > position
+    for row, dies, living in zip(*(t.view(4, -1) for t in (order, expiry, lives)), strict=True):
+        total = int(living.sum())
+        by_birth = position[living]
+        for start in range(0, total, 64):
+            slab = row[start : min(start + 64, total)].long()
+            assert torch.equal(slab.sort().values, by_birth[start : start + 64])
+            assert torch.equal(dies[slab].sort().values, dies[slab])
+        assert not living[row[total:].long()].any()
+    starts, ends, through = backward_walk.walk_pieces(expiry, order, queries, keys, piece)
+    tiles = -(-length // keys)
+    before = 0
+    for tile in range(4 * tiles):
+        row, first = divmod(tile, tiles)
+        mine = order.view(4, -1)[row, first * keys : (first + 1) * keys].long()
+        dies, born = expiry.view(4, -1)[row, mine], mine.clamp(min=length - queries)
+        seen = dies > born
+        pieces = int(through[tile]) - before
+        before = int(through[tile])
+        if not seen.any():
+            assert pieces == 0
+            continue
+        assert int(starts[tile]) == int(born[seen].min())
+        assert int(ends[tile]) == int(dies[seen].max())
+        assert (pieces - 1) * piece < int(ends[tile]) - int(starts[tile]) <= pieces * piece
+
+
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [32, 64, 128])
@@ -314,7 +352,7 @@ def test_hopper_backward(
     from dynamask.ops.triton import backward, backward_hopper
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
-    monkeypatch.setattr(backward_hopper, "_SHORTEST_PIECE", 128)
+    monkeypatch.setattr(backward_hopper, "_PIECE", 128)
     for kind in ("random", "rising", "falling", "large"):
         check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)

@@ -131,9 +131,8 @@ def _walk_kernel(query: Tensor, value: Tensor, deterministic: bool) -> Callable[
     if deterministic:
         return walk_kernel_launch
     backward_hopper = hopper("backward_hopper", query, value)
-    # Measured on an H100 (benchmarks/kernels.md): ordering the keys costs more than it saves on short rows, and with
-    # one query head per key head the atomics are as fast.
-    if backward_hopper is None or query.shape[2] < 16384 or query.shape[1] == value.shape[1]:
+    # Measured on an H100 (benchmarks/kernels.md): ordering the keys costs more than it saves on short rows.
+    if backward_hopper is None or query.shape[2] < 8192:
         return None
     return backward_hopper.walk_kernel_launch
 

@@ -4,7 +4,8 @@ The walk of `backward_walk.py` with loading and multiplying apart, as in `forwar
 of queries and output gradients, and two consumers hold 64 keys each, with their gradients in registers. All four
 products take one operand from registers or in its natural layout, so nothing goes back to shared memory. Long walks
 are cut in pieces, or the few keys that live longest would keep most of the GPU waiting; a piece adds its sums to the
-result by atomics, a few thousandths of what one atomic per key and block of queries moves.
+result by atomics, a few thousandths of what one atomic per key and block of queries moves. The programs are persistent
+and take the pieces in turn: most tiles of long rows hold dead keys alone, and have none.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.triton.backward_walk import walking_order
+from dynamask.ops.triton.backward_walk import walk_pieces, walking_order
 from dynamask.ops.triton.parts_hopper import by_lane
 
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -30,11 +31,8 @@ _LOG2E = gl.constexpr(1.4426950408889634)
 _KEYS = 64
 """Keys of a consumer, the rows of its products."""
 
-_PIECES = 8
-"""A walk is cut into at most so many pieces ..."""
-
-_SHORTEST_PIECE = 1024
-"""... none of them of fewer queries than this, but the last."""
+_PIECE = 2048
+"""Queries of a piece, but for the last of a walk."""
 
 
 def walk_kernel_launch(
@@ -49,15 +47,14 @@ def walk_kernel_launch(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward_walk.walk_kernel_launch`, all three in float32; inputs that `gluon.hopper` lets through."""
-    batch, heads, num_queries, dim = query.shape
+    _, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
     d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
     d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
-    rows = 64
-    step = rows // next_power_of_2(ratio)
-    piece = max(_SHORTEST_PIECE, cdiv(num_queries, _PIECES * step) * step)
-    _walk[(cdiv(num_queries, piece), cdiv(length, 2 * _KEYS), batch * groups)](
+    order = walking_order(expiry)
+    starts, ends, through = walk_pieces(expiry, order, num_queries, 2 * _KEYS, _PIECE)
+    _walk[(torch.cuda.get_device_properties(query.device).multi_processor_count,)](
         grad_output,
         query,
         key,
@@ -66,7 +63,10 @@ def walk_kernel_launch(
         expiry if bias is None else bias * _LOG2E.value,
         lse,
         delta,
-        walking_order(expiry),
+        order,
+        starts,
+        ends,
+        through,
         d_key,
         d_value,
         d_bias,
@@ -75,14 +75,17 @@ def walk_kernel_launch(
         heads,
         num_queries,
         length,
-        piece,
+        cdiv(length, 2 * _KEYS),
+        starts.numel(),
+        next_power_of_2(starts.numel()),
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=next_power_of_2(ratio),
         DIM=dim,
         VALUE_DIM=value_dim,
         KEYS=_KEYS,
-        ROWS=rows,
+        ROWS=64,
+        PIECE=_PIECE,
         STAGES=4 if max(dim, value_dim) > 64 else 6,
         PART=8,
         PRODUCER_REGISTERS=24,
@@ -94,6 +97,21 @@ def walk_kernel_launch(
 
 
 @gluon.jit
+def _piece(item, starts, ends, through, tiles, count, count_pad, PIECE: gl.constexpr):
+    """Row, tile, first query and the one after the last of a piece of a walk."""
+    at = 0
+    step = count_pad
+    while step > 0:
+        after = at + step
+        passed = gl.load(through + after - 1, mask=after <= count, other=2147483647) <= item
+        at = gl.where(passed, after, at)
+        step = step // 2
+    skipped = gl.load(through + at - 1, mask=at > 0, other=0)
+    begin = gl.load(starts + at) + (item - skipped) * PIECE
+    return at // tiles, at % tiles, begin, gl.minimum(gl.load(ends + at), begin + PIECE)
+
+
+@gluon.jit
 def _produce(
     grad_output,
     query,
@@ -102,8 +120,12 @@ def _produce(
     heads,
     num_queries,
     length,
-    begin,
-    end,
+    starts,
+    ends,
+    through,
+    tiles,
+    count,
+    count_pad,
     queries,
     grads,
     tops,
@@ -116,6 +138,7 @@ def _produce(
     DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     ROWS: gl.constexpr,
+    PIECE: gl.constexpr,
     STAGES: gl.constexpr,
     PART: gl.constexpr,
 ):
@@ -126,38 +149,39 @@ def _produce(
     M: gl.constexpr = ROWS // RATIO_PAD
     q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
     g_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, g_layout))
-    row = gl.program_id(2)
-    first_head = row // GROUPS * heads + row % GROUPS * RATIO
     first_query = length - num_queries
     tile = gl.arange(0, ROWS, flat)
     step = 0
-    for start in range(begin, end, M):
-        stage = step % STAGES
-        mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        position = start + tile % M
-        real = (tile // M < RATIO) & (position < length)
-        at = (first_head + tile // M).to(gl.int64) * num_queries + position - first_query
-        async_copy.async_copy_global_to_shared(tops.index(stage), lse + at, mask=real)
-        async_copy.async_copy_global_to_shared(deltas.index(stage), delta + at, mask=real)
-        for part in gl.static_range(0, ROWS, PART):
-            r = part + gl.arange(0, PART, gl.SliceLayout(1, q_layout))
-            place = start + r % M
-            at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
-            async_copy.async_copy_global_to_shared(
-                queries.index(stage).slice(part, PART),
-                query + (at * DIM)[:, None] + q_columns[None, :],
-                mask=((r // M < RATIO) & (place < length))[:, None],
-            )
-            r = part + gl.arange(0, PART, gl.SliceLayout(1, g_layout))
-            place = start + r % M
-            at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
-            async_copy.async_copy_global_to_shared(
-                grads.index(stage).slice(part, PART),
-                grad_output + (at * VALUE_DIM)[:, None] + g_columns[None, :],
-                mask=((r // M < RATIO) & (place < length))[:, None],
-            )
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-        step += 1  # noqa: SIM113
+    for item in range(gl.program_id(0), gl.load(through + count - 1), gl.num_programs(0)):
+        row, _, begin, end = _piece(item, starts, ends, through, tiles, count, count_pad, PIECE)
+        first_head = row // GROUPS * heads + row % GROUPS * RATIO
+        for start in range(begin, end, M):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            position = start + tile % M
+            real = (tile // M < RATIO) & (position < length)
+            at = (first_head + tile // M).to(gl.int64) * num_queries + position - first_query
+            async_copy.async_copy_global_to_shared(tops.index(stage), lse + at, mask=real)
+            async_copy.async_copy_global_to_shared(deltas.index(stage), delta + at, mask=real)
+            for part in gl.static_range(0, ROWS, PART):
+                r = part + gl.arange(0, PART, gl.SliceLayout(1, q_layout))
+                place = start + r % M
+                at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
+                async_copy.async_copy_global_to_shared(
+                    queries.index(stage).slice(part, PART),
+                    query + (at * DIM)[:, None] + q_columns[None, :],
+                    mask=((r // M < RATIO) & (place < length))[:, None],
+                )
+                r = part + gl.arange(0, PART, gl.SliceLayout(1, g_layout))
+                place = start + r % M
+                at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
+                async_copy.async_copy_global_to_shared(
+                    grads.index(stage).slice(part, PART),
+                    grad_output + (at * VALUE_DIM)[:, None] + g_columns[None, :],
+                    mask=((r // M < RATIO) & (place < length))[:, None],
+                )
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            step += 1
     async_copy.wait_group(0)
 
 
@@ -174,8 +198,12 @@ def _consume(
     factor,
     scale,
     length,
-    begin,
-    end,
+    starts,
+    ends,
+    through,
+    tiles,
+    count,
+    count_pad,
     all_keys,
     all_values,
     lives,
@@ -192,11 +220,12 @@ def _consume(
     M: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
+    PIECE: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
-    """Gradients of 64 keys from the queries `begin` to `end`."""
+    """Gradients of 64 keys of every piece that falls to this program."""
     dtype: gl.constexpr = key.dtype.element_ty
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     k_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
@@ -207,9 +236,11 @@ def _consume(
     v_load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
-    if begin < end:
-        base = gl.program_id(2).to(gl.int64) * length
-        first = (gl.program_id(1) * 2 + CONSUMER) * KEYS
+    step = 0
+    for item in range(gl.program_id(0), gl.load(through + count - 1), gl.num_programs(0)):
+        row, tile, begin, end = _piece(item, starts, ends, through, tiles, count, count_pad, PIECE)
+        base = row.to(gl.int64) * length
+        first = (tile * 2 + CONSUMER) * KEYS
         keys, values = all_keys.index(CONSUMER), all_values.index(CONSUMER)
         n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_load))
         j = gl.load(order + base + n, mask=n < length, other=0)
@@ -239,7 +270,6 @@ def _consume(
         b_sum = by_lane(nothing)
         offset = gl.arange(0, ROWS, columns) % M
         padding = gl.arange(0, ROWS, columns) // M >= RATIO
-        step = 0
         for start in range(begin, end, M):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -252,23 +282,23 @@ def _consume(
             if (start < latest) | (start + M > soonest):
                 position = start + offset
                 opens = lives.index(2 * CONSUMER).load(s_rows)[:, None]
-                ends = lives.index(2 * CONSUMER + 1).load(s_rows)[:, None]
-                p = gl.where((opens <= position[None, :]) & (position[None, :] < ends), p, 0.0)
+                shuts = lives.index(2 * CONSUMER + 1).load(s_rows)[:, None]
+                p = gl.where((opens <= position[None, :]) & (position[None, :] < shuts), p, 0.0)
             if RATIO != RATIO_PAD:
                 # Rows of no head were filled with zeros, their log-sum-exp too: exp2 of a large bias would be inf.
                 p = gl.where(padding[None, :], 0.0, p)
             weights = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, v_layout, 2))
-            v_sum = warpgroup_mma(weights, grads.index(stage), v_sum, is_async=True)
             delta = deltas.index(stage).load(columns)
-            dp = warpgroup_mma_wait(num_outstanding=1, deps=(dp,))
+            dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
             ds = p * (dp - delta[None, :])
             if HAS_BIAS:
                 b_sum += by_lane(ds)
             slopes = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2))
+            v_sum = warpgroup_mma(weights, grads.index(stage), v_sum, is_async=True)
             k_sum = warpgroup_mma(slopes, queries.index(stage), k_sum, is_async=True)
             v_sum, k_sum = warpgroup_mma_wait(num_outstanding=0, deps=(v_sum, k_sum))
             mbarrier.arrive(empty.index(stage), count=1)
-            step += 1  # noqa: SIM113
+            step += 1
         n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_layout))
         j = gl.load(order + base + n, mask=n < length, other=0)
         d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
@@ -299,6 +329,9 @@ def _walk(
     lse,
     delta,
     order,
+    starts,
+    ends,
+    through,
     d_key,
     d_value,
     d_bias,
@@ -307,7 +340,9 @@ def _walk(
     heads,
     num_queries,
     length,
-    piece,
+    tiles,
+    count,
+    count_pad,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
@@ -315,6 +350,7 @@ def _walk(
     VALUE_DIM: gl.constexpr,
     KEYS: gl.constexpr,
     ROWS: gl.constexpr,
+    PIECE: gl.constexpr,
     STAGES: gl.constexpr,
     PART: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -324,17 +360,6 @@ def _walk(
     dtype: gl.constexpr = query.dtype.element_ty
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     M: gl.constexpr = ROWS // RATIO_PAD
-    # From the first birth to the last expiry among the tile's keys; of that, this program's piece.
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    n = gl.program_id(1) * 2 * KEYS + gl.arange(0, 2 * KEYS, line)
-    base = gl.program_id(2).to(gl.int64) * length
-    first_query = length - num_queries
-    j = gl.load(order + base + n, mask=n < length, other=0)
-    dies = gl.load(expiry + base + j, mask=n < length, other=0)
-    alive = dies > gl.maximum(j, first_query)
-    begin = gl.min(gl.where(alive, gl.maximum(j, first_query), length), 0) + gl.program_id(0) * piece
-    end = gl.minimum(gl.max(gl.where(alive, dies, 0), 0), begin + piece)
-
     k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, DIM], dtype)
     v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, VALUE_DIM], dtype)
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
@@ -359,25 +384,27 @@ def _walk(
             (
                 _consume,
                 (
-                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length, begin, end,
-                    keys, values, lives, queries, grads, tops, deltas, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, STAGES, HAS_BIAS, 0,
+                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
+                    starts, ends, through, tiles, count, count_pad, keys, values, lives, queries, grads, tops, deltas,
+                    full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, PIECE, STAGES, HAS_BIAS, 0,
                 ),
             ),
             (
                 _consume,
                 (
-                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length, begin, end,
-                    keys, values, lives, queries, grads, tops, deltas, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, STAGES, HAS_BIAS, 1,
+                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
+                    starts, ends, through, tiles, count, count_pad, keys, values, lives, queries, grads, tops, deltas,
+                    full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, PIECE, STAGES, HAS_BIAS, 1,
                 ),
             ),
             (
                 _produce,
                 (
-                    grad_output, query, lse, delta, heads, num_queries, length, begin, end,
-                    queries, grads, tops, deltas, full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, STAGES, PART,
+                    grad_output, query, lse, delta, heads, num_queries, length,
+                    starts, ends, through, tiles, count, count_pad, queries, grads, tops, deltas, full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, PIECE, STAGES, PART,
                 ),
             ),
         ],

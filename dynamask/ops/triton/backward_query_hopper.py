@@ -12,7 +12,6 @@ from triton import next_power_of_2
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -211,7 +210,7 @@ def _consume(
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
             p = _weights(s, row_lse, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
             dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
-            async_copy.mbarrier_arrive(value_empty.index(stage), increment_count=False)
+            mbarrier.arrive(value_empty.index(stage), count=1)
             slopes = gl.convert_layout((p * (dp - row_delta[:, None])).to(dtype), p_layout)
             for begin in range(N, listed, N):
                 mixed = warpgroup_mma(slopes, keys.index(stage), mixed, is_async=True)
@@ -221,7 +220,7 @@ def _consume(
                 fence_async_shared()
                 s = warpgroup_mma(queries, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
                 mixed = warpgroup_mma_wait(num_outstanding=1, deps=(mixed,))
-                async_copy.mbarrier_arrive(key_empty.index(stage), increment_count=False)
+                mbarrier.arrive(key_empty.index(stage), count=1)
                 mbarrier.wait(value_full.index(following), phase)
                 fence_async_shared()
                 dp = warpgroup_mma(
@@ -232,13 +231,13 @@ def _consume(
                     s, row_lse, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
                 )
                 dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
-                async_copy.mbarrier_arrive(value_empty.index(following), increment_count=False)
+                mbarrier.arrive(value_empty.index(following), count=1)
                 slopes = gl.convert_layout((p * (dp - row_delta[:, None])).to(dtype), p_layout)
                 step += 1
                 stage = following
             mixed = warpgroup_mma(slopes, keys.index(stage), mixed, is_async=True)
             mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-            async_copy.mbarrier_arrive(key_empty.index(stage), increment_count=False)
+            mbarrier.arrive(key_empty.index(stage), count=1)
             step += 1
         d_place = first_place + d_tile % QUERIES
         d_row = (first_head + d_tile // QUERIES).to(gl.int64) * num_queries + d_place
@@ -304,8 +303,8 @@ def _backward_query(
         # See `forward_hopper._forward`.
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
-        mbarrier.init(key_empty.index(stage), count=128 * CONSUMERS)
-        mbarrier.init(value_empty.index(stage), count=128 * CONSUMERS)
+        mbarrier.init(key_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(value_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     gl.warp_specialize(
         [

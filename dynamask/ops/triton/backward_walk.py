@@ -25,15 +25,110 @@ def walking_order(expiry: Tensor) -> Tensor:
     times; lifetimes classed by power of two, each class by birth, gave 1.57 and 1.92.
 
     Args:
-        expiry: (B, G, N) int32.
+        expiry: (B, G, N) int32, contiguous.
 
     Returns:
         (B, G, N) int32 positions.
     """
-    length = expiry.shape[-1]
-    lives = expiry > torch.arange(length, device=expiry.device)
-    slab = torch.where(lives, (lives.cumsum(-1) - 1) // _SLAB, length)
-    return (slab * (length + 1) + expiry).argsort(-1).to(torch.int32)
+    batch, groups, length = expiry.shape
+    rows, slabs = batch * groups, triton.cdiv(length, _SLAB)
+    living = torch.empty(rows, slabs, dtype=torch.int32, device=expiry.device)
+    by_birth, order = torch.empty_like(expiry), torch.empty_like(expiry)
+    _count_living[(slabs, rows)](expiry, living, length, slabs, SLAB=_SLAB, num_warps=4)
+    pad = max(2, triton.next_power_of_2(slabs))
+    _living_first[(slabs, rows)](expiry, living, by_birth, order, length, slabs, SLAB=_SLAB, SLABS_PAD=pad, num_warps=4)
+    wide = (length + 1) * _SLAB >= 1 << 31
+    _order_slab[(slabs, rows)](
+        expiry, living, by_birth, order, length, slabs, SLAB=_SLAB, SLABS_PAD=pad, WIDE=wide, num_warps=4
+    )
+    return order
+
+
+@triton.jit
+def _count_living(expiry, living, length, slabs, SLAB: tl.constexpr):
+    """living[slab] = keys of this slab of positions that somebody sees."""
+    slab = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    key = slab * SLAB + tl.arange(0, SLAB)
+    lives = tl.load(expiry + row * length + key, mask=key < length, other=0) > key
+    tl.store(living + row * slabs + slab, tl.sum(lives.to(tl.int32), 0))
+
+
+@triton.jit
+def _living_first(expiry, living, by_birth, order, length, slabs, SLAB: tl.constexpr, SLABS_PAD: tl.constexpr):
+    """Living keys to the front, by birth; the others to their final places at the back."""
+    slab = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    every = tl.arange(0, SLABS_PAD)
+    counts = tl.load(living + row * slabs + every, mask=every < slabs, other=0)
+    before = tl.sum(tl.where(every < slab, counts, 0), 0)
+    total = tl.sum(counts, 0)
+    key = slab * SLAB + tl.arange(0, SLAB)
+    there = key < length
+    lives = tl.load(expiry + row * length + key, mask=there, other=0) > key
+    rank = before + tl.cumsum(lives.to(tl.int32), 0)
+    tl.store(by_birth + row * length + rank - 1, key, mask=there & lives)
+    tl.store(order + row * length + total + key - rank, key, mask=there & (lives == 0))
+
+
+@triton.jit
+def _order_slab(
+    expiry, living, by_birth, order, length, slabs, SLAB: tl.constexpr, SLABS_PAD: tl.constexpr, WIDE: tl.constexpr
+):
+    """One slab of living keys, by expiry."""
+    slab = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    every = tl.arange(0, SLABS_PAD)
+    total = tl.sum(tl.load(living + row * slabs + every, mask=every < slabs, other=0), 0)
+    if slab * SLAB < total:
+        t = tl.arange(0, SLAB)
+        place = slab * SLAB + t
+        there = place < total
+        key = tl.load(by_birth + row * length + place, mask=there, other=0)
+        dies = tl.load(expiry + row * length + key, mask=there, other=0)
+        dies = tl.where(there, tl.minimum(dies, length), length)  # what is not there stays behind what is
+        value = tl.sort((dies.to(tl.int64) if WIDE else dies) * SLAB + t)
+        key = tl.load(by_birth + row * length + slab * SLAB + (value & (SLAB - 1)).to(tl.int32), mask=there, other=0)
+        tl.store(order + row * length + place, key, mask=there)
+
+
+def walk_pieces(
+    expiry: Tensor, order: Tensor, num_queries: int, keys: int, piece: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The walks of tiles of `keys` keys, and how to cut them into pieces of `piece` queries.
+
+    Args:
+        expiry: (B, G, N) int32, contiguous.
+        order: of `walking_order`.
+        num_queries: Nq; the queries are the last Nq positions.
+
+    Returns:
+        For every tile of every (batch, head) in turn, (B·G·tiles,) int32 each: its first query, the one after its
+        last, and the number of pieces of all tiles up to it.
+    """
+    batch, groups, length = expiry.shape
+    rows, tiles = batch * groups, triton.cdiv(length, keys)
+    starts, ends, pieces = (torch.empty(rows * tiles, dtype=torch.int32, device=expiry.device) for _ in range(3))
+    _tile_walks[(tiles, rows)](
+        expiry, order, starts, ends, pieces, length, length - num_queries, tiles, piece, KEYS=keys, num_warps=1
+    )
+    return starts, ends, pieces.cumsum(0, dtype=torch.int32)
+
+
+@triton.jit
+def _tile_walks(expiry, order, starts, ends, pieces, length, first_query, tiles, piece, KEYS: tl.constexpr):
+    """From the first birth to the last expiry among the tile's keys."""
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    n = tile * KEYS + tl.arange(0, KEYS)
+    key = tl.load(order + row * length + n, mask=n < length, other=0)
+    dies = tl.load(expiry + row * length + key, mask=n < length, other=0)
+    alive = dies > tl.maximum(key, first_query)
+    start = tl.min(tl.where(alive, tl.maximum(key, first_query), length), 0)
+    end = tl.max(tl.where(alive, dies, 0), 0)
+    tl.store(starts + row * tiles + tile, start)
+    tl.store(ends + row * tiles + tile, end)
+    tl.store(pieces + row * tiles + tile, tl.cdiv(tl.maximum(end - start, 0), piece))
 
 
 def walk_kernel_launch(

@@ -26,13 +26,13 @@ from torch import Tensor
 LONGEST = 1 << 22
 """Keys of a row, above which the table's rows of chunks no longer fit one program."""
 
-_RUNS = ((1 << 14, 1024, 4), (LONGEST, 2048, 8))
+_RUNS = ((1 << 15, 1024, 4), (LONGEST, 2048, 8))
 """Up to this many keys: keys of a run, and warps to sort it. Short rows cannot fill the GPU with long runs."""
 
-_WAYS = 16
+_WAYS = 8
 """Runs merged at a time."""
 
-_CHUNKS = ((1 << 17, 256, 4), (1 << 20, 512, 4), (LONGEST, 1024, 8))
+_CHUNKS = ((1 << 14, 128, 2), (1 << 17, 256, 4), (1 << 20, 512, 4), (LONGEST, 1024, 8))
 """Up to this many keys: positions of a chunk, and warps to resolve it. The table shrinks with its length, resolving
 grows with the square."""
 

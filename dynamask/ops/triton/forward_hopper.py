@@ -14,7 +14,6 @@ from triton import next_power_of_2
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
     warpgroup_mma,
@@ -192,7 +191,7 @@ def _consume(
             s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
             p, shrink, top = _softmax(s, top, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
-            async_copy.mbarrier_arrive(key_empty.index(stage), increment_count=False)
+            mbarrier.arrive(key_empty.index(stage), count=1)
             total += by_lane(p)
             weights = gl.convert_layout(p.to(dtype), p_layout)
             for begin in range(N, listed, N):
@@ -210,8 +209,8 @@ def _consume(
                 )
                 sums = hold(by_lane(p))
                 mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-                async_copy.mbarrier_arrive(key_empty.index(following), increment_count=False)
-                async_copy.mbarrier_arrive(value_empty.index(stage), increment_count=False)
+                mbarrier.arrive(key_empty.index(following), count=1)
+                mbarrier.arrive(value_empty.index(stage), count=1)
                 total = total * gl.convert_layout(shrink, lane_rows)[:, None] + sums
                 mixed = mixed * gl.convert_layout(shrink, o_rows)[:, None]
                 weights = gl.convert_layout(p.to(dtype), p_layout)
@@ -221,7 +220,7 @@ def _consume(
             fence_async_shared()
             mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
             mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-            async_copy.mbarrier_arrive(value_empty.index(stage), increment_count=False)
+            mbarrier.arrive(value_empty.index(stage), count=1)
             step += 1
         o_place = first_place + o_tile % QUERIES
         o_row = (first_head + o_tile // QUERIES).to(gl.int64) * num_queries + o_place
@@ -285,12 +284,11 @@ def _forward(
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for stage in gl.static_range(STAGES):
-        # Every producing thread arrives once its copies have landed, and every consuming thread for itself: an arrival
-        # for all of a consumer would make its warps wait for one another.
+        # Every producing thread arrives once its copies have landed; each consumer arrives once.
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
-        mbarrier.init(key_empty.index(stage), count=128 * CONSUMERS)
-        mbarrier.init(value_empty.index(stage), count=128 * CONSUMERS)
+        mbarrier.init(key_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(value_empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     gl.warp_specialize(
         [

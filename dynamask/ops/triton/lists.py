@@ -25,8 +25,8 @@ ROWS = 128
 _STEP = 1024
 """Entries of a list handled at a time."""
 
-_LARGE = 512
-"""Queries of a large block, at most."""
+_LARGE = ((1 << 14, 512), (1 << 62, 1024))
+"""Up to this many keys: queries of a large block, at most."""
 
 _RUNS = ((1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
 """Up to this many keys: keys of a run."""
@@ -69,12 +69,12 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
     Args:
         expiry: (B, G, N) int32, contiguous.
         num_queries: Nq; the queries are the last Nq positions.
-        block: queries per block, at most `_LARGE`.
+        block: queries per block, at most 512.
         max_live: no query sees more keys than this; 0 if unknown, which costs a synchronisation.
     """
     batch, groups, length = expiry.shape
     rows = batch * groups
-    large = _LARGE // block * block  # no block lies in two large ones
+    large = next(large for longest, large in _LARGE if length <= longest) // block * block  # no block lies in two
     blocks, large_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, large)
     run = next(run for longest, run in _RUNS if length <= longest)
     runs = triton.cdiv(length, run)
