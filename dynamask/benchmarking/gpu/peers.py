@@ -125,11 +125,16 @@ def _flex(problem: Problem) -> Call:
 def _nsa(problem: Problem) -> Call:
     from fla.ops.nsa import compression, parallel, parallel_nsa
 
-    # Its autotuner would compile 60 kernels; one depth of pipeline is kept of each.
-    for kernel in (parallel.parallel_nsa_fwd_kernel, parallel.parallel_nsa_bwd_kernel_dq):
-        _keep_configs(kernel, lambda config: config.num_stages == 2)
-    _keep_configs(parallel.parallel_nsa_bwd_kernel_dkv, lambda config: config.num_stages == 1)
-    _keep_configs(compression.parallel_nsa_compression_bwd_kernel_dkv, lambda config: config.num_warps == 4)
+    # Its autotuners would compile 120 kernels. What is left out: one warp, other depths of pipeline.
+    for kernel, keep in (
+        (parallel.parallel_nsa_kernel_topk, lambda config: config.num_warps > 1),
+        (parallel.parallel_nsa_fwd_kernel, lambda config: config.num_stages == 2),
+        (parallel.parallel_nsa_bwd_kernel_dq, lambda config: config.num_stages == 2),
+        (parallel.parallel_nsa_bwd_kernel_dkv, lambda config: config.num_stages == 1 and config.num_warps == 4),
+        (compression.parallel_nsa_compression_bwd_kernel_dq, lambda config: config.num_warps > 1),
+        (compression.parallel_nsa_compression_bwd_kernel_dkv, lambda config: config.num_warps == 4),
+    ):
+        _keep_configs(kernel, keep)
     (query, key, value), grad = _by_position(problem)
     shape = problem.shape
     compressed, selected = (
