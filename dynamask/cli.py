@@ -538,7 +538,10 @@ def benchmark_gpu_command(
     results = benchmark_gpu(settings, commit=commit, save=save, progress=stderr_progress)
     print(markdown(results))
     if output:
-        draw(results, output)
+        try:
+            draw(results, output)
+        except UsageError as error:  # the budget left nothing to draw, but what there is was written
+            errors.print(f"no picture: {error}", highlight=False)
 
 
 @benchmark_app.command("scores")

@@ -229,6 +229,17 @@ def test_check_measures_rounding_against_the_dense_kernel(kind: str, dtype: str)
     assert check.failures([found]) == []
 
 
+def test_the_reference_in_pieces_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, grad = torch.randn(2, 1, 4, 50, 8)
+    key, value = torch.randn(2, 1, 2, 50, 8)
+    scores = torch.randn(1, 2, 50)
+    expiry = key_expiry(scores, 9)
+    whole = check._expected((query, key, value, scores), expiry, grad)
+    monkeypatch.setattr(check, "_PAIRS", 4 * 50 * 7)  # seven queries at a time
+    for one, other in zip(whole, check._expected((query, key, value, scores), expiry, grad), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_check_sees_wrong_and_unwritten_results(monkeypatch: pytest.MonkeyPatch) -> None:
     real = check.attend
     for spoil in (float("nan"), 0.1):
@@ -241,6 +252,7 @@ def test_cases_cover_every_dtype_and_width() -> None:
     cases = check.cases()
     assert {(c["dtype"], c["dim"]) for c in cases} == {(t, d) for t in check.DTYPES for d in check.DIMS}
     assert {c["groups"] for c in cases} == {1, 4, 16}
+    assert any(c.get("length", 0) >= 16384 for c in cases)  # where the walk of the backward pass begins
 
 
 def test_wide_mask_is_the_masks_definition() -> None:
@@ -332,6 +344,73 @@ def test_committed_scores_are_read() -> None:
         assert scores.isfinite().all()
         assert any(gate != 0 for layer in about["gates"] for gate in layer)
         assert trained.load_scores(file, 4, about["length"]).shape == (1, 4, about["length"])
+
+
+@pytest.fixture
+def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> list[apart.Task]:
+    """A GPU that takes no time: the tasks done apart are returned, rows are their identity."""
+    tasks: list[apart.Task] = []
+
+    def done(given: list[apart.Task]) -> list[dict[str, Any]]:
+        tasks.extend(given)
+        case = {"dtype": "bfloat16", "D": 64, "G": 4, "scores": "random", "worst": 1.0}
+        found: list[dict[str, Any]] = [{"result": None if task.kind == "peer" else [case]} for task in given]
+        found[1] = {"error": "crashed"}
+        found[-1] = {"error": "did not compile"}
+        return found
+
+    monkeypatch.setattr(run, "run_apart", done)
+    monkeypatch.setattr(run, "environment", lambda commit: {"device": "none", "peers": {}, "commit": commit})
+    monkeypatch.setattr(run, "time_attention", lambda shape, peers=(), **options: row(shape.length, 1.0, 2.0))
+    monkeypatch.setattr(
+        run, "time_peer", lambda name, shape: {"peer": name, **shape.row, "note": "", "forward_ms": 4.0}
+    )
+    for name in ("time_decode", "time_prefill"):
+        monkeypatch.setattr(run, name, lambda *args: {"context": 1, "B": 1, "w": 1})
+    return tasks
+
+
+def test_the_whole_benchmark(no_gpu_needed: list[apart.Task], tmp_path: Path) -> None:
+    saved: list[None] = []
+    done = bench.benchmark_gpu(
+        bench.Settings(),
+        commit="abc",
+        save=lambda r: saved.append(bench.write(r, tmp_path / "x")),
+    )
+    assert [task.arguments["peer"] for task in no_gpu_needed if task.kind == "peer"] == list(bench.Settings().peers)
+    assert no_gpu_needed[1].arguments["groups"] == 1  # NSA's shape
+    assert len([task for task in no_gpu_needed if task.kind == "check"]) == len(check.cases())
+    assert [r["error"] for r in done["peers"] if "error" in r] == ["crashed"]
+    assert done["errors"][-1]["error"] == "did not compile"
+    assert done["not_measured"] == []
+    assert len(saved) > 30
+    text = (tmp_path / "x.md").read_text()
+    assert "did not compile" in text
+    assert "1 cases did not run" in text
+
+
+def test_a_wrong_result_stops_before_any_time_is_taken(no_gpu_needed: list[apart.Task], monkeypatch) -> None:
+    monkeypatch.setattr(run.check, "failures", lambda rows: rows[:1])
+    saved: list[dict[str, Any]] = []
+    with pytest.raises(AssertionError, match="wrong results"):
+        bench.benchmark_gpu(bench.Settings(), save=saved.append)
+    assert [len(results["attention"]) for results in saved] == [0]
+
+
+def test_command_hands_its_options_on(no_gpu_needed: list[apart.Task], monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(run, "_lost_context", lambda identity: "")
+    options = ["--length", "4096", "--scaling", "16384", "--window", "1024", "--peer", "flex", "--peer", "fsa1"]
+    options += ["--scores", "s.npz", "--no-checks", "--budget", "9", "--commit", "abc", "--output", str(tmp_path / "x")]
+    done = CliRunner().invoke(app, ["benchmark", "gpu", *options])
+    assert done.exit_code == 0, done.output
+    results = json.loads((tmp_path / "x.json").read_text())
+    settings = results["settings"]
+    assert (settings["lengths"], settings["scaling"], settings["windows"]) == ([4096], [16384], [1024])
+    assert (settings["peers"], settings["scores"], settings["budget_seconds"]) == (["flex", "fsa1"], ["s.npz"], 9.0)
+    assert results["environment"]["commit"] == "abc"
+    assert [task.kind for task in no_gpu_needed] == ["peer", "peer"]
+    assert (tmp_path / "x.png").exists()
 
 
 def test_redraw_renders_a_committed_file_again(results: dict[str, Any], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def run_apart(
     tasks: list[Task],
     *,
     workers: int = 16,
-    timeout: float = 120.0,
+    timeout: float = 100.0,
     command: tuple[str, ...] = (sys.executable, "-m", "dynamask.benchmarking.gpu.apart"),
 ) -> list[dict[str, Any]]:
     """Do the tasks, `workers` at a time, the first ones first.

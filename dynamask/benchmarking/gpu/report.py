@@ -20,7 +20,7 @@ _PEER_COLUMNS = (
     *("peer", "mask", "N", "D", "H", "G", "w", "ours_forward_ms", "forward_ms", "ours_backward_ms", "backward_ms"),
     *("difference",),
 )
-_ERROR_COLUMNS = ("dtype", "D", "G", "scores", *NAMES, "dense", "dense_output", "dense_d_key", "worst")
+_ERROR_COLUMNS = ("dtype", "N", "D", "G", "scores", *NAMES, "dense", "dense_output", "dense_d_key", "worst")
 NOTES = (
     "bfloat16, batch 1, random scores unless said; milliseconds, medians, inputs not in the L2 cache. Forward and "
     "backward include their lists; expiry and lists by themselves are timed as CUDA graphs.",
@@ -290,8 +290,8 @@ def _failures(results: Results) -> list[str]:
         for row in results.get(part, ()):
             for key, value in row.items():
                 if key == "error" or key.endswith("_error"):
-                    where = row.get("peer") or key.removesuffix("_error")
-                    sizes = ", ".join(f"{k} {row[k]}" for k in ("N", "D", "dim", "G", "context", "B") if k in row)
+                    where = row.get("peer") or key.removesuffix("_error").replace("error", "ours")
+                    sizes = ", ".join(f"{k} {row[k]}" for k in ("dtype", "N", "D", "G", "context", "B") if k in row)
                     found.setdefault(value, f"{part}, {where}, {sizes}")
     if not found:
         return []

@@ -110,7 +110,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
 
 def _prepare(settings: Settings, results: dict[str, Any], progress: Callable[[str], None]) -> None:
     """Checks against float64 and rehearsals of peers, all at once in processes of their own."""
-    rehearsals = [Task("peer", {"peer": name, **_shape_fields(peer_shape(name, settings))}) for name in settings.peers]
+    rehearsals = [Task("peer", {"peer": name, **asdict(peer_shape(name, settings))}) for name in settings.peers]
     tasks = rehearsals + [Task("check", case) for case in check.cases() if settings.checks]
     began = time.perf_counter()
     for task, found in zip(tasks, run_apart(tasks), strict=True):
@@ -118,15 +118,13 @@ def _prepare(settings: Settings, results: dict[str, Any], progress: Callable[[st
             found.pop("result", None)
             results["rehearsals"].append({**task.arguments, **found})
         elif "error" in found:
-            results["errors"].append({**task.arguments, "error": found["error"]})
+            given = task.arguments
+            case = {"dtype": given["dtype"], "N": given.get("length"), "D": given["dim"], "G": given["groups"]}
+            results["errors"].append({**case, "error": found["error"]})
         else:
             results["errors"].extend(found["result"])
     results["preparation_seconds"] = time.perf_counter() - began
     progress(f"checked {len(results['errors'])} cases, rehearsed {len(rehearsals)} peers")
-
-
-def _shape_fields(shape: Shape) -> dict[str, Any]:
-    return asdict(shape)
 
 
 def peer_shape(name: str, settings: Settings) -> Shape:
