@@ -23,7 +23,7 @@ def milliseconds(run: Callable[[], Any], *, least: int = 3) -> float:
     """
     run()
     flush = _l2_sized()
-    first = _events(run, flush, 1)[0]
+    first = max(_events(run, flush, 1)[0], 1e-3)
     for _ in range(int(_WARMUP_MS / first)):
         run()
     return statistics.median(_events(run, flush, min(_MOST, max(least, int(_SPAN_MS / first)))))
