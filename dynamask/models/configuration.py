@@ -132,7 +132,9 @@ class DynamaskConfig(PreTrainedConfig):
         if self.recency < 0:
             raise InvalidInputError(f"recency is a slope and cannot be negative; got {self.recency}")
         if self.recency_spread < 1:
-            raise InvalidInputError(f"recency_spread is a factor of at least 1 (1: no spread); got {self.recency_spread}")
+            raise InvalidInputError(
+                f"recency_spread is a factor of at least 1 (1: no spread); got {self.recency_spread}"
+            )
         for name in ("rank_noise", "distance_penalty"):
             if getattr(self, name) < 0:
                 raise InvalidInputError(f"{name} cannot be negative (0: none); got {getattr(self, name)}")
