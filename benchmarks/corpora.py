@@ -6,9 +6,10 @@
 
 "code" is C, Java, Go, Rust, C++ and Python source; "text" is documentation and prose. Packages are fetched by name with
 the ordinary clients (`apt-get download` on Debian or Ubuntu, `pip download`) and unpacked without being installed.
-Documents are filtered, deduplicated (`dynamask.data.deduplicate`), tokenised with one byte-level BPE of 8192 tokens trained
-on both corpora, and split into train and validation by document (`dynamask.data.prepare`). `composition.json` says which
-package, at which version, gave how much.
+Documents are filtered, deduplicated (`dynamask.data.deduplicate`), tokenised with one byte-level BPE of 8192 tokens
+trained on both corpora, and split into train and validation by document (`dynamask.data.prepare`).
+`CORPUS-composition.json` says which package, at which version, gave how much. A corpus is under
+the licences of its packages: make it where it is used, and do not pass it on.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Small language models, one engine for every experiment that compares mixers by their loss.
 
-A run is its `LanguageConfig`, plain JSON; two runs that differ in the mixer alone see the same tokens in the same order and
-start from the same seed. The loop is made for throughput on one device: the corpus lies in its memory, layers are
-compiled, and nothing is read back between two looks at the validation split. A run stops whenever its caller raises from
-`progress`, and the next call with the same config continues it from the state it left, to the same numbers.
+A run is its `LanguageConfig`, plain JSON; two runs that differ in the mixer alone see the same tokens in the same order
+and start from the same seed. The loop is made for throughput on one device: the corpus lies in its memory, layers are
+compiled, and nothing is read back between two looks at the validation split. A run stops whenever its caller raises
+from `progress`, and the next call with the same config continues it from the state it left, to the same numbers.
+
+Documents stand end to end and attention crosses their bounds, for every mixer alike.
 """
 
 from __future__ import annotations
@@ -60,13 +62,13 @@ class LanguageConfig:
         corpus: see `token_streams`.
         length: tokens of a sequence.
         steps: optimizer steps, or None: as many as `tokens_per_parameter` asks for.
-        tokens_per_parameter: training tokens per non-embedding parameter of the mha model of this shape, the same number
-            for every mixer.
+        tokens_per_parameter: training tokens per non-embedding parameter of the mha model of this shape, the same
+            number for every mixer.
         batch_tokens: tokens of a step, a multiple of `length`.
         learning_rate, weight_decay, beta2, clip: AdamW's, and the norm that gradients are clipped to.
         warmup: share of the steps in which the rate rises.
         schedule: "cosine" (to a tenth) or "wsd" (constant, then linear to zero over the last fifth).
-        validation_tokens: of the held-out split, the first so many, the same for every run.
+        validation_tokens: so many of the held-out split, spread over it, the same for every run.
         compile: compile the layers (on a GPU).
         keep_model: save the trained model, for a look at its masks.
         seed: of the weights and the order of the data.
@@ -272,8 +274,8 @@ def run_language(config: Config, progress: Progress) -> dict[str, Any]:
         "positions": final loss by position in the sequence; "training": loss of the batches, thinned; "diverged": the
         step at which the loss was found not to be a number, or None; "tokens_per_second" (training alone, without
         compilation), "peak_memory" (bytes; None on a CPU), "parameters", "flops", "precision", "corpus_content" (digest
-        of the tokens), "corpus_tokens" (to train on; fewer than the run's are read several times), "gates" (A and slopes at
-        the end, per layer), "seconds" of all calls.
+        of the tokens), "corpus_tokens" (to train on; where the run takes more, they are read again), "gates" (A, slopes
+        and norms of Delta at the end, per layer), "seconds" of all calls.
 
     Raises:
         InvalidInputError: settings that do not fit together.
@@ -458,10 +460,13 @@ class _Run:
         count = min(len(stream) - 1, settings.validation_tokens) // settings.length
         if count < 1:
             raise InvalidInputError(
-                f"the validation split has {len(stream)} tokens, less than length={settings.length}"
+                f"the validation split has {len(stream)} tokens and validation_tokens={settings.validation_tokens}: "
+                f"both must be at least length={settings.length}"
             )
-        rows = torch.from_numpy(np.asarray(stream[: count * settings.length + 1], dtype=np.int64)).to(self.device)
-        rows = rows.unfold(0, settings.length + 1, settings.length)
+        # Spread over the split, which may hold one corpus after another.
+        starts = np.arange(count) * ((len(stream) - 1) // settings.length) // count * settings.length
+        blocks = np.stack([stream[start : start + settings.length + 1] for start in starts]).astype(np.int64)
+        rows = torch.from_numpy(blocks).to(self.device)
         total = torch.zeros(settings.length, dtype=torch.float64, device=self.device)
         # Batches of one size, that of training: another size would compile another graph.
         size = settings.batch_tokens // settings.length

@@ -1,8 +1,8 @@
 """The token streams that language runs read, by name.
 
-A corpus is a folder made by `dynamask.data.prepare` (`benchmarks/corpora.py` makes "code" and "text") inside the folder that
-the environment variable DYNAMASK_CORPORA names, by default `corpora`. "code+text" is both, document streams end to end,
-and "bytes" the sources of Python's standard library as bytes, which every machine has.
+A corpus is a folder made by `dynamask.data.prepare` (`benchmarks/corpora.py` makes "code" and "text") inside the folder
+that the environment variable DYNAMASK_CORPORA names, by default `corpora`. "code+text" is both, end to end, and "bytes"
+the sources of Python's standard library as bytes, which every machine has.
 """
 
 from __future__ import annotations
@@ -54,10 +54,7 @@ def token_streams(corpus: str) -> TokenStreams:
         return _bytes()
     folder = Path(os.environ.get(CORPORA_FOLDER, "corpora"))
     parts = [_open(folder / name) for name in corpus.split("+")]
-    vocabularies = {
-        hashlib.sha256((part.folder / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest() for part in parts
-    }
-    if len(vocabularies) > 1:
+    if len({(part.folder / "tokenizer" / "tokenizer.json").read_bytes() for part in parts}) > 1:
         raise UsageError(f"the corpora {corpus} were made with different tokenizers: build them together")
     streams = {
         split: _joined([shard for part in parts for shard in part.tokens(split)]) for split in ("train", "validation")
@@ -69,8 +66,8 @@ def token_streams(corpus: str) -> TokenStreams:
 def _open(folder: Path) -> Corpus:
     if not (folder / "index.json").exists():
         raise UsageError(
-            f"there is no corpus {folder}: make it with `python benchmarks/corpora.py {folder.parent}`, or name the folder "
-            f"that holds it in the environment variable {CORPORA_FOLDER}"
+            f"there is no corpus {folder}: make it with `python benchmarks/corpora.py {folder.parent}`, or name the "
+            f"folder that holds it in the environment variable {CORPORA_FOLDER}"
         )
     return Corpus.open(folder)
 

@@ -11,9 +11,10 @@ from dynamask.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """loss = scale · compute**-exponent + floor, with 90% intervals of scale and exponent.
+    """loss = scale · (compute / unit)**-exponent + floor, with 90% intervals of scale and exponent.
 
-    The scale is that of compute in units of `unit`, the geometric mean of the fitted ones, where it is best known.
+    The unit is the geometric mean of the fitted computes, where the scale is best known. Intervals are NaN where there
+    are no more points than parameters: nothing tells then how far off the fit is.
     """
 
     scale: float
@@ -57,7 +58,10 @@ def fit_power_law(
     residuals = np.log(loss) - np.log(predicted)
     # Residuals of a fit of p parameters to n points are too small by this factor.
     spare = len(loss) - (3 if floor else 2)
-    residuals = residuals * np.sqrt(len(loss) / spare) if spare > 0 else residuals
+    if spare <= 0:
+        unknown = (float("nan"), float("nan"))
+        return PowerLaw(scale, exponent, bottom, unit, unknown, unknown)
+    residuals = residuals * np.sqrt(len(loss) / spare)
     random = np.random.default_rng(seed)
     fits = np.array(
         [_fit(relative, predicted * np.exp(random.choice(residuals, len(loss))), floor)[:2] for _ in range(samples)]

@@ -1,7 +1,7 @@
 """Loss against compute: five mixers with as many parameters each, trained on as many tokens, fitted by power laws.
 
-The learning rate is swept for every mixer at the smallest size; larger sizes train at the best of it times the root of the
-ratio of widths. All runs of a size and seed see the same tokens in the same order.
+The learning rate is swept for every mixer at the smallest size; larger sizes train at the best one times the root of
+the ratio of widths. All runs of a size and seed see the same tokens in the same order.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def scaling_summary(records: Sequence[Record]) -> list[dict[str, str]]:
     for record in records:
         size = LanguageConfig.of(record.config).parameters
         runs[variant_name(record.config)][size][record.config["learning_rate"]].append(record)
+    reference = float(np.exp(np.mean([np.log(record.result["flops"]) for record in records])))
     rows = []
     for name, by_size in runs.items():
         row = {"mechanism": name}
@@ -143,8 +144,9 @@ def scaling_summary(records: Sequence[Record]) -> list[dict[str, str]]:
         if len(by_size) > 1 and len(np.unique(compute)) > 1:
             law = fit_power_law(compute, np.array([run.result["loss"] for run in chosen]))
             low, high = law.exponent_interval
-            row["loss ~ C^-b, b"] = f"{law.exponent:.4f} ({low:.4f} to {high:.4f})"
-            row[f"a at {law.unit:.1e} FLOP"] = f"{law.scale:.4f}"
+            interval = "" if np.isnan(low) else f" ({low:.4f} to {high:.4f})"
+            row["b of C^-b"] = f"{law.exponent:.4f}{interval}"
+            row[f"fit at {reference:.1e} FLOP"] = f"{float(law(np.array(reference))):.4f}"
         rows.append(row)
     return rows
 

@@ -130,9 +130,9 @@ def run_sweep(
         configs: the runs; one that is listed twice runs once.
         results: JSON lines, one per finished run (`results.Record`). Created where it does not exist.
         budget_seconds: wall time. No run starts whose estimate exceeds what is left of it, and a run that takes longer
-            than estimated is not interrupted, unless the experiment is interruptible: then the last run is stopped where
-            it is, and continued by the next call. While nothing has been measured, the cheapest run starts without an
-            estimate. None: no limit.
+            than estimated is not interrupted, unless the experiment is interruptible: then the last run is stopped
+            where it is, and continued by the next call. While nothing has been measured, the cheapest run starts
+            without an estimate. None: no limit.
         observer: told how it goes.
 
     Returns:

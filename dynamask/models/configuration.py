@@ -35,12 +35,12 @@ class DynamaskConfig(PreTrainedConfig):
         window: keys each query keeps (dma, swa), at least 1.
         local: dma: how many of them are the newest positions; None: half the window. 0 is the paper's form.
         recency: dma: initial recency slope per position, learned; None: 1 / window. 0 is the paper's form.
-        recency_spread: dma, and `distance_penalty`: how far the heads' initial slopes are spread. They run geometrically,
-            as ALiBi's, from recency · spread (a head nearly of a sliding window) to recency / spread (one nearly ruled by
-            content); 1: all alike.
+        recency_spread: dma, and `distance_penalty`: how far the heads' initial slopes are spread, geometrically as
+            ALiBi's: from recency · spread (a head nearly of a sliding window) to recency / spread (one nearly ruled by
+            content). 1: all alike.
         score_form: dma: "exp" (paper) or "linear" (later released code).
         gate_init: dma: which factor of the score starts at zero. "gate": A, Delta random (the paper's); "delta": Delta,
-            with A = 1, so that the first step already says which contents to keep. Untrained, both are a sliding window.
+            with A = 1, so that the first step already says which contents to keep. Untrained, both slide.
         rank_noise: dma, in training only: Gumbel noise of this scale on the ranks (not on the logits), so that now and
             then a query sees keys that the gates would have dropped. Scale 1 samples the kept keys in proportion to
             exp(score). 0: none.
