@@ -31,6 +31,7 @@ RIVALS: list[Variant] = [
 ]
 """Slopes in units of 1 / window."""
 
+_FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
 FORMS: list[Variant] = [
     PAPER,
     *({"attention": "dma", "recency": 0.0}, {"attention": "dma", "local": 0}, {"attention": "dma"}),
@@ -42,13 +43,8 @@ FORMS: list[Variant] = [
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "gate_rate": 5.0},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "rank_noise": 0.5},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": 0},
-    {
-        **{"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"},
-        "window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]],
-    },
+    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", **_FROM_DENSE},
 ]
-HYBRIDS: list[str] = ["swa+dma", "mha+dma"]
-"""Layers in turn: the first kind, then the second; of mha, one layer in four."""
 
 
 def variant_name(config: Config) -> str:
@@ -135,7 +131,7 @@ def configs(
 
 
 def hybrids(layers: int) -> list[Variant]:
-    """Layers of two kinds, the dma ones in their strongest form."""
+    """Layers of two kinds: swa and dma in turn; one of mha in four, the others dma, or swa for comparison."""
     dma = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"}
     alternating = ["swa" if layer % 2 == 0 else "dma" for layer in range(layers)]
     mostly = ["mha" if layer % 4 == 1 else "dma" for layer in range(layers)]
@@ -161,6 +157,20 @@ def _probe() -> list[Config]:
     return configs([*RIVALS, *FORMS, *hybrids(2)], ["code", "text"], [0], [4e-3], **shape)
 
 
+def _quick() -> list[Config]:
+    """What two minutes of a large GPU settle: 4M parameters, 2048 tokens, window 128, 300 steps of 64K tokens of code.
+
+    Layers are not compiled: that takes longer than it saves in so short a run.
+    """
+    best = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"}
+    rivals = [RIVALS[0], RIVALS[1], RIVALS[4], RIVALS[5]]
+    shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 300}
+    shape |= {"compile": False, "warmup": 0.05}
+    return configs(
+        [*rivals, PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}], ["code"], [0], [3e-3], **shape
+    )
+
+
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
     shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 1000}
@@ -178,7 +188,7 @@ LOCALITY = Experiment(
     name="locality",
     description="validation loss of dma's forms and rivals at a window of a sixteenth of the context",
     run=run_language,
-    sizes={"smoke": _smoke, "probe": _probe, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
     cost=language_cost,
     kind=language_kind,
     summary=locality_summary,
