@@ -1,7 +1,7 @@
 """Which form of dynamic mask attention learns at a window of a sixteenth of the context, and against which rivals.
 
 Rivals are a sliding window of as many keys and dense attention, each also with the distance penalty on the logits that
-dma's recency slope amounts to: what remains of a difference then is the choice of keys.
+dma's recency slope amounts to. `CONTROL` has the scores, too: what dma is better than it is due to the choice of keys.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ RIVALS: list[Variant] = [
     {"attention": "mha", "distance_penalty": 1.0, "recency_spread": 8.0},
 ]
 """Slopes in units of 1 / window."""
+
+CONTROL: Variant = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": "window"}
+"""All of the window local: a sliding window whose logits get dma's scores, from which dma differs by its choice alone."""
 
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
 FORMS: list[Variant] = [
@@ -60,6 +63,8 @@ def variant_name(config: Config) -> str:
         recency = 1 / window if settings.recency is None else settings.recency
         if not local and not recency:
             parts.append("paper")
+        elif local == window:
+            parts.append("no choice")
         elif not local or not recency:
             parts.append("local only" if local else "recency only")
     defaults = {entry.name: entry.default for entry in dataclasses.fields(LanguageConfig)}
@@ -120,6 +125,8 @@ def configs(
             own["distance_penalty"] /= window
         if own["attention"] != "mha" or own.get("layer_attention"):
             own["window"] = window
+        if own.get("local") == "window":
+            own["local"] = window
         if own["attention"] == "dma":  # the library's defaults may change, a run's meaning may not
             own = {"local": window // 2, "recency": 1.0 / window, **own}
         for corpus in corpora:
@@ -147,14 +154,14 @@ def _smoke() -> list[Config]:
     """Every form once, in seconds on a CPU: shows that it runs, not what it learns."""
     shape = {"layers": 2, "width": 32, "heads": 4, "groups": 2, "feed_forward": 64, "length": 64, "steps": 3}
     shape |= {"batch_tokens": 256, "validation_tokens": 512}
-    return configs([*RIVALS, *FORMS, *hybrids(2)], ["bytes"], [0], [3e-3], **shape)
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(2)], ["bytes"], [0], [3e-3], **shape)
 
 
 def _probe() -> list[Config]:
     """What one core ranks in an hour: 0.2M parameters, 512 tokens, window 32."""
     shape = {"layers": 2, "width": 96, "heads": 4, "groups": 2, "feed_forward": 256, "length": 512, "steps": 300}
     shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
-    return configs([*RIVALS, *FORMS, *hybrids(2)], ["code", "text"], [0], [4e-3], **shape)
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(2)], ["code", "text"], [0], [4e-3], **shape)
 
 
 def _quick() -> list[Config]:
@@ -166,22 +173,21 @@ def _quick() -> list[Config]:
     rivals = [RIVALS[0], RIVALS[1], RIVALS[4], RIVALS[5]]
     shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 300}
     shape |= {"compile": False, "warmup": 0.05}
-    return configs(
-        [*rivals, PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}], ["code"], [0], [3e-3], **shape
-    )
+    forms = [PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}]
+    return configs([*rivals, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
 
 
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
     shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 1000}
-    return configs([*RIVALS, *FORMS, *hybrids(6)], ["code", "text"], [0], [3e-3], **shape)
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(6)], ["code", "text"], [0], [3e-3], **shape)
 
 
 def _paper() -> list[Config]:
     """20M parameters, 4096 tokens, window 256, 20 tokens a parameter, two seeds, two rates."""
     shape = {"layers": 7, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "length": 4096}
     shape |= {"batch_tokens": 262_144}
-    return configs([*RIVALS, *FORMS, *hybrids(7)], ["code", "text"], [0, 1], [1.5e-3, 3e-3], **shape)
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(7)], ["code", "text"], [0, 1], [1.5e-3, 3e-3], **shape)
 
 
 LOCALITY = Experiment(
