@@ -32,7 +32,7 @@ RIVALS: list[Variant] = [
 """Slopes in units of 1 / window."""
 
 CONTROL: Variant = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": "window"}
-"""All of the window local: a sliding window whose logits get dma's scores, from which dma differs by its choice alone."""
+"""All of the window local: a sliding window whose logits get dma's scores. dma differs from it by its choice alone."""
 
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
 FORMS: list[Variant] = [
@@ -152,14 +152,30 @@ def hybrids(layers: int) -> list[Variant]:
 
 def _smoke() -> list[Config]:
     """Every form once, in seconds on a CPU: shows that it runs, not what it learns."""
-    shape = {"layers": 2, "width": 32, "heads": 4, "groups": 2, "feed_forward": 64, "length": 64, "steps": 3}
+    shape: dict[str, Any] = {
+        "layers": 2,
+        "width": 32,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 64,
+        "length": 64,
+        "steps": 3,
+    }
     shape |= {"batch_tokens": 256, "validation_tokens": 512}
     return configs([*RIVALS, CONTROL, *FORMS, *hybrids(2)], ["bytes"], [0], [3e-3], **shape)
 
 
 def _probe() -> list[Config]:
     """What one core ranks in an hour: 0.2M parameters, 512 tokens, window 32."""
-    shape = {"layers": 2, "width": 96, "heads": 4, "groups": 2, "feed_forward": 256, "length": 512, "steps": 300}
+    shape: dict[str, Any] = {
+        "layers": 2,
+        "width": 96,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 256,
+        "length": 512,
+        "steps": 300,
+    }
     shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
     return configs([*RIVALS, CONTROL, *FORMS, *hybrids(2)], ["code", "text"], [0], [4e-3], **shape)
 
@@ -171,7 +187,15 @@ def _quick() -> list[Config]:
     """
     best = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"}
     rivals = [RIVALS[0], RIVALS[1], RIVALS[4], RIVALS[5]]
-    shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 300}
+    shape: dict[str, Any] = {
+        "layers": 6,
+        "width": 256,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 704,
+        "length": 2048,
+        "steps": 300,
+    }
     shape |= {"compile": False, "warmup": 0.05}
     forms = [PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}]
     return configs([*rivals, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
@@ -179,13 +203,21 @@ def _quick() -> list[Config]:
 
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
-    shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 1000}
+    shape: dict[str, Any] = {
+        "layers": 6,
+        "width": 256,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 704,
+        "length": 2048,
+        "steps": 1000,
+    }
     return configs([*RIVALS, CONTROL, *FORMS, *hybrids(6)], ["code", "text"], [0], [3e-3], **shape)
 
 
 def _paper() -> list[Config]:
     """20M parameters, 4096 tokens, window 256, 20 tokens a parameter, two seeds, two rates."""
-    shape = {"layers": 7, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "length": 4096}
+    shape: dict[str, Any] = {"layers": 7, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "length": 4096}
     shape |= {"batch_tokens": 262_144}
     return configs([*RIVALS, CONTROL, *FORMS, *hybrids(7)], ["code", "text"], [0, 1], [1.5e-3, 3e-3], **shape)
 

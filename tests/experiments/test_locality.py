@@ -115,5 +115,7 @@ def test_the_smoke_sweep_runs_every_form(tmp_path: Path, monkeypatch: pytest.Mon
     rows = LOCALITY.summary(report.records)
     assert len(rows) == len(configs)
     by_name = {variant_name(each.config): each.result["loss"] for each in report.records}
-    # Untrained, the forms start alike; three steps later content has not yet said much, but it has said something.
-    assert len(set(by_name.values())) > len(by_name) - 3
+    # An option that did not reach the model would leave a run equal to another; after three steps a few still are.
+    assert len(set(by_name.values())) > 0.8 * len(by_name)
+    assert by_name["dma, spread 8, gate_init delta"] != by_name["dma, spread 8"]
+    assert by_name["mha, penalty"] != by_name["mha"]
