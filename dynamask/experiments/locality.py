@@ -68,6 +68,8 @@ def variant_name(config: Config) -> str:
             parts.append("no choice")
         elif not local or not recency:
             parts.append("local only" if local else "recency only")
+        if local not in (0, window // 2, window):
+            parts.append(f"local {local}")
     defaults = {entry.name: entry.default for entry in dataclasses.fields(LanguageConfig)}
     for name in ("recency_spread", "gate_init", "score_form", "gate_rate", "rank_noise"):
         value = getattr(settings, name)
