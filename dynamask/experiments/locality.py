@@ -200,7 +200,8 @@ def _quick() -> list[Config]:
     }
     shape |= {"compile": False, "warmup": 0.05}
     forms = [PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}]
-    return configs([*RIVALS[:4], CONTROL, *forms], ["code"], [0], [3e-3], **shape)
+    spread = [RIVALS[4], {**CONTROL, "recency_spread": 8.0}]
+    return configs([*RIVALS[:4], *spread, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
 
 
 def _small() -> list[Config]:
