@@ -322,17 +322,17 @@ class BoundedCache(Cache):
     ) -> None:
         self.graphs = graphs
         attention = getattr(config, "attention", "dma") if config is not None else "dma"
-        if attention not in ("dma", "swa"):
-            raise InvalidInputError(
-                f"a bounded cache serves attention 'dma' and 'swa'; this model has attention {attention!r}, whose "
-                "queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
-            )
+        mixers = getattr(config, "layer_attention", None)  # where layers differ
+        for kind in mixers or [attention]:
+            if kind not in ("dma", "swa"):
+                raise InvalidInputError(
+                    f"a bounded cache serves attention 'dma' and 'swa'; this model has attention {kind!r}, whose "
+                    "queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
+                )
         if window is None:
             window = getattr(config, "window", None) or getattr(config, "keep_window_size", None)
         if local is None:
             local = getattr(config, "local", None) or 0
-        if attention == "swa" and window is not None:
-            local = window
         if num_hidden_layers is None:
             num_hidden_layers = getattr(config, "num_hidden_layers", None)
         if window is None or num_hidden_layers is None:
@@ -342,7 +342,9 @@ class BoundedCache(Cache):
             )
         # Converted models may have layers that were sliding already, with a window of their own.
         windows = getattr(config, "layer_windows", None) or [window] * num_hidden_layers
-        locals_ = getattr(config, "layer_locals", None) or [local] * num_hidden_layers
+        locals_ = getattr(config, "layer_locals", None) or [
+            window if kind == "swa" else local for kind in mixers or [attention] * num_hidden_layers
+        ]
         super().__init__(layers=[BoundedLayer(w, n) for w, n in zip(windows, locals_, strict=True)])
 
     @property

@@ -419,15 +419,23 @@ def experiment(
         console.print(table)
         return
     chosen = get_experiment(name)
-    configs = chosen.configs(size)
+    earlier = read_results(results) if results else []
+    configs = chosen.configs(size, earlier)
     seconds = None if budget is None else parse_seconds(budget)
     if listing:
-        console.print(runs_table(chosen, configs, read_results(results) if results else []))
+        console.print(runs_table(chosen, configs, earlier))
         return
     if results is None:
         raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
-    with SweepDisplay(errors, configs) as display:
-        report = run_sweep(chosen, configs, results, seconds, observer=display)
+    began = time.monotonic()
+    while True:
+        left = None if seconds is None else max(0.0, seconds - (time.monotonic() - began))
+        with SweepDisplay(errors, configs) as display:
+            report = run_sweep(chosen, configs, results, left, observer=display)
+        more = chosen.configs(size, report.records)
+        if len(more) == len(configs) or report.left:
+            break
+        configs = more  # runs that the finished ones decided
     title = f"{name} {size}: {len(report.records)} of {len(configs)} runs"
     console.print(summary_table(chosen.summary(report.records), title) if report.records else title)
     if report.left:

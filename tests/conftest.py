@@ -47,8 +47,13 @@ VARIANTS = {
     "dma-paper": {"local": 0, "recency": 0.0},
     "dma-linear": {"local": 2, "recency": 0.05, "score_form": "linear"},
     "dma-one": {"window": 1, "local": 0},
+    "dma-delta": {"gate_init": "delta", "recency_spread": 4.0, "rank_noise": 0.5},
+    "dma-layers": {"layer_attention": ["swa", "dma"]},
+    "dma-dense": {"layer_attention": ["mha", "dma"]},
     "swa": {},
+    "swa-penalty": {"distance_penalty": 0.2, "recency_spread": 2.0},
     "mha": {},
+    "mha-penalty": {"distance_penalty": 0.2, "recency_spread": 2.0},
     "mla": {},
     "nsa": {},
 }

@@ -7,16 +7,23 @@
 | `results.py` | the results file, safe against a kill at any moment |
 | `provenance.py`, `budget.py` | device, versions and commit; spans of time |
 | `mqar.py`, `mqar_data.py` | multi-query associative recall and its sequences |
+| `language.py`, `language_data.py` | small language models: the engine, and the token streams it reads |
+| `locality.py` | forms of dma and rivals at a small window |
+| `scaling.py`, `power_law.py` | loss against compute, and the fit |
 """
 
+from dynamask.experiments.locality import LOCALITY
 from dynamask.experiments.mqar import MQAR
 from dynamask.experiments.registry import EXPERIMENTS, Experiment, get_experiment, register
 from dynamask.experiments.results import Record, read_results, run_key
+from dynamask.experiments.scaling import SCALING
 from dynamask.experiments.sweep import Observer, SweepReport, run_sweep
 
 __all__ = [
     "EXPERIMENTS",
+    "LOCALITY",
     "MQAR",
+    "SCALING",
     "Experiment",
     "Observer",
     "Record",

@@ -28,6 +28,11 @@ class Experiment:
         cost: a run's cost relative to the others', in any unit; times of finished runs turn it into seconds.
         kind: names the runs whose seconds per cost are alike, such as those that differ in learning rate alone.
         summary: rows (column -> cell) that say what the finished runs found.
+        interruptible: when `progress` raises, a run saves its state before it passes the error on, and the next call
+            with the same config continues it; its result then tells its "seconds" over all calls. A budget stops such a
+            run where it is.
+        follow_up: runs of a sweep that earlier ones decide: given its name and what is finished, the configs known by
+            now, none as long as something is missing.
     """
 
     name: str
@@ -37,14 +42,20 @@ class Experiment:
     cost: Callable[[Config], float]
     kind: Callable[[Config], str]
     summary: Callable[[Sequence[Record]], list[dict[str, str]]]
+    interruptible: bool = False
+    follow_up: Callable[[str, Sequence[Record]], list[Config]] | None = None
 
-    def configs(self, size: str) -> list[Config]:
-        """The configs of a named sweep. Raises UsageError for an unknown name, with the nearest known one."""
+    def configs(self, size: str, finished: Sequence[Record] = ()) -> list[Config]:
+        """The configs of a named sweep, as far as the finished runs decide them.
+
+        Raises UsageError for an unknown name, with the nearest known one.
+        """
         if size not in self.sizes:
             raise UsageError(
                 f"{self.name} has no size {size!r}{did_you_mean(size, self.sizes)}; there are {', '.join(self.sizes)}"
             )
-        return self.sizes[size]()
+        own = self.sizes[size]()
+        return own if self.follow_up is None else own + self.follow_up(size, finished)
 
 
 EXPERIMENTS: dict[str, Experiment] = {}

@@ -11,8 +11,16 @@ from pathlib import Path
 
 from dynamask.errors import InvalidInputError
 from dynamask.experiments import provenance
-from dynamask.experiments.registry import Config, Experiment, get_experiment
+from dynamask.experiments.registry import Config, Experiment, Progress, get_experiment
 from dynamask.experiments.results import Record, ResultsFile, run_key
+
+
+class OutOfBudget(Exception):
+    """Raised by a run's `progress` when the budget is spent, for an interruptible run to save its state."""
+
+
+_SHORTEST_PART = 5.0
+"""Seconds of budget below which it is not worth to go on with a run that will not be finished."""
 
 
 class Observer:
@@ -93,6 +101,17 @@ class Estimator:
         return sorted(configs, key=lambda config: self.seconds(config) or self.experiment.cost(config))
 
 
+def _progress(observer: Observer, deadline: float | None) -> Progress:
+    """Tells the observer, and raises `OutOfBudget` once the deadline has passed."""
+
+    def progress(share: float, note: str) -> None:
+        observer.advanced(share, note)
+        if deadline is not None and share < 1 and time.monotonic() >= deadline:
+            raise OutOfBudget
+
+    return progress
+
+
 def run_sweep(
     experiment: Experiment | str,
     configs: Sequence[Config],
@@ -110,9 +129,10 @@ def run_sweep(
         experiment: the experiment, or its registered name.
         configs: the runs; one that is listed twice runs once.
         results: JSON lines, one per finished run (`results.Record`). Created where it does not exist.
-        budget_seconds: wall time. No run starts whose estimate exceeds what is left of it; a run that takes longer
-            than estimated is not interrupted. While nothing has been measured, the cheapest run starts without an
-            estimate. None: no limit.
+        budget_seconds: wall time. No run starts whose estimate exceeds what is left of it, and a run that takes longer
+            than estimated is not interrupted, unless the experiment is interruptible: then the last run is stopped
+            where it is, and continued by the next call. While nothing has been measured, the cheapest run starts
+            without an estimate. None: no limit.
         observer: told how it goes.
 
     Returns:
@@ -142,19 +162,26 @@ def run_sweep(
             config = estimator.shortest_first(pending.values())[0]
             estimate = estimator.seconds(config)
             left = None if budget_seconds is None else budget_seconds - (time.monotonic() - began)
-            if left is not None and (left <= 0 or (estimate or 0.0) > left):
+            least = _SHORTEST_PART if experiment.interruptible else (estimate or 0.0)
+            if left is not None and (left <= 0 or least > left):
                 break  # the shortest does not fit, so none does
             key = run_key(experiment.name, config)
             del pending[key]
             observer.started(config, estimate)
             start = time.perf_counter()
+            deadline = None if left is None or not experiment.interruptible else time.monotonic() + left
             try:
-                result = experiment.run(config, observer.advanced)
+                result = experiment.run(config, _progress(observer, deadline))
+            except OutOfBudget:
+                pending[key] = config
+                break
             except Exception as error:  # one run out of memory must not cost a night of the others
                 observer.failed(config, error)
                 failed.append((config, error.with_traceback(None)))  # its frames would keep the run's tensors alive
                 continue
             seconds = time.perf_counter() - start
+            if experiment.interruptible:
+                seconds = result.pop("seconds")  # of earlier calls, too
             record = Record(experiment.name, key, config, config["seed"], result, seconds, device, versions, commit)
             file.append(record)
             ran += 1

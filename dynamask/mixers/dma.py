@@ -11,8 +11,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer
+from dynamask.expiry import key_expiry
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
-from dynamask.ops import attend, dynamic_mask_attention
+from dynamask.mixers.distance import slopes
+from dynamask.ops import attend
 
 
 class DynamicMaskGate(nn.Module):
@@ -29,6 +31,9 @@ class DynamicMaskGate(nn.Module):
         head_dim: D of a value head.
         score_form: "exp" (paper) or "linear" (later released code).
         recency: initial λ; 0 leaves the term out, which is the paper's form.
+        recency_spread: factor from this slope to the first head's, and from the last head's to it; see `slopes`.
+        zero: "gate" or "delta", the factor of the score that starts at zero.
+        rank_noise: scale of the noise of `ranks` in training.
         bias: whether Delta has a bias.
     """
 
@@ -39,22 +44,51 @@ class DynamicMaskGate(nn.Module):
         *,
         score_form: str = "exp",
         recency: float = 0.0,
+        recency_spread: float = 1.0,
+        zero: str = "gate",
+        rank_noise: float = 0.0,
         bias: bool = False,
     ) -> None:
         super().__init__()
         self.score_form = score_form
-        self.recency = recency
+        self.recency, self.recency_spread = recency, recency_spread
+        self.zero = zero
+        self.rank_noise = rank_noise
         self.delta = nn.Linear(num_key_value_heads * head_dim, num_key_value_heads, bias=bias)
         self.gate = nn.Parameter(torch.zeros(num_key_value_heads))
         if recency:
-            self.log_recency = nn.Parameter(torch.full((num_key_value_heads,), recency).log())
+            self.log_recency = nn.Parameter(slopes(num_key_value_heads, recency, recency_spread).log())
 
     def initialize_parameters(self) -> None:
-        """A = 0: an untrained gate is exactly a sliding window (design section 1), and exactly dense attention up to
-        `window` tokens. Delta is left random, for with both zero neither would get a gradient."""
-        init.zeros_(self.gate)
+        """All scores equal: an untrained gate is exactly a sliding window (design section 1), and exactly dense
+        attention up to `window` tokens. One factor alone is zero, for with both zero neither would get a gradient:
+        A, which leaves the contents to be weighed to the random Delta until A has grown, or Delta, which the first
+        step moves to the contents whose scores should rise."""
+        if self.zero == "gate":
+            init.zeros_(self.gate)
+        else:
+            init.constant_(self.gate, 1.0)
+            init.zeros_(self.delta.weight)
         if self.recency:
-            init.constant_(self.log_recency, float(torch.tensor(self.recency).log()))
+            init.copy_(self.log_recency, slopes(self.gate.shape[0], self.recency, self.recency_spread).log())
+
+    def ranks(self, scores: Tensor) -> Tensor:
+        """What decides the contest: the scores; in training with `rank_noise`, each with noise of its own.
+
+        Gumbel noise makes the `window` best a sample without replacement in proportion to exp(score / rank_noise)
+        (arXiv 1903.06059). A key draws once, so its mask is still one interval.
+
+        Args:
+            scores: (B, G, N).
+
+        Returns:
+            (B, G, N), not differentiable.
+        """
+        scores = scores.detach()
+        if not (self.training and self.rank_noise):
+            return scores
+        uniform = torch.rand_like(scores).clamp(min=1e-12)
+        return scores - self.rank_noise * (-uniform.log()).clamp(min=1e-12).log()
 
     def forward(self, value: Tensor, position_ids: Tensor) -> Tensor:
         """Scores of keys.
@@ -100,7 +134,13 @@ class DynamicMaskAttention(GroupedQueryMixer):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self.gate = DynamicMaskGate(
-            self.num_key_value_heads, self.head_dim, score_form=config.score_form, recency=config.recency
+            self.num_key_value_heads,
+            self.head_dim,
+            score_form=config.score_form,
+            recency=config.recency,
+            recency_spread=config.recency_spread,
+            zero=config.gate_init,
+            rank_noise=config.rank_noise,
         )
 
     @classmethod
@@ -163,17 +203,9 @@ def dynamic_mask_mix(
     if cache is not None:
         key, value = cached_rows(cache, key, value, layer_idx, sequence)
     scores = gate(value, sequence.key_position_ids(key.shape[2]))
-    return dynamic_mask_attention(
-        query,
-        key,
-        value,
-        scores,
-        window,
-        local=local,
-        segment_ids=sequence.segment_ids,
-        key_mask=sequence.key_mask,
-        scale=scale,
-    )
+    facts = {"segment_ids": sequence.segment_ids, "key_mask": sequence.key_mask}
+    expiry = key_expiry(gate.ranks(scores), window, local=local, **facts)
+    return attend(query, key, value, expiry, bias=scores, scale=scale, max_live=window)
 
 
 def bounded_layer(cache: Cache, layer_idx: int) -> BoundedLayer | None:

@@ -9,11 +9,16 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
-from dynamask.ops import interval_attention
+from dynamask.mixers.distance import distance_penalty
+from dynamask.ops import attend, interval_attention
 
 
 class MultiHeadAttention(GroupedQueryMixer):
-    """Every query sees its whole prefix."""
+    """Every query sees its whole prefix; with `config.distance_penalty`, the far of it less."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.penalty = distance_penalty(config)
 
     @classmethod
     def cache_layer(cls, config: Any) -> CacheLayerMixin:
@@ -25,7 +30,12 @@ class MultiHeadAttention(GroupedQueryMixer):
         query, key, value = self.project(hidden_states, sequence)
         if cache is not None:
             key, value = self.remember(cache, key, value, sequence)
-        return self.merge_heads(dense_attention(query, key, value, sequence))
+        if self.penalty is None:
+            return self.merge_heads(dense_attention(query, key, value, sequence))
+        batch, groups, length = key.shape[:3]
+        bias = self.penalty(sequence.key_position_ids(length)).expand(batch, groups, length)
+        expiry = recency_expiry(batch, groups, length, length, sequence, key.device)
+        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=length))
 
 
 def dense_attention(

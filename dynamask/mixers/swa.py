@@ -9,12 +9,17 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
+from dynamask.mixers.distance import distance_penalty
 from dynamask.mixers.dma import bounded_layer
 from dynamask.ops import attend
 
 
 class SlidingWindowAttention(GroupedQueryMixer):
     """Dynamic mask attention in which recency is the only score: `expiry = position + window`."""
+
+    def __init__(self, config: Any, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.penalty = distance_penalty(config)
 
     @classmethod
     def cache_layer(cls, config: Any) -> CacheLayerMixin:
@@ -26,10 +31,18 @@ class SlidingWindowAttention(GroupedQueryMixer):
         query, key, value = self.project(hidden_states, sequence)
         layer = None if cache is None else bounded_layer(cache, self.layer_idx)
         if layer is not None:
-            live = layer.extend(key, value, None, sequence.new_key_mask())
-            return self.merge_heads(attend(query, live.key, live.value, live.expiry, max_live=self.config.window))
+            # All of the window is local, so the scores decide nothing: they are where the cache keeps the penalty.
+            bias = None if self.penalty is None else self.penalty(sequence.position_ids)
+            live = layer.extend(key, value, bias, sequence.new_key_mask())
+            bias = None if bias is None else live.score
+            return self.merge_heads(
+                attend(query, live.key, live.value, live.expiry, bias=bias, max_live=self.config.window)
+            )
         if cache is not None:
             key, value = self.remember(cache, key, value, sequence)
         batch, groups, length = key.shape[:3]
         expiry = recency_expiry(batch, groups, length, self.config.window, sequence, key.device)
-        return self.merge_heads(attend(query, key, value, expiry, max_live=self.config.window))
+        bias = None
+        if self.penalty is not None:
+            bias = self.penalty(sequence.key_position_ids(length)).expand(batch, groups, length)
+        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=self.config.window))

@@ -11,6 +11,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.expiry import check_window
 
 SCORE_FORMS = ("exp", "linear")
+GATE_INITS = ("gate", "delta")
 
 
 @strict
@@ -34,7 +35,18 @@ class DynamaskConfig(PreTrainedConfig):
         window: keys each query keeps (dma, swa), at least 1.
         local: dma: how many of them are the newest positions; None: half the window. 0 is the paper's form.
         recency: dma: initial recency slope per position, learned; None: 1 / window. 0 is the paper's form.
+        recency_spread: dma, and `distance_penalty`: how far the heads' initial slopes are spread, geometrically as
+            ALiBi's: from recency · spread (a head nearly of a sliding window) to recency / spread (one nearly ruled by
+            content). 1: all alike.
         score_form: dma: "exp" (paper) or "linear" (later released code).
+        gate_init: dma: which factor of the score starts at zero. "gate": A, Delta random (the paper's); "delta": Delta,
+            with A = 1, so that the first step already says which contents to keep. Untrained, both slide.
+        rank_noise: dma, in training only: Gumbel noise of this scale on the ranks (not on the logits), so that now and
+            then a query sees keys that the gates would have dropped. Scale 1 samples the kept keys in proportion to
+            exp(score). 0: none.
+        distance_penalty: mha, swa: initial slope of a learned penalty per position of distance on the logits, the same
+            that dma's recency adds to them; 0: none.
+        layer_attention: attention of each layer, where they differ: num_hidden_layers names. None: `attention` in all.
         kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: mla's dimensions; None:
             chosen so that the model has as many parameters as with mha (`dynamask report parameters`).
         nsa_block_size, nsa_block_counts, nsa_window: nsa's block length, selected blocks per query and sliding
@@ -68,7 +80,12 @@ class DynamaskConfig(PreTrainedConfig):
     window: int = 1024
     local: int | None = None
     recency: float | None = None
+    recency_spread: float = 1.0
     score_form: str = "exp"
+    gate_init: str = "gate"
+    rank_noise: float = 0.0
+    distance_penalty: float = 0.0
+    layer_attention: list[str] | None = None
 
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
@@ -83,7 +100,18 @@ class DynamaskConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         from dynamask.mixers import get_mixer
 
-        mixer = get_mixer(self.attention)
+        mixers = [get_mixer(name) for name in dict.fromkeys([self.attention, *(self.layer_attention or [])])]
+        if self.layer_attention is not None:
+            if len(self.layer_attention) != self.num_hidden_layers:
+                raise InvalidInputError(
+                    f"layer_attention names the attention of each of the {self.num_hidden_layers} layers; got "
+                    f"{len(self.layer_attention)} names"
+                )
+            if "mla" in self.layer_attention and set(self.layer_attention) != {"mla"}:
+                raise InvalidInputError(
+                    "mla rotates fewer dimensions than the other mixers, and all layers share their angles: "
+                    "layer_attention cannot mix it with others"
+                )
         if self.num_attention_heads % self.num_key_value_heads:
             raise InvalidInputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -93,6 +121,8 @@ class DynamaskConfig(PreTrainedConfig):
             raise InvalidInputError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
         if self.score_form not in SCORE_FORMS:
             raise InvalidInputError(f"score_form must be one of {', '.join(SCORE_FORMS)}; got {self.score_form!r}")
+        if self.gate_init not in GATE_INITS:
+            raise InvalidInputError(f"gate_init must be one of {', '.join(GATE_INITS)}; got {self.gate_init!r}")
         check_window(self.window, 0)
         if self.local is None:
             self.local = self.window // 2
@@ -101,9 +131,22 @@ class DynamaskConfig(PreTrainedConfig):
             self.recency = 1.0 / self.window
         if self.recency < 0:
             raise InvalidInputError(f"recency is a slope and cannot be negative; got {self.recency}")
-        default_dimensions = getattr(mixer, "default_dimensions", None)
-        if default_dimensions is not None:
-            for name, value in default_dimensions(self).items():
-                if getattr(self, name) is None:
-                    setattr(self, name, value)
+        if self.recency_spread < 1:
+            raise InvalidInputError(
+                f"recency_spread is a factor of at least 1 (1: no spread); got {self.recency_spread}"
+            )
+        for name in ("rank_noise", "distance_penalty"):
+            if getattr(self, name) < 0:
+                raise InvalidInputError(f"{name} cannot be negative (0: none); got {getattr(self, name)}")
+        for mixer in mixers:
+            default_dimensions = getattr(mixer, "default_dimensions", None)
+            if default_dimensions is not None:
+                for name, value in default_dimensions(self).items():
+                    if getattr(self, name) is None:
+                        setattr(self, name, value)
         super().__post_init__(**kwargs)
+
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The attention of each layer."""
+        return self.layer_attention or [self.attention] * self.num_hidden_layers

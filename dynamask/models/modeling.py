@@ -24,11 +24,10 @@ from dynamask.models.generation import OwnCacheGeneration
 
 
 def new_cache(config: DynamaskConfig) -> Cache:
-    """An empty cache of the kind the config's mixer decodes with: a `BoundedCache` for dma and swa."""
-    if config.attention in ("dma", "swa"):
+    """An empty cache of the kinds the layers' mixers decode with: a `BoundedCache` where all are dma or swa."""
+    if set(config.layer_mixers) <= {"dma", "swa"}:
         return BoundedCache(config)
-    mixer = get_mixer(config.attention)
-    return Cache(layers=[mixer.cache_layer(config) for _ in range(config.num_hidden_layers)])
+    return Cache(layers=[get_mixer(name).cache_layer(config) for name in config.layer_mixers])
 
 
 class SwiGLU(nn.Module):
@@ -50,7 +49,7 @@ class DynamaskDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DynamaskConfig, layer_idx: int) -> None:
         super().__init__()
-        self.mixer: Mixer = get_mixer(config.attention)(config, layer_idx)
+        self.mixer: Mixer = get_mixer(config.layer_mixers[layer_idx])(config, layer_idx)
         self.mlp = SwiGLU(config)
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -112,6 +113,34 @@ def test_the_budget_starts_nothing_that_would_not_end_in_it(tmp_path: Path) -> N
     assert report.ran == 2
     assert report.left == configs(10_000)
     assert run_sweep(toy(wait), configs(1, 3), path, budget_seconds=0.0).left == configs(3)
+
+
+def test_a_budget_stops_an_interruptible_run_which_then_goes_on(tmp_path: Path) -> None:
+    done: dict[str, int] = {}
+
+    def stepwise(config: dict, progress: Any) -> dict:
+        while done.get("steps", 0) < 40:
+            done["steps"] = done.get("steps", 0) + 1
+            time.sleep(0.02)
+            progress(done["steps"] / 40, "")
+        return {"steps": done["steps"], "seconds": 12.5}
+
+    experiment = dataclasses.replace(toy(stepwise), interruptible=True)
+    # An estimate far beyond the budget does not keep it from starting.
+    with ResultsFile(tmp_path / "r.jsonl") as file:
+        file.append(timed({"cost": 2, "seed": 0}, 1000.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynamask.experiments.sweep._SHORTEST_PART", 0.0)
+        first = run_sweep(experiment, configs(1), tmp_path / "r.jsonl", 0.2)
+    assert (first.ran, len(first.left), first.failed) == (0, 1, [])
+    assert 0 < done["steps"] < 40
+    second = run_sweep(experiment, configs(1), tmp_path / "r.jsonl")
+    assert (second.ran, second.records[0].result, second.records[0].seconds) == (1, {"steps": 40}, 12.5)
+
+
+def test_too_little_budget_does_not_take_up_an_interruptible_run(tmp_path: Path) -> None:
+    experiment = dataclasses.replace(toy(), interruptible=True)
+    assert run_sweep(experiment, configs(1), tmp_path / "r.jsonl", 1.0).ran == 0
 
 
 def test_a_first_run_starts_without_an_estimate_and_an_empty_budget_starts_none(tmp_path: Path) -> None:

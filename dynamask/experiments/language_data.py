@@ -1,0 +1,91 @@
+"""The token streams that language runs read, by name.
+
+A corpus is a folder made by `dynamask.data.prepare` (`benchmarks/corpora.py` makes "code" and "text") inside the folder
+that the environment variable DYNAMASK_CORPORA names, by default `corpora`. "code+text" is both, end to end, and "bytes"
+the sources of Python's standard library as bytes, which every machine has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from dynamask.data import Corpus, documents
+from dynamask.errors import UsageError
+
+CORPORA_FOLDER = "DYNAMASK_CORPORA"
+BYTES = "bytes"
+_BYTES_READ = 4_000_000
+_END = 256
+
+
+@dataclass(frozen=True)
+class TokenStreams:
+    """The tokens of a corpus.
+
+    Attributes:
+        train, validation: (tokens,) unsigned integers, documents end to end, each closed by the end-of-text token.
+        vocab_size: tokens there are.
+        content: digest of vocabulary and tokens.
+    """
+
+    train: np.ndarray
+    validation: np.ndarray
+    vocab_size: int
+    content: str
+
+
+@lru_cache(maxsize=4)
+def token_streams(corpus: str) -> TokenStreams:
+    """The streams of a corpus, memory-mapped where they are one file.
+
+    Args:
+        corpus: "bytes", a prepared corpus's name, or several joined by "+", which must share their tokenizer.
+
+    Raises:
+        UsageError: no such corpus, or corpora of different tokenizers.
+    """
+    if corpus == BYTES:
+        return _bytes()
+    folder = Path(os.environ.get(CORPORA_FOLDER, "corpora"))
+    parts = [_open(folder / name) for name in corpus.split("+")]
+    if len({(part.folder / "tokenizer" / "tokenizer.json").read_bytes() for part in parts}) > 1:
+        raise UsageError(f"the corpora {corpus} were made with different tokenizers: build them together")
+    streams = {
+        split: _joined([shard for part in parts for shard in part.tokens(split)]) for split in ("train", "validation")
+    }
+    content = "+".join(part.index["content"] for part in parts)
+    return TokenStreams(streams["train"], streams["validation"], len(parts[0].tokenizer), content)
+
+
+def _open(folder: Path) -> Corpus:
+    if not (folder / "index.json").exists():
+        raise UsageError(
+            f"there is no corpus {folder}: make it with `python benchmarks/corpora.py {folder.parent}`, or name the "
+            f"folder that holds it in the environment variable {CORPORA_FOLDER}"
+        )
+    return Corpus.open(folder)
+
+
+def _joined(shards: list[np.ndarray]) -> np.ndarray:
+    return shards[0] if len(shards) == 1 else np.concatenate(shards)
+
+
+def _bytes() -> TokenStreams:
+    """The first few megabytes of the standard library; every 20th document is held out."""
+    splits: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    read = 0
+    for number, document in enumerate(documents(["stdlib"])):
+        data = np.frombuffer(document.text.encode(), dtype=np.uint8).astype(np.uint16)
+        splits["validation" if number % 20 == 0 else "train"].append(np.append(data, np.uint16(_END)))
+        read += len(data)
+        if read > _BYTES_READ:
+            break
+    train, validation = (np.concatenate(splits[split]) for split in ("train", "validation"))
+    content = hashlib.sha256(train.tobytes() + validation.tobytes()).hexdigest()
+    return TokenStreams(train, validation, _END + 1, content)

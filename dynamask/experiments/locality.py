@@ -1,0 +1,238 @@
+"""Which form of dynamic mask attention learns at a window of a sixteenth of the context, and against which rivals.
+
+Rivals are a sliding window of as many keys and dense attention, each also with the distance penalty on the logits that
+dma's recency slope amounts to. `CONTROL` has the scores, too: what dma is better than it is due to the choice of keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
+from dynamask.experiments.registry import Config, Experiment, register
+from dynamask.experiments.results import Record
+
+_SHARE = 16
+"""Context over window."""
+
+Variant = dict[str, Any]
+
+PAPER: Variant = {"attention": "dma", "local": 0, "recency": 0.0}
+RIVALS: list[Variant] = [
+    *({"attention": "swa"}, {"attention": "mha"}),
+    *({"attention": "swa", "distance_penalty": 1.0}, {"attention": "mha", "distance_penalty": 1.0}),
+    {"attention": "swa", "distance_penalty": 1.0, "recency_spread": 8.0},
+    {"attention": "mha", "distance_penalty": 1.0, "recency_spread": 8.0},
+]
+"""Slopes in units of 1 / window."""
+
+CONTROL: Variant = {"attention": "dma", "gate_init": "delta", "local": "window"}
+"""All of the window local: a sliding window whose logits get dma's scores. dma differs from it by its choice alone."""
+
+_FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
+FORMS: list[Variant] = [
+    PAPER,
+    *({"attention": "dma", "recency": 0.0}, {"attention": "dma", "local": 0}, {"attention": "dma"}),
+    {"attention": "dma", "gate_init": "delta"},
+    {"attention": "dma", "gate_init": "delta", "score_form": "linear"},
+    {"attention": "dma", "gate_rate": 10.0},
+    {"attention": "dma", "recency_spread": 8.0},
+    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"},
+    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "gate_rate": 5.0},
+    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "rank_noise": 0.5},
+    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": 0},
+    {"attention": "dma", "gate_init": "delta", **_FROM_DENSE},
+    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", **_FROM_DENSE},
+]
+
+
+def variant_name(config: Config) -> str:
+    """What distinguishes a run's mechanism, as a table shows it."""
+    settings = LanguageConfig.of(config)
+    window = settings.window or 1
+    parts = [settings.attention]
+    if settings.layer_attention:
+        counts = {name: settings.layer_attention.count(name) for name in dict.fromkeys(settings.layer_attention)}
+        parts = ["+".join(f"{count} {name}" for name, count in counts.items())]
+    if "dma" in settings.mixers:
+        local = window // 2 if settings.local is None else settings.local
+        recency = 1 / window if settings.recency is None else settings.recency
+        if not local and not recency:
+            parts.append("paper")
+        elif local == window:
+            parts.append("no choice")
+        elif not local or not recency:
+            parts.append("local only" if local else "recency only")
+        if local not in (0, window // 2, window):
+            parts.append(f"local {local}")
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(LanguageConfig)}
+    for name in ("recency_spread", "gate_init", "score_form", "gate_rate", "rank_noise"):
+        value = getattr(settings, name)
+        if value != defaults[name]:
+            parts.append(f"{name.split('_')[-1]} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    if settings.distance_penalty:
+        parts.append("penalty")
+    if settings.window_schedule:
+        parts.append("from dense")
+    return ", ".join(parts)
+
+
+def locality_summary(records: Sequence[Record]) -> list[dict[str, str]]:
+    """One row per corpus and mechanism: validation loss along the run, mean over seeds, at the best learning rate."""
+    groups: dict[tuple[str, int, str], dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        config = record.config
+        size = LanguageConfig.of(config).parameters
+        groups[config["corpus"], size, variant_name(config)][config["learning_rate"]].append(record)
+    rows = []
+    for (corpus, size, name), by_rate in groups.items():
+        rate = min(by_rate, key=lambda each: _mean([run.result["loss"] for run in by_rate[each]]))
+        runs = by_rate[rate]
+        row = {"corpus": corpus, "parameters": f"{size / 1e6:.1f}M", "mechanism": name, "runs": str(len(runs))}
+        if len(by_rate) > 1:
+            row["rate"] = f"{rate:.1e} of {len(by_rate)}"
+        steps = [look["step"] for look in runs[0].result["curve"]]
+        for place, step in enumerate(steps[:-1]):
+            looks = [run.result["curve"] for run in runs]
+            row[f"@{step}"] = f"{_mean([look[place]['loss'] for look in looks if len(look) > place]):.4f}"
+        final = _mean([run.result["loss"] for run in runs])
+        row |= {"final": f"{final:.4f}", "last positions": f"{_mean([_far(run) for run in runs]):.4f}"}
+        rows.append((corpus, size, final, row))
+    return [row for *_, row in sorted(rows, key=lambda item: item[:3])]
+
+
+def _far(record: Record) -> float | None:
+    return record.result["positions"][-1]["loss"]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    """Infinite where a run diverged."""
+    return float(np.mean([np.inf if value is None else value for value in values]))
+
+
+def configs(
+    variants: Sequence[Variant], corpora: Sequence[str], seeds: Sequence[int], rates: Sequence[float], **shape: Any
+) -> list[Config]:
+    """Every variant on every corpus, at a window of a sixteenth of the length, defaults written out."""
+    length = shape["length"]
+    window = max(1, length // _SHARE)
+    found = []
+    for variant in variants:
+        own = dict(variant)
+        if own.get("distance_penalty"):
+            own["distance_penalty"] /= window
+        if own["attention"] != "mha" or own.get("layer_attention"):
+            own["window"] = window
+        if own.get("local") == "window":
+            own["local"] = window
+        if own["attention"] == "dma":  # the library's defaults may change, a run's meaning may not
+            own = {"local": window // 2, "recency": 1.0 / window, **own}
+        for corpus in corpora:
+            for seed in seeds:
+                for rate in rates:
+                    settings = LanguageConfig(**{**shape, **own, "corpus": corpus, "seed": seed, "learning_rate": rate})
+                    found.append(dataclasses.asdict(settings))
+    return found
+
+
+def hybrids(layers: int) -> list[Variant]:
+    """Layers of two kinds: swa and dma in turn; one of mha in four, the others dma, or swa for comparison."""
+    dma = {"attention": "dma", "gate_init": "delta"}
+    alternating = ["swa" if layer % 2 == 0 else "dma" for layer in range(layers)]
+    mostly = ["mha" if layer % 4 == 1 else "dma" for layer in range(layers)]
+    rival = ["mha" if layer % 4 == 1 else "swa" for layer in range(layers)]
+    return [
+        {**dma, "layer_attention": alternating},
+        {**dma, "layer_attention": mostly},
+        {"attention": "swa", "layer_attention": rival},
+    ]
+
+
+def _smoke() -> list[Config]:
+    """Every form once, in seconds on a CPU: shows that it runs, not what it learns."""
+    shape: dict[str, Any] = {
+        "layers": 2,
+        "width": 32,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 64,
+        "length": 64,
+        "steps": 3,
+    }
+    shape |= {"batch_tokens": 256, "validation_tokens": 512}
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(2)], ["bytes"], [0], [3e-3], **shape)
+
+
+def _probe() -> list[Config]:
+    """What one core ranks in an hour: 0.2M parameters, 512 tokens, window 32."""
+    shape: dict[str, Any] = {
+        "layers": 2,
+        "width": 96,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 256,
+        "length": 512,
+        "steps": 300,
+    }
+    shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(2)], ["code", "text"], [0], [4e-3], **shape)
+
+
+def _quick() -> list[Config]:
+    """What two minutes of a large GPU settle: 4M parameters, 2048 tokens, window 128, 300 steps of 64K tokens of code.
+
+    Layers are not compiled: that takes longer than it saves in so short a run.
+    """
+    best = {"attention": "dma", "gate_init": "delta"}
+    shape: dict[str, Any] = {
+        "layers": 6,
+        "width": 256,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 704,
+        "length": 2048,
+        "steps": 300,
+    }
+    shape |= {"compile": False, "warmup": 0.05}
+    forms = [PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}]
+    spread = [RIVALS[4], {**CONTROL, "recency_spread": 8.0}]
+    return configs([*RIVALS[:4], *spread, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
+
+
+def _small() -> list[Config]:
+    """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
+    shape: dict[str, Any] = {
+        "layers": 6,
+        "width": 256,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 704,
+        "length": 2048,
+        "steps": 1000,
+    }
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(6)], ["code", "text"], [0], [3e-3], **shape)
+
+
+def _paper() -> list[Config]:
+    """20M parameters, 4096 tokens, window 256, 20 tokens a parameter, two seeds, two rates."""
+    shape: dict[str, Any] = {"layers": 7, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "length": 4096}
+    shape |= {"batch_tokens": 262_144}
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(7)], ["code", "text"], [0, 1], [1.5e-3, 3e-3], **shape)
+
+
+LOCALITY = Experiment(
+    name="locality",
+    description="validation loss of dma's forms and rivals at a window of a sixteenth of the context",
+    run=run_language,
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
+    cost=language_cost,
+    kind=language_kind,
+    summary=locality_summary,
+    interruptible=True,
+)
+register(LOCALITY)
