@@ -657,3 +657,33 @@ def report_needle(
     from dynamask.reports import draw_needle
 
     console.print(f"written {draw_needle(scores, output, metric=metric)}")
+
+
+@report_app.command("results")
+def report_results(
+    results: Annotated[Path, typer.Option(help="Folder of raw results.")] = Path("benchmarks/results"),
+    output: Annotated[Path, typer.Option(help="Folder to write; an earlier report in it is replaced.")] = Path(
+        "docs/results"
+    ),
+    trace: Annotated[
+        str | None, typer.Option(help="Instead: print the raw rows of one exhibit, named as below it.")
+    ] = None,
+) -> None:
+    """Draw docs/results anew: every table, picture and verdict, from the raw lines in benchmarks/results.
+
+    **Examples**
+
+    - `dynamask report results` — in a checkout
+
+    - `dynamask report results --results mine/ --output mine/report` — of one's own sweeps
+
+    - `dynamask report results --trace attention-decode` — which lines a table comes from
+    """
+    from dynamask.reports import results as report
+
+    if trace is not None:
+        for line in report.trace(trace, results):
+            print(line)
+        return
+    pages = report.render_results(results, output)
+    console.print(f"written {len(pages)} pages, the first {pages[0]}", soft_wrap=True)

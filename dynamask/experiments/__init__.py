@@ -6,10 +6,11 @@
 | `sweep.py` | the runner: resumes, orders by estimate, keeps a budget |
 | `results.py` | the results file, safe against a kill at any moment |
 | `provenance.py`, `budget.py` | device, versions and commit; spans of time |
-| `mqar.py`, `mqar_data.py` | multi-query associative recall and its sequences |
 | `language.py`, `language_data.py` | small language models: the engine, and the token streams it reads |
 | `locality.py` | forms of dma and rivals at a small window |
 | `scaling.py`, `power_law.py` | loss against compute, and the fit |
+| `section.py` | what an experiment contributes to the report |
+| `mqar.py`, `mqar_data.py`, `mqar_report.py` | multi-query associative recall, its sequences, its section |
 """
 
 from dynamask.experiments.locality import LOCALITY
