@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamask.experiments.section import Exhibit, Finding, Row, Section
+from dynamask.reports.masks import masks_section
 from dynamask.reports.style import BLACK, BLUE, GREEN, ORANGE, RED, SKY, save_figure
 
 Sectioned = tuple[Section, dict[str, Any], str]
@@ -242,6 +243,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         "*/model.json",
         "dynamask benchmark model --output benchmarks/results/h100-model",
         model_section,
+    ),
+    "masks": Benchmark(
+        "Does the mask learn?",
+        "Trained models: how long keys live, which of them, how far back heads read.",
+        "masks/*.jsonl",
+        "dynamask report masks RUN --output FOLDER --line benchmarks/results/masks/RUN.jsonl",
+        masks_section,
     ),
 }
 """By the name of their page."""
