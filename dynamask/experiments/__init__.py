@@ -8,6 +8,7 @@
 | `provenance.py`, `budget.py` | device, versions and commit; spans of time |
 | `language.py`, `language_data.py` | small language models: the engine, and the token streams it reads |
 | `locality.py` | forms of dma and rivals at a small window |
+| `needle.py`, `needle_data.py`, `needle_report.py` | retrieval by length and depth, the mixture, its section |
 | `scaling.py`, `power_law.py` | loss against compute, and the fit |
 | `section.py` | what an experiment contributes to the report |
 | `mqar.py`, `mqar_data.py`, `mqar_report.py` | multi-query associative recall, its sequences, its section |
@@ -15,6 +16,7 @@
 
 from dynamask.experiments.locality import LOCALITY
 from dynamask.experiments.mqar import MQAR
+from dynamask.experiments.needle import NEEDLE
 from dynamask.experiments.registry import EXPERIMENTS, Experiment, get_experiment, register
 from dynamask.experiments.results import Record, read_results, run_key
 from dynamask.experiments.scaling import SCALING
@@ -24,6 +26,7 @@ __all__ = [
     "EXPERIMENTS",
     "LOCALITY",
     "MQAR",
+    "NEEDLE",
     "SCALING",
     "Experiment",
     "Observer",

@@ -262,12 +262,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"embedding": embedding, "non_embedding": rest, "gates": gates}
 
 
-def run_language(config: Config, progress: Progress) -> dict[str, Any]:
+def run_language(config: Config, progress: Progress, initial: Path | None = None) -> dict[str, Any]:
     """Train one model, or go on training it, and measure it.
 
     Args:
         config: fields of `LanguageConfig`, as plain JSON.
         progress: told every few steps. What it raises ends the call after the state has been saved.
+        initial: folder of a kept model of this shape whose weights the training begins with; gates that it lacks keep
+            their own initial values, which is how a dense model is upcycled.
 
     Returns:
         "loss": final validation loss, nats per token; "curve": validation loss after so many steps and tokens;
@@ -281,8 +283,10 @@ def run_language(config: Config, progress: Progress) -> dict[str, Any]:
         InvalidInputError: settings that do not fit together.
         UsageError: a corpus that is not there.
     """
-    run = _Run(LanguageConfig.of(config), _state_folder(config))
+    run = _Run(LanguageConfig.of(config), state_folder(config))
     try:
+        if initial is not None:
+            run.begin_with(initial)
         run.resume()
         return run.train(progress)
     finally:
@@ -374,6 +378,14 @@ class _Run:
         self.step, self.curve = state["step"], state["curve"]
         self.diverged, self.seconds = state["diverged"], state["seconds"]
         self.timed_steps, self.timed_seconds, self.peak = state["timing"]
+
+    def begin_with(self, folder: Path) -> None:
+        """Take the weights of another run's kept model; only gates may be missing in it."""
+        weights = DynamaskForCausalLM.from_pretrained(folder).state_dict()
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        left = unexpected + [name for name in missing if not any(part in name for part in _GATES)]
+        if left:
+            raise InvalidInputError(f"{folder} holds a model of another shape: {', '.join(left[:5])} do not fit")
 
     def close(self) -> None:
         """Free the device: the next run of a sweep needs it."""
@@ -684,5 +696,6 @@ def _thinned(losses: list[float], points: int = 200) -> list[float]:
     return [float(np.mean(part)) for part in np.array_split(np.asarray(losses), min(points, len(losses)))]
 
 
-def _state_folder(config: Config) -> Path:
+def state_folder(config: Config) -> Path:
+    """Where the run's state lies until it is done, and its model after that if `keep_model` is set."""
     return Path(os.environ.get(STATE_FOLDER, "runs/experiments")) / run_key("language", config)
