@@ -8,12 +8,14 @@
 | `provenance.py`, `budget.py` | device, versions and commit; spans of time |
 | `language.py`, `language_data.py` | small language models: the engine, and the token streams it reads |
 | `locality.py` | forms of dma and rivals at a small window |
+| `ablation.py`, `ablation_mixers.py`, `ablation_report.py` | dma with one thing changed at a time |
 | `needle.py`, `needle_data.py`, `needle_report.py` | retrieval by length and depth, the mixture, its section |
 | `scaling.py`, `power_law.py` | loss against compute, and the fit |
 | `section.py` | what an experiment contributes to the report |
 | `mqar.py`, `mqar_data.py`, `mqar_report.py` | multi-query associative recall, its sequences, its section |
 """
 
+from dynamask.experiments.ablation import ABLATION
 from dynamask.experiments.locality import LOCALITY
 from dynamask.experiments.mqar import MQAR
 from dynamask.experiments.needle import NEEDLE
@@ -23,6 +25,7 @@ from dynamask.experiments.scaling import SCALING
 from dynamask.experiments.sweep import Observer, SweepReport, run_sweep
 
 __all__ = [
+    "ABLATION",
     "EXPERIMENTS",
     "LOCALITY",
     "MQAR",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import os
 import time
@@ -289,6 +290,52 @@ def run_language(config: Config, progress: Progress, initial: Path | None = None
             run.begin_with(initial)
         run.resume()
         return run.train(progress)
+    finally:
+        run.close()
+
+
+def kept_run(config: Config, progress: Progress, initial: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """`run_language` with `keep_model`, at most once: its result waits beside the model for whoever needs both.
+
+    Args:
+        config, progress, initial: see `run_language`.
+
+    Returns:
+        The result, and the model's folder; delete the folder around it when both have served.
+
+    Raises:
+        InvalidInputError: without keep_model, or if the run diverged, which leaves no model.
+    """
+    if not config["keep_model"]:
+        raise InvalidInputError("a run whose model is needed afterwards must have keep_model=True")
+    folder = state_folder(config)
+    kept = folder / "result.json"
+    if not kept.exists():
+        result = run_language(config, progress, initial)
+        if result["diverged"] is not None:
+            raise InvalidInputError(
+                f"the run diverged at step {result['diverged']}, so there is no model: lower learning_rate"
+            )
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.rename(kept)
+    return json.loads(kept.read_text()), folder / "model"
+
+
+def evaluate_language(config: Config, folder: Path) -> float:
+    """Validation loss of a kept model, nats per token, under the attention of another config of its shape.
+
+    Args:
+        config: fields of `LanguageConfig`.
+        folder: of the model.
+
+    Raises:
+        InvalidInputError: a model of another shape.
+    """
+    run = _Run(LanguageConfig.of(config), state_folder(config))
+    try:
+        run.begin_with(folder)
+        return float(run._validate().mean())
     finally:
         run.close()
 

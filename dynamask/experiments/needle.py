@@ -8,7 +8,6 @@ are decoded greedily, from the bounded cache where the mask has one.
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import time
 from collections import defaultdict
@@ -23,7 +22,7 @@ import torch
 from dynamask.errors import InvalidInputError, did_you_mean
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
-from dynamask.experiments.language import LanguageConfig, language_cost, run_language, state_folder
+from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
 from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -189,19 +188,16 @@ def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
     folders = []
     for number, (name, language) in enumerate(stages):
         begun = number * part
-        trained = _train(
+        trained, initial = kept_run(
             dataclasses.asdict(language),
             lambda share, note, begun=begun: progress(begun + part * _TRAINED * share, note),  # type: ignore[misc]
             initial,
         )
-        initial = state_folder(dataclasses.asdict(language)) / "model"
         folders.append(initial.parent)
         losses[name] = trained["loss"]
         seconds += trained["seconds"]
         parameters = parameters or sum(trained["parameters"][kind] for kind in ("embedding", "non_embedding"))
         start = time.perf_counter()
-        if trained["diverged"] is not None:
-            raise InvalidInputError(f"{name} diverged at step {trained['diverged']}: lower learning_rate")
         scores += _test(settings, initial, corpus, name, progress, begun + part * _TRAINED, part * (1 - _TRAINED))
         seconds += time.perf_counter() - start
     for folder in folders:
@@ -215,20 +211,6 @@ def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
         "corpus_content": trained["corpus_content"],
         "seconds": seconds,
     }
-
-
-def _train(language: Config, progress: Progress, initial: Path | None) -> dict[str, Any]:
-    """`run_language`, whose result is kept beside its model until the test is over, too."""
-    folder = state_folder(language)
-    kept = folder / "result.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    result = run_language(language, progress, initial)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps(result))
-    partial.rename(kept)
-    return result
 
 
 def _test(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynamask.errors import InvalidInputError
-from dynamask.experiments import NEEDLE, Record, needle, run_key, run_sweep
+from dynamask.experiments import NEEDLE, Record, language, run_key, run_sweep
 from dynamask.experiments.language import STATE_FOLDER, run_language
 from dynamask.experiments.language_data import CORPORA_FOLDER, token_streams
 from dynamask.experiments.needle import NeedleConfig, needle_name, run_needle
@@ -65,7 +65,7 @@ def test_a_run_stopped_while_it_is_tested_does_not_train_again(monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         run_needle(config, stop)
     assert 0.8 < shares[-1] < 1
-    monkeypatch.setattr(needle, "run_language", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(language, "run_language", lambda *_: pytest.fail("trained again"))
     result = run_needle(config, _quiet)
     assert result["loss"]["dma"] > 0
     assert result["seconds"] > 0
@@ -87,7 +87,7 @@ def test_an_upcycled_model_starts_as_the_dense_one() -> None:
     dense = dataclasses.asdict(settings.language(corpus))
     expected = run_language(dense, _quiet)["loss"]
     still = dataclasses.replace(settings.upcycled(corpus), learning_rate=1e-12, steps=1)
-    folder = needle.state_folder(dense) / "model"
+    folder = language.state_folder(dense) / "model"
     assert run_language(dataclasses.asdict(still), _quiet, folder)["loss"] == pytest.approx(expected, abs=1e-5)
     other = dataclasses.replace(still, width=64)
     with pytest.raises((InvalidInputError, RuntimeError), match=r"shape|size mismatch"):
