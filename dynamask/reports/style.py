@@ -21,7 +21,7 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 _SPARE = [
     {"color": color, "marker": marker, "linestyle": "-"}
-    for color, marker in zip((PINK, GREY, BLUE, ORANGE, GREEN, RED), "X*<>hp", strict=True)
+    for color, marker in zip((PINK, GREY, "#8C510A", "#332288", "#117733", "#882255"), "X*<>hp", strict=True)
 ]
 
 
