@@ -106,26 +106,26 @@ def measure_masks(
         progress: wraps the texts, given a description.
 
     Returns:
-        Plain JSON. Lists [L][G] are by layer and key/value head, [L][H] by layer and query head.
+        Plain JSON. Nested lists (L, G) are by layer and key/value head, (L, H) by layer and query head.
 
         - "model", "length", "texts".
-        - "gate": A [L][G] and the learned recency slope [L][G], 0 without one.
+        - "gate": A (L, G) and the learned recency slope (L, G), 0 without one.
         - "loss": cross-entropy in nats per token, as trained; and under controls that leave the weights alone: the
           newest `window` keys instead of the chosen ones ("sliding"), chosen keys without their scores in the logits
           ("no_bias"), both ("gates_off"); each with its difference from "trained" and that difference's standard
           error over texts. Weights fit the mask they were trained with, so a control's loss is an upper bound for a
           model trained that way: whether choosing *pays* is for the ablation to say.
-        - "kept_beyond_window": [L][G] share of visible (query, key) pairs further apart than a sliding window reaches.
-        - "lifetimes": "edges", and [L][G] shares of keys whose lifetime is at least that edge and below the next, of
+        - "kept_beyond_window": (L, G) share of visible (query, key) pairs further apart than a sliding window reaches.
+        - "lifetimes": "edges", and (L, G) shares of keys whose lifetime is at least that edge and below the next, of
           the keys of the text's first half, whose lifetimes are known up to N/2, the last edge.
-        - "kinds": "names" (`KINDS`, then two that overlap with them), "total" counts, and "long_lived" [L][G] counts
+        - "kinds": "names" (`KINDS`, then two that overlap with them), "total" counts, and "long_lived" (L, G) counts
           of keys that live at least "lifetime" = 2·window queries, of the keys old enough to have done so.
-        - "distance": between query and key, weighted by attention, of the queries of the second half: [L][H] of
+        - "distance": between query and key, weighted by attention, of the queries of the second half: (L, H) of
           quantiles as trained ("own") and under the newest `window` keys ("sliding"), and the share of attention
           beyond the window's reach.
         - "threshold": at "positions", the least score among contested keys that are kept, and the mean score of the
-          prefix, [L][G], both less the recency slope times the position.
-        - "sample": a text's "pieces", and the "expiry" of its keys in the "heads" [layer, head] that keep most
+          prefix, (L, G), both less the recency slope times the position.
+        - "sample": a text's "pieces", and the "expiry" of its keys in the "heads" (layer, head) that keep most
           beyond the window.
 
     Raises:
@@ -359,7 +359,7 @@ def _features(text: list[int], pieces: list[str], special_ids: set[int]) -> Tens
 
 
 def _quantiles(shares: Tensor) -> list[Any]:
-    """(L, H, N) shares by distance -> [L][H] of the distances below which QUANTILES of the attention lie."""
+    """(L, H, N) shares by distance -> (L, H) of the distances below which QUANTILES of the attention lie."""
     summed = shares.cumsum(-1).contiguous()
     wanted = torch.tensor(QUANTILES, dtype=summed.dtype).expand(*summed.shape[:-1], -1).contiguous()
     return torch.searchsorted(summed, wanted).clamp(max=shares.shape[-1] - 1).tolist()

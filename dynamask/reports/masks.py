@@ -45,7 +45,7 @@ def _rows(figures: dict[str, Any], per: str = "key_value_heads") -> list[str]:
 
 
 def _flat(nested: Sequence[Sequence[Any]]) -> list[Any]:
-    """[L][G] -> [L·G]."""
+    """(L, G) -> [L·G]."""
     return [item for layer in nested for item in layer]
 
 
