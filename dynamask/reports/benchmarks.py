@@ -248,7 +248,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "Does the mask learn?",
         "Trained models: how long keys live, which of them, how far back heads read.",
         "masks/*.jsonl",
-        "dynamask report masks RUN --output FOLDER --line benchmarks/results/masks/RUN.jsonl",
+        "dynamask report masks RUN --line benchmarks/results/masks/RUN.jsonl",
         masks_section,
     ),
 }

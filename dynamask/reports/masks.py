@@ -315,7 +315,10 @@ def masks_section(figures: dict[str, Any], folder: Path) -> tuple[Section, dict[
     held = None if error is None else found["difference"] > 2 * error
     finding = Finding("content", figures.get("name", "a model"), measured, held, ["loss"])
     rows_by_key = {key: value for key, value in figures.items() if isinstance(value, (dict, list))}
-    environment = figures.get("environment", {})
+    environment = dict(figures.get("environment", {}))
+    if environment.get("commit"):
+        head, dash, dirty = environment["commit"].partition("-")
+        environment["commit"] = head[:9] + dash + dirty
     return Section(text, exhibits, [finding]), rows_by_key, ", ".join(f"{k} {v}" for k, v in environment.items())
 
 
