@@ -51,7 +51,7 @@ class NeedleConfig:
         lengths: tested, in tokens of prompt and answer.
         depths: tested, shares of the haystack.
         samples: per task, length and depth.
-        batch_size: prompts decoded together.
+        prompt_tokens: of the prompts decoded together, at most, and one prompt at least.
         seed: of weights, data order, examples.
 
     Raises:
@@ -86,7 +86,7 @@ class NeedleConfig:
     lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192])
     depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     samples: int = 8
-    batch_size: int = 8
+    prompt_tokens: int = 65_536
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -232,7 +232,7 @@ def _test(
                 tasks=[task],
                 seed=settings.seed,
                 # A dense model's cache of the longest prompts is what memory runs out of.
-                batch_size=max(1, settings.batch_size * settings.lengths[0] // length),
+                batch_size=max(1, settings.prompt_tokens // length),
                 name=name,
             )
             # Not "done" before the result is returned: whoever listens may stop a run that is not.
