@@ -191,6 +191,12 @@ def _smoke() -> list[Config]:
     return _sweep([0], [4, 8], 8, batch_tokens=128, validation_tokens=256, corpus="bytes", **shape)
 
 
+def _quick() -> list[Config]:
+    """What three minutes of a large GPU settle: as "small", 300 steps, one window; layers are not compiled."""
+    shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 300}
+    return _sweep([0], [128], 128, corpus="code", compile=False, warmup=0.05, **shape)
+
+
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
     shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 1000}
@@ -207,7 +213,7 @@ ABLATION = Experiment(
     name="ablation",
     description="loss with one thing changed: gradients, score form, exact selection, window, gates, start",
     run=run_ablation,
-    sizes={"smoke": _smoke, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "paper": _paper},
     cost=ablation_cost,
     kind=ablation_kind,
     summary=ablation_summary,

@@ -321,6 +321,13 @@ def _smoke() -> list[Config]:
     return _sweep([0], 32, 2, steps=2, **shape, **data, **test)
 
 
+def _quick() -> list[Config]:
+    """As "small", half the steps, three tasks, to 4096 tokens: minutes of a large GPU."""
+    tasks = ["passkey", "single_needle", "multi_key"]
+    test = {"tasks": tasks, "lengths": [512, 1024, 2048, 4096], "depths": [0.0, 0.5, 1.0]}
+    return _sweep([0], 128, 300, steps=1500, shortest=300, **test)
+
+
 def _small() -> list[Config]:
     """12M parameters at 1024 tokens, tested to 8192; window 128."""
     return _sweep([0], 128, 600)
@@ -338,7 +345,7 @@ NEEDLE = Experiment(
     name="needle",
     description="retrieval by length and depth, to eight times the training length: mha, dma, dma upcycled",
     run=run_needle,
-    sizes={"smoke": _smoke, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "paper": _paper},
     cost=needle_cost,
     kind=needle_kind,
     summary=needle_summary,

@@ -137,7 +137,11 @@ def _experiment_page(
     own = {key: found for key, found in records.items() if found[1].experiment == experiment.name}
     parts = []
     left = dict(own)
-    sizes = {size: [run_key(experiment.name, c) for c in experiment.configs(size)] for size in experiment.sizes}
+    finished = [record for _, record in own.values()]
+    sizes = {
+        size: [run_key(experiment.name, config) for config in experiment.configs(size, finished)]
+        for size in experiment.sizes
+    }
     for size, keys in reversed(sizes.items()):  # the largest first
         chosen = {key: left.pop(key) for key in dict.fromkeys(keys) if key in left}
         if chosen:
