@@ -474,26 +474,117 @@ def benchmark_cpu_command(
 
 @benchmark_app.command("gpu")
 def benchmark_gpu_command(
-    lengths: Annotated[list[int] | None, typer.Option("--length", help="Sequence length; repeatable.")] = None,
-    windows: Annotated[list[int] | None, typer.Option("--window", help="Keys per query; repeatable.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write FOLDER.json and FOLDER.md beside each other.")] = None,
+    lengths: Annotated[
+        list[int] | None, typer.Option("--length", help="Sequence length of the main rows; repeatable.")
+    ] = None,
+    scaling: Annotated[
+        list[int] | None, typer.Option("--scaling", help="Further length, for the largest window; repeatable.")
+    ] = None,
+    windows: Annotated[
+        list[int] | None, typer.Option("--window", help="Keys per query, the main one last; repeatable.")
+    ] = None,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option("--peer", help="flex, nsa, fsa1, fsa2 or fsa2_gated; repeatable; none: no peer but dense ones."),
+    ] = None,
+    scores: Annotated[
+        list[Path] | None, typer.Option(help="Trained scores, see `dynamask benchmark scores`; repeatable.")
+    ] = None,
+    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 150.0,
+    checks: Annotated[bool, typer.Option(help="Compare with float64 first.")] = True,
+    commit: Annotated[str | None, typer.Option(help="Recorded as the code's commit; default: asked of git.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write STEM.json, STEM.md and STEM.png.")] = None,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Measure nothing: render this JSON of an earlier run again. Needs no GPU.")
+    ] = None,
 ) -> None:
-    """The Triton kernels against SDPA (flash, cuDNN), FlashAttention-3 (`fa3-fwd`) and FlexAttention, on one GPU.
+    """The kernels on one GPU against SDPA, FlashAttention-3, FlexAttention, fla's NSA and flash-sparse-attn.
 
-    **Example**: `dynamask benchmark gpu --length 32768 --window 2048 --output benchmarks/results/h100`
+    Correct first: every dtype and head_dim against float64, in processes side by side. Then times, the most important
+    first and written after every row; what the budget leaves out is listed. A peer that is missing, or fails, leaves
+    its whole error in the results.
+
+    **Examples**
+
+    - `dynamask benchmark gpu --output benchmarks/results/h100-attention` — the whole of it, on one GPU
+
+    - `dynamask benchmark gpu --length 32768 --peer none --no-checks --budget 30` — the main rows
+
+    - `dynamask benchmark gpu --redraw benchmarks/results/h100-attention.json` — tables and pictures again
     """
     import torch
 
+    from dynamask.benchmarking.gpu import Settings, benchmark_gpu, draw, markdown, write
+    from dynamask.benchmarking.gpu.run import stderr_progress
+
+    if redraw is not None:
+        try:
+            results = json.loads(redraw.read_text())
+        except (OSError, ValueError) as error:
+            raise UsageError(f"cannot read results from {redraw}: {error}") from error
+        if not isinstance(results, dict) or "attention" not in results:
+            raise UsageError(f"{redraw} holds no results of `dynamask benchmark gpu`")
+        stem = output or redraw.with_suffix("")
+        stem.with_name(f"{stem.name}.md").write_text(markdown(results))
+        pictures = draw(results, stem)
+        console.print(f"written {stem}.md, {', '.join(str(picture) for picture in pictures)}", soft_wrap=True)
+        return
     if not torch.cuda.is_available():
         raise UsageError("no CUDA device here: `dynamask benchmark cpu` times the CPU path")
-    from dynamask.benchmarking.gpu import benchmark_gpu, markdown
+    if not budget > 0:
+        raise UsageError(f"--budget must be positive; got {budget}")
+    given: dict[str, Any] = {"lengths": lengths, "scaling": scaling, "windows": windows, "scores": scores}
+    if peers is not None:
+        given["peers"] = [name for name in peers if name != "none"]
+    chosen = {name: tuple(value) for name, value in given.items() if value is not None}
+    settings = Settings(**chosen, budget_seconds=budget, checks=checks)
 
-    results = benchmark_gpu(lengths or [8192, 32768, 131072], windows or [1024, 2048])
-    table = markdown(results)
-    print(table)
+    def save(results: dict[str, Any]) -> None:
+        if output:
+            write(results, output)
+
+    results = benchmark_gpu(settings, commit=commit, save=save, progress=stderr_progress)
+    print(markdown(results))
     if output:
-        output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        output.with_suffix(".md").write_text(table)
+        try:
+            draw(results, output)
+        except UsageError as error:  # the budget left nothing to draw, but what there is was written
+            errors.print(f"no picture: {error}", highlight=False)
+
+
+@benchmark_app.command("scores")
+def benchmark_scores_command(
+    run: Annotated[str, typer.Argument(help="Folder of a finished run, or of a saved model with dynamic mask gates.")],
+    output: Annotated[Path, typer.Argument(help="File to write, .npz.")],
+    text: Annotated[
+        str, typer.Option(help="What to read: a text file, a folder of them, or stdlib, as `dynamask train` takes it.")
+    ] = "stdlib",
+    length: Annotated[int, typer.Option(help="Tokens.")] = 32768,
+) -> None:
+    """Save what a trained model's gates say of real text, for `dynamask benchmark gpu --scores FILE`.
+
+    **Example**: `dynamask benchmark scores runs/tiny benchmarks/data/scores.npz`
+    """
+    from dynamask.benchmarking.scores import extract_scores
+    from dynamask.data import documents
+
+    if length < 1:
+        raise UsageError(f"--length must be at least 1; got {length}")
+    if output.suffix != ".npz":
+        raise UsageError(f"scores are written as .npz; got {output}")
+    content, size = [], 0
+    for document in documents([text]):
+        content.append(document.text)
+        size += len(document.text)
+        # More characters than any tokenizer needs for so many tokens of prose or code.
+        if size > 16 * length:
+            break
+    about = extract_scores(run, "\n".join(content), length, output)
+    console.print(
+        f"written {output}: {about['layers']} layers of {about['heads']} heads, {length} tokens, "
+        f"{output.stat().st_size / 1024:.0f} KiB, gates {about['gates']}",
+        soft_wrap=True,
+    )
 
 
 @benchmark_app.command("model")

@@ -109,9 +109,10 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     import transformers
 
     if torch.cuda.is_available():
-        from dynamask.benchmarking import gpu
+        from dynamask.benchmarking.gpu import run
 
-        found = gpu.environment() | {"memory_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1)}
+        found = run.environment(commit) | {"memory_gib": round(torch.cuda.mem_get_info()[1] / 2**30, 1)}
+        del found["peers"]
     else:
         from dynamask.benchmarking import cpu
 

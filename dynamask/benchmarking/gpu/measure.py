@@ -1,0 +1,172 @@
+"""Rows of results: the operator and its peers at one shape, one decoding step, one prefill."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamask import key_expiry
+from dynamask.benchmarking.gpu.peers import PEERS
+from dynamask.benchmarking.gpu.problem import Problem, Shape
+from dynamask.benchmarking.gpu.timing import extra_memory, graph_milliseconds, milliseconds
+from dynamask.cache import BoundedLayer
+from dynamask.ops import attend
+
+
+def time_attention(
+    shape: Shape, peers: tuple[str, ...] = (), *, deterministic: bool = False, scores: Path | None = None
+) -> dict[str, Any]:
+    """Median milliseconds of ours (and its parts) and of dense peers, bfloat16, batch 1.
+
+    Args:
+        shape: what to time.
+        peers: names of `PEERS`.
+        deterministic: time the deterministic backward too.
+        scores: file of trained scores, where the shape's are.
+    """
+    problem = Problem(shape, scores=scores)
+    row, (forward_ms, backward_ms) = dict(shape.row), _ours(problem)
+    from dynamask.ops.triton import forward_lists
+
+    # Replayed as a graph: a training step queues its launches ahead, so their device time is what it pays.
+    row["expiry_ms"] = graph_milliseconds(lambda: key_expiry(problem.scores, shape.window))
+    row["lists_ms"] = graph_milliseconds(
+        lambda: forward_lists(problem.query, problem.value, problem.expiry, shape.window)
+    )
+    row["forward_ms"], row["backward_ms"] = forward_ms, backward_ms
+    row["mask_share"] = (row["expiry_ms"] + row["lists_ms"]) / row["forward_ms"]
+    row["forward_tflops"] = problem.flops / row["forward_ms"] / 1e9
+    row["backward_tflops"] = 2.5 * problem.flops / row["backward_ms"] / 1e9
+    ours = partial(_attend, problem)
+    row["memory_forward"] = extra_memory(torch.no_grad()(ours), problem.inputs)
+    output = ours()
+    backward = partial(torch.autograd.grad, output, problem.inputs, problem.grad, retain_graph=True)
+    row["memory_backward"] = extra_memory(backward, problem.inputs)
+    if deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            row["deterministic_backward_ms"] = milliseconds(backward)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    del output, backward
+    for peer in peers:
+        try:
+            row.update({f"{peer}_{key}": value for key, value in _peer(peer, problem).items()})
+        except Exception as error:  # a peer that cannot run here is reported, not fatal
+            row[f"{peer}_error"] = whole(error)
+    return row
+
+
+def time_peer(name: str, shape: Shape) -> dict[str, Any]:
+    """A peer and ours at one shape, in one row.
+
+    Raises:
+        Exception: whatever the peer raises, for the caller to report.
+    """
+    peer, problem = PEERS[name], Problem(shape)
+    row: dict[str, Any] = {"peer": name, **shape.row, "mask": peer.mask, "note": peer.note}
+    row["ours_forward_ms"], row["ours_backward_ms"] = _ours(problem)
+    row.update(_peer(name, problem))
+    return row
+
+
+def _attend(problem: Problem) -> Tensor:
+    query, key, value, scores = problem.inputs
+    return attend(query, key, value, problem.expiry, bias=scores, backend="triton", max_live=problem.shape.window)
+
+
+def _ours(problem: Problem) -> tuple[float, float]:
+    """Milliseconds forward and backward."""
+    with torch.no_grad():
+        forward = milliseconds(partial(_attend, problem))
+    output = _attend(problem)
+    return forward, milliseconds(partial(torch.autograd.grad, output, problem.inputs, problem.grad, retain_graph=True))
+
+
+def _peer(name: str, problem: Problem) -> dict[str, float]:
+    """Milliseconds forward and, where there is one, backward; for the same mask, how far the output is from ours."""
+    peer = PEERS[name]
+    call = peer.prepare(problem)
+    row: dict[str, float] = {}
+    with torch.no_grad():
+        row["forward_ms"] = milliseconds(call.forward)
+        if peer.mask == "same":
+            ours, theirs = _attend(problem).float(), call.output(call.forward()).float()
+            row["difference"] = ((theirs - ours).norm() / ours.norm()).item()
+    if call.inputs:
+        output = call.forward()
+        row["backward_ms"] = milliseconds(
+            partial(torch.autograd.grad, output, call.inputs, call.grad, retain_graph=True)
+        )
+    return row
+
+
+def time_decode(context: int, window: int, batch: int, dim: int = 128, heads: int = 16, groups: int = 4) -> dict:
+    """Microseconds of one decoding step's attention over the bounded cache, and of dense SDPA over the context."""
+    dtype = torch.bfloat16
+    query = torch.randn(batch, heads, 1, dim, device="cuda", dtype=dtype)
+    slots = min(window, context)
+    key, value = (torch.randn(batch, groups, slots, dim, device="cuda", dtype=dtype) for _ in range(2))
+    bias = torch.randn(batch, groups, slots, device="cuda")
+    expiry = torch.full((batch, groups, slots), slots, dtype=torch.int32, device="cuda")
+    row: dict[str, Any] = {"context": context, "w": window, "B": batch, "D": dim, "H": heads, "G": groups}
+    with torch.no_grad():
+        bounded = partial(attend, query, key, value, expiry, bias=bias, backend="triton", max_live=window)
+        row["bounded_us"] = 1e3 * graph_milliseconds(bounded)
+        del key, value, bounded
+        if batch * context * groups * dim * 4 < 0.8 * torch.cuda.mem_get_info()[0]:
+            key, value = (torch.randn(batch, groups, context, dim, device="cuda", dtype=dtype) for _ in range(2))
+            dense = partial(F.scaled_dot_product_attention, query, key, value, enable_gqa=True)
+            row["dense_us"] = 1e3 * graph_milliseconds(dense, steps=4 if batch * context > 1 << 20 else 20)
+        else:
+            row["dense_error"] = "keys and values of the whole context do not fit into the memory that is free"
+    return row
+
+
+def time_prefill(length: int, window: int = 2048) -> dict[str, Any]:
+    """Milliseconds of a layer's prefill into an empty bounded cache, and of FlashAttention-3's over all keys.
+
+    `extend_ms` is the cache's part (expiry, and the survivors gathered), `prefill_ms` that and the attention. The
+    dense peer's keys are its cache as they stand, so nothing is added to its attention.
+    """
+    shape = Shape(length, window)
+    problem = Problem(shape)
+    query, key, value, scores = (t.detach() for t in problem.inputs)
+
+    def extend() -> Any:
+        return BoundedLayer(window).extend(key, value, scores, None)
+
+    def prefill() -> Tensor:
+        live = extend()
+        return attend(query, live.key, live.value, live.expiry, bias=live.score, backend="triton", max_live=window)
+
+    row: dict[str, Any] = {"N": length, "w": window, "D": shape.dim, "H": shape.heads, "G": shape.groups}
+    with torch.no_grad():
+        row["extend_ms"], row["prefill_ms"] = milliseconds(extend), milliseconds(prefill)
+        for peer in ("fa3", "cudnn"):
+            try:
+                row[f"{peer}_ms"] = milliseconds(PEERS[peer].prepare(problem).forward)
+                break
+            except Exception as error:
+                row[f"{peer}_error"] = whole(error)
+    return row
+
+
+def whole(error: BaseException) -> str:
+    """An error as it is to be read later: where it was raised, and what it says."""
+    return "".join(traceback.format_exception(error, limit=-4)).strip()
+
+
+def attempt(measure: Callable[[], dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
+    """A row, or why there is none."""
+    try:
+        return measure()
+    except Exception as error:
+        return {**identity, "error": whole(error)}
