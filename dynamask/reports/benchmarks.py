@@ -38,23 +38,24 @@ _DENSE = ("flash", "cudnn", "fa3")
 
 def attention_section(raw: Any, folder: Path) -> Sectioned:
     """`dynamask benchmark gpu`."""
-    rows = _keyed(raw, ("attention", "decode", "errors"))
-    timed = {key: row for key, row in rows.items() if key.startswith("attention")}
+    rows = _keyed(raw, ("attention", "peers", "decode", "prefill", "errors"))
+    own = {key: row for key, row in rows.items() if key.startswith("attention")}
+    timed = {key: row for key, row in own.items() if "forward_ms" in row}
     main = {key: row for key, row in timed.items() if row["scores"] == "random"}
-    table = [_attention_row(row) for row in timed.values()]
+    table = [_attention_row(row, raw["attention"]) for row in timed.values()]
     exhibits = [
         Exhibit(
             "forward-backward",
             "Attention, forward and backward",
-            list(timed),
-            "Milliseconds; `dense` is the fastest dense kernel measured for that pass (FlashAttention-2 and cuDNN "
-            "through SDPA, FlashAttention-3), `x` how many times as long it takes. An empty cell was not measured.",
+            list(own),
+            "Milliseconds; `dense` is the fastest dense kernel measured for that pass and length (FlashAttention-2 and "
+            "cuDNN through SDPA, FlashAttention-3), `x` how many times as long it takes. Empty cells were not measured.",
             table,
             _draw_attention(list(main.values()), folder / "attention.svg"),
             "milliseconds of a forward and a backward pass against the sequence length, interval attention and dense",
         )
     ]
-    decode = {key: row for key, row in rows.items() if key.startswith("decode")}
+    decode = {key: row for key, row in rows.items() if key.startswith("decode[") and "dense_us" in row}
     if decode:
         cells: list[Row] = [
             {
@@ -70,14 +71,18 @@ def attention_section(raw: Any, folder: Path) -> Sectioned:
         exhibits.append(Exhibit("decode", "One decoding step's attention", list(decode), table=cells))
     errors = {key: row for key, row in rows.items() if key.startswith("errors")}
     if errors:
-        cells = [
-            {name: (f"{value:.2e}" if isinstance(value, float) else str(value)) for name, value in row.items()}
-            for row in errors.values()
-        ]
+        cells = [_plain_row(row, ".2e") for row in errors.values()]
         text = "Relative error against float64, of what was timed; FlashAttention's own beside it."
         exhibits.append(Exhibit("errors", "Correct first", list(errors), text, cells))
-    both = {key: (_total(row, _dense), row["forward_ms"] + row["backward_ms"]) for key, row in main.items()}
-    ratios = {key: dense / ours for key, (dense, ours) in both.items() if dense is not None}
+    for part, title in (("peers", "Sparse peers, each beside ours at one shape"), ("prefill", "Prefill")):
+        keys = [key for key in rows if key.startswith(f"{part}[")]
+        if keys:
+            exhibits.append(Exhibit(part, title, keys, table=[_plain_row(rows[key]) for key in keys]))
+    ratios = {}
+    for key, row in main.items():
+        passes = [_dense(row, kind, raw["attention"]) for kind in ("forward", "backward")]
+        if None not in passes:
+            ratios[key] = sum(passes) / (row["forward_ms"] + row["backward_ms"])  # type: ignore[arg-type]
     finding = _speed_finding("attention kernels, forward and backward, against the fastest dense pair", ratios, main)
     return Section("", exhibits, finding), rows, _environment(raw["environment"])
 
@@ -135,25 +140,32 @@ def _keyed(raw: Any, parts: Sequence[str]) -> dict[str, Any]:
 
 
 def _environment(environment: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in environment.items() if value is not None)
+    told = {
+        name: "; ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, Mapping) else value
+        for name, value in environment.items()
+    }
+    return ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
 
 
-def _dense(row: Mapping[str, Any], kind: str) -> float | None:
-    """The fastest dense kernel's milliseconds, None where none was timed."""
-    found = [row[f"{peer}_{kind}_ms"] for peer in _DENSE if row.get(f"{peer}_{kind}_ms") is not None]
-    return min(found, default=None)
+def _plain_row(row: Mapping[str, Any], form: str = ".3g") -> Row:
+    return {name: f"{value:{form}}" if isinstance(value, float) else str(value) for name, value in row.items()}
 
 
-def _total(row: Mapping[str, Any], time: Callable[[Mapping[str, Any], str], float | None]) -> float | None:
-    forward, backward = time(row, "forward"), time(row, "backward")
-    return None if forward is None or backward is None else forward + backward
+def _dense(row: Mapping[str, Any], kind: str, rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The fastest dense kernel's milliseconds at the row's N, D and G, None where none was timed.
+
+    Dense kernels see every key whatever the window, so that any row of that shape may hold their time.
+    """
+    alike = [each for each in rows if all(each[size] == row[size] for size in ("N", "D", "G"))]
+    times = [each.get(f"{peer}_{kind}_ms") for each in alike for peer in _DENSE]
+    return min((time for time in times if time is not None), default=None)
 
 
-def _attention_row(row: Mapping[str, Any]) -> Row:
+def _attention_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Row:
     cells = {"N": f"{row['N']:,}", "D": str(row["D"]), "H/G": f"{row['H']}/{row['G']}", "window": str(row["w"])}
     cells |= {"scores": row["scores"], "expiry": f"{row['expiry_ms']:.3g}"}
     for kind in ("forward", "backward"):
-        dense = _dense(row, kind)
+        dense = _dense(row, kind, rows)
         cells[kind] = f"{row[f'{kind}_ms']:.3g}"
         cells[f"dense {kind}"] = "" if dense is None else f"{dense:.3g}"
         cells[f"x {kind}"] = "" if dense is None else f"{dense / row[f'{kind}_ms']:.1f}"
@@ -182,7 +194,7 @@ def _draw_attention(rows: Sequence[Mapping[str, Any]], picture: Path) -> Path | 
         groups.setdefault((row["D"], row["G"], row["w"]), []).append(row)
     groups = {shape: sorted(own, key=lambda row: row["N"]) for shape, own in groups.items() if len(own) > 1}
     groups = {
-        shape: own for shape, own in groups.items() if any(_dense(row, "forward") is not None for row in own)
+        shape: own for shape, own in groups.items() if any(_dense(row, "forward", own) is not None for row in own)
     } or groups
     if not groups:
         return None
