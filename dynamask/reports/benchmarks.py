@@ -49,7 +49,7 @@ def attention_section(raw: Any, folder: Path) -> Sectioned:
             "Attention, forward and backward",
             list(own),
             "Milliseconds; `dense` is the fastest dense kernel measured for that pass and length (FlashAttention-2 and "
-            "cuDNN through SDPA, FlashAttention-3), `x` how many times as long it takes. Empty cells were not measured.",
+            "cuDNN through SDPA, FlashAttention-3), `x` how many times as long it takes. Empty cells were not timed.",
             table,
             _draw_attention(list(main.values()), folder / "attention.svg"),
             "milliseconds of a forward and a backward pass against the sequence length, interval attention and dense",

@@ -133,7 +133,7 @@ def test_a_strangers_folder_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "notes" / "mine.md").read_text() == "my notes"
     with pytest.raises(UsageError, match="there is no folder"):
         render_results(tmp_path / "gone", tmp_path / "report")
-    (tmp_path / "raw" / "h100-attention.json").write_text('{"environment": {}, "attention": [{"N": 1}]}')
+    (tmp_path / "raw" / "h100-attention.json").write_text('{"environment": {}, "attention": [{"forward_ms": 1}]}')
     with pytest.raises(UsageError, match=r"h100-attention\.json is not what"):
         render_results(tmp_path / "raw", tmp_path / "report")
 
