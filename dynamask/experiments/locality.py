@@ -33,7 +33,7 @@ RIVALS: list[Variant] = [
 ]
 """Slopes in units of 1 / window."""
 
-CONTROL: Variant = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": "window"}
+CONTROL: Variant = {"attention": "dma", "gate_init": "delta", "local": "window"}
 """All of the window local: a sliding window whose logits get dma's scores. dma differs from it by its choice alone."""
 
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
@@ -48,6 +48,7 @@ FORMS: list[Variant] = [
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "gate_rate": 5.0},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "rank_noise": 0.5},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": 0},
+    {"attention": "dma", "gate_init": "delta", **_FROM_DENSE},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", **_FROM_DENSE},
 ]
 
@@ -69,6 +70,8 @@ def variant_name(config: Config) -> str:
             parts.append("no choice")
         elif not local or not recency:
             parts.append("local only" if local else "recency only")
+        if local not in (0, window // 2, window):
+            parts.append(f"local {local}")
     defaults = {entry.name: entry.default for entry in dataclasses.fields(LanguageConfig)}
     for name in ("recency_spread", "gate_init", "score_form", "gate_rate", "rank_noise"):
         value = getattr(settings, name)
@@ -141,7 +144,7 @@ def configs(
 
 def hybrids(layers: int) -> list[Variant]:
     """Layers of two kinds: swa and dma in turn; one of mha in four, the others dma, or swa for comparison."""
-    dma = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"}
+    dma = {"attention": "dma", "gate_init": "delta"}
     alternating = ["swa" if layer % 2 == 0 else "dma" for layer in range(layers)]
     mostly = ["mha" if layer % 4 == 1 else "dma" for layer in range(layers)]
     rival = ["mha" if layer % 4 == 1 else "swa" for layer in range(layers)]
@@ -187,8 +190,7 @@ def _quick() -> list[Config]:
 
     Layers are not compiled: that takes longer than it saves in so short a run.
     """
-    best = {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"}
-    rivals = [RIVALS[0], RIVALS[1], RIVALS[4], RIVALS[5]]
+    best = {"attention": "dma", "gate_init": "delta"}
     shape: dict[str, Any] = {
         "layers": 6,
         "width": 256,
@@ -200,7 +202,7 @@ def _quick() -> list[Config]:
     }
     shape |= {"compile": False, "warmup": 0.05}
     forms = [PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}]
-    return configs([*rivals, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
+    return configs([*RIVALS[:4], CONTROL, *forms], ["code"], [0], [3e-3], **shape)
 
 
 def _small() -> list[Config]:

@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, int]] = {
 MECHANISMS: list[dict[str, Any]] = [
     *({"attention": "mha"}, {"attention": "swa"}, {"attention": "dma"}),
     {"attention": "dma", "local": 0, "recency": 0.0},
-    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"},
+    {"attention": "dma", "gate_init": "delta"},
     *({"attention": "mla"}, {"attention": "nsa"}),
 ]
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
