@@ -738,6 +738,63 @@ def report_mask(
     console.print(f"written {draw_live_keys(loaded, tokenizer, content, output)}")
 
 
+@report_app.command("masks")
+def report_masks(
+    model: Model,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Texts to read; default: the run's own held-out split.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures and masks.jsonl.")] = Path("masks"),
+    length: Annotated[int | None, typer.Option(help="Tokens of each text; default: eight windows.")] = None,
+    texts: Annotated[int, typer.Option(help="How many texts, at most.")] = 16,
+    name: Annotated[str | None, typer.Option(help="Name in the report; default: the folder's.")] = None,
+    line: Annotated[
+        Path | None, typer.Option(help="Also write the raw figures here, for `dynamask report results`.")
+    ] = None,
+) -> None:
+    """What did the mask learn? Masks, lifetimes, which kinds of token survive, how far back heads read.
+
+    Also whether the model needs the choice: its loss with the newest keys in place of the chosen ones.
+
+    **Examples**
+
+    - `dynamask report masks runs/tiny`
+
+    - `dynamask report masks runs/tiny --data essays/ --texts 64 --line benchmarks/results/masks/tiny.jsonl`
+    """
+    import torch
+
+    from dynamask.evaluation.masks import mask_texts, measure_masks
+    from dynamask.experiments import provenance
+    from dynamask.reports import draw_live_keys
+    from dynamask.reports.masks import draw_masks
+    from dynamask.training import open_run
+
+    if texts < 1:
+        raise UsageError(f"--texts must be at least 1; got {texts}")
+    loaded, tokenizer = open_run(model)
+    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    size = length or 8 * getattr(loaded.config, "window", 32)
+    chosen = mask_texts(model, tokenizer, data, size, texts)
+    figures = measure_masks(loaded, tokenizer, chosen, progress=_progress)
+    environment = {"device": provenance.device_name(), "torch": torch.__version__, "commit": provenance.commit()}
+    content = {"report": "masks", "name": name or Path(model).resolve().name, "environment": environment, **figures}
+    for file in (output / "masks.jsonl", *([line] if line else [])):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    pictures = list(draw_masks(content, output).values())
+    pictures.append(draw_live_keys(loaded, tokenizer, tokenizer.decode(chosen[0]), output / "live_keys.png"))
+    loss = figures["loss"]
+    table = Table("mask", "loss, nats per token", "difference ± standard error")
+    table.add_row("as trained", f"{loss['trained']:.4f}", "")
+    for control, words in (("sliding", "newest keys"), ("no_bias", "no scores in logits"), ("gates_off", "both")):
+        found = loss[control]
+        error = "" if found["standard_error"] is None else f" ± {found['standard_error']:.4f}"
+        table.add_row(words, f"{found['loss']:.4f}", f"{found['difference']:+.4f}{error}")
+    console.print(table)
+    console.print(f"written {output}/masks.jsonl and {', '.join(path.name for path in pictures)}", soft_wrap=True)
+
+
 @report_app.command("needle")
 def report_needle(
     scores: Annotated[list[Path], typer.Argument(help="JSON lines that `dynamask retrieval` wrote.")],
@@ -748,3 +805,33 @@ def report_needle(
     from dynamask.reports import draw_needle
 
     console.print(f"written {draw_needle(scores, output, metric=metric)}")
+
+
+@report_app.command("results")
+def report_results(
+    results: Annotated[Path, typer.Option(help="Folder of raw results.")] = Path("benchmarks/results"),
+    output: Annotated[Path, typer.Option(help="Folder to write; an earlier report in it is replaced.")] = Path(
+        "docs/results"
+    ),
+    trace: Annotated[
+        str | None, typer.Option(help="Instead: print the raw rows of one exhibit, named as below it.")
+    ] = None,
+) -> None:
+    """Draw docs/results anew: every table, picture and verdict, from the raw lines in benchmarks/results.
+
+    **Examples**
+
+    - `dynamask report results` — in a checkout
+
+    - `dynamask report results --results mine/ --output mine/report` — of one's own sweeps
+
+    - `dynamask report results --trace attention-decode` — which lines a table comes from
+    """
+    from dynamask.reports import results as report
+
+    if trace is not None:
+        for line in report.trace(trace, results):
+            print(line)
+        return
+    pages = report.render_results(results, output)
+    console.print(f"written {len(pages)} pages, the first {pages[0]}", soft_wrap=True)

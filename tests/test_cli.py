@@ -59,6 +59,13 @@ def test_evaluate_generate_and_report(run) -> None:
         done = dynamask("report", kind, str(run / "run"), *extra, "--output", str(run / name))
         assert done.returncode == 0, done.stderr
         assert (run / name).read_bytes().startswith(b"\x89PNG")
+    done = dynamask(
+        "report", "masks", str(run / "run"), "--length", "32", "--texts", "2", "--output", str(run / "masks")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "newest keys" in done.stdout
+    assert (run / "masks" / "maps.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "masks" / "masks.jsonl").read_text())["length"] == 32
     table = dynamask("report", "parameters", "--preset", "tiny")
     assert table.returncode == 0
     assert "+0.0" in table.stdout

@@ -6,23 +6,30 @@
 | `sweep.py` | the runner: resumes, orders by estimate, keeps a budget |
 | `results.py` | the results file, safe against a kill at any moment |
 | `provenance.py`, `budget.py` | device, versions and commit; spans of time |
-| `mqar.py`, `mqar_data.py` | multi-query associative recall and its sequences |
 | `language.py`, `language_data.py` | small language models: the engine, and the token streams it reads |
 | `locality.py` | forms of dma and rivals at a small window |
+| `ablation.py`, `ablation_mixers.py`, `ablation_report.py` | dma with one thing changed at a time |
+| `needle.py`, `needle_data.py`, `needle_report.py` | retrieval by length and depth, the mixture, its section |
 | `scaling.py`, `power_law.py` | loss against compute, and the fit |
+| `section.py` | what an experiment contributes to the report |
+| `mqar.py`, `mqar_data.py`, `mqar_report.py` | multi-query associative recall, its sequences, its section |
 """
 
+from dynamask.experiments.ablation import ABLATION
 from dynamask.experiments.locality import LOCALITY
 from dynamask.experiments.mqar import MQAR
+from dynamask.experiments.needle import NEEDLE
 from dynamask.experiments.registry import EXPERIMENTS, Experiment, get_experiment, register
 from dynamask.experiments.results import Record, read_results, run_key
 from dynamask.experiments.scaling import SCALING
 from dynamask.experiments.sweep import Observer, SweepReport, run_sweep
 
 __all__ = [
+    "ABLATION",
     "EXPERIMENTS",
     "LOCALITY",
     "MQAR",
+    "NEEDLE",
     "SCALING",
     "Experiment",
     "Observer",

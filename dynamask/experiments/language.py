@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import json
 import math
 import os
 import time
@@ -262,12 +263,14 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
     return {"embedding": embedding, "non_embedding": rest, "gates": gates}
 
 
-def run_language(config: Config, progress: Progress) -> dict[str, Any]:
+def run_language(config: Config, progress: Progress, initial: Path | None = None) -> dict[str, Any]:
     """Train one model, or go on training it, and measure it.
 
     Args:
         config: fields of `LanguageConfig`, as plain JSON.
         progress: told every few steps. What it raises ends the call after the state has been saved.
+        initial: folder of a kept model of this shape whose weights the training begins with; gates that it lacks keep
+            their own initial values, which is how a dense model is upcycled.
 
     Returns:
         "loss": final validation loss, nats per token; "curve": validation loss after so many steps and tokens;
@@ -281,10 +284,58 @@ def run_language(config: Config, progress: Progress) -> dict[str, Any]:
         InvalidInputError: settings that do not fit together.
         UsageError: a corpus that is not there.
     """
-    run = _Run(LanguageConfig.of(config), _state_folder(config))
+    run = _Run(LanguageConfig.of(config), state_folder(config))
     try:
+        if initial is not None:
+            run.begin_with(initial)
         run.resume()
         return run.train(progress)
+    finally:
+        run.close()
+
+
+def kept_run(config: Config, progress: Progress, initial: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """`run_language` with `keep_model`, at most once: its result waits beside the model for whoever needs both.
+
+    Args:
+        config, progress, initial: see `run_language`.
+
+    Returns:
+        The result, and the model's folder; delete the folder around it when both have served.
+
+    Raises:
+        InvalidInputError: without keep_model, or if the run diverged, which leaves no model.
+    """
+    if not config["keep_model"]:
+        raise InvalidInputError("a run whose model is needed afterwards must have keep_model=True")
+    folder = state_folder(config)
+    kept = folder / "result.json"
+    if not kept.exists():
+        result = run_language(config, progress, initial)
+        if result["diverged"] is not None:
+            raise InvalidInputError(
+                f"the run diverged at step {result['diverged']}, so there is no model: lower learning_rate"
+            )
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.rename(kept)
+    return json.loads(kept.read_text()), folder / "model"
+
+
+def evaluate_language(config: Config, folder: Path) -> float:
+    """Validation loss of a kept model, nats per token, under the attention of another config of its shape.
+
+    Args:
+        config: fields of `LanguageConfig`.
+        folder: of the model.
+
+    Raises:
+        InvalidInputError: a model of another shape.
+    """
+    run = _Run(LanguageConfig.of(config), state_folder(config))
+    try:
+        run.begin_with(folder)
+        return float(run._validate().mean())
     finally:
         run.close()
 
@@ -374,6 +425,14 @@ class _Run:
         self.step, self.curve = state["step"], state["curve"]
         self.diverged, self.seconds = state["diverged"], state["seconds"]
         self.timed_steps, self.timed_seconds, self.peak = state["timing"]
+
+    def begin_with(self, folder: Path) -> None:
+        """Take the weights of another run's kept model; only gates may be missing in it."""
+        weights = DynamaskForCausalLM.from_pretrained(folder).state_dict()
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        left = unexpected + [name for name in missing if not any(part in name for part in _GATES)]
+        if left:
+            raise InvalidInputError(f"{folder} holds a model of another shape: {', '.join(left[:5])} do not fit")
 
     def close(self) -> None:
         """Free the device: the next run of a sweep needs it."""
@@ -684,5 +743,6 @@ def _thinned(losses: list[float], points: int = 200) -> list[float]:
     return [float(np.mean(part)) for part in np.array_split(np.asarray(losses), min(points, len(losses)))]
 
 
-def _state_folder(config: Config) -> Path:
+def state_folder(config: Config) -> Path:
+    """Where the run's state lies until it is done, and its model after that if `keep_model` is set."""
     return Path(os.environ.get(STATE_FOLDER, "runs/experiments")) / run_key("language", config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record
+from dynamask.experiments.section import Section
 
 _SHARE = 16
 """Context over window."""
@@ -225,6 +227,12 @@ def _paper() -> list[Config]:
     return configs([*RIVALS, CONTROL, *FORMS, *hybrids(7)], ["code", "text"], [0, 1], [1.5e-3, 3e-3], **shape)
 
 
+def _report(records: Sequence[Record], folder: Path) -> Section:
+    from dynamask.experiments.locality_report import report_locality
+
+    return report_locality(records, folder)
+
+
 LOCALITY = Experiment(
     name="locality",
     description="validation loss of dma's forms and rivals at a window of a sixteenth of the context",
@@ -233,6 +241,7 @@ LOCALITY = Experiment(
     cost=language_cost,
     kind=language_kind,
     summary=locality_summary,
+    report=_report,
     interruptible=True,
 )
 register(LOCALITY)

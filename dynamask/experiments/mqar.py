@@ -16,6 +16,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from dynamask.errors import InvalidInputError, did_you_mean
 from dynamask.experiments.mqar_data import MqarExamples, mqar_examples
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
+from dynamask.experiments.section import Section
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 
@@ -294,28 +296,71 @@ def mixer_name(config: Config) -> str:
     return "dma, paper" if paper else str(config["attention"])
 
 
-def mqar_summary(records: Sequence[Record]) -> list[dict[str, str]]:
-    """One row per mixer, width and window: accuracies of the learning rate with the best mean, as published.
+@dataclass(frozen=True)
+class BestRuns:
+    """One mixer at one width and window: the runs of the learning rate with the best mean accuracy, as published.
 
-    Seeds are averaged before the best rate is chosen.
+    Attributes:
+        width, window: window 0 where the mixer sees its whole prefix.
+        mixer: see `mixer_name`.
+        rate: the best learning rate; seeds are averaged before it is chosen.
+        runs: its runs, one per seed.
+        tried: (rate, seed) of all runs, of which these are the best: two mixers compare fairly where they are equal.
     """
+
+    width: int
+    window: int
+    mixer: str
+    rate: float
+    runs: list[Record]
+    tried: frozenset[tuple[float, int]]
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over seeds."""
+        return float(np.mean([run.result["accuracy"] for run in self.runs]))
+
+    def slices(self) -> dict[tuple[int, int], float]:
+        """(length, pairs) of each test segment -> accuracy, mean over seeds."""
+        found: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for run in self.runs:
+            for part in run.result["slices"]:
+                found[part["length"], part["pairs"]].append(part["accuracy"])
+        return {shape: float(np.mean(accuracies)) for shape, accuracies in found.items()}
+
+
+def best_runs(records: Sequence[Record]) -> list[BestRuns]:
+    """One entry per mixer, width and window, in order of width, window, name."""
     groups: dict[tuple[int, int, str], dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         config = record.config
         row = (config["width"], config["window"] or 0, mixer_name(config))
         groups[row][config["learning_rate"]].append(record)
-    rows = []
+    found = []
     for (width, window, name), by_rate in sorted(groups.items()):
         means = {rate: float(np.mean([run.result["accuracy"] for run in runs])) for rate, runs in by_rate.items()}
         best = max(means, key=lambda rate: means[rate])
-        row_cells = {"width": str(width), "window": str(window or "all"), "mixer": name}
-        row_cells |= {"rate": f"{best:.1e} of {len(means)}", "accuracy": f"{means[best]:.3f}"}
-        slices: dict[str, list[float]] = defaultdict(list)
-        for run in by_rate[best]:
-            for part in run.result["slices"]:
-                slices[f"{part['pairs']}/{part['length']}"].append(part["accuracy"])
-        rows.append(row_cells | {shape: f"{np.mean(found):.3f}" for shape, found in slices.items()})
+        tried = frozenset((rate, run.seed) for rate, runs in by_rate.items() for run in runs)
+        found.append(BestRuns(width, window, name, best, by_rate[best], tried))
+    return found
+
+
+def mqar_summary(records: Sequence[Record]) -> list[dict[str, str]]:
+    """One row per mixer, width and window: accuracies of the best learning rate."""
+    rows = []
+    for best in best_runs(records):
+        rates = len({rate for rate, _ in best.tried})
+        cells = {"width": str(best.width), "window": str(best.window or "all"), "mixer": best.mixer}
+        cells |= {"rate": f"{best.rate:.1e} of {rates}", "accuracy": f"{best.accuracy:.3f}"}
+        cells |= {f"{pairs}/{length}": f"{accuracy:.3f}" for (length, pairs), accuracy in best.slices().items()}
+        rows.append(cells)
     return rows
+
+
+def _report(records: Sequence[Record], folder: Path) -> Section:
+    from dynamask.experiments.mqar_report import report_mqar
+
+    return report_mqar(records, folder)
 
 
 def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: Any) -> list[Config]:
@@ -365,5 +410,6 @@ MQAR = Experiment(
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,
+    report=_report,
 )
 register(MQAR)

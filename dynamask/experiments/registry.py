@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dynamask.errors import InvalidInputError, UsageError, did_you_mean
 from dynamask.experiments.results import Record
+from dynamask.experiments.section import Section
 
 Config = dict[str, Any]
 """A run's settings: plain JSON with string keys, "seed" among them."""
@@ -33,6 +35,8 @@ class Experiment:
             run where it is.
         follow_up: runs of a sweep that earlier ones decide: given its name and what is finished, the configs known by
             now, none as long as something is missing.
+        report: the finished runs of one sweep, at least one -> their section of `dynamask report results`; pictures
+            go to the folder given. None: the summary's table is the section.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Experiment:
     summary: Callable[[Sequence[Record]], list[dict[str, str]]]
     interruptible: bool = False
     follow_up: Callable[[str, Sequence[Record]], list[Config]] | None = None
+    report: Callable[[Sequence[Record], Path], Section] | None = None
 
     def configs(self, size: str, finished: Sequence[Record] = ()) -> list[Config]:
         """The configs of a named sweep, as far as the finished runs decide them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dynamask.experiments.locality import variant_name
 from dynamask.experiments.power_law import fit_power_law
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
+from dynamask.experiments.section import Section
 
 SHAPES: dict[str, dict[str, int]] = {
     "4M": {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "batch_tokens": 65_536},
@@ -155,6 +157,12 @@ def _mean_loss(group: Sequence[Record]) -> float:
     return float(np.mean([np.inf if run.result["loss"] is None else run.result["loss"] for run in group]))
 
 
+def _report(records: Sequence[Record], folder: Path) -> Section:
+    from dynamask.experiments.scaling_report import report_scaling
+
+    return report_scaling(records, folder)
+
+
 SCALING = Experiment(
     name="scaling",
     description="loss against compute for the five mixers, parameter-matched, with power laws",
@@ -163,6 +171,7 @@ SCALING = Experiment(
     cost=language_cost,
     kind=language_kind,
     summary=scaling_summary,
+    report=_report,
     interruptible=True,
     follow_up=lambda size, finished: PLANS[size].follow_up(finished),
 )

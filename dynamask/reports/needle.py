@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, read_scores
+from dynamask.reports.style import save_figure
 
 METRICS = {"exact": "exact match", "recall": "share of the values found"}
 
@@ -43,11 +44,26 @@ def draw_needle(files: Sequence[str | Path], picture: str | Path, *, metric: str
         UsageError: a file that cannot be read or holds no scores.
         InvalidInputError: an unknown metric, or two scores for one cell.
     """
+    return draw_scores([score for file in files for score in read_scores(file)], picture, metric=metric)
+
+
+def draw_scores(
+    scores: Sequence[RetrievalScore], picture: str | Path, *, metric: str = "exact", trained_on: int | None = None
+) -> Path:
+    """`draw_needle` of scores at hand.
+
+    Args:
+        scores: of any models and tasks.
+        picture, metric: see `draw_needle`.
+        trained_on: tokens of the training sequences; a line marks where lengths exceed it.
+
+    Raises:
+        InvalidInputError: an unknown metric, or two scores for one cell.
+    """
     from matplotlib.figure import Figure
 
     if metric not in METRICS:
         raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
-    scores = [score for file in files for score in read_scores(file)]
     models = list(dict.fromkeys(score.model for score in scores))
     tasks = list(dict.fromkeys(score.task for score in scores))
     # One pair of axes for all panels: models are comparable at a glance, and what one was not asked stays blank.
@@ -68,12 +84,16 @@ def draw_needle(files: Sequence[str | Path], picture: str | Path, *, metric: str
                         ink = "black" if value > 0.6 else "white"
                         axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
             axes.set_title(f"{model}: {task}", fontsize=9)
+            if trained_on is not None and lengths[0] <= trained_on < lengths[-1]:
+                inside = sum(length <= trained_on for length in lengths)
+                axes.axvline(inside - 0.5, color="white", linewidth=3)
+                axes.axvline(inside - 0.5, color="black", linestyle="--", linewidth=1.2)
             axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], rotation=45, fontsize=7)
             axes.set_yticks(range(len(depths)), [f"{100 * d:.0f} %" for d in depths], fontsize=7)
     for axes in panels[-1]:
-        axes.set_xlabel("length in tokens", fontsize=8)
+        beyond = "" if trained_on is None else f" (line: trained at {trained_on})"
+        axes.set_xlabel(f"length in tokens{beyond}", fontsize=8)
     for row in panels:
         row[0].set_ylabel("depth", fontsize=8)
     figure.colorbar(image, ax=panels, label=METRICS[metric], pad=0.01)
-    figure.savefig(picture, dpi=150)
-    return Path(picture)
+    return save_figure(figure, picture)

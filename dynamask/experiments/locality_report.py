@@ -1,0 +1,104 @@
+"""Locality in the report: every form's loss, and whether it is level with a sliding window early and mha at the end."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dynamask.experiments.locality import locality_summary, variant_name
+from dynamask.experiments.results import Record
+from dynamask.experiments.section import Exhibit, Finding, Section
+
+EARLY = 100
+"""Steps after which dma is to be no worse than swa."""
+
+_Losses = dict[str, dict[tuple[str, int, int, float], Record]]
+
+
+def report_locality(records: Sequence[Record], folder: Path) -> Section:
+    """See `Experiment.report`."""
+    keys = [record.key for record in records]
+    exhibits = [
+        Exhibit(
+            "loss",
+            "Validation loss by mechanism",
+            keys,
+            "Nats per token, mean over seeds at the best learning rate; @n: after n steps. `penalty`: the rival with "
+            "the distance penalty on its logits that dma's recency amounts to.",
+            locality_summary(records),
+            _draw(records, folder / "locality.svg"),
+            "final validation loss of every mechanism, one panel per corpus",
+        )
+    ]
+    runs: _Losses = defaultdict(dict)
+    for record in records:
+        config = record.config
+        place = (config["corpus"], config["width"], record.seed, config["learning_rate"])
+        runs[variant_name(config)][place] = record
+    ours = {name: _final(own) for name, own in runs.items() if "dma" in name}
+    # The paper's form, the library's, and whichever did best: the table has them all.
+    forms: list[str] = [name for name in ("dma, paper", "dma") if name in ours]
+    if ours and (best := min(ours, key=lambda name: ours[name])) not in forms:
+        forms.append(best)
+    return Section("", exhibits, [_compare(form, runs) for form in forms])
+
+
+def _final(runs: dict[tuple[str, int, int, float], Record]) -> float:
+    losses = [run.result["loss"] for run in runs.values()]
+    return float(np.mean([np.inf if loss is None else loss for loss in losses]))
+
+
+def _compare(form: str, runs: _Losses) -> Finding:
+    """Against swa at the first look from step EARLY on, against mha at the end, at equal corpus, seed and rate."""
+    both = sorted(runs[form].keys() & runs["swa"].keys() & runs["mha"].keys())
+    keys = [runs[name][place].key for place in both for name in (form, "swa", "mha")]
+    early, late = [], []
+    for place in both:
+        ours, swa, mha = (runs[name][place] for name in (form, "swa", "mha"))
+        looks = [(_early(ours), _early(swa)), (ours.result["loss"], mha.result["loss"])]
+        if any(loss is None for pair in looks for loss in pair):
+            return Finding("locality", form, "a run was too short or diverged", None, keys)
+        (our_early, swa_early), (our_late, mha_late) = looks
+        early.append(swa_early - our_early)  # type: ignore[operator]
+        late.append(mha_late - our_late)
+    if not both:
+        return Finding("locality", form, "swa and mha did not run at the same settings", None, [])
+    pairs = f"over {len(both)} runs of each"
+    measured = f"{_span(early)} nats below swa at step {EARLY}, {_span(late)} below mha at the end, {pairs}"
+    return Finding("locality", form, measured, min(*early, *late) >= 0, keys)
+
+
+def _early(record: Record) -> float | None:
+    return next((look["loss"] for look in record.result["curve"] if look["step"] >= EARLY), None)
+
+
+def _span(margins: Sequence[float]) -> str:
+    return f"{margins[0]:+.3f}" if len(margins) == 1 else f"{min(margins):+.3f} to {max(margins):+.3f}"
+
+
+def _draw(records: Sequence[Record], picture: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    from dynamask.reports.style import BLACK, BLUE, GREEN, ORANGE, SKY, save_figure
+
+    corpora = sorted({record.config["corpus"] for record in records})
+    losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record.result["loss"] is not None:
+            losses[variant_name(record.config)][record.config["corpus"]].append(record.result["loss"])
+    order = sorted(losses, key=lambda name: -float(np.mean([loss for each in losses[name].values() for loss in each])))
+    figure = Figure(figsize=(4.6 + 3.4 * len(corpora), 1.4 + 0.26 * len(order)), layout="constrained")
+    panels = figure.subplots(1, len(corpora), squeeze=False, sharey=True)[0]
+    for axes, corpus in zip(panels, corpora, strict=True):
+        for row, name in enumerate(order):
+            color = GREEN if "+" in name or name[0].isdigit() else {"swa": ORANGE, "mha": BLACK}.get(name[:3], BLUE)
+            marker = "D" if "paper" in name else "^" if "penalty" in name else "o"
+            own = losses[name].get(corpus, [])
+            axes.plot(own, [row] * len(own), marker, color=SKY if "paper" in name else color, markersize=6)
+        axes.set(title=corpus, xlabel="validation loss, nats per token")
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.grid(alpha=0.3)
+    return save_figure(figure, picture)

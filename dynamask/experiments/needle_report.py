@@ -1,0 +1,77 @@
+"""The needle experiment in the report: heat maps, exact match by length, dynamic mask against dense attention."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dynamask.evaluation.retrieval import RetrievalScore
+from dynamask.experiments.needle import NeedleConfig, mean_scores, needle_summary
+from dynamask.experiments.results import Record
+from dynamask.experiments.section import Exhibit, Finding, Row, Section
+
+_LEARNT = 0.1
+"""Exact match below which neither of two models has learnt to retrieve, and nothing is to be compared."""
+
+
+def report_needle(records: Sequence[Record], folder: Path) -> Section:
+    """See `Experiment.report`."""
+    from dynamask.reports.needle import draw_scores
+
+    scores = mean_scores(records)
+    keys = [record.key for record in records]
+    contexts = sorted({NeedleConfig.of(record.config).context for record in records})
+    losses: dict[str, list[float]] = defaultdict(list)
+    for record in records:
+        for model, loss in record.result["loss"].items():
+            losses[model].append(loss)
+    training: list[Row] = [
+        {"model": model, "runs": str(len(own)), "validation loss": f"{np.mean(own):.4f}"}
+        for model, own in losses.items()
+    ]
+    trained = ", ".join(map(str, contexts))
+    exhibits = [
+        Exhibit(
+            "depth-length",
+            "Exact match by depth and length",
+            keys,
+            f"Per cent of the answers decoded in full; trained at {trained} tokens, examples at most half of it.",
+            needle_summary(records),
+            draw_scores(scores, folder / "needle.svg", trained_on=contexts[0] if len(contexts) == 1 else None),
+            "heat maps of exact match, depth against length, one row per task and one column per model",
+        ),
+        Exhibit("training", "Loss on the mixture", keys, table=training),
+    ]
+    models = [model for model in losses if model.startswith("dma")]
+    findings = [
+        finding
+        for model in models
+        for inside in (True, False)
+        if (finding := _compare(model, scores, keys, max(contexts), inside)) is not None
+    ]
+    return Section("", exhibits, findings)
+
+
+def _compare(
+    model: str, scores: Sequence[RetrievalScore], keys: Sequence[str], context: int, inside: bool
+) -> Finding | None:
+    """The model against mha, over the cells that both were asked, up to the training length or beyond it."""
+    found: dict[str, dict[tuple[str, int, float], float]] = defaultdict(dict)
+    for score in scores:
+        if (score.length <= context) == inside:
+            found[score.model][score.task, score.length, score.depth] = score.exact
+    both = sorted(found[model].keys() & found["mha"].keys())
+    where = f"to {context} tokens, trained for" if inside else f"beyond {context} tokens"
+    subject = f"{model}, {where}"
+    if not found[model]:
+        return None
+    if not both:
+        return Finding("needle", subject, "mha was not tested", None, keys)
+    ours, theirs = (float(np.mean([found[name][cell] for cell in both])) for name in (model, "mha"))
+    measured = f"{ours:.1%} of the answers exact, mha {theirs:.1%}, over {len(both)} cells of task, length and depth"
+    if max(ours, theirs) < _LEARNT:
+        return Finding("needle", subject, f"{measured}: neither learnt to retrieve", None, keys)
+    return Finding("needle", subject, measured, ours > theirs, keys)

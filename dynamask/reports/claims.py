@@ -1,0 +1,69 @@
+"""The paper's claims, in our words, and the library's own goal: what each row of "what held" is held against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim.
+
+    Attributes:
+        text: what is claimed.
+        origin: where.
+        command: what measures it at full size.
+    """
+
+    text: str
+    origin: str
+    command: str
+
+
+_V1 = "arXiv 2508.02124v1, abstract"
+_V6 = "arXiv 2508.02124v6, abstract"
+
+
+def _experiment(name: str) -> str:
+    return f"dynamask experiment {name} --size paper --results benchmarks/results/{name}.jsonl"
+
+
+CLAIMS: dict[str, Claim] = {
+    "perplexity": Claim(
+        "Lower perplexity than MHA, SWA, MLA and NSA when trained Chinchilla-optimally", _V1, _experiment("scaling")
+    ),
+    "recall": Claim(
+        "Multi-query associative recall: more accurate than MHA, SWA, MLA and NSA", _V1, _experiment("mqar")
+    ),
+    "recall-efficiency": Claim(
+        "Multi-query associative recall: more efficient than MHA, SWA, MLA and NSA", _V1, _experiment("mqar")
+    ),
+    "needle": Claim("Needle in a haystack: better than MHA", _V1, _experiment("needle")),
+    "benchmarks": Claim(
+        "Standard benchmarks at 1.7B parameters: better than MHA",
+        _V1,
+        "dynamask evaluate MODEL --tasks "
+        "mmlu,triviaqa,arc_easy,arc_challenge,piqa,hellaswag,openbookqa,winogrande,lambada_openai",
+    ),
+    "speed": Claim(
+        "Up to 10 times as fast as dense attention",
+        _V6,
+        "dynamask benchmark gpu --output benchmarks/results/h100-attention",
+    ),
+    "gradients": Claim(
+        "Mask and sparse weights do not obstruct gradients: the score is trained end to end, and gains from it",
+        _V6,
+        _experiment("ablation"),
+    ),
+    "content": Claim(
+        "The mask follows content: which keys are kept is learned, and the model uses the choice",
+        _V6,
+        "dynamask report masks RUN --line benchmarks/results/masks/RUN.jsonl",
+    ),
+    "locality": Claim(
+        "At a window of a sixteenth of the context, no worse than SWA after a hundred steps, nor than MHA at the end",
+        "goal of this library",
+        _experiment("locality"),
+    ),
+}
+"""By name; experiments' findings refer to them."""
