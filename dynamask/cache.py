@@ -26,12 +26,14 @@ class LiveKeys(NamedTuple):
     Attributes:
         key, value: (B, G, N, D): the live keys of the past, then the call's own.
         score: (B, G, N) their scores.
+        position: (B, G, N) int64, in the sequence, padding counted; -1 for an empty slot.
         expiry: (B, G, N) int32, in the coordinates of this concatenation.
     """
 
     key: Tensor
     value: Tensor
     score: Tensor
+    position: Tensor
     expiry: Tensor
 
 
@@ -114,7 +116,8 @@ class BoundedLayer(CacheLayerMixin):
         positions = torch.cat([self.positions, position.expand(batch, heads, new)], dim=-1)
         score = torch.cat([self.scores, scores], dim=-1)
         expiry = key_expiry(score.detach(), self.window, local=self.local, key_mask=real)
-        live = LiveKeys(torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2), score, expiry)
+        key, value = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
+        live = LiveKeys(key, value, score, positions, expiry)
         length = positions.shape[-1]
         self.seen += new
 
@@ -145,7 +148,7 @@ class BoundedLayer(CacheLayerMixin):
             self._replace_plainly(key, value, scores)
         self.advance()
         # The slots are in no order, but there is one query and it sees them all.
-        return LiveKeys(self.keys, self.values, self.scores, self._everlasting)
+        return LiveKeys(self.keys, self.values, self.scores, self.positions, self._everlasting)
 
     def _replace_plainly(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
         rank = sortable_scores(self.scores)

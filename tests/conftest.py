@@ -48,6 +48,7 @@ VARIANTS = {
     "dma-linear": {"local": 2, "recency": 0.05, "score_form": "linear"},
     "dma-one": {"window": 1, "local": 0},
     "dma-delta": {"gate_init": "delta", "recency_spread": 4.0, "rank_noise": 0.5},
+    "dma-ranks": {"recency": 0.2, "rank_recency": 0.02},
     "dma-layers": {"layer_attention": ["swa", "dma"]},
     "dma-dense": {"layer_attention": ["mha", "dma"]},
     "swa": {},

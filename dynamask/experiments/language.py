@@ -53,8 +53,8 @@ class LanguageConfig:
     """One run.
 
     Attributes:
-        attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, distance_penalty,
-            layer_attention: of the model, see `DynamaskConfig`. A window only for mixers that choose.
+        attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency,
+            distance_penalty, layer_attention: of the model, see `DynamaskConfig`. A window only for mixers that choose.
         gate_rate: learning rate of the gates (Delta, A and slopes) over that of the other weights.
         window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
             is so many times the config's, until the next. The validation loss is always at the config's window.
@@ -86,6 +86,7 @@ class LanguageConfig:
     score_form: str = "exp"
     gate_init: str = "gate"
     rank_noise: float = 0.0
+    rank_recency: float | None = None
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
     gate_rate: float = 1.0
@@ -189,7 +190,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
         name: getattr(settings, name)
         for name in (
             *("window", "local", "recency", "recency_spread", "score_form", "gate_init", "rank_noise"),
-            *("distance_penalty", "layer_attention"),
+            *("rank_recency", "distance_penalty", "layer_attention"),
         )
         if getattr(settings, name) is not None
     }

@@ -48,6 +48,8 @@ FORMS: list[Variant] = [
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "gate_rate": 5.0},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "rank_noise": 0.5},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": 0},
+    {"attention": "dma", "gate_init": "delta", "rank_recency": 0.1},
+    {"attention": "dma", "gate_init": "delta", "rank_recency": 0.01},
     {"attention": "dma", "gate_init": "delta", **_FROM_DENSE},
     {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", **_FROM_DENSE},
 ]
@@ -77,6 +79,8 @@ def variant_name(config: Config) -> str:
         value = getattr(settings, name)
         if value != defaults[name]:
             parts.append(f"{name.split('_')[-1]} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    if settings.rank_recency is not None:
+        parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:
         parts.append("penalty")
     if settings.window_schedule:
@@ -126,8 +130,9 @@ def configs(
     found = []
     for variant in variants:
         own = dict(variant)
-        if own.get("distance_penalty"):
-            own["distance_penalty"] /= window
+        for slope in ("distance_penalty", "rank_recency"):
+            if own.get(slope):
+                own[slope] /= window
         if own["attention"] != "mha" or own.get("layer_attention"):
             own["window"] = window
         if own.get("local") == "window":
@@ -201,7 +206,7 @@ def _quick() -> list[Config]:
         "steps": 300,
     }
     shape |= {"compile": False, "warmup": 0.05}
-    forms = [PAPER, {"attention": "dma"}, best, {**best, **_FROM_DENSE}]
+    forms = [PAPER, {"attention": "dma"}, best, {**best, "rank_recency": 0.1}, {**best, **_FROM_DENSE}]
     spread = [RIVALS[4], {**CONTROL, "recency_spread": 8.0}]
     return configs([*RIVALS[:4], *spread, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
 

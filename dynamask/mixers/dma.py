@@ -34,6 +34,7 @@ class DynamicMaskGate(nn.Module):
         recency_spread: factor from this slope to the first head's, and from the last head's to it; see `slopes`.
         zero: "gate" or "delta", the factor of the score that starts at zero.
         rank_noise: scale of the noise of `ranks` in training.
+        rank_recency: slope of the ranks per position; None: λ, that of the logits.
         bias: whether Delta has a bias.
     """
 
@@ -47,13 +48,14 @@ class DynamicMaskGate(nn.Module):
         recency_spread: float = 1.0,
         zero: str = "gate",
         rank_noise: float = 0.0,
+        rank_recency: float | None = None,
         bias: bool = False,
     ) -> None:
         super().__init__()
         self.score_form = score_form
         self.recency, self.recency_spread = recency, recency_spread
         self.zero = zero
-        self.rank_noise = rank_noise
+        self.rank_noise, self.rank_recency = rank_noise, rank_recency
         self.delta = nn.Linear(num_key_value_heads * head_dim, num_key_value_heads, bias=bias)
         self.gate = nn.Parameter(torch.zeros(num_key_value_heads))
         if recency:
@@ -101,18 +103,44 @@ class DynamicMaskGate(nn.Module):
             (B, G, N) float32 (float64 for float64 values): scores rank keys, so they keep full precision
             whatever the model's dtype.
         """
+        return self.score_and_rank(value, position_ids)[0]
+
+    def score_and_rank(self, value: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to the logits, and what decides the contest; the same tensor unless `rank_recency` is given.
+
+        With one slope for both, a key that is to live for some windows needs a bonus on its logits that it has from
+        birth, when no distance takes any of it away yet. A flatter slope of the ranks asks for less.
+
+        Arguments and results as in `forward`.
+        """
         wide = torch.promote_types(value.dtype, torch.float32)
         with torch.autocast(value.device.type, enabled=False):
             rows = value.transpose(1, 2).flatten(2).to(wide)
             bias = None if self.delta.bias is None else self.delta.bias.to(wide)
             z = F.linear(rows, self.delta.weight.to(wide), bias)
-            score = self.gate.to(wide) * F.softplus(z)
+            content = self.gate.to(wide) * F.softplus(z)
             if self.score_form == "exp":
-                score = score.exp()
-            score = _settle(score)
-            if self.recency:
-                score = score + self.log_recency.to(wide).exp() * position_ids.unsqueeze(-1)
-        return score.transpose(1, 2)
+                content = content.exp()
+            content = _settle(content).transpose(1, 2)
+            place = position_ids.unsqueeze(1).to(wide)
+            score = content + self._slope(wide) * place if self.recency else content
+            return score, score if self.rank_recency is None else content + self.rank_recency * place
+
+    def score_of_rank(self, rank: Tensor, position: Tensor) -> Tensor:
+        """What is added to the logits of keys whose rank a cache has kept, up to a constant per row.
+
+        Args:
+            rank: (B, G, N) of `score_and_rank`.
+            position: (B, G, N) in the sequence.
+        """
+        if self.rank_recency is None:
+            return rank
+        slope = self._slope(rank.dtype) if self.recency else 0.0
+        return rank + (slope - self.rank_recency) * position.to(rank.dtype)
+
+    def _slope(self, dtype: torch.dtype) -> Tensor:
+        """(G, 1) λ."""
+        return self.log_recency.to(dtype).exp()[:, None]
 
 
 def _settle(score: Tensor) -> Tensor:
@@ -141,6 +169,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
             recency_spread=config.recency_spread,
             zero=config.gate_init,
             rank_noise=config.rank_noise,
+            rank_recency=config.rank_recency,
         )
 
     @classmethod
@@ -197,14 +226,15 @@ def dynamic_mask_mix(
     """
     layer = None if cache is None else bounded_layer(cache, layer_idx)
     if layer is not None:
-        scores = gate(value, sequence.position_ids)
-        live = layer.extend(key, value, scores, sequence.new_key_mask())
-        return attend(query, live.key, live.value, live.expiry, bias=live.score, scale=scale, max_live=window)
+        _, rank = gate.score_and_rank(value, sequence.position_ids)
+        live = layer.extend(key, value, rank, sequence.new_key_mask())
+        scores = gate.score_of_rank(live.score, live.position)
+        return attend(query, live.key, live.value, live.expiry, bias=scores, scale=scale, max_live=window)
     if cache is not None:
         key, value = cached_rows(cache, key, value, layer_idx, sequence)
-    scores = gate(value, sequence.key_position_ids(key.shape[2]))
+    scores, rank = gate.score_and_rank(value, sequence.key_position_ids(key.shape[2]))
     facts = {"segment_ids": sequence.segment_ids, "key_mask": sequence.key_mask}
-    expiry = key_expiry(gate.ranks(scores), window, local=local, **facts)
+    expiry = key_expiry(gate.ranks(rank), window, local=local, **facts)
     return attend(query, key, value, expiry, bias=scores, scale=scale, max_live=window)
 
 

@@ -44,6 +44,8 @@ class DynamaskConfig(PreTrainedConfig):
         rank_noise: dma, in training only: Gumbel noise of this scale on the ranks (not on the logits), so that now and
             then a query sees keys that the gates would have dropped. Scale 1 samples the kept keys in proportion to
             exp(score). 0: none.
+        rank_recency: dma: slope of the ranks per position, where it is not to be that of the logits; None: the same. A
+            flatter one lets small differences of score keep keys for long; 0: content alone ranks.
         distance_penalty: mha, swa: initial slope of a learned penalty per position of distance on the logits, the same
             that dma's recency adds to them; 0: none.
         layer_attention: attention of each layer, where they differ: num_hidden_layers names. None: `attention` in all.
@@ -84,6 +86,7 @@ class DynamaskConfig(PreTrainedConfig):
     score_form: str = "exp"
     gate_init: str = "gate"
     rank_noise: float = 0.0
+    rank_recency: float | None = None
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
 
@@ -135,8 +138,8 @@ class DynamaskConfig(PreTrainedConfig):
             raise InvalidInputError(
                 f"recency_spread is a factor of at least 1 (1: no spread); got {self.recency_spread}"
             )
-        for name in ("rank_noise", "distance_penalty"):
-            if getattr(self, name) < 0:
+        for name in ("rank_noise", "rank_recency", "distance_penalty"):
+            if (getattr(self, name) or 0.0) < 0:
                 raise InvalidInputError(f"{name} cannot be negative (0: none); got {getattr(self, name)}")
         for mixer in mixers:
             default_dimensions = getattr(mixer, "default_dimensions", None)
