@@ -93,7 +93,7 @@ class DynamicMaskGate(nn.Module):
         return scores - self.rank_noise * (-uniform.log()).clamp(min=1e-12).log()
 
     def forward(self, value: Tensor, position_ids: Tensor) -> Tensor:
-        """Scores of keys.
+        """Scores of keys: what ranks them and, by `logit_bias`, what is added to their logits.
 
         Args:
             value: (B, G, N, D).
@@ -103,40 +103,37 @@ class DynamicMaskGate(nn.Module):
             (B, G, N) float32 (float64 for float64 values): scores rank keys, so they keep full precision
             whatever the model's dtype.
         """
-        return self.score_and_rank(value, position_ids)[0]
-
-    def score_and_rank(self, value: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to the logits, and what decides the contest; the same tensor unless `rank_recency` is given.
-
-        With one slope for both, a key that is to live for some windows needs a bonus on its logits that it has from
-        birth, when no distance takes any of it away yet. A flatter slope of the ranks asks for less.
-
-        Arguments and results as in `forward`.
-        """
         wide = torch.promote_types(value.dtype, torch.float32)
         with torch.autocast(value.device.type, enabled=False):
             rows = value.transpose(1, 2).flatten(2).to(wide)
             bias = None if self.delta.bias is None else self.delta.bias.to(wide)
             z = F.linear(rows, self.delta.weight.to(wide), bias)
-            content = self.gate.to(wide) * F.softplus(z)
+            score = self.gate.to(wide) * F.softplus(z)
             if self.score_form == "exp":
-                content = content.exp()
-            content = _settle(content).transpose(1, 2)
+                score = score.exp()
+            score = _settle(score).transpose(1, 2)
             place = position_ids.unsqueeze(1).to(wide)
-            score = content + self._slope(wide) * place if self.recency else content
-            return score, score if self.rank_recency is None else content + self.rank_recency * place
+            if self.rank_recency is not None:
+                return score + self.rank_recency * place
+            return score + self._slope(wide) * place if self.recency else score
 
-    def score_of_rank(self, rank: Tensor, position: Tensor) -> Tensor:
-        """What is added to the logits of keys whose rank a cache has kept, up to a constant per row.
+    def logit_bias(self, scores: Tensor, position: Tensor) -> Tensor:
+        """What is added to the logits, up to a constant per row: the scores, unless `rank_recency` is given.
+
+        With one slope for both, a key that is to live for some windows needs a bonus on its logits that it has from
+        birth, when no distance takes any of it away yet. A flatter slope of the ranks asks for less.
 
         Args:
-            rank: (B, G, N) of `score_and_rank`.
-            position: (B, G, N) in the sequence.
+            scores: (B, G, N), what `forward` returned.
+            position: (B, G, N) or (B, 1, N), counted from any point of the row.
+
+        Returns:
+            (B, G, N).
         """
         if self.rank_recency is None:
-            return rank
-        slope = self._slope(rank.dtype) if self.recency else 0.0
-        return rank + (slope - self.rank_recency) * position.to(rank.dtype)
+            return scores
+        slope = self._slope(scores.dtype) if self.recency else 0.0
+        return scores + (slope - self.rank_recency) * position.to(scores.dtype)
 
     def _slope(self, dtype: torch.dtype) -> Tensor:
         """(G, 1) λ."""
@@ -226,16 +223,18 @@ def dynamic_mask_mix(
     """
     layer = None if cache is None else bounded_layer(cache, layer_idx)
     if layer is not None:
-        _, rank = gate.score_and_rank(value, sequence.position_ids)
-        live = layer.extend(key, value, rank, sequence.new_key_mask())
-        scores = gate.score_of_rank(live.score, live.position)
-        return attend(query, live.key, live.value, live.expiry, bias=scores, scale=scale, max_live=window)
+        scores = gate(value, sequence.position_ids)
+        live = layer.extend(key, value, scores, sequence.new_key_mask())
+        bias = gate.logit_bias(live.score, live.position)
+        return attend(query, live.key, live.value, live.expiry, bias=bias, scale=scale, max_live=window)
     if cache is not None:
         key, value = cached_rows(cache, key, value, layer_idx, sequence)
-    scores, rank = gate.score_and_rank(value, sequence.key_position_ids(key.shape[2]))
+    position = sequence.key_position_ids(key.shape[2])
+    scores = gate(value, position)
     facts = {"segment_ids": sequence.segment_ids, "key_mask": sequence.key_mask}
-    expiry = key_expiry(gate.ranks(rank), window, local=local, **facts)
-    return attend(query, key, value, expiry, bias=scores, scale=scale, max_live=window)
+    expiry = key_expiry(gate.ranks(scores), window, local=local, **facts)
+    bias = gate.logit_bias(scores, position.unsqueeze(1))
+    return attend(query, key, value, expiry, bias=bias, scale=scale, max_live=window)
 
 
 def bounded_layer(cache: Cache, layer_idx: int) -> BoundedLayer | None:
