@@ -447,9 +447,8 @@ class _Run:
         compiled = settings.compile and self.device.type == "cuda"
         if compiled:
             torch._dynamo.reset()  # a sweep of many mixers would run into dynamo's limit of graphs per function
-            for name, layer in zip(settings.mixers, self.model.model.layers, strict=True):
-                if name != "nsa":  # its blocks are laid out by a look at the data, which a graph cannot hold
-                    layer.compile(dynamic=False)
+            for layer in self.model.model.layers:
+                layer.compile(dynamic=False)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         batches = _Batches(settings, self.streams.train, self.device)

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.expiry import key_expiry
 from dynamask.mixers.rotary import rotary_angles, rotate
+from dynamask.ops.nsa import BlockLayout
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class SequenceInfo:
         key_mask: (B, N) bool, N = past + Nq, True for a real token, or None where nothing is padding.
         length: N, where the batch continues a cache; None leaves it to what the cache returns.
         angles: of `position_ids`, as `rotary_angles` gives them for the mixer's `rotary_dim`; None: not computed yet.
+        blocks: nsa's, of all N keys; None: not laid out yet.
     """
 
     position_ids: Tensor
@@ -33,6 +35,7 @@ class SequenceInfo:
     key_mask: Tensor | None = None
     length: int | None = None
     angles: tuple[Tensor, Tensor] | None = None
+    blocks: BlockLayout | None = None
 
     @property
     def plain(self) -> bool:
@@ -104,6 +107,10 @@ class Mixer(nn.Module, ABC):
         if sequence.angles is not None:
             return sequence.angles
         return rotary_angles(sequence.position_ids, self.rotary_dim, self.config.rope_theta, dtype)
+
+    def prepared(self, sequence: SequenceInfo) -> SequenceInfo:
+        """The facts with what all layers of this kind would else compute each for itself. Most need nothing."""
+        return sequence
 
     def remember(self, cache: Cache, key: Tensor, value: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
         """Add this call's keys and values to a transformers cache.

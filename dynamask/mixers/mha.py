@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
@@ -54,8 +56,47 @@ def dense_attention(
     batch, _, num_queries, _ = query.shape
     groups, length = key.shape[1], key.shape[2]
     if sequence.plain and (num_queries == length or num_queries == 1):
-        return F.scaled_dot_product_attention(
+        width = value.shape[-1]
+        if query.is_cuda and width != query.shape[-1] and not _fast_at(query.shape[-1], width, _dtype(query)):
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            query, key, value = _equal_widths(query, key, value)
+        output = F.scaled_dot_product_attention(
             query, key, value, is_causal=num_queries > 1, scale=scale, enable_gqa=True
         )
+        return output[..., :width]
     expiry = recency_expiry(batch, groups, length, length, sequence, key.device)
     return interval_attention(query, key, value, expiry, scale=scale)
+
+
+def _dtype(query: Tensor) -> torch.dtype:
+    """The dtype SDPA computes in: autocast's where that is on."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+# A look at the machine, not at the data: one answer for all calls of a compiled graph.
+@torch.compiler.assume_constant_result
+def _fast_at(key_width: int, value_width: int, dtype: torch.dtype) -> bool:
+    """Whether SDPA gives keys and values of these widths to a backend as fast as those for equal widths.
+
+    cuDNN takes unequal widths (up to 128, and DeepSeek's 192 with 128) on Hopper and Blackwell, where PyTorch
+    prefers it with a cuDNN newer than 9.15. Flash refuses them, and what is left runs on Ampere's instructions, at
+    about half of flash's rate, while zeros up to the greater width add a fifth to the work of 192 with 128: hence
+    `_equal_widths`. In float32, which only that last backend takes, zeros would win nothing.
+    """
+    if dtype not in (torch.float16, torch.bfloat16) or max(key_width, value_width) > 256:
+        return True
+    query = torch.empty(1, 1, 128, key_width, dtype=dtype, device="cuda", requires_grad=True)
+    value = torch.empty(1, 1, 128, value_width, dtype=dtype, device="cuda", requires_grad=True)
+    try:
+        choice = torch._fused_sdp_choice(query, query, value, is_causal=True)
+    except RuntimeError:  # the caller allows only backends that refuse them
+        return False
+    return choice in (SDPBackend.CUDNN_ATTENTION.value, SDPBackend.FLASH_ATTENTION.value)
+
+
+def _equal_widths(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros up to the greater width: they add nothing to the products, and to the output only columns to cut off."""
+    width = max(query.shape[-1], value.shape[-1])
+    query, key, value = (F.pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, value))
+    return query, key, value

@@ -100,7 +100,11 @@ class MultiHeadLatentAttention(Mixer):
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, sequence: SequenceInfo
     ) -> Tensor:
-        """Build keys and values of every head from the latent: cheapest where queries are as many as keys."""
+        """Build keys and values of every head from the latent: cheapest where queries are as many as keys.
+
+        By default a head's key is as wide as its value, which every backend of SDPA takes; `dense_attention` sees to
+        other widths.
+        """
         batch, _, length, _ = latent.shape
         rows = self.kv_up(latent.squeeze(1)).view(batch, length, self.num_heads, self.nope_dim + self.value_dim)
         k_nope, value = rows.transpose(1, 2).split([self.nope_dim, self.value_dim], dim=-1)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo
-from dynamask.ops import attend
-from dynamask.ops.nsa import block_layout, nsa_attention
+from dynamask.ops.nsa import BlockLayout, block_layout, nsa_attention
 
 
 class NativeSparseAttention(GroupedQueryMixer):
     """Grouped-query attention whose queries see block means, the best blocks, and a sliding window.
 
-    On a GPU, flash-linear-attention's kernels run where they are installed and take the shape: H / G a power of
-    two of at least 16, which no preset has, blocks of a power of two, no padding, no packing, as many queries as
-    keys. Elsewhere `dynamask.ops.nsa`.
+    On a GPU, flash-linear-attention's kernels run the selected branch where they are installed and take it: float16 or
+    bfloat16, blocks of a power of two from 16 on, no padding, no packing, as many queries as keys. See
+    `dynamask.ops.nsa` for the rest.
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:
@@ -48,49 +46,28 @@ class NativeSparseAttention(GroupedQueryMixer):
         if cache is not None:
             key, value = self.remember(cache, key, value, sequence)
         gates = self.g_proj(hidden_states).sigmoid().unflatten(-1, (self.num_heads, 3)).transpose(1, 2)
-        batch, _, length, _ = key.shape
+        layout = sequence.blocks
+        if layout is None:
+            layout = self.layout(sequence, key.shape[2])
         config = self.config
-        options = {"block_size": config.nsa_block_size, "block_counts": config.nsa_block_counts}
-        if (
-            sequence.plain
-            and query.shape[2] == length
-            and _kernels_take(query, key, config.nsa_block_size, config.nsa_block_counts)
-        ):
-            return self.merge_heads(_kernels(query, key, value, gates, window=config.nsa_window, **options))
-        layout = block_layout(batch, length, config.nsa_block_size, key.device, sequence.segment_ids, sequence.key_mask)
-        output = nsa_attention(query, key, value, gates, window=config.nsa_window, layout=layout, **options)
+        output = nsa_attention(
+            *(query, key, value, gates),
+            block_counts=config.nsa_block_counts,
+            window=config.nsa_window,
+            layout=layout,
+        )
         return self.merge_heads(output)
 
+    def layout(self, sequence: SequenceInfo, length: int) -> BlockLayout:
+        """Where the `length` keys of the batch lie in blocks."""
+        ids = sequence.position_ids
+        return block_layout(
+            *(len(ids), length, self.config.nsa_block_size, ids.device, sequence.segment_ids, sequence.key_mask)
+        )
 
-def _kernels_take(query: Tensor, key: Tensor, block_size: int, block_counts: int) -> bool:
-    """Whether flash-linear-attention is installed and its kernels support these heads and blocks."""
-    ratio = query.shape[1] // key.shape[1]
-    powers = all(n & (n - 1) == 0 for n in (ratio, block_size, block_counts))
-    # fla asks for 16 heads to fill a tile, and sorts candidates in tiles of half a block.
-    if not query.is_cuda or not powers or ratio < 16 or block_size < max(16, 2 * block_counts):
-        return False
-    return importlib.util.find_spec("fla") is not None
-
-
-def _kernels(
-    query: Tensor, key: Tensor, value: Tensor, gates: Tensor, *, block_size: int, block_counts: int, window: int
-) -> Tensor:
-    """(B, H, N, D): fla's compressed and selected branches, and the sliding one as interval attention.
-
-    fla's own sliding branch calls flash-attn, which it does not bring along.
-    """
-    from fla.ops.nsa import parallel_nsa
-
-    by_position = [x.transpose(1, 2).contiguous() for x in (query, key, value)]
-    compressed, selected, sliding = gates.to(query.dtype).unbind(-1)
-    output = parallel_nsa(
-        *by_position,
-        g_cmp=compressed.transpose(1, 2).contiguous(),
-        g_slc=selected.transpose(1, 2).contiguous(),
-        block_size=block_size,
-        block_counts=block_counts,
-    ).transpose(1, 2)
-    batch, groups, length = key.shape[:3]
-    position = torch.arange(length, dtype=torch.int32, device=key.device)
-    expiry = (position + window).clamp(max=length).expand(batch, groups, length).contiguous()
-    return output + sliding.unsqueeze(-1) * attend(query, key, value, expiry, max_live=window)
+    def prepared(self, sequence: SequenceInfo) -> SequenceInfo:
+        """See `Mixer.prepared`: blocks, which packed documents need a look at the data for."""
+        if sequence.plain:  # counted, not looked up: compiled layers had better do it themselves
+            return sequence
+        length = sequence.position_ids.shape[1] if sequence.length is None else sequence.length
+        return replace(sequence, blocks=self.layout(sequence, length))

@@ -137,6 +137,9 @@ class DynamaskModel(DynamaskPreTrainedModel):
         # Once for all layers, which all rotate by the same angles.
         mixer = cast(DynamaskDecoderLayer, self.layers[0]).mixer
         sequence = replace(sequence, angles=mixer.angles(sequence, hidden_states.dtype))
+        mixers = [cast(DynamaskDecoderLayer, layer).mixer for layer in self.layers]
+        for kind in {type(mixer): mixer for mixer in mixers}.values():
+            sequence = kind.prepared(sequence)
 
         states: tuple[Tensor, ...] = ()
         want_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from dynamask import InvalidInputError
+from dynamask.ops import nsa
 from dynamask.ops.nsa import block_layout, nsa_attention
 
 naive = pytest.importorskip("fla.ops.nsa.naive", reason="flash-linear-attention is not installed")
@@ -26,7 +32,6 @@ def test_agrees_with_fla(length: int, heads: int, groups: int, counts: int) -> N
         key,
         value,
         gates,
-        block_size=block,
         block_counts=counts,
         window=window,
         layout=block_layout(2, length, block, query.device),
@@ -58,7 +63,7 @@ def test_gradcheck() -> None:
     gates = torch.rand(1, 2, 7, 3, dtype=torch.float64, requires_grad=True)
     layout = block_layout(1, 7, 2, query.device)
     assert torch.autograd.gradcheck(
-        lambda *t: nsa_attention(*t, block_size=2, block_counts=3, window=2, layout=layout),
+        lambda *t: nsa_attention(*t, block_counts=3, window=2, layout=layout),
         (query, key, value, gates),
     )
 
@@ -73,8 +78,71 @@ def test_bad_input_is_named() -> None:
             zeros,
             zeros,
             torch.zeros(1, 1, 4, 3),
-            block_size=2,
             block_counts=0,
             window=1,
             layout=block_layout(1, 4, 2, torch.device("cpu")),
         )
+
+
+def inputs(length: int, dim: int = 6) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, length, dim), (2, 2, length, dim), (2, 2, length, dim), (2, 4, length, 3))
+    return [torch.randn(*shape, generator=generator).double().requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_change_nothing(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs(50)
+    key_mask = torch.rand(2, 50, generator=torch.Generator().manual_seed(1)) < 0.8 if masked else None
+    layout = block_layout(2, 50, 4, torch.device("cpu"), key_mask=key_mask)
+    results = []
+    for elements in (nsa.TILE_ELEMENTS, 2000):  # one tile; tiles of 17 queries for the blocks, of 5 for the keys
+        monkeypatch.setattr(nsa, "TILE_ELEMENTS", elements)
+        output = nsa_attention(*tensors, block_counts=4, window=7, layout=layout)
+        results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
+    for whole, tiled in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, whole)
+
+
+def test_training_keeps_no_gathered_keys() -> None:
+    tensors = inputs(300)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    layout = block_layout(2, 300, 16, torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = nsa_attention(*tensors, block_counts=8, window=128, layout=layout)
+    of_inputs = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+    assert sum(kept.values()) < 8 * of_inputs  # the keys of eight blocks for every query would be 64 times them
+    output.sum().backward()
+
+
+def test_only_packing_needs_a_look_at_the_data() -> None:
+    def slots(key_mask: torch.Tensor) -> torch.Tensor:
+        plain = block_layout(2, 9, 4, key_mask.device)
+        padded = block_layout(2, 9, 4, key_mask.device, key_mask=key_mask)
+        return plain.rows.sum() + padded.rows.sum() + padded.sliding_expiry(3).sum()
+
+    key_mask = torch.arange(9).expand(2, 9) >= torch.tensor([[0], [4]])
+    compiled = torch.compile(slots, backend="eager", fullgraph=True)
+    assert compiled(key_mask) == slots(key_mask)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_nsa_selected.py runs on the GPU itself")
+def test_kernels_under_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    file = Path(__file__).with_name("test_nsa_selected.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", str(file)],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=file.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
