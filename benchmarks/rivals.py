@@ -83,8 +83,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="timed steps")
     parser.add_argument("--warmup", type=int, default=4, help="steps before them")
     parser.add_argument("--eager", action="store_true", help="do not compile the layers")
+    parser.add_argument("--tf32", action="store_true", help="TF32 where float32 is multiplied: nsa's block scores")
     parser.add_argument("--output", type=Path, help="also append the lines to this file")
     arguments = parser.parse_args()
+    if arguments.tf32:
+        torch.set_float32_matmul_precision("high")
     compiled = torch.cuda.is_available() and not arguments.eager
     origin = {"device": provenance.device_name(), "versions": provenance.versions(), "commit": provenance.commit()}
     for name in arguments.only or MIXERS:
@@ -92,7 +95,12 @@ def main() -> None:
         config |= {"length": arguments.length, "compile": compiled}
         if arguments.batch_tokens:
             config["batch_tokens"] = arguments.batch_tokens
-        row: dict[str, Any] = {"size": arguments.size, "length": arguments.length, "compiled": compiled}
+        row: dict[str, Any] = {
+            "size": arguments.size,
+            "length": arguments.length,
+            "compiled": compiled,
+            "tf32": arguments.tf32,
+        }
         try:
             row |= measure(LanguageConfig.of(config), warmup=max(1, arguments.warmup), steps=arguments.steps)
         except (RuntimeError, AssertionError) as error:  # out of memory, say: the other mixers are still worth a row

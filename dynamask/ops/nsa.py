@@ -29,6 +29,9 @@ from dynamask.ops.nsa_selected import kernels_take, selected_attention
 TILE_ELEMENTS = 1 << 25
 """Numbers in the largest tensors of a tile of queries (block logits, or gathered keys): 128 MiB in float32."""
 
+_ROUNDS = 8
+"""Up to so many blocks are picked by as many maxima: `topk` gives each of millions of short rows a GPU block."""
+
 
 @dataclass(frozen=True)
 class BlockLayout:
@@ -250,9 +253,22 @@ def _compressed(
         forced &= in_document & (block <= own[..., None])
         importance = torch.where(forced[:, None], 1.0, importance)
         importance = importance.masked_fill(~(whole | forced)[:, None], -1.0)
-        best = importance.topk(min(block_counts, len(block)), dim=-1)
-        chosen = torch.where(best.values >= 0, best.indices, -1).to(torch.int32)
+        chosen = _best(importance, min(block_counts, len(block)))
     return output, chosen
+
+
+def _best(importance: Tensor, count: int) -> Tensor:
+    """(..., C) -> (..., count) int32, the most important blocks in any order, -1 where only negative ones are left."""
+    if not 3 <= count <= _ROUNDS:  # of fewer than 3, forced blocks compete for places, all alike: `topk` decides
+        best = importance.topk(count, dim=-1, sorted=False)
+        return torch.where(best.values >= 0, best.indices, -1).to(torch.int32)
+    block = torch.arange(importance.shape[-1], device=importance.device)
+    chosen = []
+    for _ in range(count):
+        value, index = importance.max(-1, keepdim=True)
+        chosen.append(torch.where(value >= 0, index, -1))
+        importance = importance.masked_fill(block == index, -1.0)
+    return torch.cat(chosen, dim=-1).to(torch.int32)
 
 
 def _selected(query: Tensor, slot: Tensor, chosen: Tensor, key: Tensor, value: Tensor, size: int) -> Tensor:

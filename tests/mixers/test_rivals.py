@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dynamask.experiments.language import LanguageConfig, build_model
+from dynamask.experiments.scaling import PLANS, SHAPES
 from dynamask.mixers import SequenceInfo, mha
 from dynamask.mixers import nsa as nsa_mixer
 from dynamask.models import DynamaskForCausalLM
@@ -45,6 +47,18 @@ def test_blocks_are_laid_out_once_for_all_layers(packed: bool, monkeypatch: pyte
         calls.clear()
         model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
     assert [call[1] for call in calls] == [20 if packed else 21]
+
+
+@pytest.mark.parametrize("size", SHAPES)
+def test_the_scaling_experiments_nsa_suits_flas_kernels(size: str) -> None:
+    settings = PLANS["paper"].config({"attention": "nsa"}, size, seed=0, rate=1e-3)
+    with torch.device("meta"):
+        config = build_model(LanguageConfig.of(settings), 8192).config
+    block = config.nsa_block_size
+    assert block >= 16
+    assert block & (block - 1) == 0
+    assert 16 <= config.head_dim <= 256
+    assert config.nsa_block_counts * block + config.nsa_window == settings["window"]
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(24, 16), (16, 24)])
