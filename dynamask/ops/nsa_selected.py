@@ -23,8 +23,9 @@ PADDED_ELEMENTS = 1 << 27
 
 @cache
 def _installed() -> bool:
+    """Whether fla is, from 0.6 on, which brought this module and, with it, the functions used below."""
     try:
-        return importlib.util.find_spec("fla.ops.nsa.parallel") is not None
+        return importlib.util.find_spec("fla.ops.utils.csr") is not None
     except ModuleNotFoundError:
         return False
 

@@ -24,12 +24,12 @@ def test_flas_kernels_agree_with_the_torch_path(length: int, heads: int, groups:
     torch.manual_seed(0)
 
     def draw(number: int, width: int) -> torch.Tensor:
-        return torch.randn(2, number, length, width, device="cuda", dtype=torch.float16).requires_grad_()
+        return torch.randn(2, number, length, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
 
     inputs = (draw(heads, 64), draw(groups, 64), draw(groups, 64), draw(heads, 3))
-    options = {"block_counts": 8, "window": 128, "layout": block_layout(2, length, 32, torch.device("cuda"))}
-    assert kernels_take(*inputs[:3], 32)
-    grad = torch.randn(2, heads, length, 64, device="cuda").half()
+    options = {"block_counts": 4, "window": 128, "layout": block_layout(2, length, 64, torch.device("cuda"))}
+    assert kernels_take(*inputs[:3], 64)
+    grad = torch.randn(2, heads, length, 64, device="cuda").bfloat16()
     results = []
     for kernels in (True, False):
         output = nsa_attention(*inputs, kernels=kernels, **options)
@@ -38,7 +38,7 @@ def test_flas_kernels_agree_with_the_torch_path(length: int, heads: int, groups:
         # Both choose their blocks by the same code, so nothing but rounding is between them.
         error = ((got.float() - wanted.float()).norm() / wanted.float().norm()).item()
         print(name, f"{error:.1e}")
-        assert error < 2e-3, (name, error)
+        assert error < 1e-2, (name, error)
 
 
 def _model(attention: str, **fields: object) -> DynamaskForCausalLM:
@@ -70,7 +70,8 @@ def test_nsa_trains_without_a_wait(compiled: bool) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for got, wanted in zip(actual, expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0.05, atol=5e-3 * float(wanted.abs().max()) + 1e-6)
+        # By norm: a compiled layer rounds otherwise, so now and then a query chooses another block.
+        assert (got - wanted).norm() <= 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(192, 128), (96, 64), (64, 96), (160, 128)])
