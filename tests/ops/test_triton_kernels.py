@@ -357,6 +357,7 @@ def test_hopper_backward(
         check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, bias=False)
+    check(heads=heads, groups=groups, dim=dim, value_dim={32: 128, 64: 32, 128: 64}[dim], dtype=dtype, length=300)
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
