@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dynamask.errors import UsageError
 from dynamask.mixers import DynamicMaskGate
+from dynamask.mixers.gate_scores import gate_scores
 
 
-@torch.no_grad()
 def layer_scores(model: Any, input_ids: Tensor) -> Tensor:
     """What the gates of every layer say of every key.
 
@@ -29,17 +29,9 @@ def layer_scores(model: Any, input_ids: Tensor) -> Tensor:
     Raises:
         UsageError: the model has no dynamic mask gates.
     """
-    found: list[Tensor] = []
-    gates = [module for module in model.modules() if isinstance(module, DynamicMaskGate)]
-    if not gates:
+    found = gate_scores(model, input_ids)
+    if not found:
         raise UsageError("the model has no dynamic mask attention, so its keys have no scores")
-    hooks = [gate.register_forward_hook(lambda _m, _i, output: found.append(output)) for gate in gates]
-    try:
-        # Without the output layer, whose (N, vocabulary) logits nobody needs.
-        model.model(input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return torch.cat(found).float().cpu()
 
 

@@ -11,7 +11,6 @@ Documents stand end to end and attention crosses their bounds, for every mixer a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -27,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dynamask.errors import InvalidInputError, did_you_mean
+from dynamask.errors import InvalidInputError
 from dynamask.experiments.language_data import token_streams
 from dynamask.experiments.registry import Config, Progress
 from dynamask.experiments.results import run_key
+from dynamask.experiments.settings import WINDOWLESS, read_settings
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 
@@ -137,17 +137,13 @@ class LanguageConfig:
             )
         for name in self.mixers:
             get_mixer(name)
-            if self.window is None and name not in ("mha", "mla"):
+            if self.window is None and name not in WINDOWLESS:
                 raise InvalidInputError(f"attention={name!r} chooses among keys: give it a window")
 
     @classmethod
     def of(cls, config: Config) -> LanguageConfig:
         """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        for name in config:
-            if name not in known:
-                raise InvalidInputError(f"unknown setting {name!r} of a language run{did_you_mean(name, known)}")
-        return cls(**config)
+        return read_settings(cls, config, "a language run")
 
     @property
     def mixers(self) -> list[str]:
@@ -253,7 +249,7 @@ def _pairs(settings: LanguageConfig, config: DynamaskConfig, mixer: str, window:
         block = config.nsa_block_size or 1
         chosen = (config.nsa_block_counts or 0) * block
         return length * length / (2 * block) + seen(chosen) + seen(config.nsa_window or 0)
-    return seen(length if window is None or mixer in ("mha", "mla") else window)
+    return seen(length if window is None or mixer in WINDOWLESS else window)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
@@ -345,7 +341,7 @@ def language_cost(config: Config) -> float:
     """Operations of a run as a GPU's time goes: with something for starting the kernels of each step."""
     settings = LanguageConfig.of(config)
     seen = settings.length if settings.window is None else min(settings.window, settings.length)
-    if set(settings.mixers) & {"mha", "mla", "nsa"}:
+    if set(settings.mixers) & {*WINDOWLESS, "nsa"}:
         seen = settings.length // 2
     per_token = 6.0 * settings.parameters + 6.0 * settings.width * 8192 + 12.0 * settings.layers * settings.width * seen
     launches = 2e11 * settings.layers

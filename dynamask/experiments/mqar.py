@@ -24,11 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamask.errors import InvalidInputError, did_you_mean
+from dynamask.errors import InvalidInputError
 from dynamask.experiments.mqar_data import MqarExamples, mqar_examples
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
+from dynamask.experiments.settings import WINDOWLESS, read_settings
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 
@@ -43,9 +44,6 @@ TEST: list[Segment] = [
     *([64, 4, 1000], [64, 8, 1000], [64, 16, 1000], [128, 32, 1000], [256, 64, 1000], [512, 128, 1000]),
     [1024, 256, 1000],
 ]
-
-WINDOWLESS = ("mha", "mla")
-"""Mixers that see their whole prefix: a sweep over windows need run them once only."""
 
 _STEP_COST = 1e10
 """Multiplications that take about as long as starting the kernels of one step of a model this small."""
@@ -114,11 +112,7 @@ class MqarConfig:
     @classmethod
     def of(cls, config: Config) -> MqarConfig:
         """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        for name in config:
-            if name not in known:
-                raise InvalidInputError(f"unknown setting {name!r} of mqar{did_you_mean(name, known)}")
-        return cls(**config)
+        return read_settings(cls, config, "mqar")
 
     def batch(self, length: int) -> int:
         """Sequences per batch of that length."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dynamask.errors import InvalidInputError, did_you_mean
+from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
 from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
@@ -27,6 +27,7 @@ from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer,
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
+from dynamask.experiments.settings import read_settings
 from dynamask.models import DynamaskForCausalLM
 
 TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
@@ -109,11 +110,7 @@ class NeedleConfig:
     @classmethod
     def of(cls, config: Config) -> NeedleConfig:
         """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        for name in config:
-            if name not in known:
-                raise InvalidInputError(f"unknown setting {name!r} of needle{did_you_mean(name, known)}")
-        return cls(**config)
+        return read_settings(cls, config, "needle")
 
     @property
     def mixture(self) -> MixtureSettings:

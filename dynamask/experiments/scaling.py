@@ -20,6 +20,7 @@ from dynamask.experiments.power_law import fit_power_law
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
 from dynamask.experiments.section import Section
+from dynamask.experiments.settings import WINDOWLESS
 
 SHAPES: dict[str, dict[str, int]] = {
     "4M": {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "batch_tokens": 65_536},
@@ -61,7 +62,7 @@ class Plan:
     def config(self, mechanism: dict[str, Any], shape: str, seed: int, rate: float) -> Config:
         """One run, defaults written out."""
         own = dict(mechanism)
-        if own["attention"] not in ("mha", "mla"):
+        if own["attention"] not in WINDOWLESS:
             own["window"] = self.window
         if own["attention"] == "dma":
             own = {"local": self.window // 2, "recency": 1.0 / self.window, **own}

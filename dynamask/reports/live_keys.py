@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamask.errors import InvalidInputError
 from dynamask.expiry import key_expiry
-from dynamask.mixers import DynamicMaskGate
+from dynamask.mixers.gate_scores import gate_scores
 
 _LINE = 88  # characters of text per line of a panel
 
@@ -29,19 +29,12 @@ def layer_expiry(model: Any, input_ids: Tensor) -> Tensor:
     Raises:
         InvalidInputError: the model has no dynamic mask gates.
     """
-    gates = [module for module in model.modules() if isinstance(module, DynamicMaskGate)]
-    if not gates:
+    scores = gate_scores(model, input_ids)
+    if not scores:
         raise InvalidInputError("the model has no dynamic mask attention, so no key has a lifetime of its own")
-    scores: list[Tensor] = []
-    hooks = [gate.register_forward_hook(lambda _m, _i, output: scores.append(output)) for gate in gates]
-    try:
-        model(input_ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
     config = model.config
-    windows = getattr(config, "layer_windows", None) or [config.window] * len(gates)
-    locals_ = getattr(config, "layer_locals", None) or [config.local] * len(gates)
+    windows = getattr(config, "layer_windows", None) or [config.window] * len(scores)
+    locals_ = getattr(config, "layer_locals", None) or [config.local] * len(scores)
     return torch.cat(
         [key_expiry(s.float(), w, local=n) for s, w, n in zip(scores, windows, locals_, strict=True)]
     ).cpu()

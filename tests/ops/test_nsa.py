@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -133,16 +130,5 @@ def test_only_packing_needs_a_look_at_the_data() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_nsa_selected.py runs on the GPU itself")
-def test_kernels_under_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    file = Path(__file__).with_name("test_nsa_selected.py")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", str(file)],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=file.parents[2],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+def test_kernels_under_the_interpreter(run_interpreted: Callable[[str, float], None]) -> None:
+    run_interpreted("test_nsa_selected.py", 300)

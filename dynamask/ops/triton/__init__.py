@@ -10,8 +10,9 @@
 | `gluon.py` | which inputs those take |
 | `backward.py` | gradients over the same lists |
 | `expiry.py` | scores to intervals |
-| `backward_walk.py` | gradients to keys and values in a fixed order, for deterministic mode |
+| `backward_walk.py` | the order of a walk over each key's queries, and the walk itself for deterministic mode |
 | `decode.py` | a few queries over many keys, split along the keys |
+| `replace.py` | a new key into a full bounded cache |
 
 `TRITON_INTERPRET=1` runs all of it on a CPU, which is how it is tested without a GPU.
 """
