@@ -141,9 +141,8 @@ def _consume(
     deaths,
     places,
     key_full,
-    key_empty,
     value_full,
-    value_empty,
+    empty,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
@@ -210,7 +209,8 @@ def _consume(
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
             p = _weights(s, row_lse, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
             dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
-            mbarrier.arrive(value_empty.index(stage), count=1)
+            # One arrival a tile, for its values and for the keys of the tile before, of an earlier item if need be.
+            mbarrier.arrive(empty.index(stage), count=1)
             slopes = gl.convert_layout((p * (dp - row_delta[:, None])).to(dtype), p_layout)
             for begin in range(N, listed, N):
                 mixed = warpgroup_mma(slopes, keys.index(stage), mixed, is_async=True)
@@ -219,8 +219,6 @@ def _consume(
                 mbarrier.wait(key_full.index(following), phase)
                 fence_async_shared()
                 s = warpgroup_mma(queries, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
-                mixed = warpgroup_mma_wait(num_outstanding=1, deps=(mixed,))
-                mbarrier.arrive(key_empty.index(stage), count=1)
                 mbarrier.wait(value_full.index(following), phase)
                 fence_async_shared()
                 dp = warpgroup_mma(
@@ -230,14 +228,13 @@ def _consume(
                 p = _weights(
                     s, row_lse, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
                 )
-                dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
-                mbarrier.arrive(value_empty.index(following), count=1)
+                dp, mixed = warpgroup_mma_wait(num_outstanding=0, deps=(dp, mixed))
+                mbarrier.arrive(empty.index(following), count=1)
                 slopes = gl.convert_layout((p * (dp - row_delta[:, None])).to(dtype), p_layout)
                 step += 1
                 stage = following
             mixed = warpgroup_mma(slopes, keys.index(stage), mixed, is_async=True)
             mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-            mbarrier.arrive(key_empty.index(stage), count=1)
             step += 1
         d_place = first_place + d_tile % QUERIES
         d_row = (first_head + d_tile // QUERIES).to(gl.int64) * num_queries + d_place
@@ -296,15 +293,13 @@ def _backward_query(
     deaths = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
     places = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for stage in gl.static_range(STAGES):
         # See `forward_hopper._forward`.
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
-        mbarrier.init(key_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(value_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -312,8 +307,8 @@ def _backward_query(
                 _consume,
                 (
                     query, grad_output, lse, delta, d_query, whole, partial, items, rows, heads, num_queries, length,
-                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full, key_empty,
-                    value_full, value_empty,
+                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full,
+                    value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
                 ),
             ),
@@ -321,8 +316,8 @@ def _backward_query(
                 _consume,
                 (
                     query, grad_output, lse, delta, d_query, whole, partial, items, rows, heads, num_queries, length,
-                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full, key_empty,
-                    value_full, value_empty,
+                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full,
+                    value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
                 ),
             ),
@@ -330,8 +325,8 @@ def _backward_query(
                 produce,
                 (
                     key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
-                    keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                    DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
+                    keys, values, biases, deaths, places, key_full, value_full, empty,
+                    1, 0, DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
                 ),
             ),
         ],

@@ -134,9 +134,8 @@ def _consume(
     deaths,
     places,
     key_full,
-    key_empty,
     value_full,
-    value_empty,
+    empty,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
@@ -191,7 +190,8 @@ def _consume(
             s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
             p, shrink, top = _softmax(s, top, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
-            mbarrier.arrive(key_empty.index(stage), count=1)
+            # One arrival a tile, for its keys and for the values of the tile before, of an earlier item if need be.
+            mbarrier.arrive(empty.index(stage), count=1)
             total += by_lane(p)
             weights = gl.convert_layout(p.to(dtype), p_layout)
             for begin in range(N, listed, N):
@@ -209,8 +209,7 @@ def _consume(
                 )
                 sums = hold(by_lane(p))
                 mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-                mbarrier.arrive(key_empty.index(following), count=1)
-                mbarrier.arrive(value_empty.index(stage), count=1)
+                mbarrier.arrive(empty.index(following), count=1)
                 total = total * gl.convert_layout(shrink, lane_rows)[:, None] + sums
                 mixed = mixed * gl.convert_layout(shrink, o_rows)[:, None]
                 weights = gl.convert_layout(p.to(dtype), p_layout)
@@ -220,7 +219,6 @@ def _consume(
             fence_async_shared()
             mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
             mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-            mbarrier.arrive(value_empty.index(stage), count=1)
             step += 1
         o_place = first_place + o_tile % QUERIES
         o_row = (first_head + o_tile // QUERIES).to(gl.int64) * num_queries + o_place
@@ -280,15 +278,13 @@ def _forward(
     deaths = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
     places = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    key_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    value_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for stage in gl.static_range(STAGES):
         # Every producing thread arrives once its copies have landed; each consumer arrives once.
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
-        mbarrier.init(key_empty.index(stage), count=CONSUMERS)
-        mbarrier.init(value_empty.index(stage), count=CONSUMERS)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -296,7 +292,7 @@ def _forward(
                 _consume,
                 (
                     query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
                 ),
             ),
@@ -304,7 +300,7 @@ def _forward(
                 _consume,
                 (
                     query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
                 ),
             ),
@@ -312,7 +308,7 @@ def _forward(
                 _consume,
                 (
                     query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries, keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
+                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 2,
                 ),
             ),
@@ -320,8 +316,8 @@ def _forward(
                 produce,
                 (
                     key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
-                    keys, values, biases, deaths, places, key_full, key_empty, value_full, value_empty,
-                    DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
+                    keys, values, biases, deaths, places, key_full, value_full, empty,
+                    0, 1, DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
                 ),
             ),
         ],

@@ -36,16 +36,21 @@ def produce(
     deaths,
     places,
     key_full,
-    key_empty,
     value_full,
-    value_empty,
+    empty,
+    KEY_LAG: gl.constexpr,
+    VALUE_LAG: gl.constexpr,
     DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """Gather listed keys and values into the stages, in the order in which the consumers take them."""
+    """Gather listed keys and values into the stages, in the order in which the consumers take them.
+
+    Consumers arrive at `empty` once a tile, however many things they are done with: at tile t the keys of tile
+    t - KEY_LAG and the values of tile t - VALUE_LAG are free. An arrival costs a barrier of four warps.
+    """
     k_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     v_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -67,14 +72,13 @@ def produce(
         n_next = gl.load(list_row + gl.where(n < num_whole, n, back - n), mask=n < total, other=0)
         for begin in range(0, total, N):
             stage = step % STAGES
-            phase = (step // STAGES) & 1
             k_j = k_next
             n_j = n_next
             p = begin + N + k_rows
             k_next = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
             p = begin + N + n
             n_next = gl.load(list_row + gl.where(p < num_whole, p, back - p), mask=p < total, other=0)
-            mbarrier.wait(key_empty.index(stage), phase ^ 1)
+            mbarrier.wait(empty.index((step + KEY_LAG) % STAGES), (((step + KEY_LAG) // STAGES) & 1) ^ 1)
             async_copy.async_copy_global_to_shared(
                 keys.index(stage), k_base + (k_j * DIM)[:, None] + k_columns[None, :]
             )
@@ -86,7 +90,7 @@ def produce(
                 async_copy.async_copy_global_to_shared(deaths.index(stage), expiry + base + n_j, mask=p < total)
                 async_copy.async_copy_global_to_shared(places.index(stage), list_row + entry, mask=p < total)
             async_copy.mbarrier_arrive(key_full.index(stage), increment_count=False)
-            mbarrier.wait(value_empty.index(stage), phase ^ 1)
+            mbarrier.wait(empty.index((step + VALUE_LAG) % STAGES), (((step + VALUE_LAG) // STAGES) & 1) ^ 1)
             v_j = gl.convert_layout(k_j, gl.SliceLayout(1, v_layout)) if DIM != VALUE_DIM else k_j
             async_copy.async_copy_global_to_shared(
                 values.index(stage), v_base + (v_j * VALUE_DIM)[:, None] + v_columns[None, :]
