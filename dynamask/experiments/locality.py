@@ -211,6 +211,25 @@ def _quick() -> list[Config]:
     return configs([*RIVALS[:4], *spread, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
 
 
+def _chinchilla() -> list[Config]:
+    """What the goal asks, at 4M parameters: 2048 tokens, window 128, 20 tokens a parameter, two corpora, two seeds.
+
+    The forms that shorter sweeps left standing, the paper's, their rivals and a hybrid; all of one seed come first.
+    """
+    delta: Variant = {"attention": "dma", "gate_init": "delta"}
+    forms = [PAPER, {"attention": "dma"}, delta, {**delta, "recency_spread": 8.0}, hybrids(6)[1]]
+    variants = [*RIVALS, {**CONTROL, "recency_spread": 8.0}, CONTROL, *forms, hybrids(6)[2]]
+    shape: dict[str, Any] = {
+        "layers": 6,
+        "width": 256,
+        "heads": 4,
+        "groups": 2,
+        "feed_forward": 704,
+        "length": 2048,
+    }
+    return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **shape)]
+
+
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
     shape: dict[str, Any] = {
@@ -242,7 +261,14 @@ LOCALITY = Experiment(
     name="locality",
     description="validation loss of dma's forms and rivals at a window of a sixteenth of the context",
     run=run_language,
-    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
+    sizes={
+        "smoke": _smoke,
+        "probe": _probe,
+        "quick": _quick,
+        "chinchilla": _chinchilla,
+        "small": _small,
+        "paper": _paper,
+    },
     cost=language_cost,
     kind=language_kind,
     summary=locality_summary,
