@@ -305,12 +305,13 @@ def test_lists_of_long_rows(length: int, block: int) -> None:
 
 @pytest.mark.parametrize("kind", ["random", "rising", "falling"])
 def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    """Every key once, slabs of living ones by expiry, and pieces that reach from a tile's first birth to its end."""
+    """Every key once, slabs of living ones by expiry, and walks that reach from a tile's first birth to its end."""
     from dynamask.ops.triton import backward_walk
 
     monkeypatch.setattr(backward_walk, "_SLAB", 64)
-    length, queries, keys, piece = 500, 400, 16, 32
+    length, queries, keys, step, overhead = 500, 400, 16, 32, 3
     expiry = key_expiry(scores_of(kind, (2, 2, length), torch.Generator().manual_seed(0)).to(DEVICE), 60)
+    expiry[1, 0] = torch.arange(length)  # a row in which nothing lives
     order = backward_walk.walking_order(expiry)
     position = torch.arange(length, device=DEVICE)
     assert torch.equal(order.sort(-1).values, position.int().expand_as(order))
@@ -323,7 +324,8 @@ def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) ->
             assert torch.equal(slab.sort().values, by_birth[start : start + 64])
             assert torch.equal(dies[slab].sort().values, dies[slab])
         assert not living[row[total:].long()].any()
-    starts, ends, through = backward_walk.walk_pieces(expiry, order, queries, keys, piece)
+    starts, ends, through = backward_walk.walk_steps(expiry, order, queries, keys, step, overhead)
+    assert through.dtype == torch.int64
     tiles = -(-length // keys)
     before = 0
     for tile in range(4 * tiles):
@@ -331,14 +333,14 @@ def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) ->
         mine = order.view(4, -1)[row, first * keys : (first + 1) * keys].long()
         dies, born = expiry.view(4, -1)[row, mine], mine.clamp(min=length - queries)
         seen = dies > born
-        pieces = int(through[tile]) - before
+        steps = int(through[tile]) - before
         before = int(through[tile])
         if not seen.any():
-            assert pieces == 0
+            assert steps == 0
             continue
         assert int(starts[tile]) == int(born[seen].min())
         assert int(ends[tile]) == int(dies[seen].max())
-        assert (pieces - 1) * piece < int(ends[tile]) - int(starts[tile]) <= pieces * piece
+        assert steps == -(-int(ends[tile] - starts[tile]) // step) + overhead
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
@@ -348,7 +350,7 @@ def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) ->
 def test_hopper_backward(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, heads: int, groups: int
 ) -> None:
-    """The walk, which short rows would not take by themselves, cut into pieces and not."""
+    """The walk, which short rows would not take by themselves."""
     from dynamask.ops.triton import backward, backward_hopper
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
@@ -358,6 +360,59 @@ def test_hopper_backward(
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, bias=False)
     check(heads=heads, groups=groups, dim=dim, value_dim={32: 128, 64: 32, 128: 64}[dim], dtype=dtype, length=300)
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("programs", [1, 3, 132])
+@pytest.mark.parametrize(
+    ("piece", "overhead", "fanout"),
+    [
+        pytest.param(1, 0, 256, id="a step a chunk"),
+        pytest.param(1, 5, 4, id="chunks of overhead alone"),
+        pytest.param(100, 2, 2, id="pieces end within walks"),
+        pytest.param(100000, 1, 8, id="chunks of many tiles"),
+    ],
+)
+def test_hopper_backward_in_odd_pieces(
+    monkeypatch: pytest.MonkeyPatch, programs: int, piece: int, overhead: int, fanout: int
+) -> None:
+    """Every way for a chunk and a walk to meet, searches of one level and of many."""
+    from dynamask.ops.triton import backward, backward_hopper
+
+    monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
+    monkeypatch.setattr(backward_hopper, "_programs", lambda device: programs)
+    monkeypatch.setattr(backward_hopper, "_PIECE", piece)
+    monkeypatch.setattr(backward_hopper, "_OVERHEAD", overhead)
+    monkeypatch.setattr(backward_hopper, "_FANOUT", fanout)
+    for kind, length, window in (("random", 700, 30), ("rising", 515, 200), ("falling", 400, 5)):
+        check(heads=8, groups=2, dim=64, dtype=torch.float16, kind=kind, length=length, window=window)
+    check(heads=2, groups=2, dim=128, dtype=torch.bfloat16, length=300, queries=5)  # walks shorter than a step
+    check(heads=6, groups=2, dim=32, dtype=torch.bfloat16, length=333, packed=True, padded=True, bias=False)
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dead", [(), (0,), (3,), (1, 2), (0, 1, 2, 3)])
+def test_hopper_walk_of_rows_without_living_keys(dead: tuple[int, ...]) -> None:
+    """They get zeros, and the rows beside them what they get without them."""
+    from dynamask.ops.triton import backward_hopper
+
+    torch.manual_seed(0)
+    query, grad = (torch.randn(2, 8, 400, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    key, value = (torch.randn(2, 2, 400, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    bias = torch.randn(2, 2, 400, device=DEVICE)
+    expiry = key_expiry(bias, 50)
+    lse, delta = torch.full((2, 8, 400), 5.0, device=DEVICE), torch.randn(2, 8, 400, device=DEVICE)
+
+    def walk(expiry: torch.Tensor) -> list[torch.Tensor]:
+        results = backward_hopper.walk_kernel_launch(grad, query, key, value, expiry, bias, lse, delta, 0.1)
+        return [t.flatten(0, 1) for t in results]
+
+    whole = walk(expiry)
+    expiry.flatten(0, 1)[list(dead)] = torch.arange(400, dtype=torch.int32, device=DEVICE)
+    for got, expected in zip(walk(expiry), whole, strict=True):
+        expected[list(dead)] = 0
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        assert expected.any() == (len(dead) < 4)
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")

@@ -6,6 +6,7 @@
 | `forward.py` | attention of a block of queries over its list |
 | `forward_hopper.py`, `backward_query_hopper.py` | both in Gluon for Hopper, gathering and multiplying apart |
 | `backward_hopper.py` | dK, dV and dbias on Hopper: keys walk the queries that see them |
+| `pieces_hopper.py` | how the programs of that walk share its steps |
 | `parts_hopper.py` | what those share |
 | `gluon.py` | which inputs those take |
 | `backward.py` | gradients over the same lists |

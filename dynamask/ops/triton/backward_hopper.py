@@ -2,10 +2,10 @@
 
 The walk of `backward_walk.py` with loading and multiplying apart, as in `forward_hopper.py`: the producer copies tiles
 of queries and output gradients, and two consumers hold 64 keys each, with their gradients in registers. All four
-products take one operand from registers or in its natural layout, so nothing goes back to shared memory. Long walks
-are cut in pieces, or the few keys that live longest would keep most of the GPU waiting; a piece adds its sums to the
-result by atomics, a few thousandths of what one atomic per key and block of queries moves. The programs are persistent
-and take the pieces in turn: most tiles of long rows hold dead keys alone, and have none.
+products take one operand from registers or in its natural layout, so nothing goes back to shared memory. Walks differ
+in length by orders of magnitude, so they are cut into pieces that load persistent programs alike (`pieces_hopper.py`);
+a piece adds its sums to the result by atomics, a few thousandths of what one atomic per key and block of queries moves.
+The producer, which is some steps ahead, finds the pieces and tells the consumers.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.triton.backward_walk import walk_pieces, walking_order
+from dynamask.ops.triton.backward_walk import walk_steps, walking_order
 from dynamask.ops.triton.parts_hopper import by_lane
+from dynamask.ops.triton.pieces_hopper import chunk_steps, piece_queries, proceed, search_levels, tile_of
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -32,7 +33,13 @@ _KEYS = 64
 """Keys of a consumer, the rows of its products."""
 
 _PIECE = 2048
-"""Queries of a piece, but for the last of a walk."""
+"""Queries of a chunk, about: programs that run at the same time read queries that are near each other."""
+
+_OVERHEAD = 2
+"""Steps that beginning and ending a tile takes as long as."""
+
+_FANOUT = 256
+"""Numbers that each level of the search for a tile looks at."""
 
 
 def walk_kernel_launch(
@@ -53,8 +60,11 @@ def walk_kernel_launch(
     d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
     d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
     order = walking_order(expiry)
-    starts, ends, through = walk_pieces(expiry, order, num_queries, 2 * _KEYS, _PIECE)
-    _walk[(torch.cuda.get_device_properties(query.device).multi_processor_count,)](
+    rows = 64
+    step = rows // next_power_of_2(ratio)
+    starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, _OVERHEAD)
+    tiles = starts.numel()
+    _walk[(_programs(query.device),)](
         grad_output,
         query,
         key,
@@ -76,16 +86,19 @@ def walk_kernel_launch(
         num_queries,
         length,
         cdiv(length, 2 * _KEYS),
-        starts.numel(),
-        next_power_of_2(starts.numel()),
+        tiles,
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=next_power_of_2(ratio),
         DIM=dim,
         VALUE_DIM=value_dim,
         KEYS=_KEYS,
-        ROWS=64,
-        PIECE=_PIECE,
+        ROWS=rows,
+        TARGET=max(1, _PIECE // step),
+        OVERHEAD=_OVERHEAD,
+        FANOUT=_FANOUT,
+        LEVELS=search_levels(tiles, _FANOUT),
+        SLOTS=4,
         STAGES=4 if max(dim, value_dim) > 64 else 6,
         PART=8,
         PRODUCER_REGISTERS=24,
@@ -96,19 +109,34 @@ def walk_kernel_launch(
     return d_key, d_value, d_bias
 
 
+def _programs(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @gluon.jit
-def _piece(item, starts, ends, through, tiles, count, count_pad, PIECE: gl.constexpr):
-    """Row, tile, first query and the one after the last of a piece of a walk."""
-    at = 0
-    step = count_pad
-    while step > 0:
-        after = at + step
-        passed = gl.load(through + after - 1, mask=after <= count, other=2147483647) <= item
-        at = gl.where(passed, after, at)
-        step = step // 2
-    skipped = gl.load(through + at - 1, mask=at > 0, other=0)
-    begin = gl.load(starts + at) + (item - skipped) * PIECE
-    return at // tiles, at % tiles, begin, gl.minimum(gl.load(ends + at), begin + PIECE)
+def _tell(pieces, told, taken, turn, tile, begin, end, SLOTS: gl.constexpr):
+    """Hand a piece to both consumers."""
+    field = gl.arange(0, 4, gl.BlockedLayout([4], [32], [4], [0]))
+    slot = turn % SLOTS
+    mbarrier.wait(taken.index(slot), ((turn // SLOTS) & 1) ^ 1)
+    pieces.index(slot).store(gl.where(field == 0, tile, gl.where(field == 1, begin, end)))
+    mbarrier.arrive(told.index(slot), count=1)
+
+
+@gluon.jit
+def _take(pieces, told, taken, turn, SLOTS: gl.constexpr):
+    """Tile, first query and the one after the last of the next piece; the tile is negative when there is none left."""
+    # Every thread holds all four numbers.
+    whole: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    field = gl.arange(0, 4, whole)
+    slot = turn % SLOTS
+    mbarrier.wait(told.index(slot), (turn // SLOTS) & 1)
+    piece = pieces.index(slot).load(whole)
+    tile = gl.sum(gl.where(field == 0, piece, 0), 0)
+    begin = gl.sum(gl.where(field == 1, piece, 0), 0)
+    end = gl.sum(gl.where(field == 2, piece, 0), 0)
+    mbarrier.arrive(taken.index(slot), count=1)
+    return tile, begin, end
 
 
 @gluon.jit
@@ -125,11 +153,13 @@ def _produce(
     through,
     tiles,
     count,
-    count_pad,
+    pieces,
     queries,
     grads,
     tops,
     deltas,
+    told,
+    taken,
     full,
     empty,
     GROUPS: gl.constexpr,
@@ -138,11 +168,15 @@ def _produce(
     DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     ROWS: gl.constexpr,
-    PIECE: gl.constexpr,
+    TARGET: gl.constexpr,
+    OVERHEAD: gl.constexpr,
+    FANOUT: gl.constexpr,
+    LEVELS: gl.constexpr,
+    SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     PART: gl.constexpr,
 ):
-    """Copy tiles of queries, output gradients and what goes with them, in the order of positions."""
+    """Find this program's pieces, tell the consumers, and copy what each piece's queries need, in order."""
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     g_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -152,37 +186,58 @@ def _produce(
     first_query = length - num_queries
     tile = gl.arange(0, ROWS, flat)
     step = 0
-    for item in range(gl.program_id(0), gl.load(through + count - 1), gl.num_programs(0)):
-        row, _, begin, end = _piece(item, starts, ends, through, tiles, count, count_pad, PIECE)
-        first_head = row // GROUPS * heads + row % GROUPS * RATIO
-        for start in range(begin, end, M):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            position = start + tile % M
-            real = (tile // M < RATIO) & (position < length)
-            at = (first_head + tile // M).to(gl.int64) * num_queries + position - first_query
-            async_copy.async_copy_global_to_shared(tops.index(stage), lse + at, mask=real)
-            async_copy.async_copy_global_to_shared(deltas.index(stage), delta + at, mask=real)
-            for part in gl.static_range(0, ROWS, PART):
-                r = part + gl.arange(0, PART, gl.SliceLayout(1, q_layout))
-                place = start + r % M
-                at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
-                async_copy.async_copy_global_to_shared(
-                    queries.index(stage).slice(part, PART),
-                    query + (at * DIM)[:, None] + q_columns[None, :],
-                    mask=((r // M < RATIO) & (place < length))[:, None],
-                )
-                r = part + gl.arange(0, PART, gl.SliceLayout(1, g_layout))
-                place = start + r % M
-                at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
-                async_copy.async_copy_global_to_shared(
-                    grads.index(stage).slice(part, PART),
-                    grad_output + (at * VALUE_DIM)[:, None] + g_columns[None, :],
-                    mask=((r // M < RATIO) & (place < length))[:, None],
-                )
-            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-            step += 1
+    turn = 0
+    total = gl.load(through + count - 1)
+    chunk = chunk_steps(total, gl.num_programs(0), TARGET)
+    low = gl.program_id(0) * chunk
+    high = min(low + chunk, total)
+    while low < total:
+        item = tile_of(low, through, count, FANOUT, LEVELS)
+        before = gl.load(through + item - 1, mask=item > 0, other=0)
+        after = gl.load(through + item)
+        first, last = piece_queries(low, high, before, after, gl.load(starts + item), gl.load(ends + item), M, OVERHEAD)
+        begin = first.to(gl.int32)
+        end = last.to(gl.int32)
+        if begin < end:
+            _tell(pieces, told, taken, turn, item, begin, end, SLOTS)
+            turn += 1
+            row = item // tiles
+            first_head = row // GROUPS * heads + row % GROUPS * RATIO
+            for start in range(begin, end, M):
+                stage = step % STAGES
+                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                position = start + tile % M
+                real = (tile // M < RATIO) & (position < length)
+                at = (first_head + tile // M).to(gl.int64) * num_queries + position - first_query
+                async_copy.async_copy_global_to_shared(tops.index(stage), lse + at, mask=real)
+                async_copy.async_copy_global_to_shared(deltas.index(stage), delta + at, mask=real)
+                for part in gl.static_range(0, ROWS, PART):
+                    r = part + gl.arange(0, PART, gl.SliceLayout(1, q_layout))
+                    place = start + r % M
+                    at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
+                    async_copy.async_copy_global_to_shared(
+                        queries.index(stage).slice(part, PART),
+                        query + (at * DIM)[:, None] + q_columns[None, :],
+                        mask=((r // M < RATIO) & (place < length))[:, None],
+                    )
+                    r = part + gl.arange(0, PART, gl.SliceLayout(1, g_layout))
+                    place = start + r % M
+                    at = (first_head + r // M).to(gl.int64) * num_queries + place - first_query
+                    async_copy.async_copy_global_to_shared(
+                        grads.index(stage).slice(part, PART),
+                        grad_output + (at * VALUE_DIM)[:, None] + g_columns[None, :],
+                        mask=((r // M < RATIO) & (place < length))[:, None],
+                    )
+                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+                step += 1
+        low, high = proceed(low, high, after, chunk, gl.num_programs(0), total)
+    _tell(pieces, told, taken, turn, -1, 0, 0, SLOTS)
     async_copy.wait_group(0)
+
+
+@gluon.jit
+def _greatest_least(greatest, least, other_greatest, other_least):
+    return gl.maximum(greatest, other_greatest), gl.minimum(least, other_least)
 
 
 @gluon.jit
@@ -198,12 +253,8 @@ def _consume(
     factor,
     scale,
     length,
-    starts,
-    ends,
-    through,
     tiles,
-    count,
-    count_pad,
+    pieces,
     all_keys,
     all_values,
     lives,
@@ -211,6 +262,8 @@ def _consume(
     grads,
     tops,
     deltas,
+    told,
+    taken,
     full,
     empty,
     DIM: gl.constexpr,
@@ -220,7 +273,7 @@ def _consume(
     M: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
-    PIECE: gl.constexpr,
+    SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -235,32 +288,41 @@ def _consume(
     k_load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     v_load: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    k_rows: gl.constexpr = gl.SliceLayout(1, k_layout)
+    v_rows: gl.constexpr = gl.SliceLayout(1, v_layout)
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     step = 0
-    for item in range(gl.program_id(0), gl.load(through + count - 1), gl.num_programs(0)):
-        row, tile, begin, end = _piece(item, starts, ends, through, tiles, count, count_pad, PIECE)
+    turn = 0
+    item, begin, end = _take(pieces, told, taken, turn, SLOTS)
+    while item >= 0:
+        row = item // tiles
+        tile = item % tiles
         base = row.to(gl.int64) * length
         first = (tile * 2 + CONSUMER) * KEYS
         keys, values = all_keys.index(CONSUMER), all_values.index(CONSUMER)
-        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_load))
-        j = gl.load(order + base + n, mask=n < length, other=0)
-        d = gl.arange(0, DIM, gl.SliceLayout(0, k_load))
-        keys.store(gl.load(key + ((base + j) * DIM)[:, None] + d[None, :]))
-        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, v_load))
-        j = gl.load(order + base + n, mask=n < length, other=0)
-        dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_load))
-        values.store(gl.load(value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :]))
-        fence_async_shared()
+        # Everything is loaded before anything is used.
+        k_n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_load))
+        k_j = gl.load(order + base + k_n, mask=k_n < length, other=0)
+        v_n = first + gl.arange(0, KEYS, gl.SliceLayout(1, v_load))
+        v_j = k_j if DIM == VALUE_DIM else gl.load(order + base + v_n, mask=v_n < length, other=0)
         n = first + gl.arange(0, KEYS, s_rows)
         listed = n < length
         born = gl.load(order + base + n, mask=listed, other=0)
-        # What is not listed is born after everything.
+        d = gl.arange(0, DIM, gl.SliceLayout(0, k_load))
+        k_tile = gl.load(key + ((base + k_j) * DIM)[:, None] + d[None, :])
+        dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_load))
+        v_tile = gl.load(value + ((base + v_j) * VALUE_DIM)[:, None] + dv[None, :])
         dies = gl.load(expiry + base + born, mask=listed, other=0)
-        latest = gl.max(gl.where(listed, born, length), 0)
-        soonest = gl.min(dies, 0)
+        # What is not listed is born after everything.
+        latest, soonest = gl.reduce((gl.where(listed, born, length), dies), 0, _greatest_least)
         # Read again where a tile is tested: held in registers, they would cost the products theirs.
         lives.index(2 * CONSUMER).store(born)
         lives.index(2 * CONSUMER + 1).store(dies)
+        keys.store(k_tile)
+        values.store(v_tile)
+        fence_async_shared()
+        # Once here, or at every step.
+        gl.thread_barrier()
         own = gl.full([KEYS], 0.0, gl.float32, s_rows)
         if HAS_BIAS:
             own = gl.load(bias + base + born)
@@ -299,23 +361,26 @@ def _consume(
             v_sum, k_sum = warpgroup_mma_wait(num_outstanding=0, deps=(v_sum, k_sum))
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_layout))
-        j = gl.load(order + base + n, mask=n < length, other=0)
+        # Keys that nobody sees have no part in the sums.
+        j = lives.index(2 * CONSUMER).load(k_rows)
+        lived = lives.index(2 * CONSUMER + 1).load(k_rows) > j
         d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
         gl.atomic_add(
-            d_key + ((base + j) * DIM)[:, None] + d[None, :], k_sum * scale, mask=(n < length)[:, None], sem="relaxed"
+            d_key + ((base + j) * DIM)[:, None] + d[None, :], k_sum * scale, mask=lived[:, None], sem="relaxed"
         )
-        n = first + gl.arange(0, KEYS, gl.SliceLayout(1, v_layout))
-        j = gl.load(order + base + n, mask=n < length, other=0)
+        j = lives.index(2 * CONSUMER).load(v_rows)
+        lived = lives.index(2 * CONSUMER + 1).load(v_rows) > j
         dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
         gl.atomic_add(
-            d_value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :], v_sum, mask=(n < length)[:, None], sem="relaxed"
+            d_value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :], v_sum, mask=lived[:, None], sem="relaxed"
         )
         if HAS_BIAS:
-            n = first + gl.arange(0, KEYS, s_rows)
-            j = gl.load(order + base + n, mask=n < length, other=0)
+            j = lives.index(2 * CONSUMER).load(s_rows)
+            lived = lives.index(2 * CONSUMER + 1).load(s_rows) > j
             summed = gl.convert_layout(gl.sum(b_sum, 1), s_rows)
-            gl.atomic_add(d_bias + base + j, summed, mask=n < length, sem="relaxed")
+            gl.atomic_add(d_bias + base + j, summed, mask=lived, sem="relaxed")
+        turn += 1
+        item, begin, end = _take(pieces, told, taken, turn, SLOTS)
 
 
 @gluon.jit
@@ -342,7 +407,6 @@ def _walk(
     length,
     tiles,
     count,
-    count_pad,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
@@ -350,7 +414,11 @@ def _walk(
     VALUE_DIM: gl.constexpr,
     KEYS: gl.constexpr,
     ROWS: gl.constexpr,
-    PIECE: gl.constexpr,
+    TARGET: gl.constexpr,
+    OVERHEAD: gl.constexpr,
+    FANOUT: gl.constexpr,
+    LEVELS: gl.constexpr,
+    SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     PART: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
@@ -372,12 +440,18 @@ def _walk(
     tops = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
     lives = gl.allocate_shared_memory(gl.int32, [4, KEYS], flat)
+    pieces = gl.allocate_shared_memory(gl.int32, [SLOTS, 4], flat)
+    told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for stage in gl.static_range(STAGES):
         # Every producing thread arrives once its copies have landed; each consumer arrives once.
         mbarrier.init(full.index(stage), count=128)
         mbarrier.init(empty.index(stage), count=2)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(taken.index(slot), count=2)
     fence_async_shared()
     gl.warp_specialize(
         [
@@ -385,26 +459,25 @@ def _walk(
                 _consume,
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
-                    starts, ends, through, tiles, count, count_pad, keys, values, lives, queries, grads, tops, deltas,
-                    full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, PIECE, STAGES, HAS_BIAS, 0,
+                    tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 0,
                 ),
             ),
             (
                 _consume,
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
-                    starts, ends, through, tiles, count, count_pad, keys, values, lives, queries, grads, tops, deltas,
-                    full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, PIECE, STAGES, HAS_BIAS, 1,
+                    tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 1,
                 ),
             ),
             (
                 _produce,
                 (
                     grad_output, query, lse, delta, heads, num_queries, length,
-                    starts, ends, through, tiles, count, count_pad, queries, grads, tops, deltas, full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, PIECE, STAGES, PART,
+                    starts, ends, through, tiles, count, pieces, queries, grads, tops, deltas, told, taken, full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, TARGET, OVERHEAD, FANOUT, LEVELS, SLOTS, STAGES,
+                    PART,
                 ),
             ),
         ],

@@ -92,31 +92,33 @@ def _order_slab(
         tl.store(order + row * length + place, key, mask=there)
 
 
-def walk_pieces(
-    expiry: Tensor, order: Tensor, num_queries: int, keys: int, piece: int
+def walk_steps(
+    expiry: Tensor, order: Tensor, num_queries: int, keys: int, step: int, overhead: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The walks of tiles of `keys` keys, and how to cut them into pieces of `piece` queries.
+    """The walks of tiles of `keys` keys, laid end to end and counted in steps.
 
     Args:
         expiry: (B, G, N) int32, contiguous.
         order: of `walking_order`.
         num_queries: Nq; the queries are the last Nq positions.
+        step: queries of a step.
+        overhead: steps that a tile with any query counts for besides those of its walk.
 
     Returns:
-        For every tile of every (batch, head) in turn, (B·G·tiles,) int32 each: its first query, the one after its
-        last, and the number of pieces of all tiles up to it.
+        For every tile of every (batch, head) in turn, (B·G·tiles,) each: its first query and the one after its last,
+        int32, and the number of steps of all tiles up to it, int64: with many long rows more than int32 holds.
     """
     batch, groups, length = expiry.shape
     rows, tiles = batch * groups, triton.cdiv(length, keys)
-    starts, ends, pieces = (torch.empty(rows * tiles, dtype=torch.int32, device=expiry.device) for _ in range(3))
+    starts, ends, steps = (torch.empty(rows * tiles, dtype=torch.int32, device=expiry.device) for _ in range(3))
     _tile_walks[(tiles, rows)](
-        expiry, order, starts, ends, pieces, length, length - num_queries, tiles, piece, KEYS=keys, num_warps=1
+        expiry, order, starts, ends, steps, length, length - num_queries, tiles, step, overhead, KEYS=keys, num_warps=1
     )
-    return starts, ends, pieces.cumsum(0, dtype=torch.int32)
+    return starts, ends, steps.cumsum(0)
 
 
 @triton.jit
-def _tile_walks(expiry, order, starts, ends, pieces, length, first_query, tiles, piece, KEYS: tl.constexpr):
+def _tile_walks(expiry, order, starts, ends, steps, length, first_query, tiles, step, overhead, KEYS: tl.constexpr):
     """From the first birth to the last expiry among the tile's keys."""
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -128,7 +130,7 @@ def _tile_walks(expiry, order, starts, ends, pieces, length, first_query, tiles,
     end = tl.max(tl.where(alive, dies, 0), 0)
     tl.store(starts + row * tiles + tile, start)
     tl.store(ends + row * tiles + tile, end)
-    tl.store(pieces + row * tiles + tile, tl.cdiv(tl.maximum(end - start, 0), piece))
+    tl.store(steps + row * tiles + tile, tl.where(end > start, tl.cdiv(end - start, step) + overhead, 0))
 
 
 def walk_kernel_launch(

@@ -1,0 +1,65 @@
+"""How the persistent programs of the walk on Hopper share its steps.
+
+The walks of all tiles, laid end to end, are cut into chunks of equally many steps, as many chunks for each program,
+which takes every P-th of them: programs finish together, and those that run at the same time are on neighbouring walks,
+whose queries they share in the L2 cache. A chunk that crosses tiles falls into pieces, each of one tile.
+
+`chunk_steps`, `piece_queries` and `proceed` are arithmetic alone: without their decorator they are Python functions of
+integers, and are tested as such.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def chunk_steps(total, programs, TARGET: gl.constexpr):
+    """Steps of each chunk: about TARGET, and such that every program gets as many chunks as the others."""
+    rounds = (total + programs * TARGET // 2) // (programs * TARGET)
+    chunks = programs * max(rounds, 1)
+    return (total + chunks - 1) // chunks
+
+
+@gluon.jit
+def piece_queries(low, high, before, after, start, end, M: gl.constexpr, OVERHEAD: gl.constexpr):
+    """First query of a tile in the steps [low, high), and the one after the last; there may be none.
+
+    Of all steps, the tile has [before, after): OVERHEAD without queries, then steps of M queries from `start` to `end`.
+    """
+    begin = start + max(low - before - OVERHEAD, 0) * M
+    return begin, min(start + max(min(high, after) - before - OVERHEAD, 0) * M, end)
+
+
+@gluon.jit
+def proceed(low, high, after, chunk, programs, total):
+    """What is left of the chunk [low, high) behind a tile that ends with step `after`, or else the next chunk."""
+    if after < high:
+        low = after
+    else:
+        low = high + (programs - 1) * chunk
+        high = min(low + chunk, total)
+    return low, high
+
+
+@gluon.jit
+def tile_of(step, through, count, FANOUT: gl.constexpr, LEVELS: gl.constexpr):
+    """The tile that holds a step: how many of the `count` numbers of `through`, which never fall, are not above it."""
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    branch = gl.arange(1, FANOUT + 1, flat)
+    tile = 0
+    for level in gl.static_range(LEVELS):
+        width = FANOUT ** (LEVELS - 1 - level)
+        last = tile + branch * width - 1
+        passed = (last < count) & (gl.load(through + last, mask=last < count, other=0) <= step)
+        tile += gl.sum(passed.to(gl.int32), 0) * width
+    return tile
+
+
+def search_levels(count: int, fanout: int) -> int:
+    """LEVELS of `tile_of` for `count` numbers."""
+    levels = 1
+    while fanout**levels < count:
+        levels += 1
+    return levels
