@@ -303,8 +303,9 @@ def test_lists_of_long_rows(length: int, block: int) -> None:
     checked_lists(expiry, length - 13, block, 2048)
 
 
+@pytest.mark.parametrize("span", [96, 1024])
 @pytest.mark.parametrize("kind", ["random", "rising", "falling"])
-def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, span: int) -> None:
     """Every key once, slabs of living ones by expiry, and walks that reach from a tile's first birth to its end."""
     from dynamask.ops.triton import backward_walk
 
@@ -324,23 +325,23 @@ def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str) ->
             assert torch.equal(slab.sort().values, by_birth[start : start + 64])
             assert torch.equal(dies[slab].sort().values, dies[slab])
         assert not living[row[total:].long()].any()
-    starts, ends, through = backward_walk.walk_steps(expiry, order, queries, keys, step, overhead)
+    starts, ends, through = backward_walk.walk_steps(expiry, order, queries, keys, step, span, overhead)
     assert through.dtype == torch.int64
-    tiles = -(-length // keys)
-    before = 0
+    tiles, spans, zero = -(-length // keys), -(-queries // span), length - queries
+    steps = through.diff(prepend=through.new_zeros(1)).view(4, spans, tiles)
     for tile in range(4 * tiles):
         row, first = divmod(tile, tiles)
         mine = order.view(4, -1)[row, first * keys : (first + 1) * keys].long()
-        dies, born = expiry.view(4, -1)[row, mine], mine.clamp(min=length - queries)
+        dies, born = expiry.view(4, -1)[row, mine], mine.clamp(min=zero)
         seen = dies > born
-        steps = int(through[tile]) - before
-        before = int(through[tile])
-        if not seen.any():
-            assert steps == 0
-            continue
-        assert int(starts[tile]) == int(born[seen].min())
-        assert int(ends[tile]) == int(dies[seen].max())
-        assert steps == -(-int(ends[tile] - starts[tile]) // step) + overhead
+        walked = torch.zeros(spans * span, dtype=torch.bool, device=DEVICE)
+        if seen.any():
+            start, end = int(born[seen].min()) - zero, int(dies[seen].max()) - zero
+            assert int(starts[tile]) - zero == start - start % step
+            assert int(ends[tile]) - zero == end
+            walked[start:end] = True
+        counted = walked.view(spans, span // step, step).any(-1).sum(-1)
+        assert torch.equal(steps[row, :, first], counted + overhead * (counted > 0))
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
@@ -355,6 +356,7 @@ def test_hopper_backward(
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_PIECE", 128)
+    monkeypatch.setattr(backward_hopper, "_SPAN", 256)
     for kind in ("random", "rising", "falling", "large"):
         check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
@@ -365,28 +367,29 @@ def test_hopper_backward(
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize(
-    ("piece", "overhead", "fanout"),
+    ("piece", "span", "overhead", "fanout"),
     [
-        pytest.param(1, 0, 256, id="a step a chunk"),
-        pytest.param(1, 5, 4, id="chunks of overhead alone"),
-        pytest.param(100, 2, 2, id="pieces end within walks"),
-        pytest.param(100000, 1, 8, id="chunks of many tiles"),
+        pytest.param(1, 10000, 0, 256, id="a step a chunk"),
+        pytest.param(1, 128, 5, 4, id="chunks of overhead alone"),
+        pytest.param(100, 64, 2, 2, id="pieces end within spans"),
+        pytest.param(100000, 256, 1, 8, id="chunks of many legs"),
     ],
 )
 def test_hopper_backward_in_odd_pieces(
-    monkeypatch: pytest.MonkeyPatch, programs: int, piece: int, overhead: int, fanout: int
+    monkeypatch: pytest.MonkeyPatch, programs: int, piece: int, span: int, overhead: int, fanout: int
 ) -> None:
-    """Every way for a chunk and a walk to meet, searches of one level and of many."""
+    """Every way for a chunk and a leg to meet, searches of one level and of many."""
     from dynamask.ops.triton import backward, backward_hopper
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_programs", lambda device: programs)
     monkeypatch.setattr(backward_hopper, "_PIECE", piece)
+    monkeypatch.setattr(backward_hopper, "_SPAN", span)
     monkeypatch.setattr(backward_hopper, "_OVERHEAD", overhead)
     monkeypatch.setattr(backward_hopper, "_FANOUT", fanout)
     for kind, length, window in (("random", 700, 30), ("rising", 515, 200), ("falling", 400, 5)):
         check(heads=8, groups=2, dim=64, dtype=torch.float16, kind=kind, length=length, window=window)
-    check(heads=2, groups=2, dim=128, dtype=torch.bfloat16, length=300, queries=5)  # walks shorter than a step
+    check(heads=2, groups=2, dim=128, dtype=torch.bfloat16, length=300, queries=9)  # walks shorter than a step
     check(heads=6, groups=2, dim=32, dtype=torch.bfloat16, length=333, packed=True, padded=True, bias=False)
 
 

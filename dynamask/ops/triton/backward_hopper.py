@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dynamask.ops.triton.backward_walk import walk_steps, walking_order
 from dynamask.ops.triton.parts_hopper import by_lane
-from dynamask.ops.triton.pieces_hopper import chunk_steps, piece_queries, proceed, search_levels, tile_of
+from dynamask.ops.triton.pieces_hopper import chunk_steps, leg_of, piece_queries, proceed, search_levels
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -33,10 +33,16 @@ _KEYS = 64
 """Keys of a consumer, the rows of its products."""
 
 _PIECE = 2048
-"""Queries of a chunk, about: programs that run at the same time read queries that are near each other."""
+"""Queries of a chunk, about."""
+
+_SPAN = 4096
+"""Queries after which walks are interrupted, so that what runs at the same time reads the same ones ..."""
+
+_LEGS = 1 << 21
+"""... or more, where that would make more legs than this."""
 
 _OVERHEAD = 2
-"""Steps that beginning and ending a tile takes as long as."""
+"""Steps that beginning and ending a piece takes as long as."""
 
 _FANOUT = 256
 """Numbers that each level of the search for a tile looks at."""
@@ -62,8 +68,9 @@ def walk_kernel_launch(
     order = walking_order(expiry)
     rows = 64
     step = rows // next_power_of_2(ratio)
-    starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, _OVERHEAD)
-    tiles = starts.numel()
+    all_tiles = expiry.numel() // length * cdiv(length, 2 * _KEYS)
+    span = cdiv(max(_SPAN, cdiv(num_queries * all_tiles, _LEGS)), rows) * rows
+    starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, span, _OVERHEAD)
     _walk[(_programs(query.device),)](
         grad_output,
         query,
@@ -86,7 +93,9 @@ def walk_kernel_launch(
         num_queries,
         length,
         cdiv(length, 2 * _KEYS),
-        tiles,
+        cdiv(num_queries, span),
+        span,
+        through.numel(),
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=next_power_of_2(ratio),
@@ -97,7 +106,7 @@ def walk_kernel_launch(
         TARGET=max(1, _PIECE // step),
         OVERHEAD=_OVERHEAD,
         FANOUT=_FANOUT,
-        LEVELS=search_levels(tiles, _FANOUT),
+        LEVELS=search_levels(through.numel(), _FANOUT),
         SLOTS=4,
         STAGES=4 if max(dim, value_dim) > 64 else 6,
         PART=8,
@@ -152,6 +161,8 @@ def _produce(
     ends,
     through,
     tiles,
+    spans,
+    span,
     count,
     pieces,
     queries,
@@ -192,16 +203,21 @@ def _produce(
     low = gl.program_id(0) * chunk
     high = min(low + chunk, total)
     while low < total:
-        item = tile_of(low, through, count, FANOUT, LEVELS)
-        before = gl.load(through + item - 1, mask=item > 0, other=0)
-        after = gl.load(through + item)
-        first, last = piece_queries(low, high, before, after, gl.load(starts + item), gl.load(ends + item), M, OVERHEAD)
+        leg = leg_of(low, through, count, FANOUT, LEVELS)
+        before = gl.load(through + leg - 1, mask=leg > 0, other=0)
+        after = gl.load(through + leg)
+        row = leg // (spans * tiles)
+        item = row * tiles + leg % tiles
+        reached = first_query + leg // tiles % spans * span
+        start = max(gl.load(starts + item), reached)
+        first, last = piece_queries(
+            low, high, before, after, start, min(gl.load(ends + item), reached + span), M, OVERHEAD
+        )
         begin = first.to(gl.int32)
         end = last.to(gl.int32)
         if begin < end:
             _tell(pieces, told, taken, turn, item, begin, end, SLOTS)
             turn += 1
-            row = item // tiles
             first_head = row // GROUPS * heads + row % GROUPS * RATIO
             for start in range(begin, end, M):
                 stage = step % STAGES
@@ -406,6 +422,8 @@ def _walk(
     num_queries,
     length,
     tiles,
+    spans,
+    span,
     count,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
@@ -475,7 +493,8 @@ def _walk(
                 _produce,
                 (
                     grad_output, query, lse, delta, heads, num_queries, length,
-                    starts, ends, through, tiles, count, pieces, queries, grads, tops, deltas, told, taken, full, empty,
+                    starts, ends, through, tiles, spans, span, count, pieces, queries, grads, tops, deltas,
+                    told, taken, full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, TARGET, OVERHEAD, FANOUT, LEVELS, SLOTS, STAGES,
                     PART,
                 ),

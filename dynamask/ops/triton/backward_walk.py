@@ -93,33 +93,65 @@ def _order_slab(
 
 
 def walk_steps(
-    expiry: Tensor, order: Tensor, num_queries: int, keys: int, step: int, overhead: int
+    expiry: Tensor, order: Tensor, num_queries: int, keys: int, step: int, span: int, overhead: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The walks of tiles of `keys` keys, laid end to end and counted in steps.
+    """The walks of tiles of `keys` keys, cut into legs where a span of queries ends, and counted in steps.
 
     Args:
         expiry: (B, G, N) int32, contiguous.
         order: of `walking_order`.
         num_queries: Nq; the queries are the last Nq positions.
         step: queries of a step.
-        overhead: steps that a tile with any query counts for besides those of its walk.
+        span: queries of a span, a multiple of `step`.
+        overhead: steps that a leg with any query counts for besides its own.
 
     Returns:
-        For every tile of every (batch, head) in turn, (B·G·tiles,) each: its first query and the one after its last,
-        int32, and the number of steps of all tiles up to it, int64: with many long rows more than int32 holds.
+        For every tile of every (batch, head) in turn, (B·G·tiles,) int32 each, the first query of its walk, at the
+        beginning of a step, and the one after its last. For every leg, by (batch, head), span and tile,
+        (B·G·spans·tiles,) int64, the number of steps of all legs up to it: with many long rows more than int32 holds.
     """
     batch, groups, length = expiry.shape
-    rows, tiles = batch * groups, triton.cdiv(length, keys)
-    starts, ends, steps = (torch.empty(rows * tiles, dtype=torch.int32, device=expiry.device) for _ in range(3))
+    rows, tiles, spans = batch * groups, triton.cdiv(length, keys), triton.cdiv(num_queries, span)
+    starts, ends = (torch.empty(rows * tiles, dtype=torch.int32, device=expiry.device) for _ in range(2))
+    steps = torch.empty(rows * spans * tiles, dtype=torch.int32, device=expiry.device)
     _tile_walks[(tiles, rows)](
-        expiry, order, starts, ends, steps, length, length - num_queries, tiles, step, overhead, KEYS=keys, num_warps=1
+        expiry,
+        order,
+        starts,
+        ends,
+        steps,
+        length,
+        length - num_queries,
+        tiles,
+        spans,
+        step,
+        span,
+        overhead,
+        KEYS=keys,
+        SPANS_PAD=triton.next_power_of_2(spans),
+        num_warps=1,
     )
     return starts, ends, steps.cumsum(0)
 
 
 @triton.jit
-def _tile_walks(expiry, order, starts, ends, steps, length, first_query, tiles, step, overhead, KEYS: tl.constexpr):
-    """From the first birth to the last expiry among the tile's keys."""
+def _tile_walks(
+    expiry,
+    order,
+    starts,
+    ends,
+    steps,
+    length,
+    first_query,
+    tiles,
+    spans,
+    step,
+    span,
+    overhead,
+    KEYS: tl.constexpr,
+    SPANS_PAD: tl.constexpr,
+):
+    """From the step of the first birth to the last expiry among the tile's keys."""
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     n = tile * KEYS + tl.arange(0, KEYS)
@@ -127,10 +159,15 @@ def _tile_walks(expiry, order, starts, ends, steps, length, first_query, tiles, 
     dies = tl.load(expiry + row * length + key, mask=n < length, other=0)
     alive = dies > tl.maximum(key, first_query)
     start = tl.min(tl.where(alive, tl.maximum(key, first_query), length), 0)
+    start -= (start - first_query) % step
     end = tl.max(tl.where(alive, dies, 0), 0)
     tl.store(starts + row * tiles + tile, start)
     tl.store(ends + row * tiles + tile, end)
-    tl.store(steps + row * tiles + tile, tl.where(end > start, tl.cdiv(end - start, step) + overhead, 0))
+    number = tl.arange(0, SPANS_PAD)
+    low = first_query + number * span
+    queries = tl.minimum(end, low + span) - tl.maximum(start, low)
+    counted = tl.where(queries > 0, (queries + step - 1) // step + overhead, 0)
+    tl.store(steps + (row * spans + number) * tiles + tile, counted, mask=number < spans)
 
 
 def walk_kernel_launch(
