@@ -355,8 +355,8 @@ def test_hopper_backward(
     from dynamask.ops.triton import backward, backward_hopper
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
-    monkeypatch.setattr(backward_hopper, "_PIECE", 128)
-    monkeypatch.setattr(backward_hopper, "_SPAN", 256)
+    monkeypatch.setattr(backward_hopper, "_CHUNK", 8)
+    monkeypatch.setattr(backward_hopper, "_SPAN", 16)
     for kind in ("random", "rising", "falling", "large"):
         check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
@@ -367,23 +367,23 @@ def test_hopper_backward(
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize(
-    ("piece", "span", "overhead", "fanout"),
+    ("chunk", "span", "overhead", "fanout"),
     [
         pytest.param(1, 10000, 0, 256, id="a step a chunk"),
-        pytest.param(1, 128, 5, 4, id="chunks of overhead alone"),
-        pytest.param(100, 64, 2, 2, id="pieces end within spans"),
-        pytest.param(100000, 256, 1, 8, id="chunks of many legs"),
+        pytest.param(1, 8, 5, 4, id="chunks of overhead alone"),
+        pytest.param(7, 3, 2, 2, id="pieces end within spans"),
+        pytest.param(100000, 16, 1, 8, id="chunks of many legs"),
     ],
 )
 def test_hopper_backward_in_odd_pieces(
-    monkeypatch: pytest.MonkeyPatch, programs: int, piece: int, span: int, overhead: int, fanout: int
+    monkeypatch: pytest.MonkeyPatch, programs: int, chunk: int, span: int, overhead: int, fanout: int
 ) -> None:
     """Every way for a chunk and a leg to meet, searches of one level and of many."""
     from dynamask.ops.triton import backward, backward_hopper
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_programs", lambda device: programs)
-    monkeypatch.setattr(backward_hopper, "_PIECE", piece)
+    monkeypatch.setattr(backward_hopper, "_CHUNK", chunk)
     monkeypatch.setattr(backward_hopper, "_SPAN", span)
     monkeypatch.setattr(backward_hopper, "_OVERHEAD", overhead)
     monkeypatch.setattr(backward_hopper, "_FANOUT", fanout)

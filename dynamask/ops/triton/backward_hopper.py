@@ -32,11 +32,14 @@ _LOG2E = gl.constexpr(1.4426950408889634)
 _KEYS = 64
 """Keys of a consumer, the rows of its products."""
 
-_PIECE = 2048
-"""Queries of a chunk, about."""
+_ROWS = 64
+"""Rows of a step: its queries, times the heads that share their keys."""
 
-_SPAN = 4096
-"""Queries after which walks are interrupted, so that what runs at the same time reads the same ones ..."""
+_CHUNK = 128
+"""Steps of a chunk, about."""
+
+_SPAN = 256
+"""Steps after which walks are interrupted, so that what runs at the same time reads the same queries ..."""
 
 _LEGS = 1 << 21
 """... or more, where that would make more legs than this."""
@@ -66,10 +69,9 @@ def walk_kernel_launch(
     d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
     d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
     order = walking_order(expiry)
-    rows = 64
-    step = rows // next_power_of_2(ratio)
-    all_tiles = expiry.numel() // length * cdiv(length, 2 * _KEYS)
-    span = cdiv(max(_SPAN, cdiv(num_queries * all_tiles, _LEGS)), rows) * rows
+    step = _ROWS // next_power_of_2(ratio)
+    tiles = cdiv(length, 2 * _KEYS)
+    span = step * max(_SPAN, cdiv(num_queries * tiles * (expiry.numel() // length), _LEGS * step))
     starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, span, _OVERHEAD)
     _walk[(_programs(query.device),)](
         grad_output,
@@ -92,7 +94,7 @@ def walk_kernel_launch(
         heads,
         num_queries,
         length,
-        cdiv(length, 2 * _KEYS),
+        tiles,
         cdiv(num_queries, span),
         span,
         through.numel(),
@@ -102,20 +104,24 @@ def walk_kernel_launch(
         DIM=dim,
         VALUE_DIM=value_dim,
         KEYS=_KEYS,
-        ROWS=rows,
-        TARGET=max(1, _PIECE // step),
+        ROWS=_ROWS,
+        TARGET=_CHUNK,
         OVERHEAD=_OVERHEAD,
         FANOUT=_FANOUT,
         LEVELS=search_levels(through.numel(), _FANOUT),
         SLOTS=4,
-        STAGES=4 if max(dim, value_dim) > 64 else 6,
-        PART=8,
-        PRODUCER_REGISTERS=24,
-        CONSUMER_REGISTERS=240,
         HAS_BIAS=bias is not None,
         num_warps=4,
+        **_tuning(max(dim, value_dim)),
     )
     return d_key, d_value, d_bias
+
+
+def _tuning(dim: int) -> dict[str, int | bool]:
+    """Stages, rows copied at a time, and who gets the registers: above 64 the consumers' sums need nearly all."""
+    if dim > 64:
+        return {"STAGES": 4, "PART": 16, "PRODUCER_REGISTERS": 24, "CONSUMER_REGISTERS": 240, "HELD": False}
+    return {"STAGES": 6, "PART": 64, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 224, "HELD": True}
 
 
 def _programs(device: torch.device) -> int:
@@ -291,6 +297,7 @@ def _consume(
     RATIO_PAD: gl.constexpr,
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
+    HELD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
@@ -333,12 +340,18 @@ def _consume(
         latest, soonest = gl.reduce((gl.where(listed, born, length), dies), 0, _greatest_least)
         # Read again where a tile is tested: held in registers, they would cost the products theirs.
         lives.index(2 * CONSUMER).store(born)
-        lives.index(2 * CONSUMER + 1).store(dies)
+        lives.index(2 * CONSUMER + 1).store(gl.maximum(dies - born, 0))
         keys.store(k_tile)
         values.store(v_tile)
         fence_async_shared()
         # Once here, or at every step.
         gl.thread_barrier()
+        k_operand = keys
+        v_operand = values
+        if HELD:
+            # Products are bound by what they read from shared memory: half of it where one side is in registers.
+            k_operand = keys.load(gl.DotOperandLayout(0, s_layout, 2))
+            v_operand = values.load(gl.DotOperandLayout(0, s_layout, 2))
         own = gl.full([KEYS], 0.0, gl.float32, s_rows)
         if HAS_BIAS:
             own = gl.load(bias + base + born)
@@ -352,16 +365,17 @@ def _consume(
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             fence_async_shared()
-            s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            dp = warpgroup_mma(values, grads.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma(k_operand, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dp = warpgroup_mma(v_operand, grads.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             top = tops.index(stage).load(columns)
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
             p = gl.exp2(s * factor + (own[:, None] - top[None, :]))
             if (start < latest) | (start + M > soonest):
                 position = start + offset
-                opens = lives.index(2 * CONSUMER).load(s_rows)[:, None]
-                shuts = lives.index(2 * CONSUMER + 1).load(s_rows)[:, None]
-                p = gl.where((opens <= position[None, :]) & (position[None, :] < shuts), p, 0.0)
+                age = position[None, :] - lives.index(2 * CONSUMER).load(s_rows)[:, None]
+                life = lives.index(2 * CONSUMER + 1).load(s_rows)[:, None]
+                # Unsigned, the age of an unborn key is beyond every life: one comparison in place of two.
+                p = gl.where(age.to(gl.uint32) < life.to(gl.uint32), p, 0.0)
             if RATIO != RATIO_PAD:
                 # Rows of no head were filled with zeros, their log-sum-exp too: exp2 of a large bias would be inf.
                 p = gl.where(padding[None, :], 0.0, p)
@@ -379,20 +393,20 @@ def _consume(
             step += 1
         # Keys that nobody sees have no part in the sums.
         j = lives.index(2 * CONSUMER).load(k_rows)
-        lived = lives.index(2 * CONSUMER + 1).load(k_rows) > j
+        lived = lives.index(2 * CONSUMER + 1).load(k_rows) > 0
         d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
         gl.atomic_add(
             d_key + ((base + j) * DIM)[:, None] + d[None, :], k_sum * scale, mask=lived[:, None], sem="relaxed"
         )
         j = lives.index(2 * CONSUMER).load(v_rows)
-        lived = lives.index(2 * CONSUMER + 1).load(v_rows) > j
+        lived = lives.index(2 * CONSUMER + 1).load(v_rows) > 0
         dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
         gl.atomic_add(
             d_value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :], v_sum, mask=lived[:, None], sem="relaxed"
         )
         if HAS_BIAS:
             j = lives.index(2 * CONSUMER).load(s_rows)
-            lived = lives.index(2 * CONSUMER + 1).load(s_rows) > j
+            lived = lives.index(2 * CONSUMER + 1).load(s_rows) > 0
             summed = gl.convert_layout(gl.sum(b_sum, 1), s_rows)
             gl.atomic_add(d_bias + base + j, summed, mask=lived, sem="relaxed")
         turn += 1
@@ -441,6 +455,7 @@ def _walk(
     PART: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
+    HELD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     dtype: gl.constexpr = query.dtype.element_ty
@@ -478,7 +493,7 @@ def _walk(
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
                     tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 0,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HELD, HAS_BIAS, 0,
                 ),
             ),
             (
@@ -486,7 +501,7 @@ def _walk(
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
                     tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 1,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HELD, HAS_BIAS, 1,
                 ),
             ),
             (
