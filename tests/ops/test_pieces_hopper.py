@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
 
-from dynamask.ops.triton.pieces_hopper import chunk_steps, piece_queries, proceed, search_levels
+from dynamask.ops.triton.pieces_hopper import chunk_steps, own_queries, piece_queries, proceed, search_levels
 
 
 def shares_of(
@@ -85,6 +85,27 @@ def test_programs_have_equal_shares(programs: int, target: int) -> None:
     if target == 128:
         assert chunk >= target // 2
         assert max(steps) <= 1.01 * total / programs + 1
+
+
+@given(
+    begin=st.integers(0, 300),
+    length=st.integers(1, 300),
+    earliest=st.integers(0, 700),
+    last=st.integers(0, 700),
+    m=st.sampled_from([1, 16, 64]),
+)
+@example(begin=100, length=200, earliest=700, last=0, m=16)  # none of these keys lives
+def test_both_consumers_take_as_many_steps(begin: int, length: int, earliest: int, last: int, m: int) -> None:
+    """What a consumer passes over, and does, is what the producer copies; it passes over nothing that its keys see."""
+    end = begin + length
+    before, first, stop, after = own_queries.fn(begin, end, earliest, last, m)
+    taken = list(range(first, stop, m))
+    assert min(before, after) >= 0
+    assert before + len(taken) + after == len(range(begin, end, m))
+    assert first == begin + before * m
+    done = {position for start in taken for position in range(start, start + m)}
+    assert done >= set(range(max(begin, earliest), min(end, last)))
+    assert all(start < last and start + m > min(earliest, end - 1) for start in taken)
 
 
 @pytest.mark.parametrize(("count", "fanout", "levels"), [(1, 256, 1), (256, 256, 1), (257, 256, 2), (9, 2, 4)])

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dynamask.ops.triton.backward_walk import walk_steps, walking_order
 from dynamask.ops.triton.parts_hopper import by_lane
-from dynamask.ops.triton.pieces_hopper import chunk_steps, leg_of, piece_queries, proceed, search_levels
+from dynamask.ops.triton.pieces_hopper import chunk_steps, leg_of, own_queries, piece_queries, proceed, search_levels
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -258,8 +258,24 @@ def _produce(
 
 
 @gluon.jit
-def _greatest_least(greatest, least, other_greatest, other_least):
-    return gl.maximum(greatest, other_greatest), gl.minimum(least, other_least)
+def _extremes(earliest, latest, soonest, last, other_earliest, other_latest, other_soonest, other_last):
+    return (
+        gl.minimum(earliest, other_earliest),
+        gl.maximum(latest, other_latest),
+        gl.minimum(soonest, other_soonest),
+        gl.maximum(last, other_last),
+    )
+
+
+@gluon.jit
+def _pass_over(full, empty, step, steps, STAGES: gl.constexpr):
+    """Free `steps` stages without a look at what is in them."""
+    for _ in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return step
 
 
 @gluon.jit
@@ -336,8 +352,20 @@ def _consume(
         dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_load))
         v_tile = gl.load(value + ((base + v_j) * VALUE_DIM)[:, None] + dv[None, :])
         dies = gl.load(expiry + base + born, mask=listed, other=0)
-        # What is not listed is born after everything.
-        latest, soonest = gl.reduce((gl.where(listed, born, length), dies), 0, _greatest_least)
+        # Whatever comes out for keys that nobody sees is not added to the result.
+        lived = dies > born
+        earliest, latest, soonest, last = gl.reduce(
+            (
+                gl.where(lived, born, length),
+                gl.where(lived, born, 0),
+                gl.where(lived, dies, length),
+                gl.where(lived, dies, 0),
+            ),
+            0,
+            _extremes,
+        )
+        # The other consumer's keys may be seen before these are, and after.
+        before, begin, end, after = own_queries(begin, end, earliest, last, M)
         # Read again where a tile is tested: held in registers, they would cost the products theirs.
         lives.index(2 * CONSUMER).store(born)
         lives.index(2 * CONSUMER + 1).store(gl.maximum(dies - born, 0))
@@ -361,6 +389,7 @@ def _consume(
         b_sum = by_lane(nothing)
         offset = gl.arange(0, ROWS, columns) % M
         padding = gl.arange(0, ROWS, columns) // M >= RATIO
+        step = _pass_over(full, empty, step, before, STAGES)
         for start in range(begin, end, M):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
@@ -391,7 +420,7 @@ def _consume(
             v_sum, k_sum = warpgroup_mma_wait(num_outstanding=0, deps=(v_sum, k_sum))
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        # Keys that nobody sees have no part in the sums.
+        step = _pass_over(full, empty, step, after, STAGES)
         j = lives.index(2 * CONSUMER).load(k_rows)
         lived = lives.index(2 * CONSUMER + 1).load(k_rows) > 0
         d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))

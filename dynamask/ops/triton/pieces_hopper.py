@@ -6,8 +6,7 @@ thus finish together, and those that run at the same time share the queries of a
 of 40 MB, 5% of their reads miss it at N = 32K and at 128K, where 40% and 80% do if walks are taken whole. A chunk that
 crosses legs falls into pieces, each of one leg.
 
-`chunk_steps`, `piece_queries` and `proceed` are arithmetic alone: without their decorator they are Python functions of
-integers, and are tested as such.
+All but `leg_of` is arithmetic alone: without its decorator it is Python on integers, and is tested as such.
 """
 
 from __future__ import annotations
@@ -43,6 +42,19 @@ def proceed(low, high, after, chunk, programs, total):
         low = high + (programs - 1) * chunk
         high = min(low + chunk, total)
     return low, high
+
+
+@gluon.jit
+def own_queries(begin, end, earliest, last, M: gl.constexpr):
+    """The part of a piece in which a consumer's keys are seen, from `earliest` on and before `last`.
+
+    Its first query and the one after its last, between the steps of M queries that come before it and after it.
+    """
+    before = max(min(earliest, end) - begin, 0) // M
+    first = begin + before * M
+    stop = min(last, end)
+    after = (end - begin + M - 1) // M - before - (max(stop - first, 0) + M - 1) // M
+    return before, first, stop, after
 
 
 @gluon.jit
