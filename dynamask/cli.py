@@ -387,6 +387,9 @@ def experiment(
         str | None, typer.Option(help="Wall time, such as 25m, 1h30m or 90s. Default: until every run is done.")
     ] = None,
     size: Annotated[str, typer.Option(help="Which sweep: smoke (seconds on a CPU), small, paper.")] = "small",
+    workers: Annotated[
+        int | None, typer.Option(help="Runs at a time, spread over the visible GPUs. Default: one per visible GPU.")
+    ] = None,
     listing: Annotated[
         bool, typer.Option("--list", help="Say what is done, what is left and how long; run nothing.")
     ] = False,
@@ -397,6 +400,10 @@ def experiment(
     time, device, versions and commit, so a killed or exhausted sweep continues when the same command is run again.
     No run is started that would not end within the budget, judging by the times of those before it.
 
+    With several workers each is a process of its own, which saves its run when the budget ends or Ctrl-C comes, where
+    runs can be continued (all but mqar's). More workers than GPUs share them: quicker for models too small to fill
+    one, but seconds and tokens/s are then not those of a run alone, and the device's name in the results says so.
+
     **Examples**
 
     - `dynamask experiment` — which experiments and sizes there are
@@ -406,10 +413,13 @@ def experiment(
     - `dynamask experiment mqar --results mqar.jsonl --budget 25m` — the small sweep, on one GPU
 
     - `dynamask experiment mqar --size paper --results mqar.jsonl --list` — what is left, and how long it takes
+
+    - `dynamask experiment scaling --results scaling.jsonl --budget 8m --workers 4` — two runs on each of two GPUs
     """
     from dynamask.experiments import EXPERIMENTS, get_experiment, read_results, run_sweep
     from dynamask.experiments.budget import parse_seconds
     from dynamask.experiments.display import SweepDisplay, runs_table, summary_table
+    from dynamask.experiments.workers import visible_gpus
 
     if name is None:
         table = Table("experiment", "sizes (runs)", "what it measures")
@@ -427,15 +437,14 @@ def experiment(
         return
     if results is None:
         raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
-    began = time.monotonic()
-    while True:
-        left = None if seconds is None else max(0.0, seconds - (time.monotonic() - began))
-        with SweepDisplay(errors, configs) as display:
-            report = run_sweep(chosen, configs, results, left, observer=display)
-        more = chosen.configs(size, report.records)
-        if len(more) == len(configs) or report.left:
-            break
-        configs = more  # runs that the finished ones decided
+    with SweepDisplay(errors, configs) as display:
+        report = run_sweep(
+            *(chosen, configs, results, seconds),
+            workers=workers if workers is not None else max(1, len(visible_gpus())),
+            follow_up=lambda finished: chosen.configs(size, finished),
+            observer=display,
+        )
+    configs = chosen.configs(size, report.records)
     title = f"{name} {size}: {len(report.records)} of {len(configs)} runs"
     console.print(summary_table(chosen.summary(report.records), title) if report.records else title)
     if report.left:

@@ -3,7 +3,10 @@
 | file | holds |
 | --- | --- |
 | `registry.py` | what an experiment is, and the experiments by name |
-| `sweep.py` | the runner: resumes, orders by estimate, keeps a budget |
+| `sweep.py` | the runner: runs in this process or in several, one results file |
+| `schedule.py` | which run comes next: orders by estimate, keeps a budget, takes up what finished runs decide |
+| `workers.py` | processes that do runs, spread over the GPUs |
+| `display.py` | a sweep on a terminal |
 | `results.py` | the results file, safe against a kill at any moment |
 | `provenance.py`, `budget.py` | device, versions and commit; spans of time |
 | `language.py`, `language_data.py` | small language models: the engine, and the token streams it reads |
@@ -22,7 +25,8 @@ from dynamask.experiments.needle import NEEDLE
 from dynamask.experiments.registry import EXPERIMENTS, Experiment, get_experiment, register
 from dynamask.experiments.results import Record, read_results, run_key
 from dynamask.experiments.scaling import SCALING
-from dynamask.experiments.sweep import Observer, SweepReport, run_sweep
+from dynamask.experiments.schedule import Observer
+from dynamask.experiments.sweep import SweepReport, run_sweep
 
 __all__ = [
     "ABLATION",

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 
 from dynamask.experiments.budget import format_seconds
 from dynamask.experiments.provenance import device_name
 from dynamask.experiments.registry import Config, Experiment
 from dynamask.experiments.results import Record, run_key
-from dynamask.experiments.sweep import Estimator, Observer
+from dynamask.experiments.schedule import Estimator, Observer
 
 
 class SweepDisplay(Observer):
-    """Two bars, the sweep's and the run's, and a line for each run that ends. Use as a context manager.
+    """A bar for the sweep, one for each run in progress, and a line for each run that ends. Use as a context manager.
 
     Args:
         console: where to draw.
@@ -28,34 +37,46 @@ class SweepDisplay(Observer):
 
     def __init__(self, console: Console, configs: Sequence[Config]) -> None:
         self.console = console
+        self.configs = [*configs]
         self.varied = _varied(configs)
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
-        self.bars = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+        # Names of many settings are longer than a line: they come last, and get what the bars leave.
+        name = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+        columns = (BarColumn(20), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn(), name)
+        self.bars = Progress(*columns, console=console, transient=True, expand=True)
         self.sweep = self.bars.add_task("sweep")
-        self.run = self.bars.add_task("run", total=1.0, visible=False)
+        self.total = 0
+        self.runs: dict[str, tuple[TaskID, str]] = {}
 
     def resumed(self, finished: int, pending: int, dropped: int) -> None:
         """See `Observer.resumed`."""
-        self.bars.update(self.sweep, total=finished + pending, completed=finished)
+        self.total = finished + pending
+        self.bars.update(self.sweep, total=self.total, completed=finished)
         if dropped:
             self._say(f"cut off {dropped} bytes of a run that was being written when the last sweep was killed")
         if finished:
             self._say(f"{finished} of {finished + pending} runs stand in the file already")
 
+    def added(self, configs: Sequence[Config]) -> None:
+        """See `Observer.added`."""
+        self.configs += configs
+        self.varied = _varied(self.configs)
+        self.total += len(configs)
+        self.bars.update(self.sweep, total=self.total)
+
     def started(self, config: Config, estimate: float | None) -> None:
         """See `Observer.started`."""
         guess = "" if estimate is None else f", about {format_seconds(estimate)}"
-        self.bars.reset(self.run, description=escape(self._name(config) + guess), visible=True)
+        name = escape(self._name(config) + guess)
+        self.runs[_key(config)] = (self.bars.add_task(name, total=1.0), name)
 
-    def advanced(self, share: float, note: str) -> None:
+    def advanced(self, config: Config, share: float, note: str) -> None:
         """See `Observer.advanced`."""
-        self.bars.update(self.run, completed=share)
-        if note:
-            self.bars.update(self.sweep, description=f"sweep [dim]{escape(note)}[/]")
+        bar, name = self.runs[_key(config)]
+        self.bars.update(bar, completed=share, description=f"[dim]{escape(note)}[/] {name}" if note else name)
 
     def finished(self, record: Record) -> None:
         """See `Observer.finished`."""
-        self.bars.update(self.run, visible=False)
+        self.interrupted(record.config)
         self.bars.advance(self.sweep)
         plain = {key: value for key, value in record.result.items() if isinstance(value, (int, float))}
         figures = ", ".join(f"{key} {_cell(value)}" for key, value in plain.items())
@@ -63,8 +84,13 @@ class SweepDisplay(Observer):
 
     def failed(self, config: Config, error: Exception) -> None:
         """See `Observer.failed`."""
-        self.bars.update(self.run, visible=False)
+        self.interrupted(config)
         self._say(f"{self._name(config)}: {type(error).__name__}: {error}", style="bold red")
+
+    def interrupted(self, config: Config) -> None:
+        """See `Observer.interrupted`."""
+        bar, _ = self.runs.pop(_key(config))
+        self.bars.remove_task(bar)
 
     def _name(self, config: Config) -> str:
         return " ".join(f"{key}={_cell(config[key])}" for key in self.varied if config[key] is not None) or "run"
@@ -110,6 +136,10 @@ def summary_table(rows: Sequence[dict[str, str]], title: str) -> Table:
     for row in rows:
         table.add_row(*(row.get(column, "") for column in columns))
     return table
+
+
+def _key(config: Config) -> str:
+    return json.dumps(config, sort_keys=True)
 
 
 def _varied(configs: Sequence[Config]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -17,6 +18,11 @@ import numpy as np
 from dynamask.data import Corpus, Document, documents, load_tokenizer, prepare, train_tokenizer
 from dynamask.evaluation.retrieval import mixture
 from dynamask.experiments.language_data import CORPORA_FOLDER
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: sweeps of several workers then prepare the mixture before they begin
+    fcntl = None  # type: ignore[assignment]
 
 STDLIB = "stdlib"
 
@@ -63,9 +69,24 @@ def prepare_mixture(settings: MixtureSettings) -> str:
     """
     root = Path(os.environ.get(CORPORA_FOLDER, "corpora"))
     folder = root / settings.name
-    if (folder / "index.json").exists():
-        return settings.name
-    root.mkdir(parents=True, exist_ok=True)
+    if not (folder / "index.json").exists():
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root / f".{settings.name}.lock"):
+            if not (folder / "index.json").exists():
+                _prepare(settings, root, folder)
+    return settings.name
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """Wait for other processes that prepare the same: the runs of a sweep share their mixture, and may run together."""
+    with open(lock, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _prepare(settings: MixtureSettings, root: Path, folder: Path) -> None:
     table = root / f".{settings.name}.jsonl"
     words = root / f".{settings.name}.tokenizer"
     try:
@@ -86,7 +107,6 @@ def prepare_mixture(settings: MixtureSettings) -> str:
     finally:
         table.unlink(missing_ok=True)
         shutil.rmtree(words, ignore_errors=True)
-    return settings.name
 
 
 def mixture_tokenizer(name: str) -> Any:

@@ -12,9 +12,10 @@ import torch
 import dynamask
 
 
-def device_name() -> str:
-    """The GPU's name, or the processor's."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+def device_name(runs_at_a_time: int = 1) -> str:
+    """The GPU's name, or the processor's; with the runs that share it where there are several: times depend on that."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
+    return name if runs_at_a_time == 1 else f"{name} ({runs_at_a_time} runs at a time)"
 
 
 def processor_name() -> str:

@@ -33,7 +33,7 @@ class Record:
         seed: config["seed"].
         result: what the run returned; numbers that are not finite stand as None.
         seconds: wall time of the run.
-        device: name of the processor it ran on.
+        device: name of the processor it ran on, and how many runs at a time, if several.
         versions: package -> version.
         commit: git commit of the code, with "-dirty" where files differed from it; None where unknown.
     """

@@ -78,6 +78,7 @@ def test_an_exhausted_budget_says_how_to_go_on(dynamask: Command, tmp_path: Path
         (["mqr", "--results", "r.jsonl"], "did you mean 'mqar'"),
         (["mqar"], "say where the runs go"),
         (["mqar", "--results", "r.jsonl", "--budget", "soon"], "write 25m"),
+        (["mqar", "--results", "r.jsonl", "--workers", "0"], "workers must be at least 1"),
         (["mqar", "--results", "r.jsonl", "--size", "papr"], "did you mean 'paper'"),
         (["mqar", "--results", "no/such/r.jsonl"], "cannot write results to"),
     ],

@@ -27,7 +27,7 @@ from dynamask.experiments import (
 from dynamask.experiments.budget import format_seconds, parse_seconds
 from dynamask.experiments.provenance import commit, device_name, versions
 from dynamask.experiments.results import ResultsFile
-from dynamask.experiments.sweep import Estimator
+from dynamask.experiments.schedule import Estimator
 
 
 def toy(run: Any = None, name: str = "toy") -> Experiment:
@@ -130,7 +130,7 @@ def test_a_budget_stops_an_interruptible_run_which_then_goes_on(tmp_path: Path) 
     with ResultsFile(tmp_path / "r.jsonl") as file:
         file.append(timed({"cost": 2, "seed": 0}, 1000.0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynamask.experiments.sweep._SHORTEST_PART", 0.0)
+        patch.setattr("dynamask.experiments.schedule._SHORTEST_PART", 0.0)
         first = run_sweep(experiment, configs(1), tmp_path / "r.jsonl", 0.2)
     assert (first.ran, len(first.left), first.failed) == (0, 1, [])
     assert 0 < done["steps"] < 40
