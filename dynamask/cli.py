@@ -432,15 +432,18 @@ def experiment(
     earlier = read_results(results) if results else []
     configs = chosen.configs(size, earlier)
     seconds = None if budget is None else parse_seconds(budget)
+    at_a_time = workers if workers is not None else max(1, len(visible_gpus()))
+    if at_a_time < 1:
+        raise UsageError(f"--workers must be at least 1; got {at_a_time}")
     if listing:
-        console.print(runs_table(chosen, configs, earlier))
+        console.print(runs_table(chosen, configs, earlier, at_a_time))
         return
     if results is None:
         raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
     with SweepDisplay(errors, configs) as display:
         report = run_sweep(
             *(chosen, configs, results, seconds),
-            workers=workers if workers is not None else max(1, len(visible_gpus())),
+            workers=at_a_time,
             follow_up=lambda finished: chosen.configs(size, finished),
             observer=display,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -25,6 +26,7 @@ from dynamask.experiments.provenance import device_name
 from dynamask.experiments.registry import Config, Experiment
 from dynamask.experiments.results import Record, run_key
 from dynamask.experiments.schedule import Estimator, Observer
+from dynamask.experiments.workers import places
 
 
 class SweepDisplay(Observer):
@@ -108,10 +110,17 @@ class SweepDisplay(Observer):
         self.bars.stop()
 
 
-def runs_table(experiment: Experiment, configs: Sequence[Config], records: Sequence[Record]) -> Table:
-    """Every run with the settings in which they differ, and its time: measured, or estimated for this device."""
+def runs_table(experiment: Experiment, configs: Sequence[Config], records: Sequence[Record], workers: int = 1) -> Table:
+    """Every run with the settings in which they differ, and its time: measured, or estimated for this device.
+
+    Args:
+        experiment: whose runs.
+        configs: the runs.
+        records: finished ones.
+        workers: runs at a time, see `run_sweep`.
+    """
     done = {record.key: record for record in records}
-    estimator = Estimator(experiment, records, device_name())
+    estimator = Estimator(experiment, records, device_name(Counter(places(workers)).most_common(1)[0][1]))
     varied = _varied(configs)
     table = Table(*varied, "state", "seconds")
     finished = [config for config in configs if run_key(experiment.name, config) in done]
@@ -124,7 +133,8 @@ def runs_table(experiment: Experiment, configs: Sequence[Config], records: Seque
         guess = "?" if estimate is None else f"about {estimate:.1f}"
         table.add_row(*(_cell(config[key]) for key in varied), "to do", guess)
     known = [estimate for estimate in estimates if estimate is not None]
-    time_left = f", about {format_seconds(sum(known))} on this device" if known else ""
+    at_a_time = f" with {workers} workers" if workers > 1 else ""
+    time_left = f", about {format_seconds(sum(known) / workers)} on this device{at_a_time}" if known else ""
     table.caption = f"{len(finished)} done, {len(pending)} to do{time_left}"
     return table
 

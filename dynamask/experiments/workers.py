@@ -50,6 +50,12 @@ def visible_gpus() -> list[str]:
     return names[:count]
 
 
+def places(workers: int) -> list[str | None]:
+    """The GPU of each worker, as CUDA_VISIBLE_DEVICES names it: the visible ones in turn; None where there is none."""
+    gpus: list[str | None] = [*visible_gpus()] or [None]
+    return [gpus[place % len(gpus)] for place in range(workers)]
+
+
 def check_portable(run: RunFunction) -> None:
     """Raise InvalidInputError for a run that another process could not be given: a lambda, a nested function."""
     try:
@@ -110,8 +116,7 @@ class _Worker:
 class _Pool:
     def __init__(self, schedule: Schedule, workers: int) -> None:
         self.schedule = schedule
-        gpus: list[str | None] = [*visible_gpus()]
-        self.gpus = [(gpus or [None])[place % max(1, len(gpus))] for place in range(workers)]
+        self.gpus = places(workers)
         self.workers: dict[int, _Worker] = {}
         self.unusable: dict[int, str] = {}  # places whose process ended before it was ready, and how
 

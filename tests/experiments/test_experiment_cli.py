@@ -12,6 +12,7 @@ from rich.console import Console
 
 from dynamask import cli
 from dynamask.experiments import MQAR, Record, read_results, run_key
+from dynamask.experiments.provenance import device_name
 from dynamask.experiments.results import ResultsFile
 
 
@@ -63,6 +64,16 @@ def test_list_says_what_is_done_and_left_and_writes_nothing(dynamask: Command, t
     assert len(read_results(path)) == 1
 
 
+def test_list_estimates_for_runs_that_share_the_device(dynamask: Command, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    config = MQAR.configs("smoke")[0]
+    with ResultsFile(path) as file:
+        file.append(Record("mqar", run_key("mqar", config), config, 0, {}, 12.5, device_name(2), {}, None))
+    command = ("mqar", "--size", "smoke", "--results", str(path), "--list")
+    assert "on this device with 2 workers" in " ".join(dynamask(*command, "--workers", "2").stdout.split())
+    assert "on this device" not in dynamask(*command).stdout, "a run alone takes another time"
+
+
 def test_an_exhausted_budget_says_how_to_go_on(dynamask: Command, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     done = dynamask("mqar", "--size", "smoke", "--results", str(path), "--budget", "0.0001s")
@@ -78,7 +89,7 @@ def test_an_exhausted_budget_says_how_to_go_on(dynamask: Command, tmp_path: Path
         (["mqr", "--results", "r.jsonl"], "did you mean 'mqar'"),
         (["mqar"], "say where the runs go"),
         (["mqar", "--results", "r.jsonl", "--budget", "soon"], "write 25m"),
-        (["mqar", "--results", "r.jsonl", "--workers", "0"], "workers must be at least 1"),
+        (["mqar", "--results", "r.jsonl", "--workers", "0"], "--workers must be at least 1"),
         (["mqar", "--results", "r.jsonl", "--size", "papr"], "did you mean 'paper'"),
         (["mqar", "--results", "no/such/r.jsonl"], "cannot write results to"),
     ],
