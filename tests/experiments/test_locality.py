@@ -51,16 +51,29 @@ def test_locality_is_fair(size: str) -> None:
     assert all(config.distance_penalty in (0.0, 1 / config.length * 16) for config in configs)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_scaling_is_parameter_matched(shape: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "shape"), [*(("paper", shape) for shape in SHAPES), *(("quick", shape) for shape in PLANS["quick"].shapes)]
+)
+def test_scaling_is_parameter_matched(size: str, shape: str) -> None:
     counts = {}
-    for mechanism in PLANS["paper"].mechanisms:
-        config = PLANS["paper"].config(mechanism, shape, 0, 1e-3)
+    for mechanism in PLANS[size].mechanisms:
+        config = PLANS[size].config(mechanism, shape, 0, 1e-3)
         with torch.device("meta"):  # weights without numbers: only their shapes are asked for
             model = build_model(LanguageConfig.of(config), 64)
         counts[variant_name(config)] = parameter_counts(model)["non_embedding"]
     assert all(abs(count / counts["mha"] - 1) < 0.02 for count in counts.values()), counts
     assert counts["mha"] == pytest.approx(float(shape.removesuffix("M")) * 1e6, rel=0.11)
+
+
+@pytest.mark.parametrize("size", ["quick", "paper"])
+def test_scaling_trains_every_size_on_twenty_tokens_a_parameter(size: str) -> None:
+    plan = PLANS[size]
+    for shape in plan.shapes:
+        runs = [LanguageConfig.of(plan.config(mechanism, shape, 0, 1e-3)) for mechanism in plan.mechanisms]
+        (tokens,) = {run.total_steps * run.batch_tokens for run in runs}
+        assert tokens / runs[0].parameters == pytest.approx(20, rel=0.01)
+        assert {run.length // run.window for run in runs if run.window} == {8}
+        assert runs[0].heads == 2 * runs[0].groups
 
 
 def test_scaling_follows_the_best_rate_of_each_mixer() -> None:

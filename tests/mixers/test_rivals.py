@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dynamask.experiments.language import LanguageConfig, build_model
-from dynamask.experiments.scaling import PLANS, SHAPES
+from dynamask.experiments.scaling import PLANS
 from dynamask.mixers import SequenceInfo, mha
 from dynamask.mixers import nsa as nsa_mixer
 from dynamask.models import DynamaskForCausalLM
@@ -49,9 +49,11 @@ def test_blocks_are_laid_out_once_for_all_layers(packed: bool, monkeypatch: pyte
     assert [call[1] for call in calls] == [20 if packed else 21]
 
 
-@pytest.mark.parametrize("size", SHAPES)
-def test_the_scaling_experiments_nsa_suits_flas_kernels(size: str) -> None:
-    settings = PLANS["paper"].config({"attention": "nsa"}, size, seed=0, rate=1e-3)
+@pytest.mark.parametrize(
+    ("size", "shape"), [(size, shape) for size in ("quick", "paper") for shape in PLANS[size].shapes]
+)
+def test_the_scaling_experiments_nsa_suits_flas_kernels(size: str, shape: str) -> None:
+    settings = PLANS[size].config({"attention": "nsa"}, shape, seed=0, rate=1e-3)
     with torch.device("meta"):
         config = build_model(LanguageConfig.of(settings), 8192).config
     block = config.nsa_block_size
