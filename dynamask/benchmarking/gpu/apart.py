@@ -68,7 +68,8 @@ def run_apart(
                     number, task = waiting.pop(0)
                     log = (folder / f"{number}.log").open("wb")
                     arguments = (task.kind, json.dumps(task.arguments), str(folder / f"{number}.json"))
-                    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                    # fla would keep the choices of its autotuners, made while other work shares the GPU.
+                    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLA_CACHE_RESULTS": "0"}
                     process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log, env=environment)
                     log.close()
                     running[number] = (process, time.perf_counter())
