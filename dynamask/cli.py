@@ -490,7 +490,7 @@ def benchmark_gpu_command(
     scores: Annotated[
         list[Path] | None, typer.Option(help="Trained scores, see `dynamask benchmark scores`; repeatable.")
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 150.0,
+    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 300.0,
     checks: Annotated[bool, typer.Option(help="Compare with float64 first.")] = True,
     commit: Annotated[str | None, typer.Option(help="Recorded as the code's commit; default: asked of git.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write STEM.json, STEM.md and STEM.png.")] = None,
@@ -614,7 +614,7 @@ def benchmark_model_command(
         str,
         typer.Option(help="scattered (random keys kept, dma's worst case) or initial (a sliding window, its best)."),
     ] = "scattered",
-    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 300.0,
+    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 450.0,
     commit: Annotated[str | None, typer.Option(help="Recorded as the code's commit; default: asked of git.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for model.json, model.md, training.png and generation.png.")

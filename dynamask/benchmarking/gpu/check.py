@@ -25,10 +25,11 @@ _PAIRS = 1 << 25  # of query and key that exist at a time in float64
 
 _LONG = {"length": 16384, "window": 2048}
 
-# What the benchmarks time, the whole model (G = 8) included, on rows long enough for the kernels that they time.
+# What the benchmarks time, the whole model (G = 8) and NSA's shape (G = 1) included, on rows long enough for the
+# kernels that they time.
 TIMED: list[dict[str, Any]] = [
     *({"dtype": "bfloat16", "dim": dim, "groups": groups, **_LONG} for dim, groups in ((128, 4), (128, 16), (64, 4))),
-    {"dtype": "bfloat16", "dim": 128, "groups": 8, **_LONG},
+    *({"dtype": "bfloat16", "dim": 128, "groups": groups, **_LONG} for groups in (8, 1)),
     {"dtype": "bfloat16", "dim": 128, "groups": 4, **_LONG, "deterministic": True},
 ]
 

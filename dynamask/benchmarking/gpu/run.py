@@ -48,7 +48,7 @@ class Settings:
     windows: tuple[int, ...] = (1024, 2048)
     scores: tuple[Path, ...] = ()
     peers: tuple[str, ...] = ("flex", "nsa", "fsa1", "fsa2", "fsa2_gated")
-    budget_seconds: float = 150.0
+    budget_seconds: float = 300.0
     checks: bool = True
 
     def __post_init__(self) -> None:
