@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,8 @@ def main() -> None:
         }
         try:
             row |= measure(LanguageConfig.of(config), warmup=max(1, arguments.warmup), steps=arguments.steps)
-        except (RuntimeError, AssertionError) as error:  # out of memory, say: the other mixers are still worth a row
-            row |= {"attention": name, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+        except Exception:  # out of memory, say: the other mixers are still worth a row
+            row |= {"attention": name, "error": traceback.format_exc(limit=-6)[-3000:]}
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         line = json.dumps(row | origin)

@@ -502,7 +502,7 @@ def benchmark_gpu_command(
     scores: Annotated[
         list[Path] | None, typer.Option(help="Trained scores, see `dynamask benchmark scores`; repeatable.")
     ] = None,
-    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 150.0,
+    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 300.0,
     checks: Annotated[bool, typer.Option(help="Compare with float64 first.")] = True,
     commit: Annotated[str | None, typer.Option(help="Recorded as the code's commit; default: asked of git.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write STEM.json, STEM.md and STEM.png.")] = None,
@@ -530,12 +530,7 @@ def benchmark_gpu_command(
     from dynamask.benchmarking.gpu.run import stderr_progress
 
     if redraw is not None:
-        try:
-            results = json.loads(redraw.read_text())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"cannot read results from {redraw}: {error}") from error
-        if not isinstance(results, dict) or "attention" not in results:
-            raise UsageError(f"{redraw} holds no results of `dynamask benchmark gpu`")
+        results = _results_of(redraw, "attention", "dynamask benchmark gpu")
         stem = output or redraw.with_suffix("")
         stem.with_name(f"{stem.name}.md").write_text(markdown(results))
         pictures = draw(results, stem)
@@ -562,6 +557,17 @@ def benchmark_gpu_command(
             draw(results, output)
         except UsageError as error:  # the budget left nothing to draw, but what there is was written
             errors.print(f"no picture: {error}", highlight=False)
+
+
+def _results_of(file: Path, part: str, command: str) -> dict[str, Any]:
+    """Results that a benchmark wrote, told from other JSON by a part they all have."""
+    try:
+        results = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read results from {file}: {error}") from error
+    if not isinstance(results, dict) or part not in results:
+        raise UsageError(f"{file} holds no results of `{command}`")
+    return results
 
 
 @benchmark_app.command("scores")
@@ -615,14 +621,18 @@ def benchmark_model_command(
     only: Annotated[str | None, typer.Option(help="training or generation; default: both.")] = None,
     longest: Annotated[bool, typer.Option(help="Search for the longest trainable length, last of all.")] = True,
     compile: Annotated[bool, typer.Option(help="Train with layers compiled by torch.compile.")] = True,
+    checks: Annotated[bool, typer.Option(help="On a GPU, compare the kernels with float64 first.")] = True,
     gates: Annotated[
         str,
         typer.Option(help="scattered (random keys kept, dma's worst case) or initial (a sliding window, its best)."),
     ] = "scattered",
-    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 300.0,
+    budget: Annotated[float, typer.Option(help="Seconds after which nothing more is begun.")] = 450.0,
     commit: Annotated[str | None, typer.Option(help="Recorded as the code's commit; default: asked of git.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder for model.json, model.md, training.png and generation.png.")
+    ] = None,
+    redraw: Annotated[
+        Path | None, typer.Option(help="Measure nothing: render this model.json of an earlier run again.")
     ] = None,
 ) -> None:
     """Whole models, dynamic mask against dense attention: training steps, decoding, prefill, longest length.
@@ -636,8 +646,11 @@ def benchmark_model_command(
 
     - `dynamask benchmark model --only training --length 32768 --no-longest --budget 120`
 
+    - `dynamask benchmark model --redraw benchmarks/results/h100-model/model.json` — tables and pictures again
+
     - `dynamask benchmark model --preset tiny --length 256 --context 128 --batch 1 --no-longest --prefill 9` — a CPU
     """
+    from dynamask.benchmarking.gpu.run import stderr_progress
     from dynamask.benchmarking.model import (
         BATCHES,
         CONTEXTS,
@@ -650,6 +663,12 @@ def benchmark_model_command(
         write,
     )
 
+    if redraw is not None:
+        earlier = _results_of(redraw, "training", "dynamask benchmark model")
+        write(earlier, output or redraw.parent)
+        pictures = draw(earlier, output or redraw.parent)
+        console.print(f"written {output or redraw.parent}: model.md, {len(pictures)} pictures", soft_wrap=True)
+        return
     if only not in (None, "training", "generation"):
         raise UsageError(f"--only must be training or generation; got {only!r}")
     if gates not in ("scattered", "initial"):
@@ -677,6 +696,7 @@ def benchmark_model_command(
         budget_seconds=budget,
         longest=longest,
         compile=compile,
+        checks=checks,
         gates=gates,
     )
 
@@ -684,7 +704,7 @@ def benchmark_model_command(
         if output:
             write(results, output)
 
-    results = benchmark_model(settings, commit=commit, save=save)
+    results = benchmark_model(settings, commit=commit, save=save, progress=stderr_progress)
     for part, (title, columns) in TABLES.items():
         if results[part]:
             table = Table(*columns, "remark", title=title)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +26,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dynamask.benchmarking.gpu import check
+from dynamask.benchmarking.gpu.apart import Task, run_apart
+from dynamask.benchmarking.gpu.measure import whole
+from dynamask.benchmarking.gpu.run import replace_text
 from dynamask.cache import BoundedCache, BoundedLayer, cache_bytes
 from dynamask.errors import UsageError
 from dynamask.experiments import provenance
@@ -47,16 +51,17 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}
 _BACKENDS = {"mha": SDPBackend.FLASH_ATTENTION, "mha-cudnn": SDPBackend.CUDNN_ATTENTION}
 _CHUNK = 2048  # positions whose logits exist at a time: 1.2 GB of float32 at 152K tokens
 _DECODE_WARMUP = 4
+_PREFILLS = 3
 
 NOTES = (
-    "dma: gates drawn at random without recency term, so kept keys are scattered, the worst case for the kernels; "
-    "an untrained gate would be a sliding window, their best.",
+    "dma: gates drawn at random without recency term, so kept keys are scattered but for the newest ones that are "
+    "always kept (the preset's `local`, half of the window); an untrained gate would be a sliding window.",
     "mha: SDPA, flash backend; mha-cudnn: SDPA, cuDNN backend.",
-    "Training: batch 1, gradient checkpointing of every layer, AdamW (fused on a GPU), clipping at 1, bf16 autocast "
-    "over float32 weights as the trainer does it ('float32' under weights), or pure bfloat16 weights where float32 "
-    "weights, gradients and moments would take more than half of the memory. Output layer and loss run over 2048 "
-    "positions at a time, recomputed backward, for every contestant alike: the model's own loss would materialise "
-    "(N, vocab) float32.",
+    "Training: batch 1, gradient checkpointing of every layer, AdamW (fused on a GPU), clipping at 1, bf16, "
+    "the median of the timed steps. Weights are float32, cast by autocast as the trainer does it ('float32' under "
+    "weights), or bfloat16 where float32 weights, gradients and moments would take more than half of the memory. "
+    "Output layer and loss run over 2048 positions at a time, recomputed backward, for every contestant alike: the "
+    "model's own loss would materialise (N, vocab) float32.",
     "mfu: (6 · non-embedding parameters · N + attention over the keys a query sees, forward and twice that backward) "
     "over the device's dense bfloat16 peak (989 TFLOP/s). Recomputation is not counted. mfu_with_output counts the "
     "output layer's product too.",
@@ -64,7 +69,9 @@ NOTES = (
     "'fixed' replay the step as a CUDA graph, the others run eagerly. 'fixed' is dense attention at its best: the new "
     "key overwrites the last of `context` slots, so that nothing grows, is copied or masked; no real cache does less. "
     "'dynamic' and 'static' are transformers' caches.",
-    "With compile, every decoder layer of every contestant is compiled by torch.compile (inductor).",
+    "With compile, every decoder layer of every contestant is compiled by torch.compile (inductor), in the search for "
+    "the longest length too; a contestant that cannot be compiled runs eagerly, and its row says so.",
+    "On a GPU dma's kernels are first compared with float64 at the model's heads (errors, in the JSON).",
 )
 
 
@@ -84,6 +91,7 @@ class Settings:
         longest_cap: where that search ends even if memory is left.
         gates: "scattered" or "initial", see `build`.
         compile: train with compiled layers.
+        checks: on a GPU, compare dma's kernels with float64 first.
     """
 
     preset: str = "1.7b"
@@ -93,11 +101,12 @@ class Settings:
     prefill: int = PREFILL
     steps: int = 32
     only: str | None = None
-    budget_seconds: float = 300.0
+    budget_seconds: float = 450.0
     longest: bool = True
     longest_cap: int = 1 << 20
     gates: str = "scattered"
     compile: bool = True
+    checks: bool = True
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:
@@ -194,8 +203,8 @@ def time_training(
     attention: str,
     length: int,
     *,
-    warmup: int = 1,
-    steps: int = 2,
+    warmup: int | None = None,
+    steps: int = 3,
     gates: str = "scattered",
     weights: str = "auto",
     compile: bool = False,
@@ -206,7 +215,7 @@ def time_training(
         name: the preset.
         attention: "dma", "mha" or "mha-cudnn".
         length: tokens per step.
-        warmup, steps: untimed and timed steps.
+        warmup, steps: untimed and timed steps, the median of which counts. None: two, or one where N > 32768.
         gates: see `build`.
         weights: "float32" (bf16 autocast over them, as the trainer does), "bfloat16", or "auto": float32 where
             weights, gradients and moments take at most half of the memory.
@@ -217,6 +226,8 @@ def time_training(
     """
     model = build(name, attention, length, gates=gates).train()
     config = model.config
+    if warmup is None:
+        warmup = 2 if length <= 32768 else 1
     everything = sum(p.numel() for p in model.parameters())
     parameters = everything - model.model.embed_tokens.weight.numel()
     if model.lm_head.weight is not model.model.embed_tokens.weight:
@@ -254,15 +265,17 @@ def time_training(
     _reset_peak()
     for _ in range(warmup):
         step()
-    _synchronize()
-    start = time.perf_counter()
+    taken = []
     for _ in range(steps):
+        _synchronize()
+        start = time.perf_counter()
         loss = step()
-    _synchronize()
-    seconds = (time.perf_counter() - start) / steps
-    value = loss.item()
+        _synchronize()
+        taken.append(time.perf_counter() - start)
+    seconds, value = statistics.median(taken), loss.item()
     if not value == value:
         raise AssertionError("the loss is NaN, so no time is worth anything")
+    row["steps_s"] = taken
     flops = training_flops(config, parameters, length)
     row |= {"step_s": seconds, "tokens_per_s": length / seconds, "peak_gib": _peak_gib(), "loss": value}
     row["useful_tflops"] = (flops["weights"] + flops["attention"]) / seconds / 1e12
@@ -484,22 +497,24 @@ def time_generation(
 
 @torch.no_grad()
 def time_prefill(name: str, attention: str, length: int, *, gates: str = "scattered") -> dict[str, Any]:
-    """Time one prefill of `length` tokens, batch 1, into an empty `BoundedCache` (dma) or `DynamicCache` (mha).
+    """Time prefills of `length` tokens, batch 1, into an empty `BoundedCache` (dma) or `DynamicCache` (mha).
 
-    A first, untimed prefill compiles and warms up.
+    The first one, untimed, compiles and warms up; of the others the median counts.
     """
     model = _decoder(name, attention, length, gates)
     gc.collect()
     _reset_peak()
     tokens = torch.randint(model.config.vocab_size, (1, length), device=_device())
+    taken = []
     with _dense_backend(attention):
-        for _ in range(2):
+        for _ in range(1 + _PREFILLS):
             cache: Cache = BoundedCache(model.config) if attention == "dma" else DynamicCache()
             _synchronize()
             start = time.perf_counter()
             model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
             _synchronize()
-            seconds = time.perf_counter() - start
+            taken.append(time.perf_counter() - start)
+    seconds = statistics.median(taken[1:])
     row: dict[str, Any] = {"attention": attention, "cache": "bounded" if attention == "dma" else "dynamic", "N": length}
     row |= {"preset": name, "window": model.config.window if attention == "dma" else None, "seconds": seconds}
     row |= {"tokens_per_s": length / seconds, "cache_mib": cache_bytes(cache) / 2**20, "peak_gib": _peak_gib()}
@@ -513,20 +528,72 @@ def attempt(measure: Callable[[], dict[str, Any]], identity: dict[str, Any]) -> 
         row = measure()
     except Exception as error:  # one that cannot run here is reported, not fatal
         text = (str(error).splitlines() or [""])[0][:200]
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
+        full = _out_of_memory(error)
         row = identity | {"error": "out of memory" if full else f"{type(error).__name__}: {text}"}
-        if full:
-            row["out_of_memory"] = True
+        row |= {"out_of_memory": True} if full else {"traceback": whole(error)}
     # Only here, after the except block, is the traceback gone that held the model's tensors.
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free()
     row["took_s"] = time.perf_counter() - began
     return row
 
 
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error)
+
+
+def _free() -> None:
+    """Give back what nothing refers to any more, as far as the GPU still answers."""
+    gc.collect()
+    if torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+
+
+def train_as_set(settings: Settings, attention: str, length: int, **options: Any) -> dict[str, Any]:
+    """`time_training`, compiled where the settings say so, or eagerly where that fails ("compile_error")."""
+    run = partial(time_training, settings.preset, attention, length, gates=settings.gates, **options)
+    if not settings.compile:
+        return run()
+    try:
+        return run(compile=True)
+    except Exception as error:
+        if _out_of_memory(error) or isinstance(error, AssertionError):
+            raise
+        failure = whole(error)
+    _free()
+    return run() | {"compile_error": failure}
+
+
+def check_kernels(name: str, deadline: float) -> list[dict[str, Any]]:
+    """Errors of dma's kernels against float64 at a preset's heads, in a process of its own, which compiles them too.
+
+    Args:
+        name: the preset.
+        deadline: seconds after which it is given up.
+
+    Returns:
+        Rows as `check.check_case` gives them, or one with "error".
+
+    Raises:
+        AssertionError: the kernels are wrong.
+    """
+    config = preset(name)
+    case = {"dtype": "bfloat16", "dim": config.head_dim, "groups": config.num_key_value_heads}
+    case |= {"heads": config.num_attention_heads, "length": 16384, "window": config.window}
+    (found,) = run_apart([Task("check", case)], deadline=deadline, timeout=deadline)
+    if "error" in found:
+        return [case | {"error": found["error"]}]
+    if wrong := check.failures(found["result"]):
+        raise AssertionError(f"wrong results, so no time is worth anything: {json.dumps(wrong)}")
+    return found["result"]
+
+
 def benchmark_model(
-    settings: Settings, *, commit: str | None = None, save: Callable[[dict[str, Any]], None] = lambda results: None
+    settings: Settings,
+    *,
+    commit: str | None = None,
+    save: Callable[[dict[str, Any]], None] = lambda results: None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Every measurement of `settings`, the most important first.
 
@@ -534,9 +601,14 @@ def benchmark_model(
         settings: what to measure.
         commit: recorded with the environment.
         save: called with all results so far after every measurement.
+        progress: called with a line about every measurement.
 
     Returns:
-        "environment", "settings", "notes"; rows of "training", "generation", "prefill", "longest"; "not_measured".
+        "environment", "settings", "notes"; rows of "errors" (see `check_kernels`), "training", "generation",
+        "prefill", "longest"; "not_measured".
+
+    Raises:
+        AssertionError: dma's kernels give wrong results.
     """
     preset(settings.preset)  # names an unknown one before anything runs
     began = time.perf_counter()
@@ -544,19 +616,27 @@ def benchmark_model(
         "environment": environment(commit),
         "settings": dict(vars(settings)),
         "notes": list(NOTES),
-        **{part: [] for part in ("training", "generation", "prefill", "longest", "not_measured")},
+        **{part: [] for part in ("errors", "training", "generation", "prefill", "longest", "not_measured")},
     }
 
     def left() -> float:
         return settings.budget_seconds - (time.perf_counter() - began)
 
+    def keep(part: str, row: dict[str, Any], identity: dict[str, Any]) -> None:
+        results[part].append(row)
+        results["seconds"] = time.perf_counter() - began
+        progress(f"{results['seconds']:6.1f} s  {part}  {_told(identity)}  {_told(row, _FIGURES)}")
+        save(results)
+
+    save(results)
+    if settings.checks and torch.cuda.is_available():
+        for row in check_kernels(settings.preset, settings.budget_seconds / 3):
+            keep("errors", row, {"preset": settings.preset})
     for part, identity, measure in _plan(settings):
         if left() <= 0:
             results["not_measured"].append({"part": part, **identity})
             continue
-        results[part].append(attempt(measure, identity))
-        results["seconds"] = time.perf_counter() - began
-        save(results)
+        keep(part, attempt(measure, identity), identity)
     if settings.longest and settings.only != "generation":
         rivals = ("dma", "mha")
         for number, attention in enumerate(rivals):
@@ -570,17 +650,22 @@ def benchmark_model(
             for row in longest_trainable(measure_length, first, share, cap=settings.longest_cap):
                 if "ended" in row and row["longest"] is None:
                     row["longest"] = max(fits, default=None)
-                results["longest"].append({"attention": attention, **row})
-                results["seconds"] = time.perf_counter() - began
-                save(results)
+                keep("longest", {"attention": attention, **row}, {"attention": attention})
     results["seconds"] = time.perf_counter() - began
     save(results)
     return results
 
 
+_FIGURES = ("step_s", "tokens_per_s", "peak_gib", "worst", "longest", "ended", "skipped", "error")
+
+
+def _told(row: dict[str, Any], names: Iterable[str] | None = None) -> str:
+    return ", ".join(f"{name} {_cell(row[name])}" for name in names or row if row.get(name) is not None)
+
+
 def _one_step(settings: Settings, attention: str, length: int) -> dict[str, Any]:
     # Without a warm-up: the question is whether it fits, and a long dense step takes half a minute.
-    measure = partial(time_training, settings.preset, attention, length, warmup=0, steps=1, gates=settings.gates)
+    measure = partial(train_as_set, settings, attention, length, warmup=0, steps=1)
     return attempt(measure, {"attention": attention, "N": length})
 
 
@@ -588,15 +673,18 @@ def _plan(settings: Settings) -> Iterable[tuple[str, dict[str, Any], Callable[[]
     """(part, identity, measurement), the most important first."""
 
     def training(attention: str, length: int) -> tuple[str, dict[str, Any], Callable[[], dict[str, Any]]]:
-        run = partial(time_training, settings.preset, attention, length, gates=settings.gates, compile=settings.compile)
-        return "training", {"attention": attention, "N": length}, run
+        return "training", {"attention": attention, "N": length}, partial(train_as_set, settings, attention, length)
 
+    cudnn = settings.only != "generation" and torch.cuda.is_available()
     if settings.only != "generation":
         for length in settings.lengths:
             for attention in ("dma", "mha"):
                 yield training(attention, length)
     if settings.only != "training":
         for number, batch in enumerate(settings.batches):
+            if number == 1 and cudnn:
+                _decoder.cache_clear()
+                yield training("mha-cudnn", settings.lengths[0])
             # One attention after the other, so that its model is built once.
             for attention in ("dma", "mha"):
                 for context, cache in product(settings.contexts, [c for a, c in CACHES if a == attention]):
@@ -609,8 +697,9 @@ def _plan(settings: Settings) -> Iterable[tuple[str, dict[str, Any], Callable[[]
                     fill = partial(time_prefill, settings.preset, attention, settings.prefill, gates=settings.gates)
                     yield "prefill", identity, fill
     _decoder.cache_clear()
-    if settings.only != "generation" and torch.cuda.is_available():
-        for length in settings.lengths:
+    if cudnn:
+        between = settings.only is None and len(settings.batches) > 1  # then the first was measured above
+        for length in settings.lengths[1 if between else 0 :]:
             yield training("mha-cudnn", length)
 
 
@@ -645,6 +734,8 @@ def table_rows(results: dict[str, Any], part: str) -> list[list[str]]:
     rows = []
     for row in results[part]:
         remark = row.get("error") or row.get("skipped") or (f"ended by: {row['ended']}" if "ended" in row else "")
+        if "compile_error" in row:
+            remark = f"not compiled: {row['compile_error'].splitlines()[-1][:200]}"
         rows.append([*(_cell(row.get(column)) for column in columns), remark])
     return rows
 
@@ -672,10 +763,12 @@ def markdown(results: dict[str, Any]) -> str:
 def write(results: dict[str, Any], folder: Path) -> None:
     """model.json and model.md in `folder`, each replaced whole, so that a killed run leaves its last results."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("model.json", json.dumps(results, indent=1) + "\n"), ("model.md", markdown(results))):
-        partial_file = folder / f".{name}.partial"
-        partial_file.write_text(text)
-        os.replace(partial_file, folder / name)
+    replace_text(folder / "model.json", json.dumps(results, indent=1) + "\n")
+    try:
+        tables = markdown(results)
+    except Exception as error:  # a run goes on whose tables cannot be drawn yet: the figures are what it is for
+        tables = f"The tables could not be drawn:\n\n```\n{whole(error)}\n```\n"
+    replace_text(folder / "model.md", tables)
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:

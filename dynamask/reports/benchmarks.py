@@ -81,7 +81,7 @@ def attention_section(raw: Any, folder: Path) -> Sectioned:
     ratios = {}
     for key, row in main.items():
         passes = [_dense(row, kind, raw["attention"]) for kind in ("forward", "backward")]
-        if None not in passes:
+        if None not in passes and "backward_ms" in row:
             ratios[key] = sum(passes) / (row["forward_ms"] + row["backward_ms"])  # type: ignore[arg-type]
     finding = _speed_finding("attention kernels, forward and backward, against the fastest dense pair", ratios, main)
     return Section("", exhibits, finding), rows, _environment(raw["environment"])
@@ -165,10 +165,10 @@ def _attention_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     cells = {"N": f"{row['N']:,}", "D": str(row["D"]), "H/G": f"{row['H']}/{row['G']}", "window": str(row["w"])}
     cells |= {"scores": row["scores"], "expiry": f"{row['expiry_ms']:.3g}"}
     for kind in ("forward", "backward"):
-        dense = _dense(row, kind, rows)
-        cells[kind] = f"{row[f'{kind}_ms']:.3g}"
+        dense, own = _dense(row, kind, rows), row.get(f"{kind}_ms")
+        cells[kind] = "" if own is None else f"{own:.3g}"
         cells[f"dense {kind}"] = "" if dense is None else f"{dense:.3g}"
-        cells[f"x {kind}"] = "" if dense is None else f"{dense / row[f'{kind}_ms']:.1f}"
+        cells[f"x {kind}"] = "" if dense is None or own is None else f"{dense / own:.1f}"
     return cells
 
 

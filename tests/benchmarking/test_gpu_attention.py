@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_fastest_dense_pair_may_come_from_two_peers(results: dict[str, Any]) -> 
         ("useful rate, forward, D = 128, G = 4", "600 TFLOP/s", True),
         ("useful rate, backward, D = 128, G = 4", "200 TFLOP/s", False),
         ("useful rate, forward, D = 64", "not measured", None),
-        ("forward against FlashAttention-3, N = 32K, G = 4", "6x", True),
+        ("forward against FlashAttention-3, N = 32K, G = 4", "6x (5.94x with expiry)", True),
         ("forward + backward against the fastest dense pair, N = 32K, G = 4", "3.6x (fa3 + cudnn)", False),
         ("break-even with the fastest dense, forward, w", "N = 6144 (3·w); 1.33x at 3·w", True),
         ("break-even with the fastest dense, forward + backward", "N = 32768 (16·w); 0.92x at 4·w", False),
@@ -115,7 +116,7 @@ def test_break_even_asks_for_every_longer_length(results: dict[str, Any]) -> Non
 
 def test_markdown_holds_every_part_and_whole_errors(results: dict[str, Any]) -> None:
     text = bench.markdown(results)
-    assert "| forward against FlashAttention-3, N = 32K, G = 4 | >= 5.5x | 6x | met |" in text
+    assert "| forward against FlashAttention-3, N = 32K, G = 4 | >= 5.5x | 6x (5.94x with expiry) | met |" in text
     assert "| fsa1 | same | 32768 | 128 | 16 | 4 | 2048 |  | 30 |  | 90 |  |" in text
     assert "peers, nsa, N 32768, D 128, G 1:\n\n```\nfirst\nlast line\n```" in text
     assert "- part decode, context 5, reason the budget of 1 s was spent" in text
@@ -153,18 +154,81 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
         bench.draw({"attention": [], "environment": {}}, tmp_path / "x")
 
 
+def test_rows_without_a_backward_are_rows_of_the_forward(results: dict[str, Any]) -> None:
+    for name in ("backward_ms", "backward_tflops", "memory_backward"):
+        del results["attention"][4][name]
+    results["attention"][4]["backward_error"] = "not done after 60 s"
+    found = verdict(results, "time per query, backward")
+    assert (found.measured, found.met) == ("not measured", None)
+    assert verdict(results, "time per query, forward").met
+    assert 1 << 20 not in plots.curves(results, 128, 4)["both"]["ours"]["dynamask, w = 2048"]
+    assert "attention, backward, N 1048576, D 128, G 4:\n\n```\nnot done after 60 s" in bench.markdown(results)
+
+
+def test_a_deterministic_backward_that_differs_is_a_miss(results: dict[str, Any]) -> None:
+    results["attention"][0] |= {"deterministic_backward_ms": 12.0, "deterministic_runs": 100}
+    for equal, said in ((True, "the same bits"), (False, "other bits")):
+        results["attention"][0]["deterministic_equal"] = equal
+        found = verdict(results, "deterministic backward")
+        assert (found.measured, found.met) == (f"1.50x at 32K; {said} over 100 runs", equal)
+
+
 def test_plan_puts_the_most_important_first_and_repeats_nothing() -> None:
     rows = list(run.plan(bench.Settings(scores=(Path("a/paper.npz"),)), []))
-    shapes = [(i["N"], i["D"], i["G"], i["w"], i["scores"]) for part, i, _ in rows if part == "attention"]
-    assert shapes[:2] == [(32768, 128, 4, 2048, "random"), (131072, 128, 4, 2048, "random")]
-    assert {s[:4] for s in shapes[2:6]} == {(n * w, 128, 4, w) for w in (1024, 2048) for n in (3, 4)}
-    assert [s[0] for s in shapes[6:11]] == [16384, 65536, 1048576, 262144, 524288]
-    assert len(set(shapes)) == len(shapes)
+    attention = [(i, measure) for part, i, measure in rows if part == "attention"]
+    shapes = [(i["N"], i["D"], i["G"], i["w"], i["scores"]) for i, _ in attention]
+    assert shapes[:2] == [(n, 128, 4, 2048, "random") for n in (32768, 131072)]
+    assert {s[:4] for s in shapes[2:6]} == {(n, d, g, 2048) for n in (32768, 131072) for d, g in ((128, 16), (64, 4))}
+    assert {s[:4] for s in shapes[6:10]} == {(n * w, 128, 4, w) for w in (1024, 2048) for n in (3, 4)}
+    assert [s[0] for s in shapes[10:15]] == [16384, 65536, 1048576, 262144, 524288]
+    # The backward of the longest rows is the last thing of all, the shortest of them first.
+    assert [(part, i["N"]) for part, i, _ in rows[-3:]] == [("attention", n << 18) for n in (1, 2, 4)]
+    assert [measure.func.__name__ for _, _, measure in rows[-3:]] == ["backward_apart"] * 3
+    long = [measure for i, measure in attention[:-3] if i["N"] > run.LONGEST_BACKWARD]
+    assert [measure.keywords["backward"] for measure in long] == [False] * 3
+    assert len(set(shapes[:-3])) == len(shapes) - 3
     assert (32768, 128, 4, 2048, "trained paper") in shapes
     parts = [part for part, _, _ in rows]
     assert parts.count("peers") == 5
     assert parts.count("decode") == 6
     assert parts.count("prefill") == 2
+
+
+def test_a_backward_measured_apart_completes_its_row() -> None:
+    command = (sys.executable, "-c", _CHILD)
+    done = run.backward_apart(Shape(64, 8), command=command)
+    hung = run.backward_apart(Shape(128, 8), timeout=1.0, command=command)
+    assert done == {"backward_ms": 64.0}
+    assert hung == {**Shape(128, 8).row, "backward_error": "not done after 1 s"}
+    rows = [{**Shape(n, 8).row, "forward_ms": 1.0, "seconds": 2.0} for n in (64, 128)]
+    run.place(rows, hung | {"seconds": 1.0}, Shape(128, 8).row)
+    assert rows[1] == {**Shape(128, 8).row, "forward_ms": 1.0, "backward_error": "not done after 1 s", "seconds": 3.0}
+    assert "backward_error" not in rows[0]
+    run.place(rows, {"N": 1}, {"N": 1})
+    assert len(rows) == 3
+
+
+def test_figures_are_kept_where_tables_cannot_be_drawn(tmp_path: Path) -> None:
+    bench.write({"attention": [{"N": 1}]}, tmp_path / "x")
+    assert json.loads((tmp_path / "x.json").read_text()) == {"attention": [{"N": 1}]}
+    assert "KeyError" in (tmp_path / "x.md").read_text()
+
+
+def test_wrong_results_of_what_is_timed_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = {"dtype": "bfloat16", "D": 128, "G": 4, "worst": 1.0}
+    untimed = {"dtype": "float16", "D": 96, "G": 4, "worst": float("nan")}
+    saved: list[int] = []
+    monkeypatch.setattr(run, "environment", lambda commit: {"device": "a test"})
+    monkeypatch.setattr(run, "plan", lambda settings, rehearsals: iter([("decode", {"B": 1}, lambda: {"B": 1})]))
+    settings = bench.Settings(peers=())
+    for found, ends in (([right, untimed], False), ([right, right | {"worst": 11.0}], True)):
+        monkeypatch.setattr(run, "run_apart", lambda tasks, found=found, **_: [{"result": found} for _ in tasks])
+        if ends:
+            with pytest.raises(AssertionError, match="no time is worth anything"):
+                run.benchmark_gpu(settings, save=lambda results: saved.append(len(results["errors"])))
+            assert saved[-1] > 0
+        else:
+            assert run.benchmark_gpu(settings)["decode"][0]["B"] == 1
 
 
 def test_a_peer_that_failed_its_rehearsal_is_not_run_again() -> None:
@@ -248,10 +312,39 @@ def test_check_sees_wrong_and_unwritten_results(monkeypatch: pytest.MonkeyPatch)
         assert check.failures([found]) == [found]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_shows_what_is_wrong(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, grad = torch.randn(2, 1, 4, 300, 16, dtype=torch.bfloat16)
+    key, value = torch.randn(2, 1, 2, 300, 16, dtype=torch.bfloat16)
+    scores = scores_like(kind, (1, 2, 300), "cpu")
+    expiry = key_expiry(scores, 40)
+    assert check.kept_wrongly(scores, expiry, 40) == 0
+    assert check.kept_wrongly(scores, expiry, 39) > 0
+    assert check.kept_wrongly(scores, (expiry - 1).clamp(min=0), 40) > 0
+    inputs = (query, key, value, scores, expiry, grad, 40)
+    errors = check.sampled_errors(*inputs, backend="torch")
+    assert set(errors) == {*check.NAMES, "lse"}
+    assert max(errors.values()) < 0.01
+    assert set(check.sampled_errors(*inputs, backend="torch", backward=False)) == {"output", "lse"}
+    # The last 64 positions left unwritten, and a mask that lets another key through.
+    real = check.interval_attention_op
+
+    def unwritten(*arguments: Any) -> Any:
+        output, lse = real(*arguments)
+        return output.index_fill(2, torch.arange(236, 300), float("nan")), lse
+
+    monkeypatch.setattr(check, "interval_attention_op", unwritten)
+    assert not check.sampled_errors(*inputs, backend="torch", backward=False)["output"] < 0.01
+    monkeypatch.setattr(check, "interval_attention_op", lambda q, k, v, e, *rest: real(q, k, v, e + 9, *rest))
+    spoilt = check.sampled_errors(*inputs, backend="torch")
+    assert spoilt["output"] > 0.01
+    assert spoilt["d_query"] > 0.01
+
+
 def test_cases_cover_every_dtype_and_width() -> None:
     cases = check.cases()
     assert {(c["dtype"], c["dim"]) for c in cases} == {(t, d) for t in check.DTYPES for d in check.DIMS}
-    assert {c["groups"] for c in cases} == {1, 4, 16}
+    assert {c["groups"] for c in cases} == {1, 4, 8, 16}
     assert any(c.get("length", 0) >= 16384 for c in cases)  # where the walk of the backward pass begins
 
 
@@ -285,12 +378,17 @@ _CHILD = """
 import json, os, sys, time
 kind, arguments, path = sys.argv[1:]
 given = json.loads(arguments)
+if kind == "backward":
+    time.sleep(60 if given["length"] > 64 else 0)
+    result = {"backward_ms": float(given["length"])}
+else:
+    result = given.get("n")
 if kind == "sleep":
     time.sleep(60)
 if kind == "die":
     print("about to die", flush=True)
     os._exit(9)
-open(path, "w").write(json.dumps({"result": given["n"]}))
+open(path, "w").write(json.dumps({"result": result}))
 """
 
 
@@ -302,6 +400,16 @@ def test_tasks_apart_survive_crashes_and_hangs() -> None:
     assert "ended with code 9" in found[1]["error"]
     assert "about to die" in found[1]["error"]
     assert found[2]["error"] == "not done after 3 s"
+
+
+def test_a_deadline_ends_what_runs_and_begins_nothing_more() -> None:
+    tasks = [apart.Task(kind, {"n": n}) for n, kind in enumerate(("well", "sleep", "sleep"))]
+    began = time.perf_counter()
+    found = apart.run_apart(tasks, workers=1, deadline=1.5, command=(sys.executable, "-c", _CHILD))
+    assert time.perf_counter() - began < 10
+    assert found[0]["result"] == 0
+    assert "not done after" in found[1]["error"]
+    assert found[2]["error"] == "not begun within 1.5 s"
 
 
 def test_a_task_reports_its_error(tmp_path: Path) -> None:
@@ -351,12 +459,19 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> list[apart.Task]:
     """A GPU that takes no time: the tasks done apart are returned, rows are their identity."""
     tasks: list[apart.Task] = []
 
-    def done(given: list[apart.Task]) -> list[dict[str, Any]]:
+    def done(given: list[apart.Task], **limits: float) -> list[dict[str, Any]]:
+        if given[0].kind == "backward":
+            assert limits["timeout"] == 60.0
+            return [{"error": "hung"}]
+        assert limits["deadline"] > 0
         tasks.extend(given)
         case = {"dtype": "bfloat16", "D": 64, "G": 4, "scores": "random", "worst": 1.0}
         found: list[dict[str, Any]] = [{"result": None if task.kind == "peer" else [case]} for task in given]
-        found[1] = {"error": "crashed"}
-        found[-1] = {"error": "did not compile"}
+        for number, task in enumerate(given):
+            if task.arguments.get("peer") == "nsa":
+                found[number] = {"error": "crashed"}
+        if given[-1].kind == "check":
+            found[-1] = {"error": "did not compile"}
         return found
 
     monkeypatch.setattr(run, "run_apart", done)
@@ -378,11 +493,14 @@ def test_the_whole_benchmark(no_gpu_needed: list[apart.Task], tmp_path: Path) ->
         save=lambda r: saved.append(bench.write(r, tmp_path / "x")),
     )
     assert [task.arguments["peer"] for task in no_gpu_needed if task.kind == "peer"] == list(bench.Settings().peers)
-    assert no_gpu_needed[1].arguments["groups"] == 1  # NSA's shape
+    assert {t.arguments["peer"]: t.arguments["groups"] for t in no_gpu_needed if t.kind == "peer"}["nsa"] == 1
+    # What is timed is checked before anything that may take long is tried.
+    assert [task.arguments for task in no_gpu_needed[: len(check.TIMED)]] == check.TIMED
     assert len([task for task in no_gpu_needed if task.kind == "check"]) == len(check.cases())
     assert [r["error"] for r in done["peers"] if "error" in r] == ["crashed"]
     assert done["errors"][-1]["error"] == "did not compile"
     assert done["not_measured"] == []
+    assert {r.get("backward_error") for r in done["attention"] if r["N"] > run.LONGEST_BACKWARD} == {"hung"}
     assert len(saved) > 30
     text = (tmp_path / "x.md").read_text()
     assert "did not compile" in text

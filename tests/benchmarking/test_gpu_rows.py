@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dynamask import key_expiry
-from dynamask.benchmarking.gpu import measure, peers
+from dynamask.benchmarking.gpu import check, measure, peers, timing
 from dynamask.benchmarking.gpu.problem import Problem, Shape
 from dynamask.benchmarking.scores import save_scores
 from dynamask.ops import attend
@@ -47,6 +47,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return attend(*args, backend="torch", **kwargs)
 
     monkeypatch.setattr(measure, "attend", here)
+    monkeypatch.setattr(measure, "sampled_errors", partial(check.sampled_errors, backend="torch"))
+    monkeypatch.setattr(measure, "_REPEATS", 3)
     monkeypatch.setattr(measure, "milliseconds", partial(timed, value=2.0))
     monkeypatch.setattr(measure, "graph_milliseconds", lambda run, steps=20: timed(run, 0.5))
     monkeypatch.setattr(measure, "extra_memory", lambda run, inputs: timed(run, 0.25))
@@ -66,9 +68,59 @@ def test_attention_row_counts_the_work_the_mask_leaves(kind: str) -> None:
     assert row["mask_share"] == 0.5
     assert (row["N"], row["w"], row["scores"]) == (96, 24, kind)
     assert row["flash_forward_ms"] == row["flash_backward_ms"] == row["deterministic_backward_ms"] == 2.0
+    assert (row["deterministic_runs"], row["deterministic_equal"]) == (3, True)
+    assert 0 < row["sampled_output"] < 0.01
+    assert 0 < row["sampled_d_key"] < 0.01
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
     assert "fa3_fwd" in row["fa3_error"]  # the whole error, with the name of what is missing
     assert "fa3_forward_ms" not in row
+
+
+def test_a_forward_and_its_backward_make_the_whole_row() -> None:
+    whole = measure.time_attention(SHAPE)
+    halves = measure.time_attention(SHAPE, backward=False), measure.time_backward(SHAPE)
+    assert set(whole) == set(halves[0]) | set(halves[1])
+    assert "backward_ms" not in halves[0]
+    assert "forward_ms" not in halves[1]
+
+
+def test_nothing_wrong_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "milliseconds", lambda run: pytest.fail("timed a wrong result"))
+    for name, match in (("sampled_errors", "at a sample"), ("kept_wrongly", "keep other keys")):
+        with monkeypatch.context() as patch:
+            result = {"output": float("nan")} if name == "sampled_errors" else 3
+            patch.setattr(measure, name, lambda *a, result=result, **k: result)
+            with pytest.raises(AssertionError, match=match):
+                measure.time_attention(SHAPE)
+
+
+def test_the_device_is_kept_busy_while_the_host_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            happened.append("record")
+
+        def elapsed_time(self, other: Event) -> float:
+            return 20.0
+
+    class Flush:
+        def zero_(self) -> None:
+            happened.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: happened.append(f"pause {cycles > 0}"))
+    monkeypatch.setattr(timing, "_l2_sized", Flush)
+    assert timing.milliseconds(lambda: happened.append("run")) == 20.0
+    once = ["flush", "pause True", "record", "run", "record"]
+    assert happened == ["run", "run", *once, *once * 3]  # no more than three calls of 20 ms
+    assert timing.pause_cycles(1e-4) == pytest.approx(2.6e5)
+    assert timing.pause_cycles(1.0) == 4e6
 
 
 def test_trained_scores_decide_the_mask(tmp_path: Path) -> None:

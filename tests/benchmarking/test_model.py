@@ -8,9 +8,11 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from dynamask.benchmarking import model as bench
 from dynamask.cache import cache_bytes
+from dynamask.cli import app
 from dynamask.models import preset
 
 
@@ -51,7 +53,7 @@ def test_scattered_gates_keep_other_keys_than_a_sliding_window() -> None:
 @pytest.mark.parametrize("weights", ["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["dma", "mha", "mha-cudnn"])
 def test_training_row(attention: str, weights: str) -> None:
-    row = bench.time_training("tiny", attention, 96, steps=1, weights=weights)
+    row = bench.time_training("tiny", attention, 96, warmup=1, steps=1, weights=weights)
     assert row["weights"] == weights
     assert row["tokens_per_s"] == pytest.approx(96 / row["step_s"])
     assert 7 < row["loss"] < 10  # ln 4096 = 8.3: random tokens teach nothing
@@ -102,6 +104,7 @@ def test_errors_are_rows_and_out_of_memory_is_named() -> None:
     assert (row["N"], row["error"], row["out_of_memory"]) == (1, "out of memory", True)
     row = bench.attempt(wrong, {"N": 1})
     assert row["error"] == "ValueError: no"
+    assert row["traceback"].endswith("no\nmore")
     assert "out_of_memory" not in row
 
 
@@ -148,12 +151,69 @@ def test_the_most_important_comes_first_and_every_row_is_saved(monkeypatch: pyte
     assert parts[:4] == [("training", a, n) for n in (32768, 8192) for a in ("dma", "mha")]
     assert parts[6:8] == [("generation", "dma", "bounded", 32768, 1), ("generation", "dma", "bounded-eager", 32768, 1)]
     assert [p[0] for p in parts].index("prefill") < parts.index(("generation", "dma", "bounded", 32768, 8))
-    saved = []
-    bench.benchmark_model(bench.Settings(longest=False), save=lambda r: saved.append(len(r["training"])))
-    assert saved[:6] == [1, 2, 3, 4, 5, 6]
+    saved, told = [], []
+    bench.benchmark_model(
+        bench.Settings(longest=False), save=lambda r: saved.append(len(r["training"])), progress=told.append
+    )
+    assert saved[:7] == [0, 1, 2, 3, 4, 5, 6]
+    assert "training  attention dma, N 32768" in told[0]
     late = bench.benchmark_model(bench.Settings(budget_seconds=0.0))
     assert late["training"] == []
     assert {row["part"] for row in late["not_measured"]} == {"training", "generation", "prefill", "longest"}
+
+
+def test_on_a_gpu_the_fastest_dense_backend_follows_the_first_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parts = [(part, *identity.values()) for part, identity, _ in bench._plan(bench.Settings())]
+    cudnn = [("training", "mha-cudnn", n) for n in bench.LENGTHS]
+    assert [part for part in parts if part[1] == "mha-cudnn"] == cudnn
+    assert parts.index(cudnn[0]) == parts.index(("generation", "dma", "bounded", 32768, 8)) - 1
+    only = [(part, *i.values()) for part, i, _ in bench._plan(bench.Settings(only="training"))]
+    assert only[-3:] == cudnn
+    assert not [1 for part, *_ in bench._plan(bench.Settings(only="generation")) if part == "training"]
+
+
+def test_what_cannot_be_compiled_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(*args: object, compile: bool = False, **kwargs: object) -> dict:
+        if compile:
+            raise failure
+        return {"attention": "dma", "N": 96, "compiled": False}
+
+    monkeypatch.setattr(bench, "time_training", timed)
+    failure: Exception = ValueError("no code\nfor this")
+    row = bench.train_as_set(bench.Settings("tiny"), "dma", 96)
+    assert not row["compiled"]
+    assert "for this" in row["compile_error"]
+    results = {part: [] for part in bench.TABLES} | {"training": [row]}
+    assert bench.table_rows(results, "training")[0][-1] == "not compiled: for this"
+    # What does not fit would not fit eagerly, and what is wrong is not mended by it.
+    for failure in (torch.OutOfMemoryError("CUDA out of memory"), AssertionError("the loss is NaN")):
+        with pytest.raises(type(failure)):
+            bench.train_as_set(bench.Settings("tiny"), "dma", 96)
+
+
+@pytest.mark.parametrize(("worst", "wrong"), [(1.2, False), (11.0, True), (float("nan"), True)])
+def test_kernels_are_checked_at_the_models_heads(worst: float, wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def done(tasks: list, **limits: float) -> list[dict]:
+        (task,) = tasks
+        sizes = {name: task.arguments[name] for name in ("dim", "heads", "groups", "window")}
+        assert sizes == {"dim": 128, "heads": 16, "groups": 8, "window": 2048}
+        return [{"result": [{"worst": worst}]}]
+
+    monkeypatch.setattr(bench, "run_apart", done)
+    if wrong:
+        with pytest.raises(AssertionError, match="wrong results"):
+            bench.check_kernels("1.7b", 9.0)
+    else:
+        assert bench.check_kernels("1.7b", 9.0) == [{"worst": worst}]
+    monkeypatch.setattr(bench, "run_apart", lambda tasks, **limits: [{"error": "crashed"}])
+    assert bench.check_kernels("1.7b", 9.0)[0]["error"] == "crashed"
+
+
+def test_figures_are_kept_where_tables_cannot_be_drawn(tmp_path) -> None:
+    bench.write({"training": []}, tmp_path)
+    assert json.loads((tmp_path / "model.json").read_text()) == {"training": []}
+    assert "KeyError" in (tmp_path / "model.md").read_text()
 
 
 def test_command_writes_everything(tmp_path) -> None:
@@ -169,6 +229,11 @@ def test_command_writes_everything(tmp_path) -> None:
     assert "| dma | bounded | 1 | 80 |" in (tmp_path / "out" / "model.md").read_text()
     for picture in ("training.png", "generation.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
+    again = ["--redraw", str(tmp_path / "out" / "model.json"), "--output", str(tmp_path / "again")]
+    redone = CliRunner().invoke(app, ["benchmark", "model", *again])
+    assert redone.exit_code == 0, redone.output
+    assert (tmp_path / "again" / "model.md").read_text() == (tmp_path / "out" / "model.md").read_text()
+    assert (tmp_path / "again" / "training.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Work in processes of its own: checks side by side, and rehearsals of peers.
+"""Work in processes of its own: checks side by side, rehearsals of peers, and what may hang.
 
 Most of the checks' time is compilation, which processes share. A kernel that reads where it may not takes the whole
 process's GPU context with it, so a peer is run once here before it is timed in the benchmark's own process. What both
@@ -7,6 +7,7 @@ compile stays in Triton's cache on the disk.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ class Task:
     """Something to do apart.
 
     Attributes:
-        kind: "check" (arguments of `check_case`) or "peer" (a name, and fields of `Shape`).
+        kind: "check" (arguments of `check_case`), "peer" (a name, and fields of `Shape`) or "backward" (those fields).
         arguments: its arguments, as JSON knows them.
     """
 
@@ -39,6 +40,7 @@ def run_apart(
     *,
     workers: int = 16,
     timeout: float = 100.0,
+    deadline: float = float("inf"),
     command: tuple[str, ...] = (sys.executable, "-m", "dynamask.benchmarking.gpu.apart"),
 ) -> list[dict[str, Any]]:
     """Do the tasks, `workers` at a time, the first ones first.
@@ -47,6 +49,7 @@ def run_apart(
         tasks: what to do.
         workers: processes at a time.
         timeout: seconds a process may take.
+        deadline: seconds all of them may take; what is not done then is given up, or not begun.
         command: what is started, with the task and the file of its result behind it.
 
     Returns:
@@ -55,33 +58,46 @@ def run_apart(
     results: list[dict[str, Any]] = [{} for _ in tasks]
     waiting = list(enumerate(tasks))
     running: dict[int, tuple[subprocess.Popen[bytes], float]] = {}
-    with tempfile.TemporaryDirectory() as name:
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         try:
             while waiting or running:
-                while waiting and len(running) < workers:
+                left = deadline - (time.perf_counter() - began)
+                while waiting and left > 0 and len(running) < workers:
                     number, task = waiting.pop(0)
                     log = (folder / f"{number}.log").open("wb")
                     arguments = (task.kind, json.dumps(task.arguments), str(folder / f"{number}.json"))
-                    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                    # fla would keep the choices of its autotuners, made while other work shares the GPU.
+                    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLA_CACHE_RESULTS": "0"}
                     process = subprocess.Popen([*command, *arguments], stdout=log, stderr=log, env=environment)
                     log.close()
                     running[number] = (process, time.perf_counter())
                 for number, (process, started) in list(running.items()):
                     seconds = time.perf_counter() - started
-                    if process.poll() is None and seconds > timeout:
-                        process.kill()
-                        process.wait()
-                        results[number] = {"error": f"not done after {timeout:g} s", "seconds": seconds}
-                        del running[number]
-                    elif process.poll() is not None:
+                    if process.poll() is not None:
                         results[number] = {**_result(folder, number, process.returncode), "seconds": seconds}
                         del running[number]
+                    elif seconds > timeout or left <= 0:
+                        _kill(process)
+                        results[number] = {"error": f"not done after {seconds:.0f} s", "seconds": seconds}
+                        del running[number]
+                if left <= 0:
+                    for number, _ in waiting:
+                        results[number] = {"error": f"not begun within {deadline:g} s", "seconds": 0.0}
+                    break
                 time.sleep(0.05)
         finally:
             for process, _ in running.values():
-                process.kill()
+                _kill(process)
     return results
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process, without waiting for ever: one whose kernel hangs may not die before the driver lets it."""
+    process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10.0)
 
 
 def _result(folder: Path, number: int, code: int) -> dict[str, Any]:
@@ -95,9 +111,9 @@ def _result(folder: Path, number: int, code: int) -> dict[str, Any]:
 def main(kind: str, arguments: str, path: str) -> None:
     """Do one task and write its result."""
     given = json.loads(arguments)
-    actions: dict[str, Callable[[], Any]] = {"check": lambda: _check(given), "peer": lambda: _rehearse(given)}
+    actions: dict[str, Callable[..., Any]] = {"check": _check, "peer": _rehearse, "backward": _backward}
     try:
-        result = {"result": actions[kind]()}
+        result = {"result": actions[kind](given)}
     except Exception as error:
         result = {"error": whole(error)}
     Path(path).write_text(json.dumps(result))
@@ -107,6 +123,13 @@ def _check(given: dict[str, Any]) -> list[dict[str, Any]]:
     from dynamask.benchmarking.gpu.check import check_case
 
     return check_case(**given)
+
+
+def _backward(given: dict[str, Any]) -> dict[str, Any]:
+    from dynamask.benchmarking.gpu.measure import time_backward
+    from dynamask.benchmarking.gpu.problem import Shape
+
+    return time_backward(Shape(**given))
 
 
 def _rehearse(given: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dynamask import key_expiry
 from dynamask.benchmarking.gpu.problem import KINDS, scores_like
 from dynamask.ops import attend
+from dynamask.ops.operators import interval_attention_op
 from dynamask.ops.reference import interval_attention_reference
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -22,6 +23,17 @@ WRONG = 10.0  # more than this is no rounding error
 _PAIRS = 1 << 25  # of query and key that exist at a time in float64
 
 
+_LONG = {"length": 16384, "window": 2048}
+
+# What the benchmarks time, the whole model (G = 8) and NSA's shape (G = 1) included, on rows long enough for the
+# kernels that they time.
+TIMED: list[dict[str, Any]] = [
+    *({"dtype": "bfloat16", "dim": dim, "groups": groups, **_LONG} for dim, groups in ((128, 4), (128, 16), (64, 4))),
+    *({"dtype": "bfloat16", "dim": 128, "groups": groups, **_LONG} for groups in (8, 1)),
+    {"dtype": "bfloat16", "dim": 128, "groups": 4, **_LONG, "deterministic": True},
+]
+
+
 def cases() -> list[dict[str, Any]]:
     """What is checked, with all `KINDS` of scores each: every dtype and head_dim, the timed head ratios, long rows.
 
@@ -29,19 +41,29 @@ def cases() -> list[dict[str, Any]]:
     """
     every = [{"dtype": dtype, "dim": dim, "groups": 4} for dtype in DTYPES for dim in DIMS]
     every += [{"dtype": "bfloat16", "dim": 128, "groups": groups} for groups in (1, 16)]
-    long = {"groups": 4, "length": 16384, "window": 2048}
-    return [{"dtype": d, "dim": n, **long} for d, n in (("bfloat16", 128), ("bfloat16", 64), ("float16", 128))] + every
+    return [*TIMED, {"dtype": "float16", "dim": 128, "groups": 4, **_LONG}, *every]
 
 
-def check_case(dtype: str, dim: int, groups: int, length: int = 1024, window: int = 256) -> list[dict[str, Any]]:
+def check_case(
+    dtype: str,
+    dim: int,
+    groups: int,
+    length: int = 1024,
+    window: int = 256,
+    heads: int = 16,
+    deterministic: bool = False,
+) -> list[dict[str, Any]]:
     """One row per kind of scores, see `check`, on one GPU.
 
     All memory that the kernels could be given is filled with NaN first, so that an element nobody wrote shows.
     """
     rows = []
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     for kind in KINDS:
         poison()
-        rows.append(check(dtype, dim, 16, groups, length, window, kind, "cuda", "triton"))
+        rows.append(check(dtype, dim, heads, groups, length, window, kind, "cuda", "triton"))
+        if deterministic:
+            rows[-1]["deterministic"] = True
     return rows
 
 
@@ -86,6 +108,98 @@ def check(
     row.update({f"dense_{name}": value for name, value in theirs.items() if name != "d_scores"})
     row["worst"] = max((ours[name] / theirs[name] for name in NAMES), key=lambda r: (r != r, r))  # NaN is the worst
     return row
+
+
+def kept_wrongly(scores: Tensor, expiry: Tensor, window: int, count: int = 32) -> int:
+    """How many of a sample of queries do not keep the `window` best-scored keys of their prefix.
+
+    Args:
+        scores: (1, G, N) float; expiry: (1, G, N) int32, under test.
+        window: w.
+        count: queries looked at per head, the last one among them.
+    """
+    groups, length = scores.shape[1:]
+    position = torch.arange(length, device=scores.device)
+    wrong = 0
+    for group in range(groups):
+        for i in [*torch.randint(length, (count - 1,)).tolist(), length - 1]:
+            prefix = scores.detach()[0, group, : i + 1]
+            seen = expiry[0, group, : i + 1] > i
+            kept = min(window, i + 1)
+            # Equal scores at the threshold may be exchanged; which of them stays is tested with the operator.
+            fits = int(seen.sum()) == kept and bool(prefix[seen].min() >= prefix.topk(kept).values[-1])
+            wrong += not fits or bool((expiry[0, group] < position).any())
+    return wrong
+
+
+def sampled_errors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    expiry: Tensor,
+    grad: Tensor,
+    max_live: int,
+    *,
+    backward: bool = True,
+    backend: str = "triton",
+    count: int = 32,
+) -> dict[str, float]:
+    """Relative errors against float64 at a sample of queries and of keys: what a row of any length can afford.
+
+    Args:
+        query, grad: (1, H, N, D); key, value: (1, G, N, D); scores: (1, G, N); expiry: (1, G, N) int32.
+        max_live: see `dynamask.ops.attend`.
+        backward: the gradients, too.
+        backend: of our operator.
+        count: queries, and keys that some query sees, per key/value head.
+
+    Returns:
+        The error of each of `NAMES` (without `backward`, of the output alone) and of "lse", the log-sum-exp that the
+        gradients of the sampled keys are computed from.
+    """
+    groups, length, dim = key.shape[1:]
+    ratio, scale = query.shape[1] // groups, dim**-0.5
+    inputs = tuple(t.detach().requires_grad_(backward) for t in (query, key, value, scores))
+    output, lse = interval_attention_op(*inputs[:3], expiry, inputs[3], scale, backend, max_live)
+    gradients = torch.autograd.grad(output, inputs, grad) if backward else ()
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def compare(name: str, got: Tensor, wanted: Tensor) -> None:
+        found.setdefault(name, []).append((got.double(), wanted))
+
+    position = torch.arange(length, device=key.device)
+    for group in range(groups):
+        heads = slice(group * ratio, (group + 1) * ratio)
+        keys, values, bias = (t.detach()[0, group].double() for t in (key, value, scores))
+        dies = expiry[0, group]
+        i = torch.cat([torch.randint(length, (count - 1,), device=key.device), position[-1:]])
+        rows, slopes = query.detach()[0, heads, i].double(), grad[0, heads, i].double()
+        seen = (position <= i[:, None]) & (i[:, None] < dies)
+        logits = (rows @ keys.T * scale + bias).masked_fill(~seen, float("-inf"))
+        sums = logits.logsumexp(-1)
+        weights = (logits - sums[..., None]).exp()
+        mixed = weights @ values
+        compare("output", output.detach()[0, heads, i], mixed)
+        compare("lse", lse[0, heads, i], sums)
+        if not backward:
+            continue
+        inner = weights * (slopes @ values.T - (slopes * mixed).sum(-1, keepdim=True))
+        compare("d_query", gradients[0][0, heads, i], inner @ keys * scale)
+        living = (dies > position).nonzero()[:, 0]
+        for j in living[torch.randint(len(living), (count // 4,), device=key.device)].tolist():
+            life = slice(j, int(dies[j]))
+            rows, slopes = query.detach()[0, heads, life].double(), grad[0, heads, life].double()
+            weight = (rows @ keys[j] * scale + bias[j] - lse[0, heads, life].double()).exp()
+            delta = (slopes * output.detach()[0, heads, life].double()).sum(-1)
+            inner = weight * (slopes @ values[j] - delta)
+            compare("d_key", gradients[1][0, group, j], torch.einsum("hn,hnd->d", inner, rows) * scale)
+            compare("d_value", gradients[2][0, group, j], torch.einsum("hn,hnd->d", weight, slopes))
+            compare("d_scores", gradients[3][0, group, j], inner.sum())
+    return {
+        name: error(torch.cat([a.flatten() for a, _ in pairs]), torch.cat([b.flatten() for _, b in pairs]))
+        for name, pairs in found.items()
+    }
 
 
 def _expected(inputs: tuple[Tensor, ...], expiry: Tensor, grad: Tensor) -> tuple[Tensor, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask import key_expiry
+from dynamask.benchmarking.gpu.check import kept_wrongly, sampled_errors
 from dynamask.benchmarking.gpu.peers import PEERS
 from dynamask.benchmarking.gpu.problem import Problem, Shape
 from dynamask.benchmarking.gpu.timing import extra_memory, graph_milliseconds, milliseconds
@@ -21,47 +23,102 @@ from dynamask.ops import attend
 
 
 def time_attention(
-    shape: Shape, peers: tuple[str, ...] = (), *, deterministic: bool = False, scores: Path | None = None
+    shape: Shape,
+    peers: tuple[str, ...] = (),
+    *,
+    deterministic: bool = False,
+    backward: bool = True,
+    scores: Path | None = None,
 ) -> dict[str, Any]:
-    """Median milliseconds of ours (and its parts) and of dense peers, bfloat16, batch 1.
+    """Median milliseconds of ours (and its parts) and of dense peers, bfloat16, batch 1; results are checked first.
 
     Args:
         shape: what to time.
         peers: names of `PEERS`.
-        deterministic: time the deterministic backward too.
+        deterministic: time the deterministic backward too, and see on short rows that it repeats itself.
+        backward: time the backward, too.
         scores: file of trained scores, where the shape's are.
+
+    Raises:
+        AssertionError: the results are wrong at a sample of queries and keys.
     """
-    problem = Problem(shape, scores=scores)
-    row, (forward_ms, backward_ms) = dict(shape.row), _ours(problem)
     from dynamask.ops.triton import forward_lists
 
+    problem = Problem(shape, scores=scores)
+    row = {**shape.row, **_sampled(problem, backward)}
+    with torch.no_grad():
+        row["forward_ms"] = milliseconds(partial(_attend, problem))
     # Replayed as a graph: a training step queues its launches ahead, so their device time is what it pays.
     row["expiry_ms"] = graph_milliseconds(lambda: key_expiry(problem.scores, shape.window))
     row["lists_ms"] = graph_milliseconds(
         lambda: forward_lists(problem.query, problem.value, problem.expiry, shape.window)
     )
-    row["forward_ms"], row["backward_ms"] = forward_ms, backward_ms
     row["mask_share"] = (row["expiry_ms"] + row["lists_ms"]) / row["forward_ms"]
     row["forward_tflops"] = problem.flops / row["forward_ms"] / 1e9
-    row["backward_tflops"] = 2.5 * problem.flops / row["backward_ms"] / 1e9
-    ours = partial(_attend, problem)
-    row["memory_forward"] = extra_memory(torch.no_grad()(ours), problem.inputs)
-    output = ours()
-    backward = partial(torch.autograd.grad, output, problem.inputs, problem.grad, retain_graph=True)
-    row["memory_backward"] = extra_memory(backward, problem.inputs)
-    if deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            row["deterministic_backward_ms"] = milliseconds(backward)
-        finally:
-            torch.use_deterministic_algorithms(False)
-    del output, backward
+    row["memory_forward"] = extra_memory(torch.no_grad()(partial(_attend, problem)), problem.inputs)
+    if backward:
+        row.update(_backward(problem, deterministic))
     for peer in peers:
         try:
             row.update({f"{peer}_{key}": value for key, value in _peer(peer, problem).items()})
         except Exception as error:  # a peer that cannot run here is reported, not fatal
             row[f"{peer}_error"] = whole(error)
     return row
+
+
+def time_backward(shape: Shape) -> dict[str, Any]:
+    """The backward's part of `time_attention`, alone."""
+    problem = Problem(shape)
+    return {**shape.row, **_sampled(problem, True), **_backward(problem, False)}
+
+
+def _sampled(problem: Problem, backward: bool) -> dict[str, float]:
+    window = problem.shape.window
+    if wrong_queries := kept_wrongly(problem.scores, problem.expiry, window):
+        raise AssertionError(f"{wrong_queries} queries of a sample keep other keys than their {window} best")
+    errors = sampled_errors(*problem.inputs, problem.expiry, problem.grad, window, backward=backward)
+    # Rounding to bfloat16 alone gives a few thousandths.
+    wrong = {name: value for name, value in errors.items() if not value < 0.03}
+    if wrong:
+        raise AssertionError(f"wrong at a sample of queries and keys, so no time is worth anything: {wrong}")
+    return {f"sampled_{name}": value for name, value in errors.items()}
+
+
+def _backward(problem: Problem, deterministic: bool) -> dict[str, Any]:
+    output = _attend(problem)
+    run = partial(torch.autograd.grad, output, problem.inputs, problem.grad, retain_graph=True)
+    row: dict[str, Any] = {"backward_ms": milliseconds(run)}
+    row["backward_tflops"] = 2.5 * problem.flops / row["backward_ms"] / 1e9
+    row["memory_backward"] = extra_memory(run, problem.inputs)
+    if deterministic:
+        with _deterministic():
+            row["deterministic_backward_ms"] = milliseconds(run)
+            if problem.shape.length <= 1 << 15:
+                row["deterministic_runs"], row["deterministic_equal"] = _REPEATS, _repeats(run)
+    return row
+
+
+_REPEATS = 100
+
+
+def _repeats(run: Callable[[], tuple[Tensor, ...]]) -> bool:
+    """Whether `_REPEATS` runs give the same bits."""
+    first = run()
+    return all(all(map(torch.equal, run(), first)) for _ in range(_REPEATS - 1))
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms, without filling the memory that `torch.empty` gives, which is a debugging aid."""
+    settings: Any = torch.utils.deterministic
+    fills = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = fills
+        torch.use_deterministic_algorithms(False)
 
 
 def time_peer(name: str, shape: Shape) -> dict[str, Any]:

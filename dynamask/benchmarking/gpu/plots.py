@@ -33,7 +33,11 @@ def curves(results: dict[str, Any], dim: int, groups: int) -> dict[str, dict[str
     found: dict[str, dict[str, dict[str, Curve]]] = {}
     for part in ("forward", "both"):
         ours = {
-            f"dynamask, w = {w}": {r["N"]: r["forward_ms"] + (part == "both") * r["backward_ms"] for r in rows}
+            f"dynamask, w = {w}": {
+                r["N"]: r["forward_ms"] + (r["backward_ms"] if part == "both" else 0.0)
+                for r in rows
+                if part == "forward" or "backward_ms" in r
+            }
             for w in windows
             if (rows := rows_at(results, D=dim, G=groups, w=w))
         }

@@ -22,8 +22,10 @@ _PEER_COLUMNS = (
 )
 _ERROR_COLUMNS = ("dtype", "N", "D", "G", "scores", *NAMES, "dense", "dense_output", "dense_d_key", "worst")
 NOTES = (
-    "bfloat16, batch 1, random scores unless said; milliseconds, medians, inputs not in the L2 cache. Forward and "
-    "backward include their lists; expiry and lists by themselves are timed as CUDA graphs.",
+    "bfloat16, batch 1, random scores unless said; milliseconds on the device, medians, inputs not in the L2 cache. "
+    "Forward and backward include their lists, not the expiry; expiry and lists alone are timed as CUDA graphs.",
+    "Before a row is timed, its masks, output and gradients are compared with float64 at a sample of queries and keys "
+    "(sampled_, in the JSON).",
     "tflops: useful work, sum(expiry − j) · 4 · D · (H / G) forward and 2.5 times that backward. mask_share: expiry + "
     "lists over the forward. memory: peak above the results, over the inputs' size.",
     "Dense peers see every key and take no scores, so their time depends on N, D and G alone.",
@@ -88,8 +90,9 @@ def speedups(results: Results, rows: Iterable[Attention], *, both: bool) -> dict
     for row in rows:
         dense = fastest_dense(results, row["N"], row["D"], row["G"])
         theirs = None if dense is None else dense.both if both else dense.forward
-        if theirs is not None:
-            found[row["N"]] = theirs / (row["forward_ms"] + both * row["backward_ms"])
+        ours = row["forward_ms"] + row.get("backward_ms", float("nan")) if both else row["forward_ms"]
+        if theirs is not None and ours == ours:
+            found[row["N"]] = theirs / ours
     return found
 
 
@@ -145,7 +148,7 @@ def _rates(results: Results, wide: int) -> Iterable[Target]:
     for (part, dim), least in wanted.items():
         for groups in (4, 16) if dim == 128 else (4,):
             rows = [row for row in rows_at(results, D=dim, G=groups, w=wide) if row["N"] >= 32768]
-            rates = [row[f"{part}_tflops"] for row in rows]
+            rates = [row[f"{part}_tflops"] for row in rows if f"{part}_tflops" in row]
             what = f"useful rate, {part}, D = {dim}, G = {groups}, N >= 32K"
             yield _target(what, f">= {least} TFLOP/s", _span(rates, " TFLOP/s"), rates, least=least)
 
@@ -154,9 +157,12 @@ def _against_dense(results: Results, wide: int) -> Iterable[Target]:
     for groups in (4, 16):
         for length, forward, both in ((32768, 5.5, 4.0), (131072, 20.0, 15.0)):
             rows = rows_at(results, D=128, G=groups, w=wide, N=length)
-            ratios = [row["fa3_forward_ms"] / row["forward_ms"] for row in rows if "fa3_forward_ms" in row]
+            against = [row for row in rows if "fa3_forward_ms" in row]
+            ratios = [row["fa3_forward_ms"] / row["forward_ms"] for row in against]
+            scored = [row["fa3_forward_ms"] / (row["forward_ms"] + row["expiry_ms"]) for row in against]
             what = f"forward against FlashAttention-3, N = {length // 1024}K, G = {groups}"
-            yield _target(what, f">= {forward:g}x", _span(ratios, "x"), ratios, least=forward)
+            measured = f"{_span(ratios, 'x')} ({_span(scored, 'x')} with expiry)"
+            yield _target(what, f">= {forward:g}x", measured, ratios, least=forward)
             ratios = list(speedups(results, rows, both=True).values())
             dense = fastest_dense(results, length, 128, groups)
             pair = f" ({dense.forward_peer} + {dense.backward_peer})" if dense and dense.backward_peer else ""
@@ -209,7 +215,7 @@ def _memory(results: Results) -> Iterable[Target]:
 def _scaling(results: Results, wide: int) -> Iterable[Target]:
     rows = [row for row in rows_at(results, D=128, G=4, w=wide) if row["N"] >= 16384]
     for part in ("forward", "backward"):
-        per_key = {row["N"]: row[f"{part}_ms"] / row["N"] for row in rows}
+        per_key = {row["N"]: row[f"{part}_ms"] / row["N"] for row in rows if f"{part}_ms" in row}
         first, last = per_key.get(16384), per_key.get(1 << 20)
         what = f"time per query, {part}, against that at 16K"
         if first is None or last is None:
@@ -235,11 +241,18 @@ def _errors(results: Results) -> Iterable[Target]:
 
 
 def _deterministic(results: Results, wide: int) -> Target:
+    """Its price, and whether it keeps its word."""
     rows = [row for row in rows_at(results, D=128, G=4, w=wide) if "deterministic_backward_ms" in row]
     prices = ", ".join(
         f"{row['deterministic_backward_ms'] / row['backward_ms']:.2f}x at {_short(row['N'])}" for row in rows
     )
-    return Target("deterministic backward against the default", "its price", prices or "not measured", None)
+    repeated = [row for row in rows if "deterministic_equal" in row]
+    if not repeated:
+        return Target("deterministic backward against the default", "its price", prices or "not measured", None)
+    equal = all(row["deterministic_equal"] for row in repeated)
+    runs = min(row["deterministic_runs"] for row in repeated)
+    prices += f"; {'the same bits' if equal else 'other bits'} over {runs} runs"
+    return Target("deterministic backward against the default", "its price, the same bits", prices, equal)
 
 
 def markdown(results: Results) -> str:

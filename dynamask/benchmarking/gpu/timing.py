@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -13,26 +14,39 @@ from torch import Tensor
 _SPAN_MS = 60.0
 _WARMUP_MS = 15.0
 _MOST = 200
+_CYCLES_PER_SECOND = 2e9
+_LONGEST_PAUSE = 2e-3
 
 
 def milliseconds(run: Callable[[], Any], *, least: int = 3) -> float:
-    """Median time of a call, by events, its inputs not in the L2 cache.
+    """Median time of a call on the device, by events, its inputs not in the L2 cache.
 
-    As `triton.testing.do_bench` does it, but with `least` repetitions and one warm-up where a call takes long: that
-    one runs everything eight times or more, which slow peers would spend seconds on.
+    As `triton.testing.do_bench` does it, but with `least` repetitions and one warm-up where a call takes long (that
+    one runs everything eight times or more, which slow peers would spend seconds on), and with the GPU held busy
+    until the host has launched the whole call: a short call of several launches is otherwise timed by the host.
     """
     run()
     flush = _l2_sized()
-    first = max(_events(run, flush, 1)[0], 1e-3)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    run()
+    pause = pause_cycles(time.perf_counter() - began)
+    first = max(_events(run, flush, 1, pause)[0], 1e-3)
     for _ in range(int(_WARMUP_MS / first)):
         run()
-    return statistics.median(_events(run, flush, min(_MOST, max(least, int(_SPAN_MS / first)))))
+    return statistics.median(_events(run, flush, min(_MOST, max(least, int(_SPAN_MS / first))), pause))
 
 
-def _events(run: Callable[[], Any], flush: Tensor, repeats: int) -> list[float]:
+def pause_cycles(seconds: float) -> int:
+    """GPU cycles that last a little longer than the host takes for its launches; bounded, as some calls wait."""
+    return int(min(1.3 * seconds, _LONGEST_PAUSE) * _CYCLES_PER_SECOND)
+
+
+def _events(run: Callable[[], Any], flush: Tensor, repeats: int, pause: int) -> list[float]:
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in pairs:
         flush.zero_()
+        torch.cuda._sleep(pause)
         start.record()
         run()
         end.record()
