@@ -112,10 +112,10 @@ PLANS: dict[str, Plan] = {
         16,
     ),
     # Small models, but 20 tokens a parameter each: meant for some 15 minutes of one large GPU. The rates are those of
-    # "small", 2e-3 and 4e-3 at a width of 256, by the root of the ratio of widths. The largest models alone train for
-    # so long that compiling their layers pays; they read the corpora one and a half times.
+    # "small", 2e-3 and 4e-3 at a width of 256, by the root of the ratio of widths. The largest models
+    # read the corpora one and a half times. With several workers, one compiles while the others train.
     "quick": Plan(
-        {name: {**shape, "compile": name == "4.4M"} for name, shape in _NARROW.items()},
+        _NARROW,
         {name: [0] for name in _NARROW},
         (3e-3, 6e-3),
         {"corpus": "code+text", "length": 4096, "warmup": 0.05},

@@ -19,7 +19,7 @@ from dynamask.models import preset
 @pytest.mark.parametrize("chunk", [7, 16, 1000])
 def test_chunked_loss_is_the_models_own(chunk: int) -> None:
     model = bench.build("tiny", "dma", 64).train()
-    tokens = torch.randint(4096, (1, 40))
+    tokens = torch.randint(4096, (1, 40), device=model.device)
     expected = model(tokens, labels=tokens).loss
     wanted = torch.autograd.grad(expected, list(model.parameters()))
     actual = bench.chunked_loss(model, tokens, chunk)

@@ -117,11 +117,11 @@ def walk_kernel_launch(
     return d_key, d_value, d_bias
 
 
-def _tuning(dim: int) -> dict[str, int | bool]:
+def _tuning(dim: int) -> dict[str, int]:
     """Stages, rows copied at a time, and who gets the registers: above 64 the consumers' sums need nearly all."""
     if dim > 64:
-        return {"STAGES": 4, "PART": 16, "PRODUCER_REGISTERS": 24, "CONSUMER_REGISTERS": 240, "HELD": False}
-    return {"STAGES": 6, "PART": 64, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 224, "HELD": True}
+        return {"STAGES": 4, "PART": 16, "PRODUCER_REGISTERS": 24, "CONSUMER_REGISTERS": 240}
+    return {"STAGES": 6, "PART": 64, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 224}
 
 
 def _programs(device: torch.device) -> int:
@@ -313,7 +313,6 @@ def _consume(
     RATIO_PAD: gl.constexpr,
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
-    HELD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
@@ -374,12 +373,6 @@ def _consume(
         fence_async_shared()
         # Once here, or at every step.
         gl.thread_barrier()
-        k_operand = keys
-        v_operand = values
-        if HELD:
-            # Products are bound by what they read from shared memory: half of it where one side is in registers.
-            k_operand = keys.load(gl.DotOperandLayout(0, s_layout, 2))
-            v_operand = values.load(gl.DotOperandLayout(0, s_layout, 2))
         own = gl.full([KEYS], 0.0, gl.float32, s_rows)
         if HAS_BIAS:
             own = gl.load(bias + base + born)
@@ -394,8 +387,8 @@ def _consume(
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             fence_async_shared()
-            s = warpgroup_mma(k_operand, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            dp = warpgroup_mma(v_operand, grads.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dp = warpgroup_mma(values, grads.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             top = tops.index(stage).load(columns)
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
             p = gl.exp2(s * factor + (own[:, None] - top[None, :]))
@@ -484,7 +477,6 @@ def _walk(
     PART: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
-    HELD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     dtype: gl.constexpr = query.dtype.element_ty
@@ -522,7 +514,7 @@ def _walk(
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
                     tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HELD, HAS_BIAS, 0,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 0,
                 ),
             ),
             (
@@ -530,7 +522,7 @@ def _walk(
                 (
                     key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
                     tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
-                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HELD, HAS_BIAS, 1,
+                    DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 1,
                 ),
             ),
             (
