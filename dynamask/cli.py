@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -390,6 +390,9 @@ def experiment(
     workers: Annotated[
         int | None, typer.Option(help="Runs at a time, spread over the visible GPUs. Default: one per visible GPU.")
     ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: only runs with this setting, such as seed=0; repeatable.")
+    ] = None,
     listing: Annotated[
         bool, typer.Option("--list", help="Say what is done, what is left and how long; run nothing.")
     ] = False,
@@ -415,10 +418,13 @@ def experiment(
     - `dynamask experiment mqar --size paper --results mqar.jsonl --list` — what is left, and how long it takes
 
     - `dynamask experiment scaling --results scaling.jsonl --budget 8m --workers 4` — two runs on each of two GPUs
+
+    - `dynamask experiment locality --results code.jsonl --where corpus=code --where seed=0` — part of a sweep
     """
     from dynamask.experiments import EXPERIMENTS, get_experiment, read_results, run_sweep
     from dynamask.experiments.budget import parse_seconds
     from dynamask.experiments.display import SweepDisplay, runs_table, summary_table
+    from dynamask.experiments.selection import parse_conditions, select
     from dynamask.experiments.workers import visible_gpus
 
     if name is None:
@@ -430,7 +436,12 @@ def experiment(
         return
     chosen = get_experiment(name)
     earlier = read_results(results) if results else []
-    configs = chosen.configs(size, earlier)
+    conditions = parse_conditions(where or [])
+
+    def wanted(finished: Sequence[Any]) -> list[dict[str, Any]]:
+        return select(chosen.configs(size, finished), conditions)
+
+    configs = wanted(earlier)
     seconds = None if budget is None else parse_seconds(budget)
     at_a_time = workers if workers is not None else max(1, len(visible_gpus()))
     if at_a_time < 1:
@@ -444,10 +455,10 @@ def experiment(
         report = run_sweep(
             *(chosen, configs, results, seconds),
             workers=at_a_time,
-            follow_up=lambda finished: chosen.configs(size, finished),
+            follow_up=wanted,
             observer=display,
         )
-    configs = chosen.configs(size, report.records)
+    configs = wanted(report.records)
     title = f"{name} {size}: {len(report.records)} of {len(configs)} runs"
     console.print(summary_table(chosen.summary(report.records), title) if report.records else title)
     if report.left:

@@ -191,11 +191,13 @@ def _probe() -> list[Config]:
 
 
 def _quick() -> list[Config]:
-    """What two minutes of a large GPU settle: 4M parameters, 2048 tokens, window 128, 300 steps of 64K tokens of code.
+    """What five minutes of a large GPU settle: 4M parameters, 2048 tokens, window 128, 300 steps of 64K tokens of code.
 
     Layers are not compiled: that takes longer than it saves in so short a run.
     """
-    best = {"attention": "dma", "gate_init": "delta"}
+    delta: Variant = {"attention": "dma", "gate_init": "delta"}
+    spread: Variant = {**delta, "recency_spread": 8.0}
+    linear: Variant = {**spread, "score_form": "linear"}
     shape: dict[str, Any] = {
         "layers": 6,
         "width": 256,
@@ -206,9 +208,11 @@ def _quick() -> list[Config]:
         "steps": 300,
     }
     shape |= {"compile": False, "warmup": 0.05}
-    forms = [PAPER, {"attention": "dma"}, best, {**best, "rank_recency": 0.1}, {**best, **_FROM_DENSE}]
-    spread = [RIVALS[4], {**CONTROL, "recency_spread": 8.0}]
-    return configs([*RIVALS[:4], *spread, CONTROL, *forms], ["code"], [0], [3e-3], **shape)
+    forms = [PAPER, {"attention": "dma"}, delta, spread, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1))]
+    forms += [{**spread, "gate_rate": 0.1}, {**linear, "gate_rate": 0.3, "rank_recency": 0.1}]
+    controls = [CONTROL, *({**form, "local": "window"} for form in (spread, {**linear, "gate_rate": 0.3}))]
+    mixed = [{**linear, "gate_rate": 0.3, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
+    return configs([*RIVALS, *controls, *forms, *mixed], ["code"], [0], [3e-3], **shape)
 
 
 def _chinchilla() -> list[Config]:
@@ -216,9 +220,9 @@ def _chinchilla() -> list[Config]:
 
     The forms that shorter sweeps left standing, the paper's, their rivals and a hybrid; all of one seed come first.
     """
-    delta: Variant = {"attention": "dma", "gate_init": "delta"}
-    forms = [PAPER, {"attention": "dma"}, delta, {**delta, "recency_spread": 8.0}, hybrids(6)[1]]
-    variants = [*RIVALS, {**CONTROL, "recency_spread": 8.0}, CONTROL, *forms, hybrids(6)[2]]
+    spread: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
+    linear: Variant = {**spread, "score_form": "linear", "gate_rate": 0.3}
+    variants = [PAPER, {"attention": "dma"}, spread, linear, {**linear, "local": "window"}, *RIVALS[:2], *RIVALS[4:]]
     shape: dict[str, Any] = {
         "layers": 6,
         "width": 256,
