@@ -39,6 +39,8 @@ def tiny_model(attention: str = "dma", **fields: object) -> DynamaskForCausalLM:
         if isinstance(module, DynamicMaskGate):
             nn.init.normal_(module.gate, std=2.0)
             nn.init.normal_(module.delta.weight, std=1.0)
+            if module.ranking == "attention":
+                nn.init.normal_(module.own_delta, std=1.0)
     return model
 
 
@@ -49,6 +51,7 @@ VARIANTS = {
     "dma-one": {"window": 1, "local": 0},
     "dma-delta": {"gate_init": "delta", "recency_spread": 4.0, "rank_noise": 0.5},
     "dma-ranks": {"recency": 0.2, "rank_recency": 0.02},
+    "dma-attention": {"ranking": "attention", "recency": 0.05, "score_form": "linear", "local": 2},
     "dma-layers": {"layer_attention": ["swa", "dma"]},
     "dma-dense": {"layer_attention": ["mha", "dma"]},
     "swa": {},

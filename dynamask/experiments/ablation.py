@@ -75,12 +75,12 @@ def run_ablation(config: Config, progress: Progress) -> dict[str, Any]:
         if share:
             return _upcycled(settings, share, progress)
         if not config["both_selections"]:
-            result = run_language(dataclasses.asdict(settings), progress)
+            result = run_language(settings.plain(), progress)
             return {name: result[name] for name in (*_KEPT, "seconds")}
         kept = dataclasses.replace(settings, keep_model=True)
-        result, model = kept_run(dataclasses.asdict(kept), progress)
+        result, model = kept_run(kept.plain(), progress)
         losses = {
-            f"{name}_loss": evaluate_language(dataclasses.asdict(dataclasses.replace(kept, attention=mixer)), model)
+            f"{name}_loss": evaluate_language(dataclasses.replace(kept, attention=mixer).plain(), model)
             for name, mixer in (("exact", "dma"), ("leaky", LEAKY))
         }
         shutil.rmtree(model.parent, ignore_errors=True)
@@ -94,10 +94,8 @@ def _upcycled(settings: LanguageConfig, share: float, progress: Progress) -> dic
         settings, attention="mha", window=None, local=None, recency=None, steps=dense_steps, keep_model=True
     )
     sparse = dataclasses.replace(settings, steps=max(1, settings.total_steps - dense_steps))
-    before, model = kept_run(dataclasses.asdict(dense), lambda done, note: progress(share * done, note))
-    after = run_language(
-        dataclasses.asdict(sparse), lambda done, note: progress(share + (1 - share) * done, note), model
-    )
+    before, model = kept_run(dense.plain(), lambda done, note: progress(share * done, note))
+    after = run_language(sparse.plain(), lambda done, note: progress(share + (1 - share) * done, note), model)
     shutil.rmtree(model.parent, ignore_errors=True)
     found = {name: after[name] for name in _KEPT}
     return found | {"dense_loss": before["loss"], "seconds": before["seconds"] + after["seconds"]}
@@ -121,13 +119,13 @@ def ablation_name(config: Config) -> str:
 def ablation_cost(config: Config) -> float:
     """See `language_cost`."""
     with ablation_mixers():
-        return language_cost(dataclasses.asdict(language_settings(config)))
+        return language_cost(language_settings(config).plain())
 
 
 def ablation_kind(config: Config) -> str:
     """See `language_kind`."""
     with ablation_mixers():
-        return language_kind(dataclasses.asdict(language_settings(config)))
+        return language_kind(language_settings(config).plain())
 
 
 def grouped(records: Sequence[Record]) -> dict[tuple[str, int], list[Record]]:
@@ -181,7 +179,7 @@ def _sweep(seeds: Sequence[int], windows: Sequence[int], window: int, **shape: A
             for own, extra in variants:
                 settings = LanguageConfig(**{"window": window, **shape, **own, "seed": seed})
                 common = {"dense_share": 0.0, "both_selections": False}
-                configs.append(dataclasses.asdict(settings) | common | extra)
+                configs.append(settings.plain() | common | extra)
     return configs
 
 

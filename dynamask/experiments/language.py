@@ -11,6 +11,7 @@ Documents stand end to end and attention crosses their bounds, for every mixer a
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -53,7 +54,7 @@ class LanguageConfig:
     """One run.
 
     Attributes:
-        attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency,
+        attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
             distance_penalty, layer_attention: of the model, see `DynamaskConfig`. A window only for mixers that choose.
         gate_rate: learning rate of the gates (Delta, A and slopes) over that of the other weights.
         window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
@@ -87,6 +88,7 @@ class LanguageConfig:
     gate_init: str = "gate"
     rank_noise: float = 0.0
     rank_recency: float | None = None
+    ranking: str = "score"
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
     gate_rate: float = 1.0
@@ -145,6 +147,14 @@ class LanguageConfig:
         """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
         return read_settings(cls, config, "a language run")
 
+    def plain(self) -> Config:
+        """As plain JSON, from which `of` reads it. A setting younger than recorded runs is written where it changes
+        something: a run's key is made of its settings, and theirs are to stay."""
+        config = dataclasses.asdict(self)
+        if self.ranking == "score":
+            del config["ranking"]
+        return config
+
     @property
     def mixers(self) -> list[str]:
         """The attention of each layer."""
@@ -186,7 +196,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
         name: getattr(settings, name)
         for name in (
             *("window", "local", "recency", "recency_spread", "score_form", "gate_init", "rank_noise"),
-            *("rank_recency", "distance_penalty", "layer_attention"),
+            *("rank_recency", "ranking", "distance_penalty", "layer_attention"),
         )
         if getattr(settings, name) is not None
     }
@@ -723,8 +733,12 @@ def _gates(model: DynamaskForCausalLM) -> list[dict[str, list[float]]]:
             last = name.rsplit(".", 1)[-1]
             if last in ("log_recency", "log_slope"):
                 values["slope"] = parameter.detach().exp().tolist()
+            elif last == "log_rank_recency":
+                values["rank_slope"] = parameter.detach().exp().tolist()
             elif name.endswith("gate.gate"):
                 values["gate"] = parameter.detach().tolist()
+            elif name.endswith("gate.own_delta"):
+                values["own_delta_norm"] = parameter.detach().norm(dim=-1).tolist()
             elif name.endswith("gate.delta.weight"):
                 values["delta_norm"] = parameter.detach().norm(dim=-1).tolist()
         if values:

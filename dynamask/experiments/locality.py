@@ -79,6 +79,8 @@ def variant_name(config: Config) -> str:
         value = getattr(settings, name)
         if value != defaults[name]:
             parts.append(f"{name.split('_')[-1]} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    if settings.ranking != "score":
+        parts.append(f"ranked by {settings.ranking}")
     if settings.rank_recency is not None:
         parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:
@@ -143,7 +145,7 @@ def configs(
             for seed in seeds:
                 for rate in rates:
                     settings = LanguageConfig(**{**shape, **own, "corpus": corpus, "seed": seed, "learning_rate": rate})
-                    found.append(dataclasses.asdict(settings))
+                    found.append(settings.plain())
     return found
 
 

@@ -186,7 +186,7 @@ def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
     for number, (name, language) in enumerate(stages):
         begun = number * part
         trained, initial = kept_run(
-            dataclasses.asdict(language),
+            language.plain(),
             lambda share, note, begun=begun: progress(begun + part * _TRAINED * share, note),  # type: ignore[misc]
             initial,
         )
@@ -247,11 +247,11 @@ def needle_name(config: Config) -> str:
 def needle_cost(config: Config) -> float:
     """Operations of training and of reading the prompts."""
     settings = NeedleConfig.of(config)
-    training = language_cost(dataclasses.asdict(settings.language("")))
+    training = language_cost(settings.language("").plain())
     models = 1
     if settings.upcycle_steps:
         models = 2
-        training += language_cost(dataclasses.asdict(settings.upcycled("")))
+        training += language_cost(settings.upcycled("").plain())
     prompts = len(settings.tasks) * len(settings.depths) * settings.samples * sum(settings.lengths)
     return training + models * 2.0 * settings.language("").parameters * prompts
 

@@ -74,7 +74,7 @@ class Plan:
         if own["attention"] == "dma":
             own = {"local": self.window // 2, "recency": 1.0 / self.window, **own}
         settings = {**self.common, **self.shapes[shape], **own, "seed": seed, "learning_rate": rate}
-        return dataclasses.asdict(LanguageConfig(**settings))
+        return LanguageConfig(**settings).plain()
 
     def tuning(self) -> list[Config]:
         """The runs that find each mixer's rate."""

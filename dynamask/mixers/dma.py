@@ -14,6 +14,7 @@ from dynamask.cache import BoundedLayer
 from dynamask.expiry import key_expiry
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
 from dynamask.mixers.distance import slopes
+from dynamask.mixers.ranking import learn_ranks
 from dynamask.ops import attend
 
 
@@ -35,6 +36,9 @@ class DynamicMaskGate(nn.Module):
         zero: "gate" or "delta", the factor of the score that starts at zero.
         rank_noise: scale of the noise of `ranks` in training.
         rank_recency: slope of the ranks per position; None: λ, that of the logits.
+        ranking: "score": ranks and logits share one score (paper). "attention": ranks have a Delta and slopes of their
+            own, which learn how much attention a key gets (`mixers/ranking.py`), and the logits' score is read from
+            the head's own value vector, so that a cache of kept keys can tell it again. Needs a recency slope.
         bias: whether Delta has a bias.
     """
 
@@ -49,6 +53,7 @@ class DynamicMaskGate(nn.Module):
         zero: str = "gate",
         rank_noise: float = 0.0,
         rank_recency: float | None = None,
+        ranking: str = "score",
         bias: bool = False,
     ) -> None:
         super().__init__()
@@ -56,7 +61,11 @@ class DynamicMaskGate(nn.Module):
         self.recency, self.recency_spread = recency, recency_spread
         self.zero = zero
         self.rank_noise, self.rank_recency = rank_noise, rank_recency
+        self.ranking = ranking
         self.delta = nn.Linear(num_key_value_heads * head_dim, num_key_value_heads, bias=bias)
+        if ranking == "attention":
+            self.own_delta = nn.Parameter(torch.zeros(num_key_value_heads, head_dim))
+            self.log_rank_recency = nn.Parameter(slopes(num_key_value_heads, recency, recency_spread).log())
         self.gate = nn.Parameter(torch.zeros(num_key_value_heads))
         if recency:
             self.log_recency = nn.Parameter(slopes(num_key_value_heads, recency, recency_spread).log())
@@ -71,6 +80,13 @@ class DynamicMaskGate(nn.Module):
         else:
             init.constant_(self.gate, 1.0)
             init.zeros_(self.delta.weight)
+        if self.ranking == "attention":
+            init.zeros_(self.delta.weight)
+            if self.zero == "gate":
+                init.normal_(self.own_delta, std=self.own_delta.shape[1] ** -0.5)
+            else:
+                init.zeros_(self.own_delta)
+            init.copy_(self.log_rank_recency, slopes(self.gate.shape[0], self.recency, self.recency_spread).log())
         if self.recency:
             init.copy_(self.log_recency, slopes(self.gate.shape[0], self.recency, self.recency_spread).log())
 
@@ -105,20 +121,25 @@ class DynamicMaskGate(nn.Module):
         """
         wide = torch.promote_types(value.dtype, torch.float32)
         with torch.autocast(value.device.type, enabled=False):
-            rows = value.transpose(1, 2).flatten(2).to(wide)
+            learned = value.detach() if self.ranking == "attention" else value  # only ranks learn from attention
+            rows = learned.transpose(1, 2).flatten(2).to(wide)
             bias = None if self.delta.bias is None else self.delta.bias.to(wide)
             z = F.linear(rows, self.delta.weight.to(wide), bias)
-            score = self.gate.to(wide) * F.softplus(z)
-            if self.score_form == "exp":
-                score = score.exp()
-            score = _settle(score).transpose(1, 2)
             place = position_ids.unsqueeze(1).to(wide)
+            if self.ranking == "attention":
+                return _settle(z).transpose(1, 2) + self.log_rank_recency.to(wide).exp()[:, None] * place
+            score = _settle(self._form(z, self.gate.to(wide))).transpose(1, 2)
             if self.rank_recency is not None:
                 return score + self.rank_recency * place
             return score + self._slope(wide) * place if self.recency else score
 
-    def logit_bias(self, scores: Tensor, position: Tensor) -> Tensor:
-        """What is added to the logits, up to a constant per row: the scores, unless `rank_recency` is given.
+    def _form(self, z: Tensor, gate: Tensor) -> Tensor:
+        """The score of a projection."""
+        score = gate * F.softplus(z)
+        return score.exp() if self.score_form == "exp" else score
+
+    def logit_bias(self, scores: Tensor, position: Tensor, value: Tensor) -> Tensor:
+        """What is added to the logits, up to a constant per row: the scores, unless ranks go their own way.
 
         With one slope for both, a key that is to live for some windows needs a bonus on its logits that it has from
         birth, when no distance takes any of it away yet. A flatter slope of the ranks asks for less.
@@ -126,10 +147,17 @@ class DynamicMaskGate(nn.Module):
         Args:
             scores: (B, G, N), what `forward` returned.
             position: (B, G, N) or (B, 1, N), counted from any point of the row.
+            value: (B, G, N, D), of the same keys.
 
         Returns:
             (B, G, N).
         """
+        if self.ranking == "attention":
+            wide = scores.dtype
+            with torch.autocast(value.device.type, enabled=False):
+                z = (value.to(wide) * self.own_delta.to(wide)[:, None]).sum(-1)
+                score = self._form(z, self.gate.to(wide)[:, None])
+                return score + self._slope(wide) * position.to(wide)
         if self.rank_recency is None:
             return scores
         slope = self._slope(scores.dtype) if self.recency else 0.0
@@ -167,6 +195,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
             zero=config.gate_init,
             rank_noise=config.rank_noise,
             rank_recency=config.rank_recency,
+            ranking=config.ranking,
         )
 
     @classmethod
@@ -225,7 +254,7 @@ def dynamic_mask_mix(
     if layer is not None:
         scores = gate(value, sequence.position_ids)
         live = layer.extend(key, value, scores, sequence.new_key_mask())
-        bias = gate.logit_bias(live.score, live.position)
+        bias = gate.logit_bias(live.score, live.position, live.value)
         return attend(query, live.key, live.value, live.expiry, bias=bias, scale=scale, max_live=window)
     if cache is not None:
         key, value = cached_rows(cache, key, value, layer_idx, sequence)
@@ -233,8 +262,12 @@ def dynamic_mask_mix(
     scores = gate(value, position)
     facts = {"segment_ids": sequence.segment_ids, "key_mask": sequence.key_mask}
     expiry = key_expiry(gate.ranks(scores), window, local=local, **facts)
-    bias = gate.logit_bias(scores, position.unsqueeze(1))
-    return attend(query, key, value, expiry, bias=bias, scale=scale, max_live=window)
+    bias = gate.logit_bias(scores, position.unsqueeze(1), value)
+    output = attend(query, key, value, expiry, bias=bias, scale=scale, max_live=window)
+    if gate.ranking == "attention" and gate.training and torch.is_grad_enabled() and query.shape[2] == key.shape[2]:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        output = learn_ranks(output, query, key, bias, scores, window=window, local=local, scale=scale, **facts)
+    return output
 
 
 def bounded_layer(cache: Cache, layer_idx: int) -> BoundedLayer | None:

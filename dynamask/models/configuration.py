@@ -12,6 +12,7 @@ from dynamask.expiry import check_window
 
 SCORE_FORMS = ("exp", "linear")
 GATE_INITS = ("gate", "delta")
+RANKINGS = ("score", "attention")
 
 
 @strict
@@ -46,6 +47,9 @@ class DynamaskConfig(PreTrainedConfig):
             exp(score). 0: none.
         rank_recency: dma: slope of the ranks per position, where it is not to be that of the logits; None: the same. A
             flatter one lets small differences of score keep keys for long; 0: content alone ranks.
+        ranking: dma: "score": what ranks the keys is added to their logits (paper). "attention": ranks of their own,
+            which learn how much attention keys get, from a few queries per batch that look at everything; needs a
+            recency.
         distance_penalty: mha, swa: initial slope of a learned penalty per position of distance on the logits, the same
             that dma's recency adds to them; 0: none.
         layer_attention: attention of each layer, where they differ: num_hidden_layers names. None: `attention` in all.
@@ -87,6 +91,7 @@ class DynamaskConfig(PreTrainedConfig):
     gate_init: str = "gate"
     rank_noise: float = 0.0
     rank_recency: float | None = None
+    ranking: str = "score"
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
 
@@ -126,6 +131,8 @@ class DynamaskConfig(PreTrainedConfig):
             raise InvalidInputError(f"score_form must be one of {', '.join(SCORE_FORMS)}; got {self.score_form!r}")
         if self.gate_init not in GATE_INITS:
             raise InvalidInputError(f"gate_init must be one of {', '.join(GATE_INITS)}; got {self.gate_init!r}")
+        if self.ranking not in RANKINGS:
+            raise InvalidInputError(f"ranking must be one of {', '.join(RANKINGS)}; got {self.ranking!r}")
         check_window(self.window, 0)
         if self.local is None:
             self.local = self.window // 2
@@ -137,6 +144,11 @@ class DynamaskConfig(PreTrainedConfig):
         if self.recency_spread < 1:
             raise InvalidInputError(
                 f"recency_spread is a factor of at least 1 (1: no spread); got {self.recency_spread}"
+            )
+        if self.ranking == "attention" and (not self.recency or self.rank_recency is not None):
+            raise InvalidInputError(
+                'ranking="attention" starts from the recency slope and learns its own: give recency > 0 and no '
+                f"rank_recency; got {self.recency} and {self.rank_recency}"
             )
         for name in ("rank_noise", "rank_recency", "distance_penalty"):
             if (getattr(self, name) or 0.0) < 0:

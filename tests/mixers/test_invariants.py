@@ -106,7 +106,8 @@ def test_left_padded_is_unpadded(model: DynamaskForCausalLM, seed: int, padding:
 def test_every_parameter_trains(model: DynamaskForCausalLM) -> None:
     ids = tokens(0)
     model.zero_grad()
-    model(ids, labels=ids, use_cache=False).loss.backward()
+    model.train()(ids, labels=ids, use_cache=False).loss.backward()
+    model.eval()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     # At window 1 the softmax has one term, so neither logits nor scores matter: so it should be.
     expected = ("gate.", "q_proj", "k_proj", "q_norm", "k_norm") if model.config.window == 1 else ()

@@ -20,7 +20,7 @@ DIMS = (64, 96, 128, 192, 256)
 NAMES = ("output", "d_query", "d_key", "d_value", "d_scores")
 ALLOWED = 1.5  # times the dense kernel's error
 WRONG = 10.0  # more than this is no rounding error
-_PAIRS = 1 << 25  # of query and key that exist at a time in float64
+_PAIRS = 1 << 23  # of query and key that exist at a time in float64
 
 
 _LONG = {"length": 16384, "window": 2048}
