@@ -197,9 +197,10 @@ def _quick() -> list[Config]:
 
     Layers are not compiled: that takes longer than it saves in so short a run.
     """
-    delta: Variant = {"attention": "dma", "gate_init": "delta"}
-    spread: Variant = {**delta, "recency_spread": 8.0}
+    spread: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
     linear: Variant = {**spread, "score_form": "linear"}
+    gentle: Variant = {**linear, "gate_rate": 0.1}
+    apart: Variant = {**gentle, "ranking": "attention"}
     shape: dict[str, Any] = {
         "layers": 6,
         "width": 256,
@@ -210,10 +211,10 @@ def _quick() -> list[Config]:
         "steps": 300,
     }
     shape |= {"compile": False, "warmup": 0.05}
-    forms = [PAPER, {"attention": "dma"}, delta, spread, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1))]
-    forms += [{**spread, "gate_rate": 0.1}, {**linear, "gate_rate": 0.3, "rank_recency": 0.1}]
-    controls = [CONTROL, *({**form, "local": "window"} for form in (spread, {**linear, "gate_rate": 0.3}))]
-    mixed = [{**linear, "gate_rate": 0.3, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
+    forms = [PAPER, {"attention": "dma"}, spread, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1, 0.03))]
+    forms += [{**spread, "gate_rate": 0.1}, apart, {**apart, "gate_rate": 0.3}, {**apart, "local": 32}]
+    controls = [CONTROL, *({**form, "local": "window"} for form in (spread, gentle))]
+    mixed = [{**gentle, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
     return configs([*RIVALS, *controls, *forms, *mixed], ["code"], [0], [3e-3], **shape)
 
 
@@ -223,8 +224,9 @@ def _chinchilla() -> list[Config]:
     The forms that shorter sweeps left standing, the paper's, their rivals and a hybrid; all of one seed come first.
     """
     spread: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
-    linear: Variant = {**spread, "score_form": "linear", "gate_rate": 0.3}
-    variants = [PAPER, {"attention": "dma"}, spread, linear, {**linear, "local": "window"}, *RIVALS[:2], *RIVALS[4:]]
+    gentle: Variant = {**spread, "score_form": "linear", "gate_rate": 0.1}
+    forms = [PAPER, {"attention": "dma"}, gentle, {**gentle, "ranking": "attention"}, {**gentle, "local": "window"}]
+    variants = [*forms, *RIVALS[:2], *RIVALS[4:]]
     shape: dict[str, Any] = {
         "layers": 6,
         "width": 256,
