@@ -40,6 +40,9 @@ STATE_FOLDER = "DYNAMASK_STATE"
 """Environment variable: where unfinished runs and kept models lie. Default: runs/experiments."""
 
 _GATES = (".gate.", ".penalty.")
+_RANKS = ("gate.delta.weight", "gate.log_rank_recency")
+"""Of a gate with ranking="attention": they have a loss of their own, so nothing that they do shakes the logits."""
+
 _FIRST_LOOK = 25
 _LOGITS = 1 << 30
 """Logits that exist at a time; more positions go through the output layer in parts, recomputed backward."""
@@ -56,7 +59,7 @@ class LanguageConfig:
     Attributes:
         attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
             distance_penalty, layer_attention: of the model, see `DynamaskConfig`. A window only for mixers that choose.
-        gate_rate: learning rate of the gates (Delta, A and slopes) over that of the other weights.
+        gate_rate: learning rate of what is added to logits (Delta, A and slopes) over that of the other weights.
         window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
             is so many times the config's, until the next. The validation loss is always at the config's window.
         layers, width, heads, groups, feed_forward: decoder layers, hidden size, query heads, key/value heads, width of
@@ -707,7 +710,8 @@ def _optimizer(model: nn.Module, settings: LanguageConfig, *, fused: bool) -> to
     """AdamW; norms, gates' scalars and slopes are not decayed, and gates have a rate of their own."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        gate = any(part in name for part in _GATES)
+        ranks = settings.ranking == "attention" and name.endswith(_RANKS)
+        gate = any(part in name for part in _GATES) and not ranks
         groups.setdefault((gate, parameter.dim() >= 2), []).append(parameter)
     return torch.optim.AdamW(
         [

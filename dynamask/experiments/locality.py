@@ -212,7 +212,7 @@ def _quick() -> list[Config]:
     }
     shape |= {"compile": False, "warmup": 0.05}
     forms = [PAPER, {"attention": "dma"}, spread, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1, 0.03))]
-    forms += [{**spread, "gate_rate": 0.1}, apart, {**apart, "gate_rate": 0.3}, {**apart, "local": 32}]
+    forms += [{**spread, "gate_rate": 0.1}, apart, {**apart, "local": 32}]
     controls = [CONTROL, *({**form, "local": "window"} for form in (spread, gentle))]
     mixed = [{**gentle, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
     return configs([*RIVALS, *controls, *forms, *mixed], ["code"], [0], [3e-3], **shape)
