@@ -14,6 +14,18 @@ from dynamask import DynamaskConfig, DynamaskForCausalLM
 from dynamask.mixers import DynamicMaskGate
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="K/N", help="every N-th test, from the K-th on (K from 0): one process of N")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard = config.getoption("--shard")
+    if shard is not None:
+        own, of = (int(part) for part in shard.split("/"))
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % of != own])
+        items[:] = items[own::of]
+
+
 def tiny_config(attention: str = "dma", **fields: object) -> DynamaskConfig:
     """Two layers of four heads over 50 tokens, with a window that a 40-token text overflows."""
     shape = {

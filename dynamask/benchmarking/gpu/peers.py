@@ -98,8 +98,10 @@ def _fa3(problem: Problem) -> Call:
 
 
 def _flex(problem: Problem) -> Call:
+    from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    config.donated_buffer = False  # or its backward pass could not be timed more than once
     query, key, value, scores = (t.detach().requires_grad_() for t in problem.inputs)
     expiry = problem.expiry
     ratio, length = query.shape[1] // key.shape[1], query.shape[2]

@@ -110,6 +110,8 @@ def walk_kernel_launch(
         FANOUT=_FANOUT,
         LEVELS=search_levels(through.numel(), _FANOUT),
         SLOTS=4,
+        PRODUCER_REGISTERS=24,
+        CONSUMER_REGISTERS=240,
         HAS_BIAS=bias is not None,
         num_warps=4,
         **_tuning(max(dim, value_dim)),
@@ -118,10 +120,8 @@ def walk_kernel_launch(
 
 
 def _tuning(dim: int) -> dict[str, int]:
-    """Stages, rows copied at a time, and who gets the registers: above 64 the consumers' sums need nearly all."""
-    if dim > 64:
-        return {"STAGES": 4, "PART": 16, "PRODUCER_REGISTERS": 24, "CONSUMER_REGISTERS": 240}
-    return {"STAGES": 6, "PART": 64, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 224}
+    """Stages, and rows copied at a time."""
+    return {"STAGES": 4, "PART": 16} if dim > 64 else {"STAGES": 6, "PART": 8}
 
 
 def _programs(device: torch.device) -> int:

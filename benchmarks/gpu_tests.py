@@ -1,0 +1,59 @@
+"""The tests that need a GPU, in several processes, since most of their time is compilation.
+
+    python benchmarks/gpu_tests.py --processes 8 --seconds 300
+
+Exit code 0 only if every test of every process ran and passed. Needs pytest alone beside the package; fla's tests are
+skipped where fla is not installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+FILES = [
+    "tests/ops/test_triton_kernels.py",
+    "tests/ops/test_nsa_selected.py",
+    "tests/mixers/test_gpu.py",
+    "tests/models/test_decoding_gpu.py",
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=8, help="at a time, on the one GPU")
+    parser.add_argument("--seconds", type=float, default=600.0, help="what is not done by then counts as failed")
+    parser.add_argument("tests", nargs="*", default=FILES, help="files or tests; default: all that need a GPU")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for shard in range(arguments.processes):
+            log = Path(folder) / f"{shard}.log"
+            command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
+            command += ["--shard", f"{shard}/{arguments.processes}", *arguments.tests]
+            with log.open("w") as file:
+                running.append((subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT), log))
+        failed = False
+        for process, log in running:
+            try:
+                code = process.wait(max(1.0, arguments.seconds - (time.perf_counter() - began)))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                code = process.wait()
+            text = log.read_text()
+            # 5: a shard without tests.
+            if code not in (0, 5):
+                failed = True
+                print(text if "passed" not in text else text[text.find("= FAILURES") :], flush=True)
+            last = text.strip().splitlines()[-1] if text.strip() else "nothing"
+            print(f"{time.perf_counter() - began:6.1f} s  exit {code}: {last}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
