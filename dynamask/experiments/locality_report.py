@@ -15,6 +15,9 @@ from dynamask.experiments.section import Exhibit, Finding, Section
 EARLY = 100
 """Steps after which dma is to be no worse than swa."""
 
+_CONTROL = "no choice"
+"""In the name of a run whose window is all local (`variant_name`)."""
+
 _Losses = dict[str, dict[tuple[str, int, int, float], Record]]
 
 
@@ -38,12 +41,14 @@ def report_locality(records: Sequence[Record], folder: Path) -> Section:
         config = record.config
         place = (config["corpus"], config["width"], record.seed, config["learning_rate"])
         runs[variant_name(config)][place] = record
-    ours = {name: _final(own) for name, own in runs.items() if "dma" in name}
+    ours = {name: _final(own) for name, own in runs.items() if "dma" in name and _CONTROL not in name}
     # The paper's form, the library's, and whichever did best: the table has them all.
     forms: list[str] = [name for name in ("dma, paper", "dma") if name in ours]
     if ours and (best := min(ours, key=lambda name: ours[name])) not in forms:
         forms.append(best)
-    return Section("", exhibits, [_compare(form, runs) for form in forms])
+    findings = [_compare(form, runs) for form in forms]
+    findings += [_choice(name, runs) for name in sorted(runs) if _CONTROL in name and _chosen(name) in runs]
+    return Section("", exhibits, findings)
 
 
 def _final(runs: dict[tuple[str, int, int, float], Record]) -> float:
@@ -69,6 +74,24 @@ def _compare(form: str, runs: _Losses) -> Finding:
     pairs = f"over {len(both)} runs of each"
     measured = f"{_span(early)} nats below swa at step {EARLY}, {_span(late)} below mha at the end, {pairs}"
     return Finding("locality", form, measured, min(*early, *late) >= 0, keys)
+
+
+def _chosen(control: str) -> str:
+    """The form that differs from a control by its choice of keys alone."""
+    return control.replace(f", {_CONTROL}", "", 1)
+
+
+def _choice(control: str, runs: _Losses) -> Finding:
+    """A form against its control, at equal corpus, seed and rate."""
+    form = _chosen(control)
+    both = sorted(runs[form].keys() & runs[control].keys())
+    pairs = [(runs[control][place].result["loss"], runs[form][place].result["loss"]) for place in both]
+    keys = [runs[name][place].key for place in both for name in (form, control)]
+    if not pairs or any(loss is None for pair in pairs for loss in pair):
+        return Finding("choice", form, "no finished pair of runs at the same settings", None, keys)
+    gains = [without - chosen for without, chosen in pairs]
+    measured = f"{_span(gains)} nats below its control at the end, over {len(both)} runs of each"
+    return Finding("choice", form, measured, min(gains) > 0, keys)
 
 
 def _early(record: Record) -> float | None:

@@ -65,5 +65,10 @@ CLAIMS: dict[str, Claim] = {
         "goal of this library",
         _experiment("locality"),
     ),
+    "choice": Claim(
+        "Choosing keys pays: a lower loss than the same scores over a sliding window",
+        "goal of this library",
+        _experiment("locality"),
+    ),
 }
 """By name; experiments' findings refer to them."""

@@ -79,7 +79,7 @@ def test_locality_needs_both_the_beginning_and_the_end(tmp_path: Path) -> None:
         ),
         tmp_path,
     )
-    found = {finding.subject: finding for finding in section.findings}
+    found = {finding.subject: finding for finding in section.findings if finding.claim == "locality"}
     assert found["dma"].held is True
     assert "+0.100 nats below swa at step 100, +0.100 below mha at the end" in found["dma"].measured
     assert found["dma, paper"].held is False
@@ -87,7 +87,18 @@ def test_locality_needs_both_the_beginning_and_the_end(tmp_path: Path) -> None:
     short = _records("locality", LOCALITY.configs("smoke"), lambda name, _: 2.0)
     for record in short:
         record.result["curve"] = [{"step": 3, "tokens": 1, "loss": 2.0}]
-    assert {finding.held for finding in report_locality(short, tmp_path).findings} == {None}
+    assert {each.held for each in report_locality(short, tmp_path).findings if each.claim == "locality"} == {None}
+
+
+def test_a_choice_pays_if_the_form_beats_its_control(tmp_path: Path) -> None:
+    for form, held in ((2.0, True), (2.3, False), (None, None)):
+        losses = {"dma, gate_init delta": form, "dma, no choice, gate_init delta": 2.2}
+        records = _records("locality", LOCALITY.configs("smoke"), lambda name, _, own=losses: own.get(name, 2.5))
+        section = report_locality(records, tmp_path)
+        (found,) = (each for each in section.findings if each.claim == "choice")
+        assert (found.subject, found.held) == ("dma, gate_init delta", held)
+        assert len(found.keys) == 2
+        assert not any("no choice" in each.subject for each in section.findings)
 
 
 def test_pictures_are_the_same_twice(tmp_path: Path) -> None:
