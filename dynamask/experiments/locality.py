@@ -36,6 +36,15 @@ RIVALS: list[Variant] = [
 CONTROL: Variant = {"attention": "dma", "gate_init": "delta", "local": "window"}
 """All of the window local: a sliding window whose logits get dma's scores. dma differs from it by its choice alone."""
 
+GENTLE: Variant = {
+    **{"attention": "dma", "gate_init": "delta", "recency_spread": 8.0},
+    **{"score_form": "linear", "gate_rate": 0.1},
+}
+"""Scores that grow slowly: an exponential one, or Adam's full rate, shakes the logits early on."""
+
+CEILING: Variant = {**GENTLE, "window": "all", "local": "window"}
+"""The same scores over the whole prefix: what no choice of keys can beat."""
+
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
 FORMS: list[Variant] = [
     PAPER,
@@ -68,6 +77,8 @@ def variant_name(config: Config) -> str:
         recency = 1 / window if settings.recency is None else settings.recency
         if not local and not recency:
             parts.append("paper")
+        elif window >= settings.length:
+            parts.append("all keys")
         elif local == window:
             parts.append("no choice")
         elif not local or not recency:
@@ -136,9 +147,9 @@ def configs(
             if own.get(slope):
                 own[slope] /= window
         if own["attention"] != "mha" or own.get("layer_attention"):
-            own["window"] = window
+            own["window"] = length if own.get("window") == "all" else window
         if own.get("local") == "window":
-            own["local"] = window
+            own["local"] = own["window"]
         if own["attention"] == "dma":  # the library's defaults may change, a run's meaning may not
             own = {"local": window // 2, "recency": 1.0 / window, **own}
         for corpus in corpora:
@@ -199,8 +210,7 @@ def _quick() -> list[Config]:
     """
     spread: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
     linear: Variant = {**spread, "score_form": "linear"}
-    gentle: Variant = {**linear, "gate_rate": 0.1}
-    apart: Variant = {**gentle, "ranking": "attention"}
+    apart: Variant = {**GENTLE, "ranking": "attention"}
     shape: dict[str, Any] = {
         "layers": 6,
         "width": 256,
@@ -213,8 +223,8 @@ def _quick() -> list[Config]:
     shape |= {"compile": False, "warmup": 0.05}
     forms = [PAPER, {"attention": "dma"}, spread, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1, 0.03))]
     forms += [{**spread, "gate_rate": 0.1}, apart, {**apart, "local": 32}]
-    controls = [CONTROL, *({**form, "local": "window"} for form in (spread, gentle))]
-    mixed = [{**gentle, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
+    controls = [CEILING, CONTROL, *({**form, "local": "window"} for form in (spread, GENTLE))]
+    mixed = [{**GENTLE, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
     return configs([*RIVALS, *controls, *forms, *mixed], ["code"], [0], [3e-3], **shape)
 
 
@@ -223,9 +233,8 @@ def _chinchilla() -> list[Config]:
 
     The forms that shorter sweeps left standing, the paper's, their rivals and a hybrid; all of one seed come first.
     """
-    spread: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
-    gentle: Variant = {**spread, "score_form": "linear", "gate_rate": 0.1}
-    forms = [PAPER, {"attention": "dma"}, gentle, {**gentle, "ranking": "attention"}, {**gentle, "local": "window"}]
+    forms = [PAPER, {"attention": "dma"}, GENTLE, {**GENTLE, "ranking": "attention"}]
+    forms += [{**GENTLE, "local": "window"}, CEILING]
     variants = [*forms, *RIVALS[:2], *RIVALS[4:]]
     shape: dict[str, Any] = {
         "layers": 6,
