@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
 from dynamask.mixers.distance import distance_penalty
 from dynamask.ops import attend, interval_attention
+from dynamask.ops.autocast import autocast_dtype
 
 
 class MultiHeadAttention(GroupedQueryMixer):
@@ -70,8 +71,7 @@ def dense_attention(
 
 def _dtype(query: Tensor) -> torch.dtype:
     """The dtype SDPA computes in: autocast's where that is on."""
-    device = query.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    return autocast_dtype(query) or query.dtype
 
 
 # A look at the machine, not at the data: one answer for all calls of a compiled graph.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dynamask.errors import InvalidInputError
 from dynamask.expiry import key_expiry
+from dynamask.ops.autocast import autocast_dtype
 from dynamask.ops.operators import interval_attention_op, triton_available
 from dynamask.ops.reference import interval_attention_reference
 
@@ -82,13 +83,12 @@ def attend(
 
     The rest as in `interval_attention`. Under autocast query, key and value take its dtype, as in SDPA.
     """
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # "meta" knows no autocast
+    narrow = autocast_dtype(query)
+    if narrow is not None:
         # Norms with float32 weights leave query and key wider than value. Autocast is off inside: sums stay float32.
-        narrow = torch.get_autocast_dtype(device)
         inputs = (query, key, value)
         query, key, value = [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in inputs]
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)

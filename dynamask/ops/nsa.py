@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynamask.errors import InvalidInputError
 from dynamask.ops import attend
+from dynamask.ops.autocast import autocast_dtype
 from dynamask.ops.nsa_selected import kernels_take, selected_attention
 
 TILE_ELEMENTS = 1 << 25
@@ -157,13 +158,12 @@ def nsa_attention(
     """
     if block_counts < 1 or window < 0:
         raise InvalidInputError(f"block_counts must be >= 1 and window >= 0; got {block_counts} and {window}")
-    device = query.device.type
     options: dict[str, Any] = {"block_counts": block_counts, "window": window, "layout": layout, "scale": scale}
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    narrow = autocast_dtype(query)
+    if narrow is not None:
         # As `attend`: inputs narrow, sums and the ranking of blocks in float32.
-        narrow = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(narrow) for t in (query, key, value))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             return nsa_attention(query, key, value, gates, kernels=kernels, **options)
     batch, heads, num_queries, dim = query.shape
     groups, length = key.shape[1], key.shape[2]
