@@ -49,7 +49,7 @@ def main() -> int:
             # 5: a shard without tests.
             if code not in (0, 5):
                 failed = True
-                print(text if "passed" not in text else text[text.find("= FAILURES") :], flush=True)
+                print(text, flush=True)
             last = text.strip().splitlines()[-1] if text.strip() else "nothing"
             print(f"{time.perf_counter() - began:6.1f} s  exit {code}: {last}", flush=True)
     return int(failed)

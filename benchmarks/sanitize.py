@@ -1,8 +1,7 @@
 """Every kernel family once, on short uneven rows, to be run under compute-sanitizer on a GPU.
 
     python benchmarks/sanitize.py                        # compiles everything, outside the sanitizer
-    compute-sanitizer --tool memcheck --target-processes application-only --error-exitcode 3 \
-        python benchmarks/sanitize.py
+    compute-sanitizer --tool memcheck --error-exitcode 3 python benchmarks/sanitize.py
 
 Every tensor gets an allocation of its own, so that what runs over its end is seen. One line per stage, as it is done:
 a run that is cut short says how far it came. Results are compared with the definition, too.

@@ -29,7 +29,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from dynamask.benchmarking.gpu import check
 from dynamask.benchmarking.gpu.apart import Task, run_apart
 from dynamask.benchmarking.gpu.measure import whole
-from dynamask.benchmarking.gpu.run import replace_text
+from dynamask.benchmarking.gpu.run import write_rendered
 from dynamask.cache import BoundedCache, BoundedLayer, cache_bytes
 from dynamask.errors import UsageError
 from dynamask.experiments import provenance
@@ -762,13 +762,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """model.json and model.md in `folder`, each replaced whole, so that a killed run leaves its last results."""
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / "model.json", json.dumps(results, indent=1) + "\n")
-    try:
-        tables = markdown(results)
-    except Exception as error:  # a run goes on whose tables cannot be drawn yet: the figures are what it is for
-        tables = f"The tables could not be drawn:\n\n```\n{whole(error)}\n```\n"
-    replace_text(folder / "model.md", tables)
+    write_rendered(results, folder / "model.json", folder / "model.md", markdown)
 
 
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:

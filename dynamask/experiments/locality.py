@@ -22,6 +22,11 @@ from dynamask.experiments.section import Section
 _SHARE = 16
 """Context over window."""
 
+_FOUR_MILLION: dict[str, Any] = {
+    **{"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704},
+    "length": 2048,
+}
+
 Variant = dict[str, Any]
 
 PAPER: Variant = {"attention": "dma", "local": 0, "recency": 0.0}
@@ -36,10 +41,8 @@ RIVALS: list[Variant] = [
 CONTROL: Variant = {"attention": "dma", "gate_init": "delta", "local": "window"}
 """All of the window local: a sliding window whose logits get dma's scores. dma differs from it by its choice alone."""
 
-GENTLE: Variant = {
-    **{"attention": "dma", "gate_init": "delta", "recency_spread": 8.0},
-    **{"score_form": "linear", "gate_rate": 0.1},
-}
+_SPREAD: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
+GENTLE: Variant = {**_SPREAD, "score_form": "linear", "gate_rate": 0.1}
 """Scores that grow slowly: an exponential one, or Adam's full rate, shakes the logits early on."""
 
 CEILING: Variant = {**GENTLE, "window": "all", "local": "window"}
@@ -53,14 +56,14 @@ FORMS: list[Variant] = [
     {"attention": "dma", "gate_init": "delta", "score_form": "linear"},
     {"attention": "dma", "gate_rate": 10.0},
     {"attention": "dma", "recency_spread": 8.0},
-    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta"},
-    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "gate_rate": 5.0},
-    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "rank_noise": 0.5},
-    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", "local": 0},
+    _SPREAD,
+    {**_SPREAD, "gate_rate": 5.0},
+    {**_SPREAD, "rank_noise": 0.5},
+    {**_SPREAD, "local": 0},
     {"attention": "dma", "gate_init": "delta", "rank_recency": 0.1},
     {"attention": "dma", "gate_init": "delta", "rank_recency": 0.01},
     {"attention": "dma", "gate_init": "delta", **_FROM_DENSE},
-    {"attention": "dma", "recency_spread": 8.0, "gate_init": "delta", **_FROM_DENSE},
+    {**_SPREAD, **_FROM_DENSE},
 ]
 
 
@@ -202,8 +205,7 @@ def _probe() -> list[Config]:
     shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
     linear: Variant = {**GENTLE, "gate_rate": 1.0}
     gentle = [GENTLE, {**GENTLE, "score_form": "exp"}, {**GENTLE, "gate_rate": 0.3}, linear]
-    spread: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
-    controls = [{**form, "local": "window"} for form in (*gentle, spread)]
+    controls = [{**form, "local": "window"} for form in (*gentle, _SPREAD)]
     apart = [{**GENTLE, "gate_rate": rate, "ranking": "attention"} for rate in (0.1, 0.3, 1.0)]
     forms = [*FORMS, *gentle, *controls, CEILING, *apart]
     return configs([*RIVALS, CONTROL, *forms, *hybrids(2)], ["code", "text"], [0, 1], [4e-3], **shape)
@@ -214,22 +216,12 @@ def _quick() -> list[Config]:
 
     Layers are not compiled: that takes longer than it saves in so short a run.
     """
-    spread: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
-    linear: Variant = {**spread, "score_form": "linear"}
+    linear: Variant = {**_SPREAD, "score_form": "linear"}
     apart: Variant = {**GENTLE, "ranking": "attention"}
-    shape: dict[str, Any] = {
-        "layers": 6,
-        "width": 256,
-        "heads": 4,
-        "groups": 2,
-        "feed_forward": 704,
-        "length": 2048,
-        "steps": 300,
-    }
-    shape |= {"compile": False, "warmup": 0.05}
-    forms = [PAPER, {"attention": "dma"}, spread, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1, 0.03))]
-    forms += [{**spread, "gate_rate": 0.1}, apart, {**apart, "local": 32}]
-    controls = [CEILING, CONTROL, *({**form, "local": "window"} for form in (spread, GENTLE))]
+    shape = {**_FOUR_MILLION, "steps": 300, "compile": False, "warmup": 0.05}
+    forms = [PAPER, {"attention": "dma"}, _SPREAD, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1, 0.03))]
+    forms += [{**_SPREAD, "gate_rate": 0.1}, apart, {**apart, "local": 32}]
+    controls = [CEILING, CONTROL, *({**form, "local": "window"} for form in (_SPREAD, GENTLE))]
     mixed = [{**GENTLE, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
     return configs([*RIVALS, *controls, *forms, *mixed], ["code"], [0], [3e-3], **shape)
 
@@ -242,29 +234,12 @@ def _chinchilla() -> list[Config]:
     forms = [PAPER, {"attention": "dma"}, GENTLE, {**GENTLE, "ranking": "attention"}]
     forms += [{**GENTLE, "local": "window"}, CEILING]
     variants = [*forms, *RIVALS[:2], *RIVALS[4:]]
-    shape: dict[str, Any] = {
-        "layers": 6,
-        "width": 256,
-        "heads": 4,
-        "groups": 2,
-        "feed_forward": 704,
-        "length": 2048,
-    }
-    return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **shape)]
+    return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **_FOUR_MILLION)]
 
 
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
-    shape: dict[str, Any] = {
-        "layers": 6,
-        "width": 256,
-        "heads": 4,
-        "groups": 2,
-        "feed_forward": 704,
-        "length": 2048,
-        "steps": 1000,
-    }
-    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(6)], ["code", "text"], [0], [3e-3], **shape)
+    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(6)], ["code", "text"], [0], [3e-3], **_FOUR_MILLION, steps=1000)
 
 
 def _paper() -> list[Config]:

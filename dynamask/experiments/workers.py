@@ -71,14 +71,12 @@ def run_in_workers(schedule: Schedule, workers: int) -> None:
     """Do the runs of a schedule in so many processes, the visible GPUs in turn, until none is left that may start.
 
     Args:
-        schedule: whose runs.
+        schedule: whose runs; `check_portable` lets their function through.
         workers: processes, at most; no more are started than there are runs for.
 
     Raises:
-        InvalidInputError: see `check_portable`.
         UsageError: no process could be started.
     """
-    check_portable(schedule.experiment.run)
     pool = _Pool(schedule, workers)
     with _termination_as_interrupt():
         try:

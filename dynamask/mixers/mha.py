@@ -58,7 +58,8 @@ def dense_attention(
     groups, length = key.shape[1], key.shape[2]
     if sequence.plain and (num_queries == length or num_queries == 1):
         width = value.shape[-1]
-        if query.is_cuda and width != query.shape[-1] and not _fast_at(query.shape[-1], width, _dtype(query)):
+        dtype = autocast_dtype(query) or query.dtype  # that SDPA computes in
+        if query.is_cuda and width != query.shape[-1] and not _fast_at(query.shape[-1], width, dtype):
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             query, key, value = _equal_widths(query, key, value)
         output = F.scaled_dot_product_attention(
@@ -67,11 +68,6 @@ def dense_attention(
         return output[..., :width]
     expiry = recency_expiry(batch, groups, length, length, sequence, key.device)
     return interval_attention(query, key, value, expiry, scale=scale)
-
-
-def _dtype(query: Tensor) -> torch.dtype:
-    """The dtype SDPA computes in: autocast's where that is on."""
-    return autocast_dtype(query) or query.dtype
 
 
 # A look at the machine, not at the data: one answer for all calls of a compiled graph.

@@ -280,16 +280,26 @@ def _brief(identity: dict[str, Any]) -> str:
 
 def write(results: dict[str, Any], stem: Path) -> None:
     """STEM.json and STEM.md, each replaced whole, so that a killed run leaves its last results."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(stem.with_name(f"{stem.name}.json"), json.dumps(results, indent=1) + "\n")
+    write_rendered(results, stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.md"), markdown)
+
+
+def write_rendered(
+    results: dict[str, Any], figures: Path, tables: Path, render: Callable[[dict[str, Any]], str]
+) -> None:
+    """Results as JSON and, after that, as `render` shows them; their folder is made.
+
+    A run goes on whose tables cannot be drawn yet: the figures are what it is for.
+    """
+    figures.parent.mkdir(parents=True, exist_ok=True)
+    _replace_text(figures, json.dumps(results, indent=1) + "\n")
     try:
-        tables = markdown(results)
-    except Exception as error:  # a run goes on whose tables cannot be drawn yet: the figures are what it is for
-        tables = f"The tables could not be drawn:\n\n```\n{whole(error)}\n```\n"
-    replace_text(stem.with_name(f"{stem.name}.md"), tables)
+        text = render(results)
+    except Exception as error:
+        text = f"The tables could not be drawn:\n\n```\n{whole(error)}\n```\n"
+    _replace_text(tables, text)
 
 
-def replace_text(path: Path, text: str) -> None:
+def _replace_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_text(text)
