@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from dynamask.experiments import provenance
-from dynamask.experiments.language import LanguageConfig, build_model, next_token_loss
+from dynamask.experiments.language import LanguageConfig, build_model, compile_training, next_token_loss, plain_losses
 from dynamask.experiments.scaling import PLANS, SHAPES
 
 MIXERS = ("dma", "swa", "mha", "mla", "nsa")
@@ -36,9 +36,7 @@ def measure(settings: LanguageConfig, *, warmup: int, steps: int) -> dict[str, A
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = build_model(settings, VOCABULARY).to(device).train()
-    if settings.compile:
-        for layer in model.model.layers:
-            layer.compile(dynamic=False)
+    token_losses = compile_training(model) if settings.compile else plain_losses
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=cuda)
     rows = settings.batch_tokens // settings.length
     tokens = torch.randint(VOCABULARY, (rows, settings.length + 1), device=device)
@@ -46,7 +44,7 @@ def measure(settings: LanguageConfig, *, warmup: int, steps: int) -> dict[str, A
 
     def step() -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
-            loss = next_token_loss(model, tokens).mean()
+            loss = next_token_loss(model, tokens, token_losses).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from dynamask.experiments.results import run_key
 from dynamask.experiments.settings import WINDOWLESS, read_settings
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
+
+TokenLosses = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Output layer, states (n, hidden), targets (n,) -> losses (n,)."""
 
 SCHEDULES = ("cosine", "wsd")
 STATE_FOLDER = "DYNAMASK_STATE"
@@ -391,6 +395,7 @@ class _Run:
         self.seconds, self._began = 0.0, time.perf_counter()
         self.timed_steps, self.timed_seconds = 0, 0.0
         self.peak = 0
+        self.token_losses: TokenLosses = plain_losses
 
     @property
     def state_file(self) -> Path:
@@ -446,7 +451,7 @@ class _Run:
 
     def close(self) -> None:
         """Free the device: the next run of a sweep needs it."""
-        del self.model, self.optimizer, self.losses
+        del self.model, self.optimizer, self.losses, self.token_losses
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -456,8 +461,7 @@ class _Run:
         compiled = settings.compile and self.device.type == "cuda"
         if compiled:
             torch._dynamo.reset()  # a sweep of many mixers would run into dynamo's limit of graphs per function
-            for layer in self.model.model.layers:
-                layer.compile(dynamic=False)
+            self.token_losses = compile_training(self.model)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         batches = _Batches(settings, self.streams.train, self.device)
@@ -501,7 +505,7 @@ class _Run:
             group["lr"] = rate * group["factor"]
         tokens = batches(step)
         with self._autocast():
-            loss = next_token_loss(self.model, tokens).mean()
+            loss = next_token_loss(self.model, tokens, self.token_losses).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
@@ -543,7 +547,7 @@ class _Run:
             part = rows[start : start + size]
             padded = F.pad(part, (0, 0, 0, size - len(part)))
             with self._autocast():
-                total += next_token_loss(self.model, padded)[: len(part)].double().sum(0)
+                total += next_token_loss(self.model, padded, self.token_losses)[: len(part)].double().sum(0)
         return (total / count).cpu()
 
     def _result(self) -> dict[str, Any]:
@@ -671,12 +675,25 @@ def _by_epoch(places: range, count: int) -> list[tuple[int, slice]]:
     return parts
 
 
-def next_token_loss(model: DynamaskForCausalLM, tokens: Tensor) -> Tensor:
+def plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(n, hidden), (n,) -> (n,) float32, nats."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def compile_training(model: DynamaskForCausalLM) -> TokenLosses:
+    """Compile the layers, and losses for `next_token_loss`: eager, float32 logits cost more than several layers."""
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    return torch.compile(plain_losses, dynamic=False)
+
+
+def next_token_loss(model: DynamaskForCausalLM, tokens: Tensor, token_losses: TokenLosses = plain_losses) -> Tensor:
     """Cross-entropy of every next token, in parts where all logits at once would be too many.
 
     Args:
         model: the model.
         tokens: (B, N + 1) int64.
+        token_losses: of the output layer, states (n, hidden) and targets (n,): (n,); a compiled one is faster.
 
     Returns:
         (B, N) float32, nats.
@@ -686,14 +703,10 @@ def next_token_loss(model: DynamaskForCausalLM, tokens: Tensor) -> Tensor:
     flat, wanted = hidden.flatten(0, 1), targets.flatten()
     part = max(1, _LOGITS // model.config.vocab_size)
     if len(wanted) <= part:
-        return _losses(model.lm_head, flat, wanted).view(targets.shape)
+        return token_losses(model.lm_head, flat, wanted).view(targets.shape)
     pieces = zip(flat.split(part), wanted.split(part), strict=True)
-    losses = [checkpoint(_losses, model.lm_head, states, goal, use_reentrant=False) for states, goal in pieces]
+    losses = [checkpoint(token_losses, model.lm_head, states, goal, use_reentrant=False) for states, goal in pieces]
     return torch.cat(losses).view(targets.shape)
-
-
-def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
 def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
 from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
+from dynamask.experiments.locality import GENTLE
 from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -40,7 +41,7 @@ class NeedleConfig:
     """One run: a model, and, for dense attention with `upcycle_steps`, the dynamic mask model made of it.
 
     Attributes:
-        attention, window, local, recency, recency_spread, gate_init, gate_rate: see `LanguageConfig`.
+        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate: see `LanguageConfig`.
         upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
         upcycle_window: keys per query of the upcycled model.
         layers, width, heads, groups, feed_forward, steps, batch_tokens, learning_rate, compile: see `LanguageConfig`.
@@ -64,6 +65,7 @@ class NeedleConfig:
     local: int | None = None
     recency: float | None = None
     recency_spread: float = 1.0
+    score_form: str = "exp"
     gate_init: str = "gate"
     gate_rate: float = 1.0
     upcycle_steps: int = 0
@@ -240,8 +242,8 @@ def _test(
 def needle_name(config: Config) -> str:
     """The model as tables and pictures show it: dma's paper form apart from the library's."""
     paper = config["attention"] == "dma" and config.get("local") == 0 and config.get("recency") == 0
-    spread = config["attention"] == "dma" and config.get("gate_init") == "delta"
-    return "dma, paper" if paper else "dma, spread" if spread else str(config["attention"])
+    gentle = config["attention"] == "dma" and config.get("gate_init") == "delta"
+    return "dma, paper" if paper else "dma, gentle" if gentle else str(config["attention"])
 
 
 def needle_cost(config: Config) -> float:
@@ -299,12 +301,12 @@ def _report(records: Sequence[Record], folder: Path) -> Section:
 
 
 def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
-    """Dense attention and what is upcycled from it; dma by default, with slopes spread, and in the paper's form."""
+    """Dense attention and what is upcycled from it; dma by default, with gentle gates, and in the paper's form."""
     default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
     models: list[dict[str, Any]] = [
         {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window},
         default,
-        {**default, "recency_spread": 8.0, "gate_init": "delta"},
+        {**default, **GENTLE},
         {**default, "local": 0, "recency": 0.0},
     ]
     return [dataclasses.asdict(NeedleConfig(**{**common, **model, "seed": seed})) for seed in seeds for model in models]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
-from dynamask.experiments.locality import variant_name
+from dynamask.experiments.locality import GENTLE, variant_name
 from dynamask.experiments.power_law import fit_power_law
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
@@ -40,7 +40,7 @@ _NARROW: dict[str, dict[str, int]] = {
 MECHANISMS: list[dict[str, Any]] = [
     *({"attention": "mha"}, {"attention": "swa"}, {"attention": "dma"}),
     {"attention": "dma", "local": 0, "recency": 0.0},
-    {"attention": "dma", "gate_init": "delta"},
+    GENTLE,
     *({"attention": "mla"}, {"attention": "nsa"}),
 ]
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
