@@ -9,6 +9,7 @@ skipped where fla is not installed.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,14 +31,18 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", default=FILES, help="files or tests; default: all that need a GPU")
     arguments = parser.parse_args()
     began = time.perf_counter()
+    # Results are compared with float64 on the CPU: each process would take every core for that.
+    threads = str(max(1, (os.cpu_count() or 1) // arguments.processes))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
     with tempfile.TemporaryDirectory() as folder:
         running = []
         for shard in range(arguments.processes):
             log = Path(folder) / f"{shard}.log"
-            command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
+            command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
             command += ["--shard", f"{shard}/{arguments.processes}", *arguments.tests]
             with log.open("w") as file:
-                running.append((subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT), log))
+                process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
+                running.append((process, log))
         failed = False
         for process, log in running:
             try:

@@ -11,7 +11,6 @@ Documents stand end to end and attention crosses their bounds, for every mixer a
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.experiments.language_data import token_streams
 from dynamask.experiments.registry import Config, Progress
 from dynamask.experiments.results import run_key
-from dynamask.experiments.settings import WINDOWLESS, read_settings
+from dynamask.experiments.settings import WINDOWLESS, plain_settings, read_settings
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 
@@ -64,6 +63,7 @@ class LanguageConfig:
         attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
             distance_penalty, layer_attention: of the model, see `DynamaskConfig`. A window only for mixers that choose.
         gate_rate: learning rate of what is added to logits (Delta, A and slopes) over that of the other weights.
+        rank_rate: the same of ranks with ranking="attention".
         window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
             is so many times the config's, until the next. The validation loss is always at the config's window.
         layers, width, heads, groups, feed_forward: decoder layers, hidden size, query heads, key/value heads, width of
@@ -96,6 +96,7 @@ class LanguageConfig:
     rank_noise: float = 0.0
     rank_recency: float | None = None
     ranking: str = "score"
+    rank_rate: float = 1.0
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
     gate_rate: float = 1.0
@@ -155,12 +156,8 @@ class LanguageConfig:
         return read_settings(cls, config, "a language run")
 
     def plain(self) -> Config:
-        """As plain JSON, from which `of` reads it. A setting younger than recorded runs is written where it changes
-        something: a run's key is made of its settings, and theirs are to stay."""
-        config = dataclasses.asdict(self)
-        if self.ranking == "score":
-            del config["ranking"]
-        return config
+        """As plain JSON, from which `of` reads it."""
+        return plain_settings(self, ("ranking", "rank_rate"))
 
     @property
     def mixers(self) -> list[str]:
@@ -721,19 +718,20 @@ def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:
 
 def _optimizer(model: nn.Module, settings: LanguageConfig, *, fused: bool) -> torch.optim.AdamW:
     """AdamW; norms, gates' scalars and slopes are not decayed, and gates have a rate of their own."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        ranks = settings.ranking == "attention" and name.endswith(_RANKS)
-        gate = any(part in name for part in _GATES) and not ranks
-        groups.setdefault((gate, parameter.dim() >= 2), []).append(parameter)
+        factor = settings.gate_rate if any(part in name for part in _GATES) else 1.0
+        if settings.ranking == "attention" and name.endswith(_RANKS):
+            factor = settings.rank_rate
+        groups.setdefault((factor, parameter.dim() >= 2), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "weight_decay": settings.weight_decay if decayed else 0.0,
-                "factor": settings.gate_rate if gate else 1.0,
+                "factor": factor,
             }
-            for (gate, decayed), parameters in groups.items()
+            for (factor, decayed), parameters in groups.items()
         ],
         lr=settings.learning_rate,
         betas=(0.9, settings.beta2),

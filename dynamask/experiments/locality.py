@@ -229,11 +229,14 @@ def _quick() -> list[Config]:
 def _chinchilla() -> list[Config]:
     """What the goal asks, at 4M parameters: 2048 tokens, window 128, 20 tokens a parameter, two corpora, two seeds.
 
-    The forms that shorter sweeps left standing, the paper's, their rivals and a hybrid; all of one seed come first.
+    The forms that shorter sweeps left standing, the paper's, their rivals and hybrids; all of one seed come first.
     """
     forms = [PAPER, {"attention": "dma"}, GENTLE, {**GENTLE, "ranking": "attention"}]
     forms += [{**GENTLE, "local": "window"}, CEILING]
-    variants = [*forms, *RIVALS[:2], *RIVALS[4:]]
+    dense = hybrids(6)[1]["layer_attention"]
+    forms += [{"attention": "dma", "ranking": "attention"}, {"attention": "dma", "ranking": "attention", **_FROM_DENSE}]
+    forms += [{"attention": "dma", "layer_attention": dense}, {**GENTLE, "local": "window", "layer_attention": dense}]
+    variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2]]
     return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **_FOUR_MILLION)]
 
 

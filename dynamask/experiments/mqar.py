@@ -10,7 +10,6 @@ q/k norm instead of learned positions, heads of 64 instead of one), no dropout, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import warnings
 from collections import defaultdict
@@ -29,7 +28,7 @@ from dynamask.experiments.mqar_data import MqarExamples, mqar_examples
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
-from dynamask.experiments.settings import WINDOWLESS, read_settings
+from dynamask.experiments.settings import WINDOWLESS, plain_settings, read_settings
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 
@@ -57,6 +56,7 @@ class MqarConfig:
         attention: a mixer's name.
         window: keys per query of the mixers that choose; None for those that see everything.
         local, recency: dma's; None: the library's defaults, 0 and 0: the paper's form.
+        ranking: dma's, see `DynamaskConfig`.
         width: of the residual stream, d_model.
         heads: query heads, and as many key/value heads.
         layers: decoder layers.
@@ -76,6 +76,7 @@ class MqarConfig:
     window: int | None = None
     local: int | None = None
     recency: float | None = None
+    ranking: str = "score"
     width: int = 128
     heads: int = 2
     layers: int = 2
@@ -113,6 +114,10 @@ class MqarConfig:
     def of(cls, config: Config) -> MqarConfig:
         """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
         return read_settings(cls, config, "mqar")
+
+    def plain(self) -> Config:
+        """As plain JSON, from which `of` reads it."""
+        return plain_settings(self, ("ranking",))
 
     def batch(self, length: int) -> int:
         """Sequences per batch of that length."""
@@ -179,7 +184,8 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
 
 def build_model(settings: MqarConfig) -> DynamaskForCausalLM:
     """The model of a run: embeddings, layers of the mixer alone, tied output."""
-    dma = {"local": settings.local, "recency": settings.recency} if settings.attention == "dma" else {}
+    own = ("local", "recency", "ranking") if settings.attention == "dma" else ()
+    dma = {name: getattr(settings, name) for name in own}
     window = {} if settings.window is None else {"window": settings.window}
     shape = DynamaskConfig(
         attention=settings.attention,
@@ -286,9 +292,12 @@ def mqar_kind(config: Config) -> str:
 
 
 def mixer_name(config: Config) -> str:
-    """The mixer as a table shows it: dma's paper form apart from the library's."""
-    paper = config["attention"] == "dma" and config.get("local") == 0 and config.get("recency") == 0
-    return "dma, paper" if paper else str(config["attention"])
+    """The mixer as a table shows it: dma's forms apart."""
+    if config["attention"] != "dma":
+        return str(config["attention"])
+    if config.get("ranking", "score") != "score":
+        return f"dma, ranked by {config['ranking']}"
+    return "dma, paper" if config.get("local") == 0 and config.get("recency") == 0 else "dma"
 
 
 @dataclass(frozen=True)
@@ -359,10 +368,11 @@ def _report(records: Sequence[Record], folder: Path) -> Section:
 
 
 def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: Any) -> list[Config]:
-    """Every mixer, dma in both its forms, at every width, window (where it has one) and learning rate."""
+    """Every mixer, dma in three forms, at every width, window (where it has one) and learning rate."""
     mixers: list[dict[str, Any]] = [
         *({"attention": "mha"}, {"attention": "mla"}, {"attention": "swa"}, {"attention": "nsa"}),
         *({"attention": "dma"}, {"attention": "dma", "local": 0, "recency": 0.0}),
+        {"attention": "dma", "ranking": "attention"},
     ]
     configs = []
     for width in widths:
@@ -372,7 +382,7 @@ def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: 
                     own = {"width": width, "heads": max(1, width // 64), "window": window, "learning_rate": rate}
                     settings = MqarConfig(**{**mixer, **own, **common})
                     # Defaults are written out, so that a later change of one cannot pass for the same run.
-                    configs.append(dataclasses.asdict(settings))
+                    configs.append(settings.plain())
     return configs
 
 
@@ -382,11 +392,20 @@ def _smoke() -> list[Config]:
     return _sweep([32], [16], [1e-2], batch_size=64, epochs=2, **common)
 
 
+def _quick() -> list[Config]:
+    """As "small", a quarter of its epochs, the two rates that win there, three seeds: minutes of a large GPU."""
+    train, test = _fifth(TRAIN), _fifth(TEST)
+    common = {"train": train, "test": test, "epochs": 8}
+    return [run for seed in (0, 1, 2) for run in _sweep([128], [64], LEARNING_RATES[1:3], seed=seed, **common)]
+
+
+def _fifth(segments: Sequence[Segment]) -> list[Segment]:
+    return [[length, pairs, examples // 5] for length, pairs, examples in segments]
+
+
 def _small() -> list[Config]:
     """The published mixture at a fifth of its examples, one width, half the epochs."""
-    train = [[length, pairs, examples // 5] for length, pairs, examples in TRAIN]
-    test = [[length, pairs, examples // 5] for length, pairs, examples in TEST]
-    return _sweep([128], [64], LEARNING_RATES, train=train, test=test, epochs=32)
+    return _sweep([128], [64], LEARNING_RATES, train=_fifth(TRAIN), test=_fifth(TEST), epochs=32)
 
 
 def _paper() -> list[Config]:
@@ -401,7 +420,7 @@ MQAR = Experiment(
     name="mqar",
     description="multi-query associative recall: accuracy by pairs and length, every mixer, two layers",
     run=run_mqar,
-    sizes={"smoke": _smoke, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "paper": _paper},
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,

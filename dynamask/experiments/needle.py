@@ -28,7 +28,7 @@ from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer,
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
-from dynamask.experiments.settings import read_settings
+from dynamask.experiments.settings import plain_settings, read_settings
 from dynamask.models import DynamaskForCausalLM
 
 TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
@@ -38,12 +38,14 @@ _TRAINED = 0.8
 
 @dataclass(frozen=True)
 class NeedleConfig:
-    """One run: a model, and, for dense attention with `upcycle_steps`, the dynamic mask model made of it.
+    """One run: a model, and, for dense attention with `upcycle_steps`, the dynamic mask models made of it.
 
     Attributes:
-        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate: see `LanguageConfig`.
+        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, window_schedule:
+            see `LanguageConfig`.
         upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
         upcycle_window: keys per query of the upcycled model.
+        upcycle_rankings: its `ranking`, one model for each.
         layers, width, heads, groups, feed_forward, steps, batch_tokens, learning_rate, compile: see `LanguageConfig`.
         source, vocab_size, share: see `MixtureSettings`.
         text_tokens: of plain text in the mixture, which is read as often as the steps ask for.
@@ -68,8 +70,11 @@ class NeedleConfig:
     score_form: str = "exp"
     gate_init: str = "gate"
     gate_rate: float = 1.0
+    ranking: str = "score"
+    window_schedule: list[list[float]] = field(default_factory=list)
     upcycle_steps: int = 0
     upcycle_window: int | None = None
+    upcycle_rankings: list[str] = field(default_factory=lambda: ["score"])
     layers: int = 6
     width: int = 384
     heads: int = 6
@@ -114,6 +119,10 @@ class NeedleConfig:
         """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
         return read_settings(cls, config, "needle")
 
+    def plain(self) -> Config:
+        """As plain JSON, from which `of` reads it."""
+        return plain_settings(self, ("ranking", "window_schedule", "upcycle_rankings"))
+
     @property
     def mixture(self) -> MixtureSettings:
         """What it trains on. All runs of a seed read the same."""
@@ -141,7 +150,7 @@ class NeedleConfig:
             keep_model=True,
         )
 
-    def upcycled(self, corpus: str) -> LanguageConfig:
+    def upcycled(self, corpus: str, ranking: str) -> LanguageConfig:
         """The fine-tuning run of the dense model with gates, at a tenth of the rate the dense one peaked at.
 
         Without recency, as `convert.upcycle`: up to `upcycle_window` tokens it starts as exactly the dense model.
@@ -155,6 +164,9 @@ class NeedleConfig:
             steps=self.upcycle_steps,
             learning_rate=self.learning_rate / 10,
             gate_rate=10.0 * self.gate_rate,
+            rank_rate=10.0,
+            ranking=ranking,
+            rank_recency=1.0 / (self.upcycle_window or 1) if ranking == "attention" else None,
         )
 
 
@@ -177,30 +189,29 @@ def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
     corpus = prepare_mixture(settings.mixture)
     stages = [(needle_name(config), settings.language(corpus))]
     if settings.upcycle_steps:
-        stages.append(("dma, upcycled", settings.upcycled(corpus)))
+        stages += [(upcycled_name(each), settings.upcycled(corpus, each)) for each in settings.upcycle_rankings]
     part = 1.0 / len(stages)
     scores: list[RetrievalScore] = []
     losses: dict[str, float | None] = {}
     seconds, parameters = 0.0, 0
     trained: dict[str, Any] = {}
-    initial: Path | None = None
-    folders = []
+    models: list[Path] = []
     for number, (name, language) in enumerate(stages):
         begun = number * part
-        trained, initial = kept_run(
+        trained, model = kept_run(
             language.plain(),
             lambda share, note, begun=begun: progress(begun + part * _TRAINED * share, note),  # type: ignore[misc]
-            initial,
+            models[0] if models else None,  # what is upcycled is upcycled from the dense one
         )
-        folders.append(initial.parent)
+        models.append(model)
         losses[name] = trained["loss"]
         seconds += trained["seconds"]
         parameters = parameters or sum(trained["parameters"][kind] for kind in ("embedding", "non_embedding"))
         start = time.perf_counter()
-        scores += _test(settings, initial, corpus, name, progress, begun + part * _TRAINED, part * (1 - _TRAINED))
+        scores += _test(settings, model, corpus, name, progress, begun + part * _TRAINED, part * (1 - _TRAINED))
         seconds += time.perf_counter() - start
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    for model in models:
+        shutil.rmtree(model.parent, ignore_errors=True)
     return {
         "scores": [dataclasses.asdict(score) for score in scores],
         "loss": losses,
@@ -240,22 +251,36 @@ def _test(
 
 
 def needle_name(config: Config) -> str:
-    """The model as tables and pictures show it: dma's paper form apart from the library's."""
-    paper = config["attention"] == "dma" and config.get("local") == 0 and config.get("recency") == 0
-    gentle = config["attention"] == "dma" and config.get("gate_init") == "delta"
-    return "dma, paper" if paper else "dma, gentle" if gentle else str(config["attention"])
+    """The model as tables and pictures show it: dma's forms apart."""
+    if config["attention"] != "dma":
+        return str(config["attention"])
+    parts = ["dma"]
+    if config.get("local") == 0 and config.get("recency") == 0:
+        parts.append("paper")
+    if config.get("gate_init") == "delta":
+        parts.append("gentle")
+    if config.get("window_schedule"):
+        parts.append("from dense")
+    return ", ".join([*parts, *_ranked(config.get("ranking"))])
+
+
+def upcycled_name(ranking: str) -> str:
+    """The model made of a dense one."""
+    return ", ".join(["dma, upcycled", *_ranked(ranking)])
+
+
+def _ranked(ranking: str | None) -> list[str]:
+    return [] if ranking in (None, "score") else [f"ranked by {ranking}"]
 
 
 def needle_cost(config: Config) -> float:
     """Operations of training and of reading the prompts."""
     settings = NeedleConfig.of(config)
     training = language_cost(settings.language("").plain())
-    models = 1
-    if settings.upcycle_steps:
-        models = 2
-        training += language_cost(settings.upcycled("").plain())
+    upcycled = settings.upcycle_rankings if settings.upcycle_steps else []
+    training += sum(language_cost(settings.upcycled("", each).plain()) for each in upcycled)
     prompts = len(settings.tasks) * len(settings.depths) * settings.samples * sum(settings.lengths)
-    return training + models * 2.0 * settings.language("").parameters * prompts
+    return training + (1 + len(upcycled)) * 2.0 * settings.language("").parameters * prompts
 
 
 def needle_kind(config: Config) -> str:
@@ -300,16 +325,27 @@ def _report(records: Sequence[Record], folder: Path) -> Section:
     return report_needle(records, folder)
 
 
+_FROM_DENSE = {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]}
+"""The window that a model trains with: where the longest example fits at first, then down to the one it is tested at.
+With keys that no query sees there is nothing to learn of them."""
+
+
 def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
-    """Dense attention and what is upcycled from it; dma by default, with gentle gates, and in the paper's form."""
+    """Dense attention and what is upcycled from it; dma by default, with gentle gates, in the paper's form, and with
+    ranks that learn from attention or windows that shrink."""
     default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
+    dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
+    ranked = {**default, "ranking": "attention"}
     models: list[dict[str, Any]] = [
-        {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window},
-        default,
-        {**default, **GENTLE},
-        {**default, "local": 0, "recency": 0.0},
+        *(
+            {**dense, "upcycle_rankings": ["score", "attention"]},
+            default,
+            {**default, **GENTLE},
+            {**default, "local": 0, "recency": 0.0},
+        ),
+        *({**default, **_FROM_DENSE}, {**ranked, **_FROM_DENSE}, ranked),
     ]
-    return [dataclasses.asdict(NeedleConfig(**{**common, **model, "seed": seed})) for seed in seeds for model in models]
+    return [NeedleConfig(**{**common, **model, "seed": seed}).plain() for seed in seeds for model in models]
 
 
 def _smoke() -> list[Config]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
-from dynamask.experiments.locality import GENTLE, variant_name
+from dynamask.experiments.locality import variant_name
 from dynamask.experiments.power_law import fit_power_law
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
@@ -40,7 +40,6 @@ _NARROW: dict[str, dict[str, int]] = {
 MECHANISMS: list[dict[str, Any]] = [
     *({"attention": "mha"}, {"attention": "swa"}, {"attention": "dma"}),
     {"attention": "dma", "local": 0, "recency": 0.0},
-    GENTLE,
     *({"attention": "mla"}, {"attention": "nsa"}),
 ]
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -111,13 +110,12 @@ PLANS: dict[str, Plan] = {
         {"corpus": "bytes", "length": 64, "steps": 3, "validation_tokens": 256},
         16,
     ),
-    # Small models, but 20 tokens a parameter each: meant for some 15 minutes of one large GPU. The rates are those of
-    # "small", 2e-3 and 4e-3 at a width of 256, by the root of the ratio of widths. The largest models
+    # Small models, but 20 tokens a parameter each: meant for some 15 minutes of one large GPU. The largest models
     # read the corpora one and a half times. With several workers, one compiles while the others train.
     "quick": Plan(
         _NARROW,
         {name: [0] for name in _NARROW},
-        (3e-3, 6e-3),
+        (1.5e-3, 3e-3),
         {"corpus": "code+text", "length": 4096, "warmup": 0.05},
         512,
     ),

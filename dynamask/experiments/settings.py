@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 from dynamask.errors import InvalidInputError, did_you_mean
 from dynamask.experiments.registry import Config
@@ -30,3 +31,20 @@ def read_settings(kind: type[_Settings], config: Config, whose: str) -> _Setting
         if name not in known:
             raise InvalidInputError(f"unknown setting {name!r} of {whose}{did_you_mean(name, known)}")
     return kind(**config)
+
+
+def plain_settings(settings: Any, younger: Sequence[str]) -> Config:
+    """Settings as plain JSON, from which they are read again.
+
+    Args:
+        settings: a dataclass.
+        younger: names of settings that came after runs had been recorded. They are written where they are not the
+            default: a run's key is made of its settings, and those of recorded runs are to stay.
+    """
+    config: Config = dataclasses.asdict(settings)
+    for entry in dataclasses.fields(settings):
+        factory = entry.default_factory
+        default = entry.default if factory is dataclasses.MISSING else factory()
+        if entry.name in younger and config[entry.name] == default:
+            del config[entry.name]
+    return config

@@ -35,10 +35,10 @@ class DynamicMaskGate(nn.Module):
         recency_spread: factor from this slope to the first head's, and from the last head's to it; see `slopes`.
         zero: "gate" or "delta", the factor of the score that starts at zero.
         rank_noise: scale of the noise of `ranks` in training.
-        rank_recency: slope of the ranks per position; None: λ, that of the logits.
+        rank_recency: slope of the ranks per position; None: λ, that of the logits. Learned with ranking="attention".
         ranking: "score": ranks and logits share one score (paper). "attention": ranks have a Delta and slopes of their
             own, which learn how much attention a key gets (`mixers/ranking.py`), and the logits' score is read from
-            the head's own value vector, so that a cache of kept keys can tell it again. Needs a recency slope.
+            the head's own value vector, so that a cache of kept keys can tell it again. Needs a slope, either one.
         bias: whether Delta has a bias.
     """
 
@@ -65,7 +65,7 @@ class DynamicMaskGate(nn.Module):
         self.delta = nn.Linear(num_key_value_heads * head_dim, num_key_value_heads, bias=bias)
         if ranking == "attention":
             self.own_delta = nn.Parameter(torch.zeros(num_key_value_heads, head_dim))
-            self.log_rank_recency = nn.Parameter(slopes(num_key_value_heads, recency, recency_spread).log())
+            self.log_rank_recency = nn.Parameter(self._rank_slopes().log())
         self.gate = nn.Parameter(torch.zeros(num_key_value_heads))
         if recency:
             self.log_recency = nn.Parameter(slopes(num_key_value_heads, recency, recency_spread).log())
@@ -86,7 +86,7 @@ class DynamicMaskGate(nn.Module):
                 init.normal_(self.own_delta, std=self.own_delta.shape[1] ** -0.5)
             else:
                 init.zeros_(self.own_delta)
-            init.copy_(self.log_rank_recency, slopes(self.gate.shape[0], self.recency, self.recency_spread).log())
+            init.copy_(self.log_rank_recency, self._rank_slopes().log())
         if self.recency:
             init.copy_(self.log_recency, slopes(self.gate.shape[0], self.recency, self.recency_spread).log())
 
@@ -157,11 +157,16 @@ class DynamicMaskGate(nn.Module):
             with torch.autocast(value.device.type, enabled=False):
                 z = (value.to(wide) * self.own_delta.to(wide)[:, None]).sum(-1)
                 score = self._form(z, self.gate.to(wide)[:, None])
-                return score + self._slope(wide) * position.to(wide)
+                return score + self._slope(wide) * position.to(wide) if self.recency else score
         if self.rank_recency is None:
             return scores
         slope = self._slope(scores.dtype) if self.recency else 0.0
         return scores + (slope - self.rank_recency) * position.to(scores.dtype)
+
+    def _rank_slopes(self) -> Tensor:
+        """(G,) of ranks of their own, where they start."""
+        first = self.recency if self.rank_recency is None else self.rank_recency
+        return slopes(self.delta.out_features, first, self.recency_spread)
 
     def _slope(self, dtype: torch.dtype) -> Tensor:
         """(G, 1) λ."""

@@ -33,7 +33,10 @@ def learn_ranks(
     key_mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """`output` as it is, whose backward pass also teaches the ranks; nothing to learn where all keys are kept.
+    """`output` as it is, whose backward pass also teaches the ranks.
+
+    The queries asked are drawn from those that have dropped keys, or, in rows too short for that, from the later half:
+    what they look at says what longer rows had better keep.
 
     Args:
         output: of the attention, any shape.
@@ -46,9 +49,8 @@ def learn_ranks(
         scale: factor on the logits.
     """
     length = key.shape[2]
-    if length <= window:
-        return output
-    rows = torch.randint(window, length, (min(_QUERIES, length - window),), device=key.device)
+    first = min(window, length // 2)
+    rows = torch.randint(first, length, (min(_QUERIES, length - first),), device=key.device)
     loss = attention_loss(
         query, key, bias, ranks, rows, local=local, segment_ids=segment_ids, key_mask=key_mask, scale=scale
     )

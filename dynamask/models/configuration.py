@@ -46,10 +46,11 @@ class DynamaskConfig(PreTrainedConfig):
             then a query sees keys that the gates would have dropped. Scale 1 samples the kept keys in proportion to
             exp(score). 0: none.
         rank_recency: dma: slope of the ranks per position, where it is not to be that of the logits; None: the same. A
-            flatter one lets small differences of score keep keys for long; 0: content alone ranks.
+            flatter one lets small differences of score keep keys for long; 0: content alone ranks. With
+            ranking="attention", where it is learned, what it starts from.
         ranking: dma: "score": what ranks the keys is added to their logits (paper). "attention": ranks of their own,
             which learn how much attention keys get, from a few queries per batch that look at everything; needs a
-            recency.
+            rank_recency or recency to start from.
         distance_penalty: mha, swa: initial slope of a learned penalty per position of distance on the logits, the same
             that dma's recency adds to them; 0: none.
         layer_attention: attention of each layer, where they differ: num_hidden_layers names. None: `attention` in all.
@@ -145,10 +146,10 @@ class DynamaskConfig(PreTrainedConfig):
             raise InvalidInputError(
                 f"recency_spread is a factor of at least 1 (1: no spread); got {self.recency_spread}"
             )
-        if self.ranking == "attention" and (not self.recency or self.rank_recency is not None):
+        if self.ranking == "attention" and not (self.recency if self.rank_recency is None else self.rank_recency):
             raise InvalidInputError(
-                'ranking="attention" starts from the recency slope and learns its own: give recency > 0 and no '
-                f"rank_recency; got {self.recency} and {self.rank_recency}"
+                'ranking="attention" learns the slope of the ranks from a first one: give rank_recency > 0, or none '
+                f"and recency > 0; got {self.rank_recency} and {self.recency}"
             )
         for name in ("rank_noise", "rank_recency", "distance_penalty"):
             if (getattr(self, name) or 0.0) < 0:

@@ -44,7 +44,9 @@ def test_the_smoke_sweep_tests_every_model_at_every_cell(tmp_path: Path) -> None
     cells = len(settings.tasks) * len(settings.lengths) * len(settings.depths)
     scores = [score for record in report.records for score in record.result["scores"]]
     models = {score["model"] for score in scores}
-    assert models == {"mha", "dma, upcycled", "dma", "dma, gentle", "dma, paper"}
+    from_start = {"dma", "dma, gentle", "dma, paper", "dma, ranked by attention"}
+    from_dense = {"dma, from dense", "dma, from dense, ranked by attention"}
+    assert models == {"mha", "dma, upcycled", "dma, upcycled, ranked by attention", *from_start, *from_dense}
     assert len(scores) == cells * len(models)
     assert not list((tmp_path / "state").glob("*")), "trained models are deleted after the test"
     section = report_needle(report.records, tmp_path / "pictures")
@@ -86,7 +88,7 @@ def test_an_upcycled_model_starts_as_the_dense_one() -> None:
     corpus = prepare_mixture(settings.mixture)
     dense = dataclasses.asdict(settings.language(corpus))
     expected = run_language(dense, _quiet)["loss"]
-    still = dataclasses.replace(settings.upcycled(corpus), learning_rate=1e-12, steps=1)
+    still = dataclasses.replace(settings.upcycled(corpus, "score"), learning_rate=1e-12, steps=1)
     folder = language.state_folder(dense) / "model"
     assert run_language(dataclasses.asdict(still), _quiet, folder)["loss"] == pytest.approx(expected, abs=1e-5)
     other = dataclasses.replace(still, width=64)
