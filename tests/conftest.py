@@ -26,6 +26,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = items[own::of]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--shard") is not None:
+        config.pluginmanager.register(_FailuresAtOnce(config))
+
+
+class _FailuresAtOnce:
+    """Tells a failure as it happens: a process of several may be killed before pytest comes to its summary."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+            terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
+
+
 def tiny_config(attention: str = "dma", **fields: object) -> DynamaskConfig:
     """Two layers of four heads over 50 tokens, with a window that a 40-token text overflows."""
     shape = {

@@ -95,7 +95,7 @@ class SweepDisplay(Observer):
         self.bars.remove_task(bar)
 
     def _name(self, config: Config) -> str:
-        return " ".join(f"{key}={_cell(config[key])}" for key in self.varied if config[key] is not None) or "run"
+        return " ".join(f"{key}={_cell(config[key])}" for key in self.varied if config.get(key) is not None) or "run"
 
     def _say(self, text: str, style: str | None = None) -> None:
         self.console.print(escape(text), style=style, highlight=False, soft_wrap=True)
@@ -127,11 +127,11 @@ def runs_table(experiment: Experiment, configs: Sequence[Config], records: Seque
     pending = estimator.shortest_first(config for config in configs if run_key(experiment.name, config) not in done)
     for config in finished:
         measured = done[run_key(experiment.name, config)].seconds
-        table.add_row(*(_cell(config[key]) for key in varied), "done", f"{measured:.1f}")
+        table.add_row(*(_cell(config.get(key)) for key in varied), "done", f"{measured:.1f}")
     estimates = [estimator.seconds(config) for config in pending]
     for config, estimate in zip(pending, estimates, strict=True):
         guess = "?" if estimate is None else f"about {estimate:.1f}"
-        table.add_row(*(_cell(config[key]) for key in varied), "to do", guess)
+        table.add_row(*(_cell(config.get(key)) for key in varied), "to do", guess)
     known = [estimate for estimate in estimates if estimate is not None]
     at_a_time = f" with {workers} workers" if workers > 1 else ""
     time_left = f", about {format_seconds(sum(known) / workers)} on this device{at_a_time}" if known else ""
@@ -153,8 +153,9 @@ def _key(config: Config) -> str:
 
 
 def _varied(configs: Sequence[Config]) -> list[str]:
-    """The settings that are not the same in all of the runs."""
-    return [key for key in configs[0] if any(config.get(key) != configs[0][key] for config in configs)]
+    """The settings that are not the same in all of the runs; one that a run leaves out is at its default there."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
 
 
 def _cell(value: Any) -> str:

@@ -18,6 +18,11 @@ EARLY = 100
 _CONTROL = "no choice"
 """In the name of a run whose window is all local (`variant_name`)."""
 
+_CEILING = "all keys"
+"""In the name of a run without a window: no form at a sixteenth of the context."""
+
+_RANKED = ", ranked by attention"
+
 _Losses = dict[str, dict[tuple[str, int, int, float], Record]]
 
 
@@ -41,14 +46,21 @@ def report_locality(records: Sequence[Record], folder: Path) -> Section:
         config = record.config
         place = (config["corpus"], config["width"], record.seed, config["learning_rate"])
         runs[variant_name(config)][place] = record
-    ours = {name: _final(own) for name, own in runs.items() if "dma" in name and _CONTROL not in name}
-    # The paper's form, the library's, and whichever did best: the table has them all.
+    ours = [name for name in runs if "dma" in name and _CONTROL not in name and _CEILING not in name]
+    # The paper's form, the library's, and whichever did best, in all layers or in some: the table has them all.
     forms: list[str] = [name for name in ("dma, paper", "dma") if name in ours]
-    if ours and (best := min(ours, key=lambda name: ours[name])) not in forms:
-        forms.append(best)
+    for kind in ([name for name in ours if not _mixed(name)], [name for name in ours if _mixed(name)]):
+        if kind and (best := min(kind, key=lambda name: _final(runs[name]))) not in forms:
+            forms.append(best)
     findings = [_compare(form, runs) for form in forms]
-    findings += [_choice(name, runs) for name in sorted(runs) if _CONTROL in name and _chosen(name) in runs]
+    for control in sorted(name for name in runs if _CONTROL in name):
+        findings += [_choice(form, control, runs) for form in _chosen(control) if form in runs]
     return Section("", exhibits, findings)
+
+
+def _mixed(name: str) -> bool:
+    """Whether layers of several mechanisms have that name: "4 dma+2 mha"."""
+    return name[0].isdigit()
 
 
 def _final(runs: dict[tuple[str, int, int, float], Record]) -> float:
@@ -76,14 +88,15 @@ def _compare(form: str, runs: _Losses) -> Finding:
     return Finding("locality", form, measured, min(*early, *late) >= 0, keys)
 
 
-def _chosen(control: str) -> str:
-    """The form that differs from a control by its choice of keys alone."""
-    return control.replace(f", {_CONTROL}", "", 1)
+def _chosen(control: str) -> list[str]:
+    """The forms that differ from a control by their choice of keys: with one score for ranks and logits, and with ranks
+    of their own (whose score on the logits reads the head's own value alone, where the control's reads all heads')."""
+    form = control.replace(f", {_CONTROL}", "", 1)
+    return [form, f"{form}{_RANKED}"]
 
 
-def _choice(control: str, runs: _Losses) -> Finding:
+def _choice(form: str, control: str, runs: _Losses) -> Finding:
     """A form against its control, at equal corpus, seed and rate."""
-    form = _chosen(control)
     both = sorted(runs[form].keys() & runs[control].keys())
     pairs = [(runs[control][place].result["loss"], runs[form][place].result["loss"]) for place in both]
     keys = [runs[name][place].key for place in both for name in (form, control)]
@@ -117,7 +130,7 @@ def _draw(records: Sequence[Record], picture: Path) -> Path:
     panels = figure.subplots(1, len(corpora), squeeze=False, sharey=True)[0]
     for axes, corpus in zip(panels, corpora, strict=True):
         for row, name in enumerate(order):
-            color = GREEN if "+" in name or name[0].isdigit() else {"swa": ORANGE, "mha": BLACK}.get(name[:3], BLUE)
+            color = GREEN if _mixed(name) else {"swa": ORANGE, "mha": BLACK}.get(name[:3], BLUE)
             marker = "D" if "paper" in name else "^" if "penalty" in name else "o"
             own = losses[name].get(corpus, [])
             axes.plot(own, [row] * len(own), marker, color=SKY if "paper" in name else color, markersize=6)

@@ -57,3 +57,11 @@ def test_runs_that_finished_ones_decide_count_and_are_told_apart(display: SweepD
     assert " 50%" in shown(display).splitlines()[0], "two of four are done"
     display.interrupted(config(0.1, width=128))
     assert "width" not in shown(display)
+
+
+def test_a_setting_that_some_runs_leave_out_tells_them_apart() -> None:
+    plain, ranked = config(0.1), {**config(0.1), "ranking": "attention"}
+    display = SweepDisplay(Console(file=io.StringIO(), width=90), [plain, ranked])
+    for each in (plain, ranked):
+        display.started(each, None)
+    assert {bar.description for bar in display.bars.tasks} >= {"run", "ranking=attention"}

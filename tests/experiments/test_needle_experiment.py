@@ -98,7 +98,7 @@ def test_an_upcycled_model_starts_as_the_dense_one() -> None:
 
 def _record(model: str, exact: dict[int, float]) -> Record:
     config = _smoke(model)
-    common = {"model": model, "task": "passkey", "recall": 0.0, "samples": 1}
+    common = {"model": model, "task": "passkey", "recall": 0.0, "samples": 20}
     scores = [common | {"length": n, "depth": d, "exact": value} for n, value in exact.items() for d in (0.0, 1.0)]
     result = {"scores": scores, "loss": {model: 1.0}}
     return Record("needle", run_key("needle", config), config, 0, result, 1.0, "a GPU", {}, None)
@@ -111,6 +111,9 @@ def test_verdicts_follow_the_scores(tmp_path: Path) -> None:
     assert found["dma, to 440 tokens, trained for"].held is False
     assert found["dma, beyond 440 tokens"].held is True
     assert "60.0% of the answers exact, mha 20.0%" in found["dma, beyond 440 tokens"].measured
+    close = [_record("mha", {512: 0.25}), _record("dma", {512: 0.3})]
+    (noise,) = report_needle(close, tmp_path).findings
+    assert (noise.held, noise.measured.split(": ")[1]) == (False, "within the noise of ±19.9%")
     assert all(f.held is None for f in report_needle([dma], tmp_path).findings)
     poor = [_record("mha", {256: 0.0}), _record("dma", {256: 0.05})]
     assert [f.held for f in report_needle(poor, tmp_path).findings] == [None]
