@@ -339,12 +339,28 @@ def convert_upcycle(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     window: Annotated[int, typer.Option(help="Keys each query keeps.")] = 2048,
     local: Annotated[int | None, typer.Option(help="How many of them are the newest; default half.")] = None,
+    dense_layer: Annotated[
+        list[int] | None, typer.Option(help="Index of a layer left dense, -1 for the last; repeatable.")
+    ] = None,
+    ranking: Annotated[
+        str, typer.Option(help="score (the paper's), or attention: ranks that learn how much attention keys get.")
+    ] = "score",
 ) -> None:
-    """A dense model with zero-initialised gates: the same model up to `window` tokens, trainable sparse beyond."""
+    """A dense model with zero-initialised gates: the same model up to `window` tokens, trainable sparse beyond.
+
+    A few layers left dense help quality, and cost a cache that grows.
+
+    **Examples**
+
+    - `dynamask convert upcycle Qwen/Qwen3-0.6B sparse --window 1024`
+
+    - `dynamask convert upcycle Qwen/Qwen3-0.6B mixed --dense-layer 9 --dense-layer 18 --ranking attention`
+    """
     from dynamask import convert
 
     model = _load_causal_lm(source)
-    _save_converted(convert.upcycle(model, window, local=local), source, target)
+    sparse = convert.upcycle(model, window, local=local, dense_layers=dense_layer or (), ranking=ranking)
+    _save_converted(sparse, source, target)
 
 
 def _load_causal_lm(source: str) -> Any:

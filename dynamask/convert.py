@@ -1,19 +1,21 @@
 """Turn existing models into models whose attention runs on dynamask, with the same logits.
 
-`from_doge` takes a released Dynamic Mask Attention model; `upcycle` gives a dense model zero-initialised gates,
-so that it stays exactly the dense model while the context fits the window, and trains sparse from there.
+`from_doge` takes a released Dynamic Mask Attention model; `upcycle` gives a dense model zero-initialised gates, in all
+layers or most, so that it stays exactly the dense model while the context fits the window, and trains sparse beyond.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import DogeForCausalLM, PreTrainedModel
 
 from dynamask.errors import InvalidInputError
 from dynamask.expiry import check_window
+from dynamask.models.configuration import RANKINGS
 from dynamask.models.converted import CONVERTED
 
 _OWN_FIELDS = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "sliding_window")
@@ -50,17 +52,29 @@ def from_doge(doge_for_causal_lm: PreTrainedModel) -> PreTrainedModel:
     }
     layers = config.num_hidden_layers
     window = config.keep_window_size
-    return _build(doge_for_causal_lm, state, window, 0, [window] * layers, [0] * layers, strict=True)
+    fields = {"window": window, "local": 0, "layer_windows": [window] * layers, "layer_locals": [0] * layers}
+    return _build(doge_for_causal_lm, state, fields, strict=True)
 
 
-def upcycle(dense_hf_model: PreTrainedModel, window: int, *, local: int | None = None) -> PreTrainedModel:
-    """A dense model with a zero-initialised DMA gate on every attention layer.
+def upcycle(
+    dense_hf_model: PreTrainedModel,
+    window: int,
+    *,
+    local: int | None = None,
+    dense_layers: Sequence[int] = (),
+    ranking: str = "score",
+) -> PreTrainedModel:
+    """A dense model with a zero-initialised DMA gate on every attention layer, or on most.
 
     Args:
         dense_hf_model: a causal LM of Llama, Mistral, Qwen2, Qwen3 or SmolLM shape. Its weights are copied.
         window: keys each query keeps, at least 1.
         local: how many of them are the newest positions; default half the window, so that training the gates
             cannot throw the neighbours away.
+        dense_layers: indices of layers left as they are, counted from the end if negative. Their cache grows with the
+            text; a few among many help quality (`docs/results`, locality).
+        ranking: what decides which keys are kept, see `DynamaskConfig`. "attention": ranks that learn, in training, how
+            much attention keys get.
 
     Returns:
         A causal LM of model_type "dynamask_<original>", same device and dtype. While the context is at most
@@ -68,7 +82,8 @@ def upcycle(dense_hf_model: PreTrainedModel, window: int, *, local: int | None =
         window, and training makes it choose. A layer that already slides keeps the shorter of the two windows.
 
     Raises:
-        InvalidInputError: an architecture that is not supported, or window or local out of range.
+        InvalidInputError: an architecture that is not supported, window, local or a layer out of range, or an unknown
+            ranking.
     """
     if type(dense_hf_model) not in CONVERTED or isinstance(dense_hf_model, DogeForCausalLM):
         known = ", ".join(cls.__name__ for cls in CONVERTED if cls is not DogeForCausalLM)
@@ -76,28 +91,30 @@ def upcycle(dense_hf_model: PreTrainedModel, window: int, *, local: int | None =
     if local is None:
         local = window // 2 if isinstance(window, int) else 0
     check_window(window, local)
+    if ranking not in RANKINGS:
+        raise InvalidInputError(f"ranking must be one of {', '.join(RANKINGS)}; got {ranking!r}")
     config: Any = dense_hf_model.config
+    layers = range(config.num_hidden_layers)
+    for index in dense_layers:
+        if not -len(layers) <= index < len(layers):
+            raise InvalidInputError(f"dense_layers are indices of the {len(layers)} layers; got {index}")
+    dense = {layers[index] for index in dense_layers}
     _warn_of_dropout(config)
     kinds = getattr(config, "layer_types", None) or []
     sliding: Any = getattr(config, "sliding_window", None)
-    windows: list[int] = []
-    for index in range(config.num_hidden_layers):
+    windows: list[int | None] = []
+    locals_: list[int] = []
+    for index in layers:
         slides = sliding is not None and (kinds[index] == "sliding_attention" if kinds else True)
-        windows.append(min(window, sliding) if slides else window)
-    locals_ = [min(local, w) for w in windows]
-    return _build(dense_hf_model, dense_hf_model.state_dict(), window, local, windows, locals_, strict=False)
+        own = min(window, sliding) if slides else window
+        windows.append(own if index not in dense else sliding if slides else None)
+        locals_.append(min(local, own) if index not in dense else sliding if slides else 0)
+    fields = {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_, "ranking": ranking}
+    return _build(dense_hf_model, dense_hf_model.state_dict(), fields, strict=False)
 
 
-def _build(
-    original: PreTrainedModel,
-    state: dict[str, Any],
-    window: int,
-    local: int,
-    windows: list[int],
-    locals_: list[int],
-    *,
-    strict: bool,
-) -> PreTrainedModel:
+def _build(original: PreTrainedModel, state: dict[str, Any], own: dict[str, Any], *, strict: bool) -> PreTrainedModel:
+    """The converted twin; own: fields of its configuration that the original's lacks."""
     config_class, model_class = CONVERTED[type(original)]
     fields = {name: value for name, value in original.config.to_dict().items() if name not in _OWN_FIELDS}
     if fields.get("layer_types"):
@@ -106,7 +123,7 @@ def _build(
         fields["use_sliding_window"] = False
     if hasattr(config_class, "sliding_window"):
         fields["sliding_window"] = None
-    fields |= {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_}
+    fields |= own
     first = next(original.parameters())
     model = model_class(config_class(**fields)).to(device=first.device, dtype=first.dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -139,6 +139,49 @@ def test_upcycled_is_the_dense_model_while_the_window_covers_the_context(name: s
     torch.testing.assert_close(packed, expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", DENSE)
+@torch.no_grad()
+def test_layers_left_dense_are_those_of_the_dense_model(name: str) -> None:
+    """With all of them left, the whole model is, at any length, whole, padded and from its own cache."""
+    dense = DENSE[name]().double().eval()
+    same = convert.upcycle(dense, 4, dense_layers=range(-2, 0))
+    tokens, mask = torch.randint(3, 500, (2, 40)), torch.ones(2, 40).long()
+    mask[1, :9] = 0
+    torch.testing.assert_close(same(tokens).logits, dense(tokens).logits, atol=1e-6, rtol=1e-6)
+    padded, expected = (model(tokens, attention_mask=mask).logits for model in (same, dense))
+    torch.testing.assert_close(padded[1, 9:], expected[1, 9:], atol=1e-6, rtol=1e-6)
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": mask}
+    assert torch.equal(same.generate(tokens, **options), dense.generate(tokens, **options))
+    if "sliding" not in name and "mixed" not in name:  # a window of their own makes layers slide, by a gate that ties
+        assert not [n for n, _ in same.named_parameters() if ".gate." in n]
+
+
+@pytest.mark.parametrize("ranking", ["score", "attention"])
+def test_some_layers_dense_and_some_ranked_train_save_load_and_decode(ranking: str, tmp_path) -> None:
+    dense = DENSE["llama"]().double()
+    model = convert.upcycle(dense, 8, local=2, dense_layers=[-1], ranking=ranking)
+    tokens = torch.randint(3, 500, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens[:, :8]).logits, dense(tokens[:, :8]).logits, atol=1e-6, rtol=1e-6)
+    model.train()(tokens, labels=tokens).loss.backward()
+    gate = model.model.layers[0].self_attn.gate
+    assert model.model.layers[1].self_attn.gate is None
+    assert gate.gate.grad.abs().max() > 0
+    if ranking == "attention":
+        assert gate.delta.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        nn.init.normal_(gate.gate)
+        nn.init.normal_(gate.delta.weight)
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits)
+        options = {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones(2, 12).long()}
+        cached = loaded.generate(tokens[:, :12], return_dict_in_generate=True, **options)
+        assert torch.equal(cached.sequences, loaded.generate(tokens[:, :12], use_cache=False, **options))
+    assert [layer.keys.shape[2] for layer in cached.past_key_values.layers] == [8, 31]
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
 def test_upcycled_trains_saves_loads_and_decodes_sparse(name: str, tmp_path) -> None:
     model = convert.upcycle(DENSE[name]().double(), 8, local=2)
@@ -166,6 +209,10 @@ def test_upcycle_names_what_it_takes() -> None:
         convert.upcycle(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)), 8)
     with pytest.raises(InvalidInputError, match="window must be an integer of at least 1"):
         convert.upcycle(DENSE["llama"](), 0)
+    with pytest.raises(InvalidInputError, match="indices of the 2 layers; got 2"):
+        convert.upcycle(DENSE["llama"](), 8, dense_layers=[2])
+    with pytest.raises(InvalidInputError, match="ranking must be one of score, attention"):
+        convert.upcycle(DENSE["llama"](), 8, ranking="best")
 
 
 def test_dropout_that_would_be_lost_is_announced() -> None:

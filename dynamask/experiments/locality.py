@@ -167,13 +167,16 @@ def hybrids(layers: int) -> list[Variant]:
     """Layers of two kinds: swa and dma in turn; one of mha in four, the others dma, or swa for comparison."""
     dma = {"attention": "dma", "gate_init": "delta"}
     alternating = ["swa" if layer % 2 == 0 else "dma" for layer in range(layers)]
-    mostly = ["mha" if layer % 4 == 1 else "dma" for layer in range(layers)]
-    rival = ["mha" if layer % 4 == 1 else "swa" for layer in range(layers)]
     return [
         {**dma, "layer_attention": alternating},
-        {**dma, "layer_attention": mostly},
-        {"attention": "swa", "layer_attention": rival},
+        {**dma, "layer_attention": one_dense_in_four("dma", layers)},
+        {"attention": "swa", "layer_attention": one_dense_in_four("swa", layers)},
     ]
+
+
+def one_dense_in_four(attention: str, layers: int) -> list[str]:
+    """`layer_attention`: mha in the second layer and every fourth from there, the others as named."""
+    return ["mha" if layer % 4 == 1 else attention for layer in range(layers)]
 
 
 def _smoke() -> list[Config]:
@@ -222,7 +225,7 @@ def _quick() -> list[Config]:
     forms = [PAPER, {"attention": "dma"}, _SPREAD, *({**linear, "gate_rate": rate} for rate in (1.0, 0.3, 0.1, 0.03))]
     forms += [{**_SPREAD, "gate_rate": 0.1}, apart, {**apart, "local": 32}]
     controls = [CEILING, CONTROL, *({**form, "local": "window"} for form in (_SPREAD, GENTLE))]
-    mixed = [{**GENTLE, "layer_attention": hybrids(6)[1]["layer_attention"]}, hybrids(6)[2]]
+    mixed = [{**GENTLE, "layer_attention": one_dense_in_four("dma", 6)}, hybrids(6)[2]]
     return configs([*RIVALS, *controls, *forms, *mixed], ["code"], [0], [3e-3], **shape)
 
 
@@ -233,9 +236,10 @@ def _chinchilla() -> list[Config]:
     """
     forms = [PAPER, {"attention": "dma"}, GENTLE, {**GENTLE, "ranking": "attention"}]
     forms += [{**GENTLE, "local": "window"}, CEILING]
-    dense = hybrids(6)[1]["layer_attention"]
+    dense = one_dense_in_four("dma", 6)
     forms += [{"attention": "dma", "ranking": "attention"}, {"attention": "dma", "ranking": "attention", **_FROM_DENSE}]
     forms += [{"attention": "dma", "layer_attention": dense}, {**GENTLE, "local": "window", "layer_attention": dense}]
+    forms += [{**GENTLE, "ranking": "attention", "layer_attention": dense}]
     variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2]]
     return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **_FOUR_MILLION)]
 

@@ -23,7 +23,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
 from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
-from dynamask.experiments.locality import GENTLE
+from dynamask.experiments.locality import GENTLE, one_dense_in_four
 from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -41,11 +41,12 @@ class NeedleConfig:
     """One run: a model, and, for dense attention with `upcycle_steps`, the dynamic mask models made of it.
 
     Attributes:
-        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, window_schedule:
-            see `LanguageConfig`.
+        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, window_schedule,
+            layer_attention: see `LanguageConfig`.
         upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
         upcycle_window: keys per query of the upcycled model.
         upcycle_rankings: its `ranking`, one model for each.
+        upcycle_spread: of the slopes that ranks with ranking="attention" start from, see `recency_spread`.
         layers, width, heads, groups, feed_forward, steps, batch_tokens, learning_rate, compile: see `LanguageConfig`.
         source, vocab_size, share: see `MixtureSettings`.
         text_tokens: of plain text in the mixture, which is read as often as the steps ask for.
@@ -72,9 +73,11 @@ class NeedleConfig:
     gate_rate: float = 1.0
     ranking: str = "score"
     window_schedule: list[list[float]] = field(default_factory=list)
+    layer_attention: list[str] | None = None
     upcycle_steps: int = 0
     upcycle_window: int | None = None
     upcycle_rankings: list[str] = field(default_factory=lambda: ["score"])
+    upcycle_spread: float = 1.0
     layers: int = 6
     width: int = 384
     heads: int = 6
@@ -121,7 +124,9 @@ class NeedleConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking", "window_schedule", "upcycle_rankings"))
+        return plain_settings(
+            self, ("ranking", "window_schedule", "layer_attention", "upcycle_rankings", "upcycle_spread")
+        )
 
     @property
     def mixture(self) -> MixtureSettings:
@@ -158,6 +163,7 @@ class NeedleConfig:
         return dataclasses.replace(
             self.language(corpus),
             attention="dma",
+            layer_attention=None,
             window=self.upcycle_window,
             local=None if self.upcycle_window is None else self.upcycle_window // 2,
             recency=0.0,
@@ -167,6 +173,7 @@ class NeedleConfig:
             rank_rate=10.0,
             ranking=ranking,
             rank_recency=1.0 / (self.upcycle_window or 1) if ranking == "attention" else None,
+            recency_spread=self.upcycle_spread if ranking == "attention" else 1.0,
         )
 
 
@@ -252,9 +259,10 @@ def _test(
 
 def needle_name(config: Config) -> str:
     """The model as tables and pictures show it: dma's forms apart."""
+    mixed = config.get("layer_attention")
     if config["attention"] != "dma":
-        return str(config["attention"])
-    parts = ["dma"]
+        return f"{config['attention']}, one layer in four dense" if mixed else str(config["attention"])
+    parts = ["dma", "one layer in four dense"] if mixed else ["dma"]
     if config.get("local") == 0 and config.get("recency") == 0:
         parts.append("paper")
     if config.get("gate_init") == "delta":
@@ -332,18 +340,21 @@ With keys that no query sees there is nothing to learn of them."""
 
 def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
     """Dense attention and what is upcycled from it; dma by default, with gentle gates, in the paper's form, and with
-    ranks that learn from attention or windows that shrink."""
+    ranks that learn from attention, windows that shrink or dense layers between."""
     default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
     dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
     ranked = {**default, "ranking": "attention"}
+    mixed = one_dense_in_four("dma", NeedleConfig(**{**common, **default}).layers)
     models: list[dict[str, Any]] = [
         *(
-            {**dense, "upcycle_rankings": ["score", "attention"]},
+            {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0},
             default,
             {**default, **GENTLE},
             {**default, "local": 0, "recency": 0.0},
         ),
-        *({**default, **_FROM_DENSE}, {**ranked, **_FROM_DENSE}, ranked),
+        *({**default, **_FROM_DENSE}, {**ranked, **_FROM_DENSE}, ranked, {**ranked, **GENTLE}),
+        *({**default, "layer_attention": mixed}, {**ranked, **GENTLE, "layer_attention": mixed}),
+        {"attention": "swa", "window": window, "layer_attention": one_dense_in_four("swa", len(mixed))},
     ]
     return [NeedleConfig(**{**common, **model, "seed": seed}).plain() for seed in seeds for model in models]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
-from dynamask.experiments.locality import variant_name
+from dynamask.experiments.locality import one_dense_in_four, variant_name
 from dynamask.experiments.power_law import fit_power_law
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
@@ -41,7 +41,10 @@ MECHANISMS: list[dict[str, Any]] = [
     *({"attention": "mha"}, {"attention": "swa"}, {"attention": "dma"}),
     {"attention": "dma", "local": 0, "recency": 0.0},
     *({"attention": "mla"}, {"attention": "nsa"}),
+    *({"attention": "dma", "mixed": True}, {"attention": "swa", "mixed": True}),
 ]
+"""Settings; "mixed": see `one_dense_in_four`."""
+
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
@@ -68,6 +71,8 @@ class Plan:
     def config(self, mechanism: dict[str, Any], shape: str, seed: int, rate: float) -> Config:
         """One run, defaults written out."""
         own = dict(mechanism)
+        if own.pop("mixed", False):
+            own["layer_attention"] = one_dense_in_four(own["attention"], self.shapes[shape]["layers"])
         if own["attention"] not in WINDOWLESS:
             own["window"] = self.window
         if own["attention"] == "dma":

@@ -30,15 +30,19 @@ from transformers import (
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.doge.modeling_doge import DogeDecoderLayer
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from dynamask.cache import BoundedCache
+from dynamask.cache import BoundedCache, BoundedLayer
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.base import SequenceInfo, packed_segments
+from dynamask.mixers.base import SequenceInfo, cached_rows, packed_segments
 from dynamask.mixers.dma import DynamicMaskGate, dynamic_mask_mix
+from dynamask.mixers.mha import dense_attention
 from dynamask.models.generation import OwnCacheGeneration
+
+_SPREAD = 8.0
+"""Of the slopes that ranks of their own start from: from heads nearly of a sliding window to heads that keep long."""
 
 
 def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -55,7 +59,8 @@ AttentionMaskInterface.register("dynamask", _padding_mask)
 
 
 class ConvertedAttention(nn.Module):
-    """The projections of a transformers attention module, with dynamic mask attention between them.
+    """The projections of a transformers attention module, with dynamic mask attention between them, or, in a layer
+    without a window, dense attention.
 
     Args:
         original: the module it replaces; its projections and head norms are taken over, not copied.
@@ -74,10 +79,17 @@ class ConvertedAttention(nn.Module):
         self.v_proj, self.o_proj = original.v_proj, original.o_proj
         self.q_norm = getattr(original, "q_norm", nn.Identity())
         self.k_norm = getattr(original, "k_norm", nn.Identity())
-        gate_bias = config.model_type == "dynamask_doge" and config.attention_bias
-        self.gate = DynamicMaskGate(
-            config.num_key_value_heads, self.head_dim, score_form=config.score_form, bias=gate_bias
-        )
+        self.gate: DynamicMaskGate | None = None
+        if self.window is not None:
+            self.gate = DynamicMaskGate(
+                config.num_key_value_heads,
+                self.head_dim,
+                score_form=config.score_form,
+                ranking=config.ranking,
+                rank_recency=1.0 / self.window if config.ranking == "attention" else None,
+                recency_spread=_SPREAD,
+                bias=config.model_type == "dynamask_doge" and config.attention_bias,
+            )
 
     def forward(
         self,
@@ -95,18 +107,24 @@ class ConvertedAttention(nn.Module):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
         if self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        output = dynamic_mask_mix(
-            query,
-            key,
-            value,
-            self.gate,
-            _sequence(hidden_states, attention_mask, position_ids, past_key_values, self.layer_idx),
-            window=self.window,
-            local=self.local,
-            cache=past_key_values,
-            layer_idx=self.layer_idx,
-            scale=self.scaling,
-        )
+        sequence = _sequence(hidden_states, attention_mask, position_ids, past_key_values, self.layer_idx)
+        if self.gate is None:
+            if past_key_values is not None:
+                key, value = cached_rows(past_key_values, key, value, self.layer_idx, sequence)
+            output = dense_attention(query, key, value, sequence, scale=self.scaling)
+        else:
+            output = dynamic_mask_mix(
+                query,
+                key,
+                value,
+                self.gate,
+                sequence,
+                window=self.window,
+                local=self.local,
+                cache=past_key_values,
+                layer_idx=self.layer_idx,
+                scale=self.scaling,
+            )
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
 
@@ -124,7 +142,8 @@ def _sequence(
     position_ids = position_ids.expand(batch, new)
     past = cache.get_seq_length(layer_idx) if cache is not None else 0
     segment_ids = packed_segments(position_ids) if mask is None and past == 0 and new > 1 else None
-    return SequenceInfo(position_ids, segment_ids, None if mask is None else mask.bool())
+    length = None if cache is None else int(past) + new
+    return SequenceInfo(position_ids, segment_ids, None if mask is None else mask.bool(), length)
 
 
 @functools.cache
@@ -166,7 +185,8 @@ class ConvertedModel(OwnCacheGeneration):
         layers: Any = self.model.layers  # type: ignore[attr-defined]
         for index, layer in enumerate(layers):
             layer.self_attn = ConvertedAttention(layer.self_attn, config, index)
-            layer.self_attn.gate.apply(self._init_weights)
+            if layer.self_attn.gate is not None:
+                layer.self_attn.gate.apply(self._init_weights)
             if getattr(config, "is_moe", False) and not _doge_layer_unpacks_experts():
                 layer.mlp.register_forward_hook(_first_output)
 
@@ -176,7 +196,11 @@ class ConvertedModel(OwnCacheGeneration):
             module.initialize_parameters()
 
     def _new_cache(self) -> Cache:
-        return BoundedCache(self.config)
+        windows, locals_ = self.config.layer_windows, self.config.layer_locals
+        if windows is None or None not in windows:
+            return BoundedCache(self.config)
+        kinds = zip(windows, locals_, strict=True)
+        return Cache(layers=[DynamicLayer() if window is None else BoundedLayer(window, n) for window, n in kinds])
 
 
 def _register(config_class: type, model_class: type) -> tuple[type, type]:
@@ -184,9 +208,10 @@ def _register(config_class: type, model_class: type) -> tuple[type, type]:
     fields = {
         "window": (int, 2048),
         "local": (int, 0),
-        "layer_windows": (list[int] | None, None),
+        "layer_windows": (list[int | None] | None, None),
         "layer_locals": (list[int] | None, None),
         "score_form": (str, "exp"),
+        "ranking": (str, "score"),
     }
     model_type = f"dynamask_{config_class.model_type}"  # type: ignore[attr-defined]
     body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}

@@ -47,7 +47,7 @@ def test_help_and_the_list_of_experiments_teach(dynamask: Command) -> None:
     listed = dynamask()
     assert listed.returncode == 0
     assert "mqar" in listed.stdout
-    assert "smoke (6)" in listed.stdout
+    assert "smoke (7)" in listed.stdout
 
 
 def test_list_says_what_is_done_and_left_and_writes_nothing(dynamask: Command, tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_list_says_what_is_done_and_left_and_writes_nothing(dynamask: Command, t
     with ResultsFile(path) as file:
         file.append(Record("mqar", run_key("mqar", config), config, 0, {}, 12.5, "another machine", {}, None))
     listed = dynamask("mqar", "--size", "smoke", "--results", str(path), "--list")
-    assert "1 done, 5 to do" in listed.stdout
+    assert "1 done, 6 to do" in listed.stdout
     assert "12.5" in listed.stdout
     assert len(read_results(path)) == 1
 
