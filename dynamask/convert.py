@@ -18,6 +18,9 @@ from dynamask.expiry import check_window
 from dynamask.models.configuration import RANKINGS
 from dynamask.models.converted import CONVERTED
 
+_POWER = 4.0
+"""`rank_power` of upcycled models, which attend already."""
+
 _OWN_FIELDS = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "sliding_window")
 
 
@@ -110,6 +113,7 @@ def upcycle(
         windows.append(own if index not in dense else sliding if slides else None)
         locals_.append(min(local, own) if index not in dense else sliding if slides else 0)
     fields = {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_, "ranking": ranking}
+    fields["rank_power"] = _POWER
     return _build(dense_hf_model, dense_hf_model.state_dict(), fields, strict=False)
 
 

@@ -61,7 +61,8 @@ class LanguageConfig:
 
     Attributes:
         attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
-            distance_penalty, layer_attention: of the model, see `DynamaskConfig`. A window only for mixers that choose.
+            rank_power, distance_penalty, layer_attention: of the model, see `DynamaskConfig`. A window only for mixers
+            that choose.
         gate_rate: learning rate of what is added to logits (Delta, A and slopes) over that of the other weights.
         rank_rate: the same of ranks with ranking="attention".
         window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
@@ -97,6 +98,7 @@ class LanguageConfig:
     rank_recency: float | None = None
     ranking: str = "score"
     rank_rate: float = 1.0
+    rank_power: float = 1.0
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
     gate_rate: float = 1.0
@@ -157,7 +159,7 @@ class LanguageConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking", "rank_rate"))
+        return plain_settings(self, ("ranking", "rank_rate", "rank_power"))
 
     @property
     def mixers(self) -> list[str]:
@@ -200,7 +202,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
         name: getattr(settings, name)
         for name in (
             *("window", "local", "recency", "recency_spread", "score_form", "gate_init", "rank_noise"),
-            *("rank_recency", "ranking", "distance_penalty", "layer_attention"),
+            *("rank_recency", "ranking", "rank_power", "distance_penalty", "layer_attention"),
         )
         if getattr(settings, name) is not None
     }

@@ -94,7 +94,8 @@ def variant_name(config: Config) -> str:
         if value != defaults[name]:
             parts.append(f"{name.split('_')[-1]} {value:g}" if isinstance(value, float) else f"{name} {value}")
     if settings.ranking != "score":
-        parts.append(f"ranked by {settings.ranking}")
+        power = f"^{settings.rank_power:g}" if settings.rank_power != 1 else ""
+        parts.append(f"ranked by {settings.ranking}{power}")
     if settings.rank_recency is not None:
         parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:

@@ -56,7 +56,8 @@ class MqarConfig:
         attention: a mixer's name.
         window: keys per query of the mixers that choose; None for those that see everything.
         local, recency: dma's; None: the library's defaults, 0 and 0: the paper's form.
-        ranking: dma's, see `DynamaskConfig`.
+        ranking, rank_power, recency_spread: dma's, see `DynamaskConfig`.
+        window_schedule: see `LanguageConfig`; tests are always at the config's own window.
         width: of the residual stream, d_model.
         heads: query heads, and as many key/value heads.
         layers: decoder layers.
@@ -77,6 +78,9 @@ class MqarConfig:
     local: int | None = None
     recency: float | None = None
     ranking: str = "score"
+    rank_power: float = 1.0
+    recency_spread: float = 1.0
+    window_schedule: list[list[float]] = field(default_factory=list)
     width: int = 128
     heads: int = 2
     layers: int = 2
@@ -117,7 +121,14 @@ class MqarConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking",))
+        return plain_settings(self, ("ranking", "rank_power", "recency_spread", "window_schedule"))
+
+    def window_at(self, share: float) -> int | None:
+        """Keys per query after that share of the training."""
+        factors = [factor for start, factor in self.window_schedule if share >= start]
+        if self.window is None or not factors:
+            return self.window
+        return max(1, round(self.window * factors[-1]))
 
     def batch(self, length: int) -> int:
         """Sequences per batch of that length."""
@@ -160,6 +171,7 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
         model.train()
         total = torch.zeros((), device=device)
         for step, (inputs, queries, answers) in enumerate(_batches(settings, train, device)):
+            model.config.window = settings.window_at((epoch + step / steps) / settings.epochs) or model.config.window
             loss = F.cross_entropy(answer_logits(model, inputs, queries).flatten(0, 1), answers.flatten())
             optimizer.zero_grad()
             loss.backward()
@@ -168,6 +180,7 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
             if step % 16 == 15:  # reading nothing back from the device, which would stop it at every step
                 progress((epoch + (step + 1) / steps) / settings.epochs, _note(history))
         schedule.step()
+        model.config.window = settings.window or model.config.window
         slices = _test(model, settings, test, device)
         weights = [examples for _, _, examples in settings.test]
         accuracy = float(np.average([part["accuracy"] for part in slices], weights=weights))
@@ -184,7 +197,7 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
 
 def build_model(settings: MqarConfig) -> DynamaskForCausalLM:
     """The model of a run: embeddings, layers of the mixer alone, tied output."""
-    own = ("local", "recency", "ranking") if settings.attention == "dma" else ()
+    own = ("local", "recency", "ranking", "rank_power", "recency_spread") if settings.attention == "dma" else ()
     dma = {name: getattr(settings, name) for name in own}
     window = {} if settings.window is None else {"window": settings.window}
     shape = DynamaskConfig(
@@ -295,9 +308,15 @@ def mixer_name(config: Config) -> str:
     """The mixer as a table shows it: dma's forms apart."""
     if config["attention"] != "dma":
         return str(config["attention"])
+    parts = ["dma"]
+    if config.get("local") == 0 and config.get("recency") == 0:
+        parts.append("paper")
+    if config.get("window_schedule"):
+        parts.append("from dense")
     if config.get("ranking", "score") != "score":
-        return f"dma, ranked by {config['ranking']}"
-    return "dma, paper" if config.get("local") == 0 and config.get("recency") == 0 else "dma"
+        power = config.get("rank_power", 1.0)
+        parts.append(f"ranked by {config['ranking']}" + (f"^{power:g}" if power != 1 else ""))
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -392,6 +411,23 @@ def _smoke() -> list[Config]:
     return _sweep([32], [16], [1e-2], batch_size=64, epochs=2, **common)
 
 
+def _probe() -> list[Config]:
+    """Which ranks find what will be asked for: eight minutes a run on one CPU core.
+
+    16 pairs in 128 tokens, window 24, of which 8 are local: what is left just holds the pairs.
+    """
+    common: dict[str, Any] = {"width": 64, "heads": 2, "vocab_size": 512, "batch_size": 64, "epochs": 6}
+    common |= {"train": [[64, 4, 10_000], [64, 8, 10_000], [128, 16, 10_000]], "test": [[128, 16, 500]]}
+    common |= {"learning_rate": 2e-3, "stop_at": 1.0}
+    dma: dict[str, Any] = {"attention": "dma", "window": 24, "local": 8, "recency_spread": 8.0}
+    ranked: dict[str, Any] = {**dma, "ranking": "attention"}
+    # Wide enough for all of a sequence at first, then down to the window it is tested at.
+    dense_first = {"window_schedule": [[0.0, 6.0], [0.5, 2.0], [0.7, 1.0]]}
+    forms: list[dict[str, Any]] = [{"attention": "mha"}, {"attention": "swa", "window": 24}, dma, ranked]
+    forms += [{**form, **dense_first} for form in (dma, ranked, {**ranked, "rank_power": 4.0})]
+    return [MqarConfig(**{**common, **form}).plain() for form in forms]
+
+
 def _quick() -> list[Config]:
     """As "small", a quarter of its epochs, the two rates that win there, three seeds: minutes of a large GPU."""
     train, test = _fifth(TRAIN), _fifth(TEST)
@@ -420,7 +456,7 @@ MQAR = Experiment(
     name="mqar",
     description="multi-query associative recall: accuracy by pairs and length, every mixer, two layers",
     run=run_mqar,
-    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,

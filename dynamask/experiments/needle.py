@@ -41,8 +41,8 @@ class NeedleConfig:
     """One run: a model, and, for dense attention with `upcycle_steps`, the dynamic mask models made of it.
 
     Attributes:
-        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, window_schedule,
-            layer_attention: see `LanguageConfig`.
+        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, rank_power,
+            window_schedule, layer_attention: see `LanguageConfig`.
         upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
         upcycle_window: keys per query of the upcycled model.
         upcycle_rankings: its `ranking`, one model for each.
@@ -72,6 +72,7 @@ class NeedleConfig:
     gate_init: str = "gate"
     gate_rate: float = 1.0
     ranking: str = "score"
+    rank_power: float = 1.0
     window_schedule: list[list[float]] = field(default_factory=list)
     layer_attention: list[str] | None = None
     upcycle_steps: int = 0
@@ -125,7 +126,7 @@ class NeedleConfig:
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
         return plain_settings(
-            self, ("ranking", "window_schedule", "layer_attention", "upcycle_rankings", "upcycle_spread")
+            self, ("ranking", "rank_power", "window_schedule", "layer_attention", "upcycle_rankings", "upcycle_spread")
         )
 
     @property
@@ -196,7 +197,10 @@ def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
     corpus = prepare_mixture(settings.mixture)
     stages = [(needle_name(config), settings.language(corpus))]
     if settings.upcycle_steps:
-        stages += [(upcycled_name(each), settings.upcycled(corpus, each)) for each in settings.upcycle_rankings]
+        stages += [
+            (upcycled_name(each, settings.rank_power), settings.upcycled(corpus, each))
+            for each in settings.upcycle_rankings
+        ]
     part = 1.0 / len(stages)
     scores: list[RetrievalScore] = []
     losses: dict[str, float | None] = {}
@@ -269,16 +273,18 @@ def needle_name(config: Config) -> str:
         parts.append("gentle")
     if config.get("window_schedule"):
         parts.append("from dense")
-    return ", ".join([*parts, *_ranked(config.get("ranking"))])
+    return ", ".join([*parts, *_ranked(config.get("ranking"), config.get("rank_power"))])
 
 
-def upcycled_name(ranking: str) -> str:
+def upcycled_name(ranking: str, power: float) -> str:
     """The model made of a dense one."""
-    return ", ".join(["dma, upcycled", *_ranked(ranking)])
+    return ", ".join(["dma, upcycled", *_ranked(ranking, power)])
 
 
-def _ranked(ranking: str | None) -> list[str]:
-    return [] if ranking in (None, "score") else [f"ranked by {ranking}"]
+def _ranked(ranking: str | None, power: float | None) -> list[str]:
+    if ranking in (None, "score"):
+        return []
+    return [f"ranked by {ranking}" if power in (None, 1.0) else f"ranked by {ranking}^{power:g}"]
 
 
 def needle_cost(config: Config) -> float:
@@ -347,12 +353,13 @@ def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any)
     mixed = one_dense_in_four("dma", NeedleConfig(**{**common, **default}).layers)
     models: list[dict[str, Any]] = [
         *(
-            {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0},
+            {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
             default,
             {**default, **GENTLE},
             {**default, "local": 0, "recency": 0.0},
         ),
         *({**default, **_FROM_DENSE}, {**ranked, **_FROM_DENSE}, ranked, {**ranked, **GENTLE}),
+        {**ranked, **_FROM_DENSE, "recency_spread": 8.0, "rank_power": 4.0},
         *({**default, "layer_attention": mixed}, {**ranked, **GENTLE, "layer_attention": mixed}),
         {"attention": "swa", "window": window, "layer_attention": one_dense_in_four("swa", len(mixed))},
     ]

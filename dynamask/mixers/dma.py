@@ -39,6 +39,7 @@ class DynamicMaskGate(nn.Module):
         ranking: "score": ranks and logits share one score (paper). "attention": ranks have a Delta and slopes of their
             own, which learn how much attention a key gets (`mixers/ranking.py`), and the logits' score is read from
             the head's own value vector, so that a cache of kept keys can tell it again. Needs a slope, either one.
+        rank_power: of the attention that such ranks learn.
         bias: whether Delta has a bias.
     """
 
@@ -54,6 +55,7 @@ class DynamicMaskGate(nn.Module):
         rank_noise: float = 0.0,
         rank_recency: float | None = None,
         ranking: str = "score",
+        rank_power: float = 1.0,
         bias: bool = False,
     ) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class DynamicMaskGate(nn.Module):
         self.recency, self.recency_spread = recency, recency_spread
         self.zero = zero
         self.rank_noise, self.rank_recency = rank_noise, rank_recency
-        self.ranking = ranking
+        self.ranking, self.rank_power = ranking, rank_power
         self.delta = nn.Linear(num_key_value_heads * head_dim, num_key_value_heads, bias=bias)
         if ranking == "attention":
             self.own_delta = nn.Parameter(torch.zeros(num_key_value_heads, head_dim))
@@ -201,6 +203,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
             rank_noise=config.rank_noise,
             rank_recency=config.rank_recency,
             ranking=config.ranking,
+            rank_power=config.rank_power,
         )
 
     @classmethod
@@ -271,7 +274,18 @@ def dynamic_mask_mix(
     output = attend(query, key, value, expiry, bias=bias, scale=scale, max_live=window)
     if gate.ranking == "attention" and gate.training and torch.is_grad_enabled() and query.shape[2] == key.shape[2]:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        output = learn_ranks(output, query, key, bias, scores, window=window, local=local, scale=scale, **facts)
+        output = learn_ranks(
+            output,
+            query,
+            key,
+            bias,
+            scores,
+            window=window,
+            local=local,
+            scale=scale,
+            power=gate.rank_power,
+            **facts,
+        )
     return output
 
 

@@ -32,6 +32,7 @@ def learn_ranks(
     segment_ids: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
+    power: float = 1.0,
 ) -> Tensor:
     """`output` as it is, whose backward pass also teaches the ranks.
 
@@ -47,12 +48,22 @@ def learn_ranks(
         segment_ids: (B, N) int64 or None.
         key_mask: (B, N) bool or None.
         scale: factor on the logits.
+        power: of the attention that is learned, see `attention_loss`.
     """
     length = key.shape[2]
     first = min(window, length // 2)
     rows = torch.randint(first, length, (min(_QUERIES, length - first),), device=key.device)
     loss = attention_loss(
-        query, key, bias, ranks, rows, local=local, segment_ids=segment_ids, key_mask=key_mask, scale=scale
+        query,
+        key,
+        bias,
+        ranks,
+        rows,
+        local=local,
+        segment_ids=segment_ids,
+        key_mask=key_mask,
+        scale=scale,
+        power=power,
     )
     return _Attach.apply(output, loss * _WEIGHT)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -68,11 +79,14 @@ def attention_loss(
     segment_ids: Tensor | None,
     key_mask: Tensor | None,
     scale: float,
+    power: float = 1.0,
 ) -> Tensor:
     """Cross-entropy of the ranks' softmax to the attention of `rows`, over the keys that contest the window.
 
     Args:
         rows: (S,) int64, queries; the others as in `learn_ranks`.
+        power: of the attention. Above 1, a key that few queries look at sharply counts for more than one that many
+            glance at: 16 queries that give it a half each for as much as 10 million that give it a fiftieth (power 4).
 
     Returns:
         () float32: mean over batch, heads and rows, each row weighted by how much it attends beyond `local`.
@@ -91,7 +105,7 @@ def attention_loss(
         logits = logits + bias.float()[:, :, None, None]
         attention = logits.masked_fill(~seen[:, :, None], torch.finfo(torch.float32).min).softmax(-1).mean(2)
         contest = seen & (position <= rows[:, None] - local)
-        attention = attention * contest
+        attention = (attention * contest) ** power
     # Not -inf: a row without contest would be NaN, times no attention NaN still.
     guess = ranks.float().unsqueeze(2).masked_fill(~contest, torch.finfo(torch.float32).min).log_softmax(-1)
     return -(attention * guess.masked_fill(~contest, 0.0)).sum() / (batch * groups * len(rows))

@@ -51,6 +51,9 @@ class DynamaskConfig(PreTrainedConfig):
         ranking: dma: "score": what ranks the keys is added to their logits (paper). "attention": ranks of their own,
             which learn how much attention keys get, from a few queries per batch that look at everything; needs a
             rank_recency or recency to start from.
+        rank_power: dma, with ranking="attention": the ranks learn the attention to this power. 1: who gets most of it
+            in all. 4: who is looked at sharply, if only now and then, as what a text later asks for is; for models that
+            attend already (upcycled, or begun with a wide window), since attention still diffuse misleads it.
         distance_penalty: mha, swa: initial slope of a learned penalty per position of distance on the logits, the same
             that dma's recency adds to them; 0: none.
         layer_attention: attention of each layer, where they differ: num_hidden_layers names. None: `attention` in all.
@@ -93,6 +96,7 @@ class DynamaskConfig(PreTrainedConfig):
     rank_noise: float = 0.0
     rank_recency: float | None = None
     ranking: str = "score"
+    rank_power: float = 1.0
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
 
@@ -151,6 +155,8 @@ class DynamaskConfig(PreTrainedConfig):
                 'ranking="attention" learns the slope of the ranks from a first one: give rank_recency > 0, or none '
                 f"and recency > 0; got {self.rank_recency} and {self.recency}"
             )
+        if self.rank_power <= 0:
+            raise InvalidInputError(f"rank_power is a power above 0 (1: attention as it is); got {self.rank_power}")
         for name in ("rank_noise", "rank_recency", "distance_penalty"):
             if (getattr(self, name) or 0.0) < 0:
                 raise InvalidInputError(f"{name} cannot be negative (0: none); got {getattr(self, name)}")

@@ -86,6 +86,7 @@ class ConvertedAttention(nn.Module):
                 self.head_dim,
                 score_form=config.score_form,
                 ranking=config.ranking,
+                rank_power=config.rank_power,
                 rank_recency=1.0 / self.window if config.ranking == "attention" else None,
                 recency_spread=_SPREAD,
                 bias=config.model_type == "dynamask_doge" and config.attention_bias,
@@ -212,6 +213,7 @@ def _register(config_class: type, model_class: type) -> tuple[type, type]:
         "layer_locals": (list[int] | None, None),
         "score_form": (str, "exp"),
         "ranking": (str, "score"),
+        "rank_power": (float, 1.0),
     }
     model_type = f"dynamask_{config_class.model_type}"  # type: ignore[attr-defined]
     body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}

@@ -99,7 +99,9 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
     for size in MQAR.sizes:
         configs = MQAR.configs(size)
         forms = {"dma", "dma, paper", "dma, ranked by attention"}
-        assert {mixer_name(config) for config in configs} == {"mha", "mla", "swa", "nsa", *forms}
+        if size != "probe":
+            assert {mixer_name(config) for config in configs} == {"mha", "mla", "swa", "nsa", *forms}
+        assert len({json.dumps(config) for config in configs}) == len(configs)
         for config in configs:
             assert MqarConfig.of(json.loads(json.dumps(config))).plain() == config, (
                 "plain JSON, nothing left to defaults"
@@ -113,6 +115,27 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
     assert max(length for length, _, _ in paper[0]["test"]) == 4096
     assert {config["vocab_size"] for config in paper} == {8192}
     assert {config["power"] for config in paper} == {0.1}
+
+
+def test_windows_shrink_while_it_trains_and_tests_are_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, int]] = []
+
+    def watched(model: Any, *batch: Any) -> torch.Tensor:
+        seen.append((model.training, model.config.window))
+        return answer_logits(model, *batch)
+
+    monkeypatch.setattr("dynamask.experiments.mqar.answer_logits", watched)
+    schedule = [[0.0, 4.0], [0.5, 2.0]]
+    run_mqar(easy(attention="dma", window=3, window_schedule=schedule, epochs=4, stop_at=2.0), lambda share, note: None)
+    trained = [window for training, window in seen if training]
+    assert trained == [12] * (len(trained) // 2) + [6] * (len(trained) // 2)
+    assert {window for training, window in seen if not training} == {3}
+
+
+def test_the_probes_forms_have_names_of_their_own() -> None:
+    names = [mixer_name(config) for config in MQAR.configs("probe")]
+    shrinking = ["dma, from dense", "dma, from dense, ranked by attention", "dma, from dense, ranked by attention^4"]
+    assert names == ["mha", "swa", "dma", "dma, ranked by attention", *shrinking]
 
 
 def test_batches_hold_the_published_number_of_tokens() -> None:
