@@ -121,6 +121,7 @@ def test_layers_of_both_bounded_kinds_share_a_bounded_cache() -> None:
         ({"layer_attention": ["mla", "dma"]}, "cannot mix"),
         ({"gate_init": "both"}, "gate_init must be one of gate, delta"),
         ({"recency_spread": 0.5}, "at least 1"),
+        ({"rank_power": 0.0}, "rank_power is a power above 0"),
         ({"rank_noise": -1.0}, "rank_noise cannot be negative"),
         ({"distance_penalty": -1.0}, "distance_penalty cannot be negative"),
     ],

@@ -19,13 +19,15 @@ def _inputs() -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
 
 
-def test_the_loss_is_the_cross_entropy_row_by_row() -> None:
+@pytest.mark.parametrize("power", [1.0, 4.0])
+def test_the_loss_is_the_cross_entropy_row_by_row(power: float) -> None:
     given = _inputs()
     rows, local, scale = torch.tensor([9, 23, 4]), 3, 0.3
     segments = (torch.arange(N) >= 6).long().expand(B, N)
     real = torch.ones(B, N, dtype=torch.bool)
     real[1, 7:9] = False
-    actual = attention_loss(**given, rows=rows, local=local, segment_ids=segments, key_mask=real, scale=scale)
+    facts = {"segment_ids": segments, "key_mask": real}
+    actual = attention_loss(**given, rows=rows, local=local, scale=scale, power=power, **facts)  # type: ignore[arg-type]
     total = 0.0
     for b in range(B):
         for g in range(G):
@@ -37,7 +39,7 @@ def test_the_loss_is_the_cross_entropy_row_by_row() -> None:
                     logits = scale * given["key"][b, g, seen] @ given["query"][b, h, i] + given["bias"][b, g, seen]
                     shares[seen] += logits.softmax(-1).detach() / (H // G)
                 if old:
-                    total = total - (shares[old] * given["ranks"][b, g, old].log_softmax(-1)).sum()
+                    total = total - (shares[old] ** power * given["ranks"][b, g, old].log_softmax(-1)).sum()
     torch.testing.assert_close(actual, total / (B * G * len(rows)))  # type: ignore[operator]
 
 
