@@ -345,6 +345,11 @@ class BoundedCache(Cache):
             )
         # Converted models may have layers that were sliding already, with a window of their own.
         windows = getattr(config, "layer_windows", None) or [window] * num_hidden_layers
+        if None in windows:
+            raise InvalidInputError(
+                "this model has layers left dense, whose queries see every past key, as no bounded cache keeps them: "
+                "generate() without past_key_values takes the right cache, or use DynamicCache"
+            )
         locals_ = getattr(config, "layer_locals", None) or [
             window if kind == "swa" else local for kind in mixers or [attention] * num_hidden_layers
         ]

@@ -112,8 +112,8 @@ def upcycle(
         own = min(window, sliding) if slides else window
         windows.append(own if index not in dense else sliding if slides else None)
         locals_.append(min(local, own) if index not in dense else sliding if slides else 0)
-    fields = {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_, "ranking": ranking}
-    fields["rank_power"] = _POWER
+    fields = {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_}
+    fields |= {"ranking": ranking, "rank_power": _POWER}
     return _build(dense_hf_model, dense_hf_model.state_dict(), fields, strict=False)
 
 

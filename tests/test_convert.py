@@ -180,6 +180,8 @@ def test_some_layers_dense_and_some_ranked_train_save_load_and_decode(ranking: s
         cached = loaded.generate(tokens[:, :12], return_dict_in_generate=True, **options)
         assert torch.equal(cached.sequences, loaded.generate(tokens[:, :12], use_cache=False, **options))
     assert [layer.keys.shape[2] for layer in cached.past_key_values.layers] == [8, 31]
+    with pytest.raises(InvalidInputError, match="layers left dense"):
+        BoundedCache(loaded.config)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])

@@ -86,7 +86,7 @@ def attention_loss(
     Args:
         rows: (S,) int64, queries; the others as in `learn_ranks`.
         power: of the attention. Above 1, a key that few queries look at sharply counts for more than one that many
-            glance at: 16 queries that give it a half each for as much as 10 million that give it a fiftieth (power 4).
+            glance at: to the power 4, one query that gives it a half for as much as 25**4 that give it a fiftieth.
 
     Returns:
         () float32: mean over batch, heads and rows, each row weighted by how much it attends beyond `local`.
