@@ -44,8 +44,8 @@ def test_the_smoke_sweep_tests_every_model_at_every_cell(tmp_path: Path) -> None
     cells = len(settings.tasks) * len(settings.lengths) * len(settings.depths)
     scores = [score for record in report.records for score in record.result["scores"]]
     models = {score["model"] for score in scores}
-    ranked = {"dma, ranked by attention", "dma, gentle, ranked by attention", "dma, upcycled, ranked by attention"}
-    from_dense = {"dma, from dense", "dma, from dense, ranked by attention"}
+    ranked = {"dma, ranked by attention", "dma, gentle, ranked by attention", "dma, upcycled, ranked by attention^4"}
+    from_dense = {f"dma, from dense{ranks}" for ranks in ("", ", ranked by attention", ", ranked by attention^4")}
     mixed = {f"{name}, one layer in four dense" for name in ("dma", "swa")}
     mixed.add("dma, one layer in four dense, gentle, ranked by attention")
     assert models == {"mha", "dma, upcycled", "dma", "dma, gentle", "dma, paper", *ranked, *from_dense, *mixed}
