@@ -34,7 +34,6 @@ def measure(settings: LanguageConfig, *, warmup: int, steps: int) -> dict[str, A
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
     torch.manual_seed(0)
-    torch._dynamo.reset()
     model = build_model(settings, VOCABULARY).to(device).train()
     token_losses = compile_training(model) if settings.compile else plain_losses
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=cuda)

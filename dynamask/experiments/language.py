@@ -32,6 +32,7 @@ from dynamask.experiments.language_data import token_streams
 from dynamask.experiments.registry import Config, Progress
 from dynamask.experiments.results import run_key
 from dynamask.experiments.settings import WINDOWLESS, plain_settings, read_settings
+from dynamask.experiments.window_schedule import check_window_schedule, scheduled_window, set_window
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 
@@ -142,11 +143,7 @@ class LanguageConfig:
             raise InvalidInputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
         if not 0 <= self.warmup < 1:
             raise InvalidInputError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
-        shares = [share for share, _ in self.window_schedule]
-        if shares != sorted(shares) or any(factor <= 0 for _, factor in self.window_schedule):
-            raise InvalidInputError(
-                f"window_schedule is [share, factor > 0] in rising order of shares; got {self.window_schedule}"
-            )
+        check_window_schedule(self.window_schedule)
         for name in self.mixers:
             get_mixer(name)
             if self.window is None and name not in WINDOWLESS:
@@ -183,11 +180,7 @@ class LanguageConfig:
         """Keys per query in that step, the first being 0."""
         if self.window is None:
             return None
-        factor = 1.0
-        for share, value in self.window_schedule:
-            if step >= share * self.total_steps:
-                factor = value
-        return max(1, min(self.length, round(self.window * factor)))
+        return min(self.length, scheduled_window(self.window, self.window_schedule, step, self.total_steps))
 
     def looks(self) -> set[int]:
         """After how many steps the validation loss is taken: 25, 50, 100, ... and the last."""
@@ -459,7 +452,6 @@ class _Run:
         steps, looks = settings.total_steps, settings.looks()
         compiled = settings.compile and self.device.type == "cuda"
         if compiled:
-            torch._dynamo.reset()  # a sweep of many mixers would run into dynamo's limit of graphs per function
             self.token_losses = compile_training(self.model)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -497,7 +489,7 @@ class _Run:
 
     def _train_step(self, batches: _Batches) -> None:
         settings, step = self.settings, self.step
-        self._set_window(settings.window_at(step))
+        set_window(self.model, settings.window_at(step))
         self.model.train()
         rate = learning_rate_at(settings, step)
         for group in self.optimizer.param_groups:
@@ -526,7 +518,7 @@ class _Run:
     def _validate(self) -> Tensor:
         """(length,) mean loss at each position."""
         settings = self.settings
-        self._set_window(settings.window)
+        set_window(self.model, settings.window)
         self.model.eval()
         stream = self.streams.validation
         count = min(len(stream) - 1, settings.validation_tokens) // settings.length
@@ -578,11 +570,6 @@ class _Run:
         with contextlib.suppress(OSError):  # a kept model stays
             self.folder.rmdir()
         return result
-
-    def _set_window(self, window: int | None) -> None:
-        # Mixers read the window from the config at every call, and share the one config.
-        if window is not None and self.model.config.window != window:
-            self.model.config.window = window
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
@@ -681,6 +668,7 @@ def plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 def compile_training(model: DynamaskForCausalLM) -> TokenLosses:
     """Compile the layers, and losses for `next_token_loss`: eager, float32 logits cost more than several layers."""
+    torch._dynamo.reset()  # a sweep of many mixers would run into dynamo's limit of graphs per function
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     return torch.compile(plain_losses, dynamic=False)

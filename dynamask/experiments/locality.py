@@ -18,6 +18,7 @@ from dynamask.experiments.language import LanguageConfig, language_cost, languag
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
+from dynamask.experiments.settings import ranked_by
 
 _SHARE = 16
 """Context over window."""
@@ -93,9 +94,7 @@ def variant_name(config: Config) -> str:
         value = getattr(settings, name)
         if value != defaults[name]:
             parts.append(f"{name.split('_')[-1]} {value:g}" if isinstance(value, float) else f"{name} {value}")
-    if settings.ranking != "score":
-        power = f"^{settings.rank_power:g}" if settings.rank_power != 1 else ""
-        parts.append(f"ranked by {settings.ranking}{power}")
+    parts += ranked_by(settings.ranking, settings.rank_power)
     if settings.rank_recency is not None:
         parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:

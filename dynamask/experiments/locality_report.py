@@ -10,7 +10,7 @@ import numpy as np
 
 from dynamask.experiments.locality import locality_summary, variant_name
 from dynamask.experiments.results import Record
-from dynamask.experiments.section import Exhibit, Finding, Section
+from dynamask.experiments.section import Exhibit, Finding, Section, judged_forms
 
 EARLY = 100
 """Steps after which dma is to be no worse than swa."""
@@ -47,11 +47,9 @@ def report_locality(records: Sequence[Record], folder: Path) -> Section:
         place = (config["corpus"], config["width"], record.seed, config["learning_rate"])
         runs[variant_name(config)][place] = record
     ours = [name for name in runs if "dma" in name and _CONTROL not in name and _CEILING not in name]
-    # The paper's form, the library's, and whichever did best, in all layers or in some: the table has them all.
-    forms: list[str] = [name for name in ("dma, paper", "dma") if name in ours]
-    for kind in ([name for name in ours if not _mixed(name)], [name for name in ours if _mixed(name)]):
-        if kind and (best := min(kind, key=lambda name: _final(runs[name]))) not in forms:
-            forms.append(best)
+    # In all layers, and in some.
+    kinds = ([name for name in ours if not _mixed(name)], [name for name in ours if _mixed(name)])
+    forms = judged_forms(*kinds, loss=lambda name: _final(runs[name]))
     findings = [_compare(form, runs) for form in forms]
     for control in sorted(name for name in runs if _CONTROL in name):
         findings += [_choice(form, control, runs) for form in _chosen(control) if form in runs]

@@ -28,7 +28,8 @@ from dynamask.experiments.mqar_data import MqarExamples, mqar_examples
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
-from dynamask.experiments.settings import WINDOWLESS, plain_settings, read_settings
+from dynamask.experiments.settings import WINDOWLESS, plain_settings, ranked_by, read_settings
+from dynamask.experiments.window_schedule import check_window_schedule, scheduled_window, set_window
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 
@@ -99,6 +100,7 @@ class MqarConfig:
 
     def __post_init__(self) -> None:
         get_mixer(self.attention)
+        check_window_schedule(self.window_schedule)
         for name in ("width", "heads", "layers", "batch_size", "batch_tokens", "epochs"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -123,12 +125,11 @@ class MqarConfig:
         """As plain JSON, from which `of` reads it."""
         return plain_settings(self, ("ranking", "rank_power", "recency_spread", "window_schedule"))
 
-    def window_at(self, share: float) -> int | None:
-        """Keys per query after that share of the training."""
-        factors = [factor for start, factor in self.window_schedule if share >= start]
-        if self.window is None or not factors:
-            return self.window
-        return max(1, round(self.window * factors[-1]))
+    def window_at(self, step: int) -> int | None:
+        """Keys per query in that step, the first being 0."""
+        if self.window is None:
+            return None
+        return scheduled_window(self.window, self.window_schedule, step, self.epochs * self.steps(self.train))
 
     def batch(self, length: int) -> int:
         """Sequences per batch of that length."""
@@ -171,7 +172,7 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
         model.train()
         total = torch.zeros((), device=device)
         for step, (inputs, queries, answers) in enumerate(_batches(settings, train, device)):
-            model.config.window = settings.window_at((epoch + step / steps) / settings.epochs) or model.config.window
+            set_window(model, settings.window_at(epoch * steps + step))
             loss = F.cross_entropy(answer_logits(model, inputs, queries).flatten(0, 1), answers.flatten())
             optimizer.zero_grad()
             loss.backward()
@@ -180,7 +181,7 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
             if step % 16 == 15:  # reading nothing back from the device, which would stop it at every step
                 progress((epoch + (step + 1) / steps) / settings.epochs, _note(history))
         schedule.step()
-        model.config.window = settings.window or model.config.window
+        set_window(model, settings.window)
         slices = _test(model, settings, test, device)
         weights = [examples for _, _, examples in settings.test]
         accuracy = float(np.average([part["accuracy"] for part in slices], weights=weights))
@@ -313,10 +314,7 @@ def mixer_name(config: Config) -> str:
         parts.append("paper")
     if config.get("window_schedule"):
         parts.append("from dense")
-    if config.get("ranking", "score") != "score":
-        power = config.get("rank_power", 1.0)
-        parts.append(f"ranked by {config['ranking']}" + (f"^{power:g}" if power != 1 else ""))
-    return ", ".join(parts)
+    return ", ".join([*parts, *ranked_by(config.get("ranking", "score"), config.get("rank_power", 1.0))])
 
 
 @dataclass(frozen=True)

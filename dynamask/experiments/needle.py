@@ -28,7 +28,7 @@ from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer,
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
-from dynamask.experiments.settings import plain_settings, read_settings
+from dynamask.experiments.settings import plain_settings, ranked_by, read_settings
 from dynamask.models import DynamaskForCausalLM
 
 TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
@@ -273,18 +273,12 @@ def needle_name(config: Config) -> str:
         parts.append("gentle")
     if config.get("window_schedule"):
         parts.append("from dense")
-    return ", ".join([*parts, *_ranked(config.get("ranking"), config.get("rank_power"))])
+    return ", ".join([*parts, *ranked_by(config.get("ranking", "score"), config.get("rank_power", 1.0))])
 
 
 def upcycled_name(ranking: str, power: float) -> str:
     """The model made of a dense one."""
-    return ", ".join(["dma, upcycled", *_ranked(ranking, power)])
-
-
-def _ranked(ranking: str | None, power: float | None) -> list[str]:
-    if ranking in (None, "score"):
-        return []
-    return [f"ranked by {ranking}" if power in (None, 1.0) else f"ranked by {ranking}^{power:g}"]
+    return ", ".join(["dma, upcycled", *ranked_by(ranking, power)])
 
 
 def needle_cost(config: Config) -> float:
@@ -350,18 +344,15 @@ def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any)
     default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
     dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
     ranked = {**default, "ranking": "attention"}
-    mixed = one_dense_in_four("dma", NeedleConfig(**{**common, **default}).layers)
+    layers = common.get("layers", NeedleConfig.layers)
+    mixed = {"layer_attention": one_dense_in_four("dma", layers)}
     models: list[dict[str, Any]] = [
-        *(
-            {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
-            default,
-            {**default, **GENTLE},
-            {**default, "local": 0, "recency": 0.0},
-        ),
+        {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
+        *(default, {**default, **GENTLE}, {**default, "local": 0, "recency": 0.0}),
         *({**default, **_FROM_DENSE}, {**ranked, **_FROM_DENSE}, ranked, {**ranked, **GENTLE}),
         {**ranked, **_FROM_DENSE, "recency_spread": 8.0, "rank_power": 4.0},
-        *({**default, "layer_attention": mixed}, {**ranked, **GENTLE, "layer_attention": mixed}),
-        {"attention": "swa", "window": window, "layer_attention": one_dense_in_four("swa", len(mixed))},
+        *({**default, **mixed}, {**ranked, **GENTLE, **mixed}),
+        {"attention": "swa", "window": window, "layer_attention": one_dense_in_four("swa", layers)},
     ]
     return [NeedleConfig(**{**common, **model, "seed": seed}).plain() for seed in seeds for model in models]
 

@@ -11,7 +11,7 @@ import numpy as np
 from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask.experiments.needle import NeedleConfig, mean_scores, needle_summary
 from dynamask.experiments.results import Record
-from dynamask.experiments.section import Exhibit, Finding, Row, Section
+from dynamask.experiments.section import Exhibit, Finding, Row, Section, judged_forms
 
 _LEARNT = 0.1
 """Exact match below which neither of two models has learnt to retrieve, and nothing is to be compared."""
@@ -46,10 +46,7 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
         Exhibit("training", "Loss on the mixture", keys, table=training),
     ]
     ours = [model for model in losses if model.startswith("dma")]
-    # The paper's form, the library's, and whichever retrieved most: the table has them all.
-    forms: list[str] = [model for model in ("dma, paper", "dma") if model in ours]
-    if ours and (best := max(ours, key=lambda model: _mean(scores, model))) not in forms:
-        forms.append(best)
+    forms = judged_forms(ours, loss=lambda model: -_mean(scores, model))
     findings = [
         finding
         for model in forms

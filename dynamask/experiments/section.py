@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,3 +65,11 @@ class Section:
     text: str
     exhibits: Sequence[Exhibit] = ()
     findings: Sequence[Finding] = field(default_factory=tuple)
+
+
+def judged_forms(*kinds: Sequence[str], loss: Callable[[str], float]) -> list[str]:
+    """Names of dma's forms that a claim is held against, of the many that a table has: the paper's, the library's, and
+    of each kind the one of least loss."""
+    found = [name for name in ("dma, paper", "dma") if any(name in kind for kind in kinds)]
+    best = [min(kind, key=loss) for kind in kinds if kind]
+    return list(dict.fromkeys([*found, *best]))

@@ -1,4 +1,4 @@
-"""What the experiments' settings share: reading them from plain JSON, and which mixers have a window."""
+"""What the experiments' settings share: plain JSON in and out, which mixers have a window, names of how keys rank."""
 
 from __future__ import annotations
 
@@ -48,3 +48,10 @@ def plain_settings(settings: Any, younger: Sequence[str]) -> Config:
         if entry.name in younger and config[entry.name] == default:
             del config[entry.name]
     return config
+
+
+def ranked_by(ranking: str, power: float) -> list[str]:
+    """What a mechanism's name says of ranks that are not its scores: "ranked by attention^4"; of scores, nothing."""
+    if ranking == "score":
+        return []
+    return [f"ranked by {ranking}" if power == 1 else f"ranked by {ranking}^{power:g}"]

@@ -132,6 +132,11 @@ def test_windows_shrink_while_it_trains_and_tests_are_at_its_own(monkeypatch: py
     assert {window for training, window in seen if not training} == {3}
 
 
+def test_a_schedule_that_does_not_rise_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="rising order"):
+        MqarConfig("swa", window=4, window_schedule=[[0.5, 2.0], [0.0, 4.0]])
+
+
 def test_the_probes_forms_have_names_of_their_own() -> None:
     names = [mixer_name(config) for config in MQAR.configs("probe")]
     shrinking = ["dma, from dense", "dma, from dense, ranked by attention", "dma, from dense, ranked by attention^4"]
