@@ -62,8 +62,8 @@ class LanguageConfig:
 
     Attributes:
         attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
-            rank_power, distance_penalty, layer_attention: of the model, see `DynamaskConfig`. A window only for mixers
-            that choose.
+            rank_power, distance_penalty, layer_attention, layer_windows: of the model, see `DynamaskConfig`. A window
+            only for mixers that choose.
         gate_rate: learning rate of what is added to logits (Delta, A and slopes) over that of the other weights.
         rank_rate: the same of ranks with ranking="attention".
         window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
@@ -102,6 +102,7 @@ class LanguageConfig:
     rank_power: float = 1.0
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
+    layer_windows: list[int] | None = None
     gate_rate: float = 1.0
     window_schedule: list[list[float]] = field(default_factory=list)
     layers: int = 6
@@ -144,6 +145,11 @@ class LanguageConfig:
         if not 0 <= self.warmup < 1:
             raise InvalidInputError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
         check_window_schedule(self.window_schedule)
+        if self.layer_windows is not None and (len(self.layer_windows) != self.layers or self.window is None):
+            raise InvalidInputError(
+                f"layer_windows gives the window of each of the {self.layers} layers, beside `window`; got "
+                f"{self.layer_windows} and window={self.window}"
+            )
         for name in self.mixers:
             get_mixer(name)
             if self.window is None and name not in WINDOWLESS:
@@ -156,7 +162,7 @@ class LanguageConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking", "rank_rate", "rank_power"))
+        return plain_settings(self, ("ranking", "rank_rate", "rank_power", "layer_windows"))
 
     @property
     def mixers(self) -> list[str]:
@@ -195,7 +201,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
         name: getattr(settings, name)
         for name in (
             *("window", "local", "recency", "recency_spread", "score_form", "gate_init", "rank_noise"),
-            *("rank_recency", "ranking", "rank_power", "distance_penalty", "layer_attention"),
+            *("rank_recency", "ranking", "rank_power", "distance_penalty", "layer_attention", "layer_windows"),
         )
         if getattr(settings, name) is not None
     }
@@ -239,11 +245,19 @@ def training_flops(settings: LanguageConfig, model: DynamaskForCausalLM) -> floa
     weights = 6.0 * (counts["non_embedding"] + counts["embedding"])  # the tied embedding multiplies as output layer
     total = 0.0
     for step in range(settings.total_steps):
-        window = settings.window_at(step)
-        pairs = sum(_pairs(settings, model.config, name, window) for name in settings.mixers) / settings.length
+        windows = _windows(settings, settings.window_at(step))
+        layers = zip(settings.mixers, windows, strict=True)
+        pairs = sum(_pairs(settings, model.config, name, window) for name, window in layers) / settings.length
         per_token = weights + 12.0 * settings.width * pairs
         total += per_token * settings.batch_tokens
     return total
+
+
+def _windows(settings: LanguageConfig, window: int | None) -> list[int | None]:
+    """Of each layer, where the config's own is `window` for the time being."""
+    if settings.layer_windows is None or window is None or settings.window is None:
+        return [window] * settings.layers
+    return [own * window // settings.window for own in settings.layer_windows]
 
 
 def _pairs(settings: LanguageConfig, config: DynamaskConfig, mixer: str, window: int | None) -> float:
@@ -350,6 +364,8 @@ def language_cost(config: Config) -> float:
     """Operations of a run as a GPU's time goes: with something for starting the kernels of each step."""
     settings = LanguageConfig.of(config)
     seen = settings.length if settings.window is None else min(settings.window, settings.length)
+    if settings.layer_windows:
+        seen = sum(settings.layer_windows) // settings.layers
     if set(settings.mixers) & {*WINDOWLESS, "nsa"}:
         seen = settings.length // 2
     per_token = 6.0 * settings.parameters + 6.0 * settings.width * 8192 + 12.0 * settings.layers * settings.width * seen
@@ -362,7 +378,8 @@ def language_kind(config: Config) -> str:
     settings = LanguageConfig.of(config)
     mixers = "+".join(dict.fromkeys(settings.mixers))
     bias = " biased" if settings.distance_penalty else ""
-    return f"{mixers}{bias} {settings.layers}x{settings.width} {settings.length} {settings.window}"
+    uneven = " uneven" if settings.layer_windows else ""
+    return f"{mixers}{bias} {settings.layers}x{settings.width} {settings.length} {settings.window}{uneven}"
 
 
 class _Run:

@@ -49,6 +49,9 @@ GENTLE: Variant = {**_SPREAD, "score_form": "linear", "gate_rate": 0.1}
 CEILING: Variant = {**GENTLE, "window": "all", "local": "window"}
 """The same scores over the whole prefix: what no choice of keys can beat."""
 
+UNEVEN: Variant = {"layer_windows": "uneven"}
+"""See `uneven_windows`: as many keys in all, most of them where a layer is to look far."""
+
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
 FORMS: list[Variant] = [
     PAPER,
@@ -99,6 +102,8 @@ def variant_name(config: Config) -> str:
         parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:
         parts.append("penalty")
+    if settings.layer_windows:
+        parts.append("windows " + "/".join(map(str, sorted(set(settings.layer_windows)))))
     if settings.window_schedule:
         parts.append("from dense")
     return ", ".join(parts)
@@ -151,6 +156,8 @@ def configs(
                 own[slope] /= window
         if own["attention"] != "mha" or own.get("layer_attention"):
             own["window"] = length if own.get("window") == "all" else window
+        if own.get("layer_windows") == "uneven":
+            own["layer_windows"] = uneven_windows(shape["layers"], window)
         if own.get("local") == "window":
             own["local"] = own["window"]
         if own["attention"] == "dma":  # the library's defaults may change, a run's meaning may not
@@ -179,6 +186,15 @@ def one_dense_in_four(attention: str, layers: int) -> list[str]:
     return ["mha" if layer % 4 == 1 else attention for layer in range(layers)]
 
 
+def uneven_windows(layers: int, window: int) -> list[int]:
+    """`layer_windows` with `window` keys a layer on average: a quarter of it everywhere but where `one_dense_in_four`
+    has its dense layers, which share the rest."""
+    wide = [layer % 4 == 1 for layer in range(layers)]
+    narrow = max(1, window // 4)
+    rest = (layers * window - narrow * wide.count(False)) // max(1, wide.count(True))
+    return [rest if each else narrow for each in wide]
+
+
 def _smoke() -> list[Config]:
     """Every form once, in seconds on a CPU: shows that it runs, not what it learns."""
     shape: dict[str, Any] = {
@@ -191,7 +207,8 @@ def _smoke() -> list[Config]:
         "steps": 3,
     }
     shape |= {"batch_tokens": 256, "validation_tokens": 512}
-    return configs([*RIVALS, CONTROL, *FORMS, *hybrids(2)], ["bytes"], [0], [3e-3], **shape)
+    variants = [*RIVALS, CONTROL, *FORMS, *hybrids(2), {**GENTLE, "ranking": "attention", **UNEVEN}]
+    return configs(variants, ["bytes"], [0], [3e-3], **shape)
 
 
 def _probe() -> list[Config]:
@@ -240,7 +257,8 @@ def _chinchilla() -> list[Config]:
     forms += [{"attention": "dma", "ranking": "attention"}, {"attention": "dma", "ranking": "attention", **_FROM_DENSE}]
     forms += [{"attention": "dma", "layer_attention": dense}, {**GENTLE, "local": "window", "layer_attention": dense}]
     forms += [{**GENTLE, "ranking": "attention", "layer_attention": dense}]
-    variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2]]
+    forms += [{**form, **UNEVEN} for form in ({**GENTLE, "ranking": "attention"}, {**GENTLE, "local": "window"})]
+    variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2], {**RIVALS[0], **UNEVEN}]
     return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **_FOUR_MILLION)]
 
 

@@ -384,12 +384,17 @@ def _report(records: Sequence[Record], folder: Path) -> Section:
     return report_mqar(records, folder)
 
 
+_DENSE_FIRST = {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]}
+"""Wide enough for most of a sequence at first, then down to the window it is tested at."""
+
+
 def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: Any) -> list[Config]:
-    """Every mixer, dma in three forms, at every width, window (where it has one) and learning rate."""
+    """Every mixer, dma in four forms, at every width, window (where it has one) and learning rate."""
     mixers: list[dict[str, Any]] = [
         *({"attention": "mha"}, {"attention": "mla"}, {"attention": "swa"}, {"attention": "nsa"}),
         *({"attention": "dma"}, {"attention": "dma", "local": 0, "recency": 0.0}),
         {"attention": "dma", "ranking": "attention"},
+        {"attention": "dma", "ranking": "attention", "rank_power": 4.0, "recency_spread": 8.0, **_DENSE_FIRST},
     ]
     configs = []
     for width in widths:
@@ -419,7 +424,6 @@ def _probe() -> list[Config]:
     common |= {"learning_rate": 2e-3, "stop_at": 1.0}
     dma: dict[str, Any] = {"attention": "dma", "window": 24, "local": 8, "recency_spread": 8.0}
     ranked: dict[str, Any] = {**dma, "ranking": "attention"}
-    # Wide enough for all of a sequence at first, then down to the window it is tested at.
     dense_first = {"window_schedule": [[0.0, 6.0], [0.5, 2.0], [0.7, 1.0]]}
     forms: list[dict[str, Any]] = [{"attention": "mha"}, {"attention": "swa", "window": 24}, dma, ranked]
     forms += [{**form, **dense_first} for form in (dma, ranked, {**ranked, "rank_power": 4.0})]
@@ -435,6 +439,14 @@ def _quick() -> list[Config]:
 
 def _fifth(segments: Sequence[Segment]) -> list[Segment]:
     return [[length, pairs, examples // 5] for length, pairs, examples in segments]
+
+
+def _long() -> list[Config]:
+    """As "quick", one rate and seed, window 256, trained and tested to 4096 tokens and 256 pairs."""
+    longer = [[512, 128], [1024, 256], [2048, 256], [4096, 256]]
+    train = [*_fifth(TRAIN), *([*shape, 4000] for shape in longer)]
+    test = [*_fifth(TEST), *([*shape, 200] for shape in longer[2:])]
+    return _sweep([128], [256], [LEARNING_RATES[2]], train=train, test=test, epochs=8)
 
 
 def _small() -> list[Config]:
@@ -454,7 +466,7 @@ MQAR = Experiment(
     name="mqar",
     description="multi-query associative recall: accuracy by pairs and length, every mixer, two layers",
     run=run_mqar,
-    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "long": _long, "small": _small, "paper": _paper},
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,

@@ -23,7 +23,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
 from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
-from dynamask.experiments.locality import GENTLE, one_dense_in_four
+from dynamask.experiments.locality import GENTLE, one_dense_in_four, uneven_windows
 from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -42,7 +42,7 @@ class NeedleConfig:
 
     Attributes:
         attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, rank_power,
-            window_schedule, layer_attention: see `LanguageConfig`.
+            window_schedule, layer_attention, layer_windows: see `LanguageConfig`.
         upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
         upcycle_window: keys per query of the upcycled model.
         upcycle_rankings: its `ranking`, one model for each.
@@ -75,6 +75,7 @@ class NeedleConfig:
     rank_power: float = 1.0
     window_schedule: list[list[float]] = field(default_factory=list)
     layer_attention: list[str] | None = None
+    layer_windows: list[int] | None = None
     upcycle_steps: int = 0
     upcycle_window: int | None = None
     upcycle_rankings: list[str] = field(default_factory=lambda: ["score"])
@@ -125,9 +126,8 @@ class NeedleConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(
-            self, ("ranking", "rank_power", "window_schedule", "layer_attention", "upcycle_rankings", "upcycle_spread")
-        )
+        younger = ("ranking", "rank_power", "window_schedule", "layer_attention", "layer_windows")
+        return plain_settings(self, (*younger, "upcycle_rankings", "upcycle_spread"))
 
     @property
     def mixture(self) -> MixtureSettings:
@@ -165,6 +165,7 @@ class NeedleConfig:
             self.language(corpus),
             attention="dma",
             layer_attention=None,
+            layer_windows=None,
             window=self.upcycle_window,
             local=None if self.upcycle_window is None else self.upcycle_window // 2,
             recency=0.0,
@@ -263,10 +264,13 @@ def _test(
 
 def needle_name(config: Config) -> str:
     """The model as tables and pictures show it: dma's forms apart."""
-    mixed = config.get("layer_attention")
+    parts = [str(config["attention"])]
+    if config.get("layer_attention"):
+        parts.append("one layer in four dense")
+    if config.get("layer_windows"):
+        parts.append("windows " + "/".join(map(str, sorted(set(config["layer_windows"])))))
     if config["attention"] != "dma":
-        return f"{config['attention']}, one layer in four dense" if mixed else str(config["attention"])
-    parts = ["dma", "one layer in four dense"] if mixed else ["dma"]
+        return ", ".join(parts)
     if config.get("local") == 0 and config.get("recency") == 0:
         parts.append("paper")
     if config.get("gate_init") == "delta":
@@ -340,12 +344,13 @@ With keys that no query sees there is nothing to learn of them."""
 
 def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
     """Dense attention and what is upcycled from it; dma by default, with gentle gates, in the paper's form, and with
-    ranks that learn from attention, windows that shrink or dense layers between."""
+    ranks that learn from attention, windows that shrink, dense layers between, or windows wider in some layers."""
     default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
     dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
     ranked = {**default, "ranking": "attention"}
     layers = common.get("layers", NeedleConfig.layers)
     mixed = {"layer_attention": one_dense_in_four("dma", layers)}
+    uneven = {"layer_windows": uneven_windows(layers, window)}
     models: list[dict[str, Any]] = [
         {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
         *(default, {**default, **GENTLE}, {**default, "local": 0, "recency": 0.0}),
@@ -353,6 +358,8 @@ def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any)
         {**ranked, **_FROM_DENSE, "recency_spread": 8.0, "rank_power": 4.0},
         *({**default, **mixed}, {**ranked, **GENTLE, **mixed}),
         {"attention": "swa", "window": window, "layer_attention": one_dense_in_four("swa", layers)},
+        {**ranked, **_FROM_DENSE, "recency_spread": 8.0, "rank_power": 4.0, **uneven},
+        {"attention": "swa", "window": window, **uneven},
     ]
     return [NeedleConfig(**{**common, **model, "seed": seed}).plain() for seed in seeds for model in models]
 

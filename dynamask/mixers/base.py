@@ -83,6 +83,28 @@ class Mixer(nn.Module, ABC):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        windows = getattr(config, "layer_windows", None)
+        # Against the config's window, which may change while a model trains; not looked up by layer_idx at every call,
+        # so that compiled layers of one window share a graph.
+        self.window_share = (windows[layer_idx], config.window) if windows else (1, 1)
+
+    @property
+    def window(self) -> int:
+        """Keys that each query of this layer keeps."""
+        own, common = self.window_share
+        return max(1, self.config.window * own // common)
+
+    @property
+    def local(self) -> int:
+        """How many of them are the newest positions."""
+        own, common = self.window_share
+        return self.config.local * own // common  # type: ignore[no-any-return]
+
+    @property
+    def slope_factor(self) -> float:
+        """From the config's slopes to this layer's: the wider its window, the flatter."""
+        own, common = self.window_share
+        return common / own  # type: ignore[no-any-return]
 
     @property
     @abstractmethod

@@ -47,9 +47,9 @@ class DistancePenalty(nn.Module):
         return self.log_slope.to(wide).exp()[:, None] * position_ids.unsqueeze(1)
 
 
-def distance_penalty(config: object) -> DistancePenalty | None:
-    """The penalty that a config asks for, if it does."""
-    slope = getattr(config, "distance_penalty", 0.0)
+def distance_penalty(config: object, factor: float = 1.0) -> DistancePenalty | None:
+    """The penalty that a config asks for, if it does, with so many times its slopes."""
+    slope = factor * getattr(config, "distance_penalty", 0.0)
     if not slope:
         return None
     return DistancePenalty(config.num_key_value_heads, slope, config.recency_spread)  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ class SlidingWindowAttention(GroupedQueryMixer):
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.penalty = distance_penalty(config)
+        self.penalty = distance_penalty(config, self.slope_factor)
 
     @classmethod
     def cache_layer(cls, config: Any) -> CacheLayerMixin:
@@ -35,14 +35,12 @@ class SlidingWindowAttention(GroupedQueryMixer):
             bias = None if self.penalty is None else self.penalty(sequence.position_ids)
             live = layer.extend(key, value, bias, sequence.new_key_mask())
             bias = None if bias is None else live.score
-            return self.merge_heads(
-                attend(query, live.key, live.value, live.expiry, bias=bias, max_live=self.config.window)
-            )
+            return self.merge_heads(attend(query, live.key, live.value, live.expiry, bias=bias, max_live=self.window))
         if cache is not None:
             key, value = self.remember(cache, key, value, sequence)
         batch, groups, length = key.shape[:3]
-        expiry = recency_expiry(batch, groups, length, self.config.window, sequence, key.device)
+        expiry = recency_expiry(batch, groups, length, self.window, sequence, key.device)
         bias = None
         if self.penalty is not None:
             bias = self.penalty(sequence.key_position_ids(length)).expand(batch, groups, length)
-        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=self.config.window))
+        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=self.window))

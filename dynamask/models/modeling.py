@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -27,7 +28,16 @@ def new_cache(config: DynamaskConfig) -> Cache:
     """An empty cache of the kinds the layers' mixers decode with: a `BoundedCache` where all are dma or swa."""
     if set(config.layer_mixers) <= {"dma", "swa"}:
         return BoundedCache(config)
-    return Cache(layers=[get_mixer(name).cache_layer(config) for name in config.layer_mixers])
+    mixers = [get_mixer(name) for name in config.layer_mixers]
+    windows, locals_ = config.layer_windows, config.layer_locals
+    if windows is None or locals_ is None:
+        return Cache(layers=[mixer.cache_layer(config) for mixer in mixers])
+    layers = []
+    for mixer, window, local in zip(mixers, windows, locals_, strict=True):
+        own = copy(config)
+        own.window, own.local = window, local
+        layers.append(mixer.cache_layer(own))
+    return Cache(layers=layers)
 
 
 class SwiGLU(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from dynamask.reports.claims import CLAIMS
 RESULTS, OUTPUT = Path("benchmarks/results"), Path("docs/results")
 COMMAND = "dynamask report results"
 _KEYS_SHOWN = 12
+_Runs = dict[str, tuple[str, Record]]
+"""Key of a run -> its file and itself."""
 _VERDICTS = {True: "held", False: "**did not hold**", None: "not measured"}
 
 
@@ -131,9 +133,7 @@ def _collect(results: Path, output: Path) -> list[_Page]:
     return pages + [_benchmark_page(name, results, output) for name in BENCHMARKS]
 
 
-def _experiment_page(
-    experiment: Experiment, records: Mapping[str, tuple[str, Record]], results: Path, output: Path
-) -> _Page:
+def _experiment_page(experiment: Experiment, records: _Runs, results: Path, output: Path) -> _Page:
     own = {key: found for key, found in records.items() if found[1].experiment == experiment.name}
     parts = []
     left = dict(own)
@@ -142,14 +142,18 @@ def _experiment_page(
         size: [run_key(experiment.name, config) for config in experiment.configs(size, finished)]
         for size in experiment.sizes
     }
+    groups: list[tuple[str, str, str, _Runs]] = []  # what they are, how that goes on, name, runs
     for size, keys in reversed(sizes.items()):  # the largest first
         chosen = {key: left.pop(key) for key in dict.fromkeys(keys) if key in left}
-        if chosen:
-            title = f"Size `{size}`: {len(chosen)} of {len(set(keys))} runs"
-            parts.append(_experiment_part(experiment, f"{experiment.name}-{size}", title, chosen, output))
-    if left:
-        title = f"Other settings: {len(left)} runs"
-        parts.append(_experiment_part(experiment, f"{experiment.name}-other", title, left, output))
+        groups.append((f"Size `{size}`", f" of {len(set(keys))}", f"{experiment.name}-{size}", chosen))
+    groups.append(("Other settings", "", f"{experiment.name}-other", left))
+    for what, of, name, chosen in groups:
+        for number, runs in enumerate(_by_build(chosen)):
+            # Corpora built anew hold other versions of their packages, so losses of two builds do not compare.
+            build = "" if number == 0 else ", an earlier build of the corpora" if number == 1 else f", build {number}"
+            label = name if number == 0 else f"{name}-build-{number}"
+            title = f"{what}{build}: {len(runs)}{of} runs"
+            parts.append(_experiment_part(experiment, label, title, runs, output))
     largest = list(experiment.sizes)[-1]
     command = f"dynamask experiment {experiment.name} --size {largest} --results {_shown(results)}/"
     return _Page(
@@ -159,6 +163,22 @@ def _experiment_page(
         parts,
         f"{command}{experiment.name}.jsonl",
     )
+
+
+def _by_build(runs: _Runs) -> list[_Runs]:
+    """Runs apart whose corpora have one name and different contents, those of the build with the most runs first."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    places: dict[str, tuple[str, str]] = {}
+    for key, (_, record) in runs.items():
+        corpus, content = record.config.get("corpus"), record.result.get("corpus_content")
+        places[key] = (str(corpus or record.result.get("corpus")), str(content))
+        counts[places[key][0]][places[key][1]] += 1
+    ranked = {corpus: [content for content, _ in found.most_common()] for corpus, found in counts.items()}
+    builds: dict[int, _Runs] = defaultdict(dict)
+    for key, found in runs.items():
+        corpus, content = places[key]
+        builds[ranked[corpus].index(content)][key] = found
+    return [builds[number] for number in sorted(builds)]
 
 
 def _experiment_part(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from dynamask.errors import InvalidInputError
 from dynamask.experiments import LOCALITY, SCALING, Experiment, Record, run_key, run_sweep
-from dynamask.experiments.language import STATE_FOLDER, LanguageConfig, build_model, parameter_counts
-from dynamask.experiments.locality import locality_summary, variant_name
+from dynamask.experiments.language import (
+    STATE_FOLDER,
+    LanguageConfig,
+    build_model,
+    parameter_counts,
+    training_flops,
+)
+from dynamask.experiments.locality import locality_summary, uneven_windows, variant_name
 from dynamask.experiments.scaling import PLANS, SHAPES, scaling_summary
 
 
@@ -40,6 +48,7 @@ def test_every_size_holds_runs_that_differ_and_names_that_tell_mechanisms_apart(
 @pytest.mark.parametrize("size", ["quick", "chinchilla", "small", "paper"])
 def test_locality_is_fair(size: str) -> None:
     configs = [LanguageConfig.of(config) for config in LOCALITY.configs(size)]
+    assert all(sum(config.layer_windows) == config.window * config.layers for config in configs if config.layer_windows)
     # A form that sees everything is the ceiling for the others, and no rival.
     assert {config.length // config.window for config in configs if config.window} - {1} == {16}
     shared = ("total_steps", "batch_tokens", "length", "parameters", "validation_tokens", "warmup", "weight_decay")
@@ -133,3 +142,38 @@ def test_the_smoke_sweep_runs_every_form(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(set(by_name.values())) > 0.8 * len(by_name)
     assert by_name["dma, spread 8, gate_init delta"] != by_name["dma, spread 8"]
     assert by_name["mha, penalty"] != by_name["mha"]
+
+
+@pytest.mark.parametrize(("layers", "window"), [(6, 128), (4, 64), (2, 8), (9, 256), (1, 8)])
+def test_uneven_windows_keep_as_many_keys(layers: int, window: int) -> None:
+    windows = uneven_windows(layers, window)
+    total = layers * window
+    assert total - layers < sum(windows) <= total or layers == 1  # what does not divide is left out
+    assert min(windows) == window // 4
+
+
+def test_uneven_windows_count_and_scale_with_a_schedule() -> None:
+    (config,) = (c for c in LOCALITY.configs("smoke") if c.get("layer_windows"))
+    uneven = LanguageConfig.of(config)
+    with torch.device("meta"):
+        model = build_model(uneven, 64)
+    model.config.window = 2 * uneven.window
+    assert [layer.mixer.window for layer in model.model.layers] == [2 * window for window in uneven.layer_windows]
+    even = dataclasses.replace(uneven, layer_windows=[uneven.window] * uneven.layers)
+    plain = dataclasses.replace(uneven, layer_windows=None)
+    assert training_flops(even, model) == training_flops(plain, model)
+    single = dataclasses.replace(uneven, layer_windows=[1, uneven.length])
+    pairs = sum(uneven.length if w == 1 else uneven.length * (uneven.length + 1) / 2 for w in single.layer_windows)
+    gap = training_flops(single, model) - training_flops(plain, model)
+    w = uneven.window
+    kept = uneven.layers * (w * (w + 1) / 2 + (uneven.length - w) * w)
+    tokens = uneven.total_steps * uneven.batch_tokens
+    assert gap == pytest.approx(12.0 * uneven.width * (pairs - kept) / uneven.length * tokens)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layer_windows": [4]}, {"window": None, "layer_windows": [4, 4], "attention": "mha"}]
+)
+def test_uneven_windows_that_do_not_fit_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInputError, match="layer_windows gives the window of each of the 2 layers"):
+        LanguageConfig(**{"attention": "dma", "window": 4, "layers": 2, **fields})

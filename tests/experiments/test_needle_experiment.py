@@ -48,6 +48,7 @@ def test_the_smoke_sweep_tests_every_model_at_every_cell(tmp_path: Path) -> None
     from_dense = {f"dma, from dense{ranks}" for ranks in ("", ", ranked by attention", ", ranked by attention^4")}
     mixed = {f"{name}, one layer in four dense" for name in ("dma", "swa")}
     mixed.add("dma, one layer in four dense, gentle, ranked by attention")
+    mixed |= {"swa, windows 8", "dma, windows 8, from dense, ranked by attention^4"}
     assert models == {"mha", "dma, upcycled", "dma", "dma, gentle", "dma, paper", *ranked, *from_dense, *mixed}
     assert len(scores) == cells * len(models)
     assert not list((tmp_path / "state").glob("*")), "trained models are deleted after the test"

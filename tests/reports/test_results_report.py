@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dynamask.errors import UsageError
-from dynamask.experiments import EXPERIMENTS, MQAR, Record, run_key
+from dynamask.experiments import EXPERIMENTS, LOCALITY, MQAR, Record, run_key
 from dynamask.experiments.mqar_report import report_mqar
 from dynamask.experiments.section import Finding
 from dynamask.reports.claims import CLAIMS
@@ -143,3 +143,21 @@ def test_findings_name_known_claims(tmp_path: Path) -> None:
     assert MQAR.report is not None
     findings: list[Finding] = list(MQAR.report(records, tmp_path).findings)
     assert {finding.claim for finding in findings} <= set(CLAIMS)
+
+
+def test_runs_on_another_build_of_a_corpus_stand_apart(tmp_path: Path) -> None:
+    """Two seeds of every form, those of one seed on another build, but for a form that has run there alone."""
+    records = []
+    for config in LOCALITY.configs("smoke")[:4]:
+        result = {"loss": 5.0, "curve": [{"step": 3, "tokens": 9, "loss": 5.0}], "positions": [{"loss": 5.0}]}
+        content = "old" if config["attention"] == "mha" else "new"
+        key = run_key("locality", config)
+        own = result | {"corpus_content": content}
+        records.append(Record("locality", key, config, 0, own, 1.0, "some GPU", {"torch": "2"}, "abc"))
+    _write(tmp_path / "raw" / "locality.jsonl", records)
+    render_results(tmp_path / "raw", tmp_path / "report")
+    first, second = (tmp_path / "report" / "locality.md").read_text().split(", an earlier build of the corpora: 2 of ")
+    assert "| swa |" in first
+    assert "| mha |" not in first
+    assert "| mha |" in second
+    assert "locality-smoke-build-1-loss" in second
