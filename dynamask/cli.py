@@ -440,6 +440,7 @@ def experiment(
     from dynamask.experiments import EXPERIMENTS, get_experiment, read_results, run_sweep
     from dynamask.experiments.budget import parse_seconds
     from dynamask.experiments.display import SweepDisplay, runs_table, summary_table
+    from dynamask.experiments.results import corpora_of_several_builds
     from dynamask.experiments.selection import parse_conditions, select
     from dynamask.experiments.workers import visible_gpus
 
@@ -477,6 +478,12 @@ def experiment(
     configs = wanted(report.records)
     title = f"{name} {size}: {len(report.records)} of {len(configs)} runs"
     console.print(summary_table(chosen.summary(report.records), title) if report.records else title)
+    for corpus in corpora_of_several_builds(report.records):
+        errors.print(
+            f"runs in this file read {corpus} in several builds, of other package versions: their losses do not "
+            "compare, and the report shows them apart; to have one build alone, start a new results file",
+            highlight=False,
+        )
     if report.left:
         errors.print(f"{len(report.left)} runs are left: run the same command again to go on", highlight=False)
     if report.failed:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import math
 import os
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +49,21 @@ class Record:
     device: str
     versions: dict[str, str]
     commit: str | None
+
+    @property
+    def corpus(self) -> tuple[str, str]:
+        """Name of what it read, and the digest of the tokens, which another build of that corpus changes; "None" where
+        a run reads none."""
+        name = self.config.get("corpus") or self.result.get("corpus")
+        return str(name), str(self.result.get("corpus_content"))
+
+
+def corpora_of_several_builds(records: Iterable[Record]) -> list[str]:
+    """Names of corpora that the runs read in several versions: their losses do not compare."""
+    builds: dict[str, set[str]] = defaultdict(set)
+    for name, content in {record.corpus for record in records}:
+        builds[name].add(content)
+    return sorted(name for name, contents in builds.items() if len(contents) > 1)
 
 
 def run_key(experiment: str, config: dict[str, Any]) -> str:

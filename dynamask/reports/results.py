@@ -168,15 +168,13 @@ def _experiment_page(experiment: Experiment, records: _Runs, results: Path, outp
 def _by_build(runs: _Runs) -> list[_Runs]:
     """Runs apart whose corpora have one name and different contents, those of the build with the most runs first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    places: dict[str, tuple[str, str]] = {}
-    for key, (_, record) in runs.items():
-        corpus, content = record.config.get("corpus"), record.result.get("corpus_content")
-        places[key] = (str(corpus or record.result.get("corpus")), str(content))
-        counts[places[key][0]][places[key][1]] += 1
+    for _, record in runs.values():
+        corpus, content = record.corpus
+        counts[corpus][content] += 1
     ranked = {corpus: [content for content, _ in found.most_common()] for corpus, found in counts.items()}
     builds: dict[int, _Runs] = defaultdict(dict)
     for key, found in runs.items():
-        corpus, content = places[key]
+        corpus, content = found[1].corpus
         builds[ranked[corpus].index(content)][key] = found
     return [builds[number] for number in sorted(builds)]
 
