@@ -103,7 +103,9 @@ def variant_name(config: Config) -> str:
     if settings.distance_penalty:
         parts.append("penalty")
     if settings.layer_windows:
-        parts.append("windows " + "/".join(map(str, sorted(set(settings.layer_windows)))))
+        usual = settings.layer_windows == uneven_windows(settings.layers, window)
+        shown = sorted(set(settings.layer_windows)) if usual else settings.layer_windows
+        parts.append("windows " + "/".join(map(str, shown)))
     if settings.window_schedule:
         parts.append("from dense")
     return ", ".join(parts)

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
+from dynamask.experiments.locality import uneven_windows
 from dynamask.experiments.mqar_data import MqarExamples, mqar_examples
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -59,6 +60,7 @@ class MqarConfig:
         local, recency: dma's; None: the library's defaults, 0 and 0: the paper's form.
         ranking, rank_power, recency_spread: dma's, see `DynamaskConfig`.
         window_schedule: see `LanguageConfig`; tests are always at the config's own window.
+        layer_windows: see `DynamaskConfig`.
         width: of the residual stream, d_model.
         heads: query heads, and as many key/value heads.
         layers: decoder layers.
@@ -82,6 +84,7 @@ class MqarConfig:
     rank_power: float = 1.0
     recency_spread: float = 1.0
     window_schedule: list[list[float]] = field(default_factory=list)
+    layer_windows: list[int] | None = None
     width: int = 128
     heads: int = 2
     layers: int = 2
@@ -123,7 +126,7 @@ class MqarConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking", "rank_power", "recency_spread", "window_schedule"))
+        return plain_settings(self, ("ranking", "rank_power", "recency_spread", "window_schedule", "layer_windows"))
 
     def window_at(self, step: int) -> int | None:
         """Keys per query in that step, the first being 0."""
@@ -200,7 +203,7 @@ def build_model(settings: MqarConfig) -> DynamaskForCausalLM:
     """The model of a run: embeddings, layers of the mixer alone, tied output."""
     own = ("local", "recency", "ranking", "rank_power", "recency_spread") if settings.attention == "dma" else ()
     dma = {name: getattr(settings, name) for name in own}
-    window = {} if settings.window is None else {"window": settings.window}
+    window = {} if settings.window is None else {"window": settings.window, "layer_windows": settings.layer_windows}
     shape = DynamaskConfig(
         attention=settings.attention,
         vocab_size=settings.vocab_size,
@@ -307,9 +310,11 @@ def mqar_kind(config: Config) -> str:
 
 def mixer_name(config: Config) -> str:
     """The mixer as a table shows it: dma's forms apart."""
+    parts = [str(config["attention"])]
+    if config.get("layer_windows"):
+        parts.append("uneven windows")
     if config["attention"] != "dma":
-        return str(config["attention"])
-    parts = ["dma"]
+        return ", ".join(parts)
     if config.get("local") == 0 and config.get("recency") == 0:
         parts.append("paper")
     if config.get("window_schedule"):
@@ -389,20 +394,26 @@ _DENSE_FIRST = {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]}
 
 
 def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: Any) -> list[Config]:
-    """Every mixer, dma in four forms, at every width, window (where it has one) and learning rate."""
+    """Every mixer, dma in five forms and swa in two, at every width, window (where it has one) and learning rate."""
+    sharp = {"ranking": "attention", "rank_power": 4.0, "recency_spread": 8.0}
     mixers: list[dict[str, Any]] = [
         *({"attention": "mha"}, {"attention": "mla"}, {"attention": "swa"}, {"attention": "nsa"}),
         *({"attention": "dma"}, {"attention": "dma", "local": 0, "recency": 0.0}),
         {"attention": "dma", "ranking": "attention"},
-        {"attention": "dma", "ranking": "attention", "rank_power": 4.0, "recency_spread": 8.0, **_DENSE_FIRST},
+        {"attention": "dma", **sharp, **_DENSE_FIRST},
+        *({"attention": "dma", **sharp, **_DENSE_FIRST, "uneven": True}, {"attention": "swa", "uneven": True}),
     ]
+    layers = MqarConfig.layers
     configs = []
     for width in widths:
         for mixer in mixers:
             for window in [None] if mixer["attention"] in WINDOWLESS else windows:
                 for rate in rates:
                     own = {"width": width, "heads": max(1, width // 64), "window": window, "learning_rate": rate}
-                    settings = MqarConfig(**{**mixer, **own, **common})
+                    form = {name: value for name, value in mixer.items() if name != "uneven"}
+                    if "uneven" in mixer and window is not None:
+                        form["layer_windows"] = uneven_windows(layers, window)
+                    settings = MqarConfig(**{**form, **own, **common})
                     # Defaults are written out, so that a later change of one cannot pass for the same run.
                     configs.append(settings.plain())
     return configs

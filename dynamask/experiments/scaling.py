@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
-from dynamask.experiments.locality import one_dense_in_four, variant_name
+from dynamask.experiments.locality import GENTLE, one_dense_in_four, uneven_windows, variant_name
 from dynamask.experiments.power_law import fit_power_law
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
@@ -42,8 +42,9 @@ MECHANISMS: list[dict[str, Any]] = [
     {"attention": "dma", "local": 0, "recency": 0.0},
     *({"attention": "mla"}, {"attention": "nsa"}),
     *({"attention": "dma", "mixed": True}, {"attention": "swa", "mixed": True}),
+    *({**GENTLE, "ranking": "attention", "uneven": True}, {"attention": "swa", "uneven": True}),
 ]
-"""Settings; "mixed": see `one_dense_in_four`."""
+"""Settings; "mixed": see `one_dense_in_four`; "uneven": see `uneven_windows`."""
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -75,6 +76,8 @@ class Plan:
             own["layer_attention"] = one_dense_in_four(own["attention"], self.shapes[shape]["layers"])
         if own["attention"] not in WINDOWLESS:
             own["window"] = self.window
+        if own.pop("uneven", False):
+            own["layer_windows"] = uneven_windows(self.shapes[shape]["layers"], self.window)
         if own["attention"] == "dma":
             own = {"local": self.window // 2, "recency": 1.0 / self.window, **own}
         settings = {**self.common, **self.shapes[shape], **own, "seed": seed, "learning_rate": rate}

@@ -47,19 +47,19 @@ def test_help_and_the_list_of_experiments_teach(dynamask: Command) -> None:
     listed = dynamask()
     assert listed.returncode == 0
     assert "mqar" in listed.stdout
-    assert "smoke (8)" in listed.stdout
+    assert "smoke (10)" in listed.stdout
 
 
 def test_list_says_what_is_done_and_left_and_writes_nothing(dynamask: Command, tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     fresh = dynamask("mqar", "--size", "smoke", "--results", str(path), "--list")
-    assert (fresh.returncode, "0 done, 8 to do" in fresh.stdout) == (0, True)
+    assert (fresh.returncode, "0 done, 10 to do" in fresh.stdout) == (0, True)
     assert not path.exists()
     config = MQAR.configs("smoke")[0]
     with ResultsFile(path) as file:
         file.append(Record("mqar", run_key("mqar", config), config, 0, {}, 12.5, "another machine", {}, None))
     listed = dynamask("mqar", "--size", "smoke", "--results", str(path), "--list")
-    assert "1 done, 7 to do" in listed.stdout
+    assert "1 done, 9 to do" in listed.stdout
     assert "12.5" in listed.stdout
     assert len(read_results(path)) == 1
 
@@ -78,8 +78,8 @@ def test_an_exhausted_budget_says_how_to_go_on(dynamask: Command, tmp_path: Path
     path = tmp_path / "r.jsonl"
     done = dynamask("mqar", "--size", "smoke", "--results", str(path), "--budget", "0.0001s")
     assert done.returncode == 0, done.stderr
-    assert "0 of 8 runs" in done.stdout
-    assert "8 runs are left: run the same command again" in done.stderr
+    assert "0 of 10 runs" in done.stdout
+    assert "10 runs are left: run the same command again" in done.stderr
     assert path.read_bytes() == b""
 
 

@@ -98,7 +98,9 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
     assert pytest.approx(LEARNING_RATES) == [1e-4, 10 ** (-4 + 2 / 3), 10 ** (-4 + 4 / 3), 1e-2]
     for size in MQAR.sizes:
         configs = MQAR.configs(size)
-        forms = {"dma", "dma, paper", "dma, ranked by attention", "dma, from dense, ranked by attention^4"}
+        sharp = "from dense, ranked by attention^4"
+        forms = {"dma", "dma, paper", "dma, ranked by attention", f"dma, {sharp}", f"dma, uneven windows, {sharp}"}
+        forms.add("swa, uneven windows")
         if size != "probe":
             assert {mixer_name(config) for config in configs} == {"mha", "mla", "swa", "nsa", *forms}
         assert len({json.dumps(config) for config in configs}) == len(configs)
