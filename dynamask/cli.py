@@ -342,24 +342,34 @@ def convert_upcycle(
     dense_layer: Annotated[
         list[int] | None, typer.Option(help="Index of a layer left dense, -1 for the last; repeatable.")
     ] = None,
+    uneven: Annotated[
+        bool, typer.Option("--uneven", help="The window on average: one layer in six wide, the others a quarter of it.")
+    ] = False,
     ranking: Annotated[
         str, typer.Option(help="score (the paper's), or attention: ranks that learn how much attention keys get.")
     ] = "score",
 ) -> None:
     """A dense model with zero-initialised gates: the same model up to `window` tokens, trainable sparse beyond.
 
-    A few layers left dense help quality, and cost a cache that grows.
+    Windows that differ (--uneven) keep as many keys and do far better in models trained so from the start. A few layers
+    left dense help, too, and cost a cache that grows. For a model that is to find what was said far back, take
+    --ranking attention: the paper's ranks do not learn that.
 
     **Examples**
 
     - `dynamask convert upcycle Qwen/Qwen3-0.6B sparse --window 1024`
+
+    - `dynamask convert upcycle Qwen/Qwen3-0.6B uneven --window 1024 --uneven --ranking attention`
 
     - `dynamask convert upcycle Qwen/Qwen3-0.6B mixed --dense-layer 9 --dense-layer 18 --ranking attention`
     """
     from dynamask import convert
 
     model = _load_causal_lm(source)
-    sparse = convert.upcycle(model, window, local=local, dense_layers=dense_layer or (), ranking=ranking)
+    windows = "uneven" if uneven else None
+    sparse = convert.upcycle(
+        model, window, local=local, dense_layers=dense_layer or (), layer_windows=windows, ranking=ranking
+    )
     _save_converted(sparse, source, target)
 
 

@@ -17,6 +17,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.expiry import check_window
 from dynamask.models.configuration import RANKINGS
 from dynamask.models.converted import CONVERTED
+from dynamask.models.layer_windows import resolved_windows
 
 _POWER = 4.0
 """`rank_power` of upcycled models, which attend already."""
@@ -65,6 +66,7 @@ def upcycle(
     *,
     local: int | None = None,
     dense_layers: Sequence[int] = (),
+    layer_windows: Sequence[int] | str | None = None,
     ranking: str = "score",
 ) -> PreTrainedModel:
     """A dense model with a zero-initialised DMA gate on every attention layer, or on most.
@@ -76,17 +78,20 @@ def upcycle(
             cannot throw the neighbours away.
         dense_layers: indices of layers left as they are, counted from the end if negative. Their cache grows with the
             text; a few among many help quality (`docs/results`, locality).
+        layer_windows: windows that differ, one per layer, or "uneven": `window` on average, one layer in six wide (see
+            `uneven_windows`). `local` is then that of a layer whose window is `window`; the others' go with their own.
         ranking: what decides which keys are kept, see `DynamaskConfig`. "attention": ranks that learn, in training, how
             much attention keys get.
 
     Returns:
         A causal LM of model_type "dynamask_<original>", same device and dtype. While the context is at most
-        `window` tokens it computes exactly what the dense model does; beyond, untrained gates make it a sliding
-        window, and training makes it choose. A layer that already slides keeps the shorter of the two windows.
+        `window` tokens (the narrowest layer's) it computes exactly what the dense model does; beyond, untrained gates
+        make it a sliding window, and training makes it choose. A layer that already slides keeps the shorter of the
+        two windows.
 
     Raises:
-        InvalidInputError: an architecture that is not supported, window, local or a layer out of range, or an unknown
-            ranking.
+        InvalidInputError: an architecture that is not supported, window, local or a layer out of range, another number
+            of windows than of layers, or an unknown ranking.
     """
     if type(dense_hf_model) not in CONVERTED or isinstance(dense_hf_model, DogeForCausalLM):
         known = ", ".join(cls.__name__ for cls in CONVERTED if cls is not DogeForCausalLM)
@@ -102,6 +107,7 @@ def upcycle(
         if not -len(layers) <= index < len(layers):
             raise InvalidInputError(f"dense_layers are indices of the {len(layers)} layers; got {index}")
     dense = {layers[index] for index in dense_layers}
+    wanted = resolved_windows(layer_windows, len(layers), window) or [window] * len(layers)
     _warn_of_dropout(config)
     kinds = getattr(config, "layer_types", None) or []
     sliding: Any = getattr(config, "sliding_window", None)
@@ -109,9 +115,10 @@ def upcycle(
     locals_: list[int] = []
     for index in layers:
         slides = sliding is not None and (kinds[index] == "sliding_attention" if kinds else True)
-        own = min(window, sliding) if slides else window
+        own = min(wanted[index], sliding) if slides else wanted[index]
+        share = local * wanted[index] // window
         windows.append(own if index not in dense else sliding if slides else None)
-        locals_.append(min(local, own) if index not in dense else sliding if slides else 0)
+        locals_.append(min(share, own) if index not in dense else sliding if slides else 0)
     fields = {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_}
     fields |= {"ranking": ranking, "rank_power": _POWER}
     return _build(dense_hf_model, dense_hf_model.state_dict(), fields, strict=False)

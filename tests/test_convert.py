@@ -184,6 +184,30 @@ def test_some_layers_dense_and_some_ranked_train_save_load_and_decode(ranking: s
         BoundedCache(loaded.config)
 
 
+def test_uneven_windows_train_save_load_and_decode(tmp_path) -> None:
+    dense = DENSE["qwen3"]().double()
+    model = convert.upcycle(dense, 8, layer_windows="uneven", ranking="attention")
+    assert (model.config.layer_windows, model.config.layer_locals) == ([2, 14], [1, 7])
+    tokens = torch.randint(3, 500, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens[:, :2]).logits, dense(tokens[:, :2]).logits, atol=1e-6, rtol=1e-6)
+    model.train()(tokens, labels=tokens).loss.backward()
+    assert model.model.layers[1].self_attn.gate.gate.grad.abs().max() > 0
+    model.eval().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    cache = BoundedCache(loaded.config)
+    with torch.no_grad():
+        whole = loaded(tokens, use_cache=False).logits
+        loaded(tokens[:, :30], past_key_values=cache, use_cache=True)
+        rest = loaded(tokens[:, 30:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(rest, whole[:, 30:])
+    assert [layer.keys.shape[2] for layer in cache.layers] == [2, 14]
+    slid = convert.upcycle(DENSE["mistral-sliding"](), 8, layer_windows=[4, 20])
+    assert slid.config.layer_windows == [4, 12]
+    with pytest.raises(InvalidInputError, match="each of the 2 layers; got 3"):
+        convert.upcycle(dense, 8, layer_windows=[8, 8, 8])
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2-mixed"])
 def test_upcycled_trains_saves_loads_and_decodes_sparse(name: str, tmp_path) -> None:
     model = convert.upcycle(DENSE[name]().double(), 8, local=2)

@@ -19,6 +19,7 @@ from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
 from dynamask.experiments.settings import ranked_by
+from dynamask.models import uneven_windows
 
 _SHARE = 16
 """Context over window."""
@@ -29,6 +30,12 @@ _FOUR_MILLION: dict[str, Any] = {
 }
 
 Variant = dict[str, Any]
+
+
+def wide_with_dense(layers: int, window: int) -> list[int]:
+    """`layer_windows` that are wide where `one_dense_in_four` has its dense layers."""
+    return uneven_windows(layers, window, every=4, first=1)
+
 
 PAPER: Variant = {"attention": "dma", "local": 0, "recency": 0.0}
 RIVALS: list[Variant] = [
@@ -49,8 +56,11 @@ GENTLE: Variant = {**_SPREAD, "score_form": "linear", "gate_rate": 0.1}
 CEILING: Variant = {**GENTLE, "window": "all", "local": "window"}
 """The same scores over the whole prefix: what no choice of keys can beat."""
 
-UNEVEN: Variant = {"layer_windows": "uneven"}
+ONE_IN_SIX: Variant = {"layer_windows": "one in six"}
 """See `uneven_windows`: as many keys in all, most of them where a layer is to look far."""
+ONE_IN_FOUR: Variant = {"layer_windows": "one in four"}
+"""See `wide_with_dense`."""
+_UNEVEN = {"one in six": uneven_windows, "one in four": wide_with_dense}
 
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
 FORMS: list[Variant] = [
@@ -103,7 +113,7 @@ def variant_name(config: Config) -> str:
     if settings.distance_penalty:
         parts.append("penalty")
     if settings.layer_windows:
-        usual = settings.layer_windows == uneven_windows(settings.layers, window)
+        usual = settings.layer_windows in [of(settings.layers, window) for of in _UNEVEN.values()]
         shown = sorted(set(settings.layer_windows)) if usual else settings.layer_windows
         parts.append("windows " + "/".join(map(str, shown)))
     if settings.window_schedule:
@@ -158,8 +168,8 @@ def configs(
                 own[slope] /= window
         if own["attention"] != "mha" or own.get("layer_attention"):
             own["window"] = length if own.get("window") == "all" else window
-        if own.get("layer_windows") == "uneven":
-            own["layer_windows"] = uneven_windows(shape["layers"], window)
+        if own.get("layer_windows") in ("one in six", "one in four"):
+            own["layer_windows"] = _UNEVEN[own["layer_windows"]](shape["layers"], window)
         if own.get("local") == "window":
             own["local"] = own["window"]
         if own["attention"] == "dma":  # the library's defaults may change, a run's meaning may not
@@ -188,15 +198,6 @@ def one_dense_in_four(attention: str, layers: int) -> list[str]:
     return ["mha" if layer % 4 == 1 else attention for layer in range(layers)]
 
 
-def uneven_windows(layers: int, window: int) -> list[int]:
-    """`layer_windows` with `window` keys a layer on average: a quarter of it everywhere but where `one_dense_in_four`
-    has its dense layers, which share the rest."""
-    wide = [layer % 4 == 1 for layer in range(layers)]
-    narrow = max(1, window // 4)
-    rest = (layers * window - narrow * wide.count(False)) // max(1, wide.count(True))
-    return [rest if each else narrow for each in wide]
-
-
 def _smoke() -> list[Config]:
     """Every form once, in seconds on a CPU: shows that it runs, not what it learns."""
     shape: dict[str, Any] = {
@@ -209,7 +210,7 @@ def _smoke() -> list[Config]:
         "steps": 3,
     }
     shape |= {"batch_tokens": 256, "validation_tokens": 512}
-    variants = [*RIVALS, CONTROL, *FORMS, *hybrids(2), {**GENTLE, "ranking": "attention", **UNEVEN}]
+    variants = [*RIVALS, CONTROL, *FORMS, *hybrids(2), {**GENTLE, "ranking": "attention", **ONE_IN_FOUR}]
     return configs(variants, ["bytes"], [0], [3e-3], **shape)
 
 
@@ -259,8 +260,9 @@ def _chinchilla() -> list[Config]:
     forms += [{"attention": "dma", "ranking": "attention"}, {"attention": "dma", "ranking": "attention", **_FROM_DENSE}]
     forms += [{"attention": "dma", "layer_attention": dense}, {**GENTLE, "local": "window", "layer_attention": dense}]
     forms += [{**GENTLE, "ranking": "attention", "layer_attention": dense}]
-    forms += [{**form, **UNEVEN} for form in ({**GENTLE, "ranking": "attention"}, {**GENTLE, "local": "window"})]
-    variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2], {**RIVALS[0], **UNEVEN}]
+    uneven = [{**GENTLE, "ranking": "attention"}, {**GENTLE, "local": "window"}, RIVALS[0]]
+    forms += [{**form, **windows} for form in uneven for windows in (ONE_IN_SIX, ONE_IN_FOUR)]
+    variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2]]
     return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **_FOUR_MILLION)]
 
 

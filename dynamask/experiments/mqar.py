@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.experiments.locality import uneven_windows
+from dynamask.experiments.locality import wide_with_dense
 from dynamask.experiments.mqar_data import MqarExamples, mqar_examples
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -412,7 +412,7 @@ def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: 
                     own = {"width": width, "heads": max(1, width // 64), "window": window, "learning_rate": rate}
                     form = {name: value for name, value in mixer.items() if name != "uneven"}
                     if "uneven" in mixer and window is not None:
-                        form["layer_windows"] = uneven_windows(layers, window)
+                        form["layer_windows"] = wide_with_dense(layers, window)
                     settings = MqarConfig(**{**form, **own, **common})
                     # Defaults are written out, so that a later change of one cannot pass for the same run.
                     configs.append(settings.plain())
@@ -452,14 +452,6 @@ def _fifth(segments: Sequence[Segment]) -> list[Segment]:
     return [[length, pairs, examples // 5] for length, pairs, examples in segments]
 
 
-def _long() -> list[Config]:
-    """As "quick", one rate and seed, window 256, trained and tested to 4096 tokens and 256 pairs."""
-    longer = [[512, 128], [1024, 256], [2048, 256], [4096, 256]]
-    train = [*_fifth(TRAIN), *([*shape, 4000] for shape in longer)]
-    test = [*_fifth(TEST), *([*shape, 200] for shape in longer[2:])]
-    return _sweep([128], [256], [LEARNING_RATES[2]], train=train, test=test, epochs=8)
-
-
 def _small() -> list[Config]:
     """The published mixture at a fifth of its examples, one width, half the epochs."""
     return _sweep([128], [64], LEARNING_RATES, train=_fifth(TRAIN), test=_fifth(TEST), epochs=32)
@@ -477,7 +469,7 @@ MQAR = Experiment(
     name="mqar",
     description="multi-query associative recall: accuracy by pairs and length, every mixer, two layers",
     run=run_mqar,
-    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "long": _long, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,

@@ -23,7 +23,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
 from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
-from dynamask.experiments.locality import GENTLE, one_dense_in_four, uneven_windows
+from dynamask.experiments.locality import GENTLE, one_dense_in_four, wide_with_dense
 from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -350,7 +350,7 @@ def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any)
     ranked = {**default, "ranking": "attention"}
     layers = common.get("layers", NeedleConfig.layers)
     mixed = {"layer_attention": one_dense_in_four("dma", layers)}
-    uneven = {"layer_windows": uneven_windows(layers, window)}
+    uneven = {"layer_windows": wide_with_dense(layers, window)}
     models: list[dict[str, Any]] = [
         {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
         *(default, {**default, **GENTLE}, {**default, "local": 0, "recency": 0.0}),

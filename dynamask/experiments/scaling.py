@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 
 from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
-from dynamask.experiments.locality import GENTLE, one_dense_in_four, uneven_windows, variant_name
+from dynamask.experiments.locality import GENTLE, one_dense_in_four, variant_name
 from dynamask.experiments.power_law import fit_power_law
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
 from dynamask.experiments.section import Section
 from dynamask.experiments.settings import WINDOWLESS
+from dynamask.models import uneven_windows
 
 SHAPES: dict[str, dict[str, int]] = {
     "4M": {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "batch_tokens": 65_536},

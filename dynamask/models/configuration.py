@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from dynamask.errors import InvalidInputError
 from dynamask.expiry import check_window
+from dynamask.models.layer_windows import resolved_windows
 
 SCORE_FORMS = ("exp", "linear")
 GATE_INITS = ("gate", "delta")
@@ -57,9 +58,10 @@ class DynamaskConfig(PreTrainedConfig):
         distance_penalty: mha, swa: initial slope of a learned penalty per position of distance on the logits, the same
             that dma's recency adds to them; 0: none.
         layer_attention: attention of each layer, where they differ: num_hidden_layers names. None: `attention` in all.
-        layer_windows: window of each layer, where they differ: num_hidden_layers integers, of which mha's are not read.
-            `local` and all slopes are then those of a layer whose window is `window`; the others' go with their own.
-            None: `window` in all.
+        layer_windows: window of each layer, where they differ: num_hidden_layers integers, of which mha's are not read,
+            or "uneven": `window` on average, one layer in six wide and the others narrow (`uneven_windows`), which has
+            done far better than `window` everywhere. `local` and all slopes are then those of a layer whose window is
+            `window`; the others' go with their own. None: `window` in all.
         kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: mla's dimensions; None:
             chosen so that the model has as many parameters as with mha (`dynamask report parameters`).
         nsa_block_size, nsa_block_counts, nsa_window: nsa's block length, selected blocks per query and sliding
@@ -102,7 +104,7 @@ class DynamaskConfig(PreTrainedConfig):
     rank_power: float = 1.0
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
-    layer_windows: list[int] | None = None
+    layer_windows: list[int] | str | None = None
 
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
@@ -146,16 +148,9 @@ class DynamaskConfig(PreTrainedConfig):
         if self.local is None:
             self.local = self.window // 2
         check_window(self.window, self.local)
-        if self.layer_windows is not None:
-            if len(self.layer_windows) != self.num_hidden_layers:
-                raise InvalidInputError(
-                    f"layer_windows gives the window of each of the {self.num_hidden_layers} layers; got "
-                    f"{len(self.layer_windows)} windows"
-                )
-            if "nsa" in self.layer_mixers:
-                raise InvalidInputError("nsa takes the same window in all layers: leave layer_windows out")
-            for window in self.layer_windows:
-                check_window(window, 0)
+        self.layer_windows = resolved_windows(self.layer_windows, self.num_hidden_layers, self.window)
+        if self.layer_windows is not None and "nsa" in self.layer_mixers:
+            raise InvalidInputError("nsa takes the same window in all layers: leave layer_windows out")
         if self.recency is None:
             self.recency = 1.0 / self.window
         if self.recency < 0:
@@ -193,6 +188,7 @@ class DynamaskConfig(PreTrainedConfig):
         if self.layer_windows is None:
             return None
         assert self.local is not None
+        assert not isinstance(self.layer_windows, str)  # resolved when the configuration was made
         return [
             window if mixer == "swa" else self.local * window // self.window
             for mixer, window in zip(self.layer_mixers, self.layer_windows, strict=True)

@@ -30,7 +30,7 @@ def new_cache(config: DynamaskConfig) -> Cache:
         return BoundedCache(config)
     mixers = [get_mixer(name) for name in config.layer_mixers]
     windows, locals_ = config.layer_windows, config.layer_locals
-    if windows is None or locals_ is None:
+    if windows is None or locals_ is None or isinstance(windows, str):
         return Cache(layers=[mixer.cache_layer(config) for mixer in mixers])
     layers = []
     for mixer, window, local in zip(mixers, windows, locals_, strict=True):

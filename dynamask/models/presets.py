@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-_CHECKED = frozenset(DynamaskConfig.__annotations__) - {"eos_token_id", "layer_attention"}
+_CHECKED = frozenset(DynamaskConfig.__annotations__) - {"eos_token_id", "layer_attention", "layer_windows"}
 
 
 def preset(name: str, **overrides: Any) -> DynamaskConfig:

@@ -19,7 +19,7 @@ from dynamask.experiments.language import (
     parameter_counts,
     training_flops,
 )
-from dynamask.experiments.locality import locality_summary, uneven_windows, variant_name
+from dynamask.experiments.locality import locality_summary, variant_name
 from dynamask.experiments.scaling import PLANS, SHAPES, scaling_summary
 
 
@@ -142,14 +142,6 @@ def test_the_smoke_sweep_runs_every_form(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(set(by_name.values())) > 0.8 * len(by_name)
     assert by_name["dma, spread 8, gate_init delta"] != by_name["dma, spread 8"]
     assert by_name["mha, penalty"] != by_name["mha"]
-
-
-@pytest.mark.parametrize(("layers", "window"), [(6, 128), (4, 64), (2, 8), (9, 256), (1, 8)])
-def test_uneven_windows_keep_as_many_keys(layers: int, window: int) -> None:
-    windows = uneven_windows(layers, window)
-    total = layers * window
-    assert total - layers < sum(windows) <= total or layers == 1  # what does not divide is left out
-    assert min(windows) == window // 4
 
 
 def test_uneven_windows_count_and_scale_with_a_schedule() -> None:
