@@ -432,6 +432,8 @@ def experiment(
     With several workers each is a process of its own, which saves its run when the budget ends or Ctrl-C comes, where
     runs can be continued (all but mqar's). More workers than GPUs share them: quicker for models too small to fill
     one, but seconds and tokens/s are then not those of a run alone, and the device's name in the results says so.
+    Processes take turns on a GPU unless NVIDIA's MPS lets them overlap, which small models gain a lot from: start it
+    with `nvidia-cuda-mps-control -d` before the sweep, and end it with `echo quit | nvidia-cuda-mps-control`.
 
     **Examples**
 

@@ -22,6 +22,8 @@ _CEILING = "all keys"
 """In the name of a run without a window: no form at a sixteenth of the context."""
 
 _RANKED = ", ranked by attention"
+_WINDOWS = ", windows "
+"""What follows the ranks in the name of a run whose layers have windows of their own."""
 
 _Losses = dict[str, dict[tuple[str, int, int, float], Record]]
 
@@ -90,7 +92,8 @@ def _chosen(control: str) -> list[str]:
     """The forms that differ from a control by their choice of keys: with one score for ranks and logits, and with ranks
     of their own (whose score on the logits reads the head's own value alone, where the control's reads all heads')."""
     form = control.replace(f", {_CONTROL}", "", 1)
-    return [form, f"{form}{_RANKED}"]
+    gates, windows, rest = form.partition(_WINDOWS)
+    return [form, f"{gates}{_RANKED}{windows}{rest}"]
 
 
 def _choice(form: str, control: str, runs: _Losses) -> Finding:

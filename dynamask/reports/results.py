@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from dynamask.reports.claims import CLAIMS
 RESULTS, OUTPUT = Path("benchmarks/results"), Path("docs/results")
 COMMAND = "dynamask report results"
 _KEYS_SHOWN = 12
+_BUILD = "-"
+"""Between a run's key and the content that tells it from the run of the same key on another build of its corpus."""
 _Runs = dict[str, tuple[str, Record]]
 """Key of a run -> its file and itself."""
 _VERDICTS = {True: "held", False: "**did not hold**", None: "not measured"}
@@ -127,8 +129,12 @@ def _collect(results: Path, output: Path) -> list[_Page]:
     records: dict[str, tuple[str, Record]] = {}
     for file in sorted(results.glob("*.jsonl")):
         for record in read_results(file):
-            # Runs are numbered by their settings: a second one of the same key is the same run repeated.
-            records.setdefault(record.key, (_shown(file), record))
+            # Runs are numbered by their settings: a second one of the same key is the same run repeated, unless it read
+            # another build of its corpus.
+            earlier = records.setdefault(record.key, (_shown(file), record))[1]
+            if earlier.corpus != record.corpus:
+                key = f"{record.key}{_BUILD}{record.corpus[1][:8]}"
+                records.setdefault(key, (_shown(file), replace(record, key=key)))
     pages = [_experiment_page(EXPERIMENTS[name], records, results, output) for name in sorted(EXPERIMENTS)]
     return pages + [_benchmark_page(name, results, output) for name in BENCHMARKS]
 
@@ -144,7 +150,7 @@ def _experiment_page(experiment: Experiment, records: _Runs, results: Path, outp
     }
     groups: list[tuple[str, str, str, _Runs]] = []  # what they are, how that goes on, name, runs
     for size, keys in reversed(sizes.items()):  # the largest first
-        chosen = {key: left.pop(key) for key in dict.fromkeys(keys) if key in left}
+        chosen = {key: left.pop(key) for key in [*left] if key.split(_BUILD)[0] in keys}
         groups.append((f"Size `{size}`", f" of {len(set(keys))}", f"{experiment.name}-{size}", chosen))
     groups.append(("Other settings", "", f"{experiment.name}-other", left))
     for what, of, name, chosen in groups:

@@ -48,7 +48,7 @@ def test_the_smoke_sweep_tests_every_model_at_every_cell(tmp_path: Path) -> None
     from_dense = {f"dma, from dense{ranks}" for ranks in ("", ", ranked by attention", ", ranked by attention^4")}
     mixed = {f"{name}, one layer in four dense" for name in ("dma", "swa")}
     mixed.add("dma, one layer in four dense, gentle, ranked by attention")
-    mixed |= {"swa, windows 8", "dma, windows 8, from dense, ranked by attention^4"}
+    mixed |= {"swa, windows 32", "dma, windows 32, from dense, ranked by attention^4"}
     assert models == {"mha", "dma, upcycled", "dma", "dma, gentle", "dma, paper", *ranked, *from_dense, *mixed}
     assert len(scores) == cells * len(models)
     assert not list((tmp_path / "state").glob("*")), "trained models are deleted after the test"
@@ -131,3 +131,19 @@ def test_mistakes_are_named() -> None:
         NeedleConfig("mha", context=512)
     with pytest.raises(InvalidInputError, match="unknown retrieval task"):
         NeedleConfig("mha", tasks=["needles"])
+
+
+def _scored(model: str, exact: float) -> Record:
+    record = _record("mha", {256: exact, 512: exact})
+    scores = [score | {"model": model} for score in record.result["scores"]]
+    return dataclasses.replace(record, key=model, result={"scores": scores, "loss": {model: 1.0}})
+
+
+def test_a_choice_of_keys_is_held_against_what_keeps_as_many_without(tmp_path: Path) -> None:
+    """Ranks that learn against the paper's in models made of a dense one, and against sliding windows just as wide."""
+    upcycled = [_scored("dma, upcycled", 0.3), _scored("dma, upcycled, ranked by attention^4", 0.8)]
+    uneven = [_scored("swa, windows 8/56", 0.6), _scored("dma, windows 8/56, ranked by attention", 0.62)]
+    others = [_scored("dma, windows 8/40, ranked by attention", 0.9), _scored("dma, ranked by attention", 0.9)]
+    findings = report_needle([*upcycled, *uneven, *others], tmp_path).findings
+    verdicts = {f.subject: f.held for f in findings if f.claim == "retrieval"}
+    assert verdicts == {upcycled[1].key: True, uneven[1].key: False}
