@@ -32,9 +32,9 @@ from dynamask.experiments.language_data import token_streams
 from dynamask.experiments.registry import Config, Progress
 from dynamask.experiments.results import run_key
 from dynamask.experiments.settings import WINDOWLESS, plain_settings, read_settings
-from dynamask.experiments.window_schedule import check_window_schedule, scheduled_window, set_window
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
+from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
 
 TokenLosses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Output layer, states (n, hidden), targets (n,) -> losses (n,)."""

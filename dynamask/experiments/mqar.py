@@ -30,9 +30,9 @@ from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
 from dynamask.experiments.settings import WINDOWLESS, plain_settings, ranked_by, read_settings
-from dynamask.experiments.window_schedule import check_window_schedule, scheduled_window, set_window
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
+from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
 
 Segment = list[int]
 """[length, pairs, examples]"""

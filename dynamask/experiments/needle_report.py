@@ -41,7 +41,8 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
             "Exact match by depth and length",
             keys,
             f"Per cent of the answers decoded in full; trained at {trained} tokens, examples at most half of it. At "
-            "depth 1 the needle is next to the question, where any window has it: a third of the answers at three depths.",
+            "depth 1 the needle is next to the question, where any window has it: a third of the answers, where there "
+            "are three depths.",
             needle_summary(records),
             draw_scores(scores, folder / "needle.svg", trained_on=contexts[0] if len(contexts) == 1 else None),
             "heat maps of exact match, depth against length, one row per task and one column per model",

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from dynamask.errors import UsageError, did_you_mean
+from dynamask.errors import InvalidInputError, UsageError, did_you_mean
+from dynamask.models.window_schedule import check_window_schedule
 
 SCHEDULES = ("cosine", "wsd", "constant")
 
@@ -32,6 +33,8 @@ class TrainConfig:
         batch_size: sequences per device and step.
         gradient_accumulation: micro-steps per optimizer step.
         steps: optimizer steps.
+        window_schedule: [share of the training, factor on the window] in rising order, see `ScheduledWindow`; empty:
+            one window throughout.
         learning_rate: peak learning rate of AdamW.
         schedule: "cosine" to zero, "wsd" (warm-up, stable, linear decay over the last fifth), "constant".
         warmup: steps of linear warm-up.
@@ -58,6 +61,7 @@ class TrainConfig:
     batch_size: int = 8
     gradient_accumulation: int = 1
     steps: int = 500
+    window_schedule: list[list[float]] = field(default_factory=list)
     learning_rate: float = 1e-3
     schedule: str = "cosine"
     warmup: int = 50
@@ -86,6 +90,10 @@ class TrainConfig:
             raise UsageError(f"learning_rate must be a positive number; got {self.learning_rate}")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        try:
+            check_window_schedule(self.window_schedule)
+        except InvalidInputError as error:
+            raise UsageError(str(error)) from error
         if self.precision not in ("auto", "bf16", "fp32"):
             raise UsageError(f"precision must be auto, bf16 or fp32; got {self.precision!r}")
 
@@ -149,7 +157,8 @@ def _typed(key: str, value: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    expected = {"int": int, "float": float, "bool": bool, "str": str, "list[str]": list, "dict[str, Any]": dict}[kind]
+    kinds = {"int": int, "float": float, "bool": bool, "str": str, "dict[str, Any]": dict}
+    expected = kinds.get(kind, list)
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise UsageError(f"{key} must be {expected.__name__}; got {value!r}")
     return value

@@ -19,6 +19,7 @@ from dynamask.errors import UsageError
 from dynamask.models import DynamaskForCausalLM, preset
 from dynamask.training.config import TrainConfig
 from dynamask.training.trainer import AtomicTrainer, checkpoints
+from dynamask.training.window_schedule import ScheduledWindow
 
 # Settings that may change between a run and its resumption: they alter neither weights nor losses so far.
 _FREE_TO_CHANGE = {"resume", "keep", "save_every", "log_every", "eval_every", "output", "corpus", "data", "errors"}
@@ -99,7 +100,7 @@ def train(
         args=arguments,
         train_dataset=train_set,
         eval_dataset=validation_set,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *([ScheduledWindow(config.window_schedule)] if config.window_schedule else [])],
         keep=config.keep,
     )
     found = checkpoints(output) if config.resume else []

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from dynamask.errors import InvalidInputError
-from dynamask.models import DynamaskForCausalLM
 
 WindowSchedule = Sequence[Sequence[float]]
 """[share of the training, factor on the window] in rising order of shares."""
 
 
 def check_window_schedule(schedule: WindowSchedule) -> None:
-    """Raise InvalidInputError for shares that do not rise, or a factor that is not above 0."""
-    shares = [share for share, _ in schedule]
-    if shares != sorted(shares) or any(factor <= 0 for _, factor in schedule):
+    """Raise InvalidInputError for what is not pairs, shares that do not rise, or a factor that is not above 0."""
+    try:
+        shares = [float(share) for share, _ in schedule]
+        factors = [float(factor) for _, factor in schedule]
+        fits = shares == sorted(shares) and all(factor > 0 for factor in factors)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
         raise InvalidInputError(f"window_schedule is [share, factor > 0] in rising order of shares; got {schedule}")
 
 
@@ -27,8 +32,9 @@ def scheduled_window(window: int, schedule: WindowSchedule, step: int, steps: in
     return max(1, round(window * factor))
 
 
-def set_window(model: DynamaskForCausalLM, window: int | None) -> None:
-    """Let the mixers that choose keep so many keys; None leaves a model alone that has none of them."""
+def set_window(model: Any, window: int | None) -> None:
+    """Let the mixers of a dynamask model that choose keep so many keys, those of uneven windows in proportion; None
+    leaves a model alone that has none of them."""
     # Mixers read the window from the config at every call, and share the one config.
     if window is not None and model.config.window != window:
         model.config.window = window
