@@ -346,22 +346,22 @@ def convert_upcycle(
         bool, typer.Option("--uneven", help="The window on average: one layer in six wide, the others a quarter of it.")
     ] = False,
     ranking: Annotated[
-        str, typer.Option(help="score (the paper's), or attention: ranks that learn how much attention keys get.")
-    ] = "score",
+        str, typer.Option(help="attention: ranks that learn who is looked at; or score (the paper's).")
+    ] = "attention",
 ) -> None:
     """A dense model with zero-initialised gates: the same model up to `window` tokens, trainable sparse beyond.
 
     Windows that differ (--uneven) keep as many keys and do far better in models trained so from the start. A few layers
-    left dense help, too, and cost a cache that grows. For a model that is to find what was said far back, take
-    --ranking attention: the paper's ranks do not learn that.
+    left dense help, too, and cost a cache that grows. Of the paper's ranks (--ranking score) fine-tuned models did not
+    learn to find what was said beyond their local window.
 
     **Examples**
 
     - `dynamask convert upcycle Qwen/Qwen3-0.6B sparse --window 1024`
 
-    - `dynamask convert upcycle Qwen/Qwen3-0.6B uneven --window 1024 --uneven --ranking attention`
+    - `dynamask convert upcycle Qwen/Qwen3-0.6B uneven --window 1024 --uneven`
 
-    - `dynamask convert upcycle Qwen/Qwen3-0.6B mixed --dense-layer 9 --dense-layer 18 --ranking attention`
+    - `dynamask convert upcycle Qwen/Qwen3-0.6B mixed --dense-layer 9 --dense-layer 18`
     """
     from dynamask import convert
 
@@ -829,6 +829,10 @@ def report_masks(
     line: Annotated[
         Path | None, typer.Option(help="Also write the raw figures here, for `dynamask report results`.")
     ] = None,
+    over_training: Annotated[
+        bool,
+        typer.Option("--over-training", help="Of every checkpoint of the run: lifetimes, losses by step."),
+    ] = False,
 ) -> None:
     """What did the mask learn? Masks, lifetimes, which kinds of token survive, how far back heads read.
 
@@ -839,13 +843,17 @@ def report_masks(
     - `dynamask report masks runs/tiny`
 
     - `dynamask report masks runs/tiny --data essays/ --texts 64 --line benchmarks/results/masks/tiny.jsonl`
+
+    - `dynamask report masks runs/tiny --over-training` — of a run trained with save_every=100 keep=20, for one
     """
     import torch
 
     from dynamask.evaluation.masks import mask_texts, measure_masks
+    from dynamask.evaluation.masks_over_training import measure_masks_over_training
     from dynamask.experiments import provenance
     from dynamask.reports import draw_live_keys
     from dynamask.reports.masks import draw_masks
+    from dynamask.reports.masks_over_training import draw_lifetimes_over_training
     from dynamask.training import open_run
 
     if texts < 1:
@@ -854,12 +862,24 @@ def report_masks(
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     size = length or 8 * getattr(loaded.config, "window", 32)
     chosen = mask_texts(model, tokenizer, data, size, texts)
-    figures = measure_masks(loaded, tokenizer, chosen, progress=_progress)
     environment = {"device": provenance.device_name(), "torch": torch.__version__, "commit": provenance.commit()}
-    content = {"report": "masks", "name": name or Path(model).resolve().name, "environment": environment, **figures}
-    for file in (output / "masks.jsonl", *([line] if line else [])):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+    def write(kind: str, figures: dict[str, Any]) -> dict[str, Any]:
+        content = {"report": kind, "name": name or Path(model).resolve().name, "environment": environment, **figures}
+        for file in (output / f"{kind}.jsonl", *([line] if line else [])):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        return content
+
+    if over_training:
+        content = write(
+            "masks-over-training", measure_masks_over_training(model, tokenizer, chosen, progress=_progress)
+        )
+        picture = draw_lifetimes_over_training(content, output / "lifetimes_over_training.png")
+        console.print(f"written {output}/masks-over-training.jsonl and {picture.name}", soft_wrap=True)
+        return
+    figures = measure_masks(loaded, tokenizer, chosen, progress=_progress)
+    content = write("masks", figures)
     pictures = list(draw_masks(content, output).values())
     pictures.append(draw_live_keys(loaded, tokenizer, tokenizer.decode(chosen[0]), output / "live_keys.png"))
     loss = figures["loss"]

@@ -67,7 +67,7 @@ def upcycle(
     local: int | None = None,
     dense_layers: Sequence[int] = (),
     layer_windows: Sequence[int] | str | None = None,
-    ranking: str = "score",
+    ranking: str = "attention",
 ) -> PreTrainedModel:
     """A dense model with a zero-initialised DMA gate on every attention layer, or on most.
 
@@ -80,8 +80,10 @@ def upcycle(
             text; a few among many help quality (`docs/results`, locality).
         layer_windows: windows that differ, one per layer, or "uneven": `window` on average, one layer in six wide (see
             `uneven_windows`). `local` is then that of a layer whose window is `window`; the others' go with their own.
-        ranking: what decides which keys are kept, see `DynamaskConfig`. "attention": ranks that learn, in training, how
-            much attention keys get.
+        ranking: what decides which keys are kept, see `DynamaskConfig`. "attention": ranks that learn, in training, who
+            is looked at sharply. With the paper's "score", fine-tuned models found 33% of what was hidden in their
+            context, which is what lies in the local window, with "attention" 68%, the dense model 72% (12M parameters,
+            an eighth of the keys; `docs/results`, needle).
 
     Returns:
         A causal LM of model_type "dynamask_<original>", same device and dtype. While the context is at most

@@ -9,7 +9,9 @@ from typing import Any
 
 from dynamask.experiments.section import Exhibit, Finding, Row, Section
 from dynamask.reports.masks import masks_section
+from dynamask.reports.masks_over_training import masks_over_training_section
 from dynamask.reports.style import BLACK, BLUE, GREEN, ORANGE, RED, SKY, save_figure
+from dynamask.reports.tasks import tasks_section
 
 Sectioned = tuple[Section, dict[str, Any], str]
 """The section, the raw rows it may name by key, and where they were measured."""
@@ -24,6 +26,7 @@ class Benchmark:
         pattern: which files, below the results folder.
         command: what writes such a file.
         section: the file's JSON and a folder for pictures -> its section.
+        together: whether the lines of a file make one section, and are given to it as a list.
     """
 
     title: str
@@ -31,6 +34,7 @@ class Benchmark:
     pattern: str
     command: str
     section: Callable[[Any, Path], Sectioned]
+    together: bool = False
 
 
 _DENSE = ("flash", "cudnn", "fa3")
@@ -262,6 +266,22 @@ BENCHMARKS: dict[str, Benchmark] = {
         "masks/*.jsonl",
         "dynamask report masks RUN --line benchmarks/results/masks/RUN.jsonl",
         masks_section,
+    ),
+    "masks-over-training": Benchmark(
+        "Masks over training",
+        "The checkpoints of a run: when a model begins to choose, and whether it comes to need the choice.",
+        "masks-over-training/*.jsonl",
+        "dynamask report masks RUN --over-training --line benchmarks/results/masks-over-training/RUN.jsonl",
+        masks_over_training_section,
+    ),
+    "tasks": Benchmark(
+        "Benchmark tasks over local data",
+        "lm-evaluation-harness on a small model of every mechanism, with data that every machine has: that all of them "
+        "run through it, and what models of this size get.",
+        "tasks/*.jsonl",
+        "python benchmarks/local_tasks.py",
+        tasks_section,
+        together=True,
     ),
 }
 """By the name of their page."""

@@ -204,7 +204,8 @@ def _benchmark_page(name: str, results: Path, output: Path) -> _Page:
     for file in sorted(results.glob(benchmark.pattern)):
         # Its folder counts where the pattern leaves it open, or two runs of one name would share an exhibit's.
         label = file.stem if file.parent == results else f"{file.parent.name}-{file.stem}"
-        for number, raw in enumerate(_read(file)):
+        raws = _read(file)
+        for number, raw in enumerate([raws] if benchmark.together else raws):
             part_name = label if number == 0 else f"{label}-{number + 1}"
             try:
                 section, rows, sources = benchmark.section(raw, output / part_name)
