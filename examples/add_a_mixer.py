@@ -29,7 +29,7 @@ class SinkAttention(GroupedQueryMixer):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         batch, groups, length = key.shape[:3]
-        expiry = recency_expiry(batch, groups, length, self.window, sequence, key.device)
+        expiry = recency_expiry(batch, groups, length, self.layer_window, sequence, key.device)
         whole = recency_expiry(batch, groups, length, length, sequence, key.device)
         sink = sequence.key_position_ids(length)[:, None] < self.SINKS
         return self.merge_heads(interval_attention(query, key, value, torch.where(sink, whole, expiry)))

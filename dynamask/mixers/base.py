@@ -89,13 +89,13 @@ class Mixer(nn.Module, ABC):
         self.window_share = (windows[layer_idx], config.window) if windows else (1, 1)
 
     @property
-    def window(self) -> int:
+    def layer_window(self) -> int:
         """Keys that each query of this layer keeps."""
         own, common = self.window_share
         return max(1, self.config.window * own // common)
 
     @property
-    def local(self) -> int:
+    def layer_local(self) -> int:
         """How many of them are the newest positions."""
         own, common = self.window_share
         return self.config.local * own // common  # type: ignore[no-any-return]

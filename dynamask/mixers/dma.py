@@ -220,8 +220,8 @@ class DynamicMaskAttention(GroupedQueryMixer):
             value,
             self.gate,
             sequence,
-            window=self.window,
-            local=self.local,
+            window=self.layer_window,
+            local=self.layer_local,
             cache=cache,
             # Not read without a cache: compiled layer by layer, one graph serves every layer then.
             layer_idx=self.layer_idx if cache is not None else 0,

@@ -35,12 +35,14 @@ class SlidingWindowAttention(GroupedQueryMixer):
             bias = None if self.penalty is None else self.penalty(sequence.position_ids)
             live = layer.extend(key, value, bias, sequence.new_key_mask())
             bias = None if bias is None else live.score
-            return self.merge_heads(attend(query, live.key, live.value, live.expiry, bias=bias, max_live=self.window))
+            return self.merge_heads(
+                attend(query, live.key, live.value, live.expiry, bias=bias, max_live=self.layer_window)
+            )
         if cache is not None:
             key, value = self.remember(cache, key, value, sequence)
         batch, groups, length = key.shape[:3]
-        expiry = recency_expiry(batch, groups, length, self.window, sequence, key.device)
+        expiry = recency_expiry(batch, groups, length, self.layer_window, sequence, key.device)
         bias = None
         if self.penalty is not None:
             bias = self.penalty(sequence.key_position_ids(length)).expand(batch, groups, length)
-        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=self.window))
+        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=self.layer_window))

@@ -150,7 +150,7 @@ def test_uneven_windows_count_and_scale_with_a_schedule() -> None:
     with torch.device("meta"):
         model = build_model(uneven, 64)
     model.config.window = 2 * uneven.window
-    assert [layer.mixer.window for layer in model.model.layers] == [2 * window for window in uneven.layer_windows]
+    assert [layer.mixer.layer_window for layer in model.model.layers] == [2 * window for window in uneven.layer_windows]
     even = dataclasses.replace(uneven, layer_windows=[uneven.window] * uneven.layers)
     plain = dataclasses.replace(uneven, layer_windows=None)
     assert training_flops(even, model) == training_flops(plain, model)

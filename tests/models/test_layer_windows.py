@@ -46,7 +46,7 @@ def test_slopes_and_local_shares_go_with_the_window() -> None:
     even = [tiny_model("dma", window=window, rank_recency=0.2 * 6 / window, **fields) for window in WINDOWS]
     for layer, (window, alone) in enumerate(zip(WINDOWS, even, strict=True)):
         mixer, expected = model.model.layers[layer].mixer, alone.model.layers[layer].mixer
-        assert (mixer.window, mixer.local) == (window, window // 2)
+        assert (mixer.layer_window, mixer.layer_local) == (window, window // 2)
         torch.testing.assert_close(mixer.gate.log_recency, expected.gate.log_recency)
         torch.testing.assert_close(mixer.gate.log_rank_recency, expected.gate.log_rank_recency)
     penalised = tiny_model("swa", layer_windows=WINDOWS, distance_penalty=0.2)

@@ -31,7 +31,7 @@ class _Seen(TrainerCallback):
         for layer in layers:
             layer.mixer.register_forward_pre_hook(
                 lambda mixer, _: (
-                    self.windows.setdefault(state.global_step, []).append(mixer.window)
+                    self.windows.setdefault(state.global_step, []).append(mixer.layer_window)
                     if torch.is_grad_enabled()
                     else None
                 )
