@@ -342,8 +342,8 @@ def _index(pages: Sequence[_Page], results: Path) -> str:
             "## What held, and what did not",
             "",
             "The claims are the paper's ([arXiv 2508.02124](https://arxiv.org/abs/2508.02124)), but for the last "
-            "three, which are this library's goals. Most were made at sizes that were not run here, and a verdict is about "
-            "the sizes measured: the page it comes from names them.",
+            "three, which are this library's goals. Most were made at sizes that were not run here, and a verdict is "
+            "about the sizes measured: the page it comes from names them.",
             "",
             markdown_table(rows),
             "",
