@@ -156,18 +156,18 @@ def test_two_workers_find_what_one_finds_and_one_goes_on_where_they_were_broken_
 
     together = tmp_path / "together.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(SCALING, tuning, together, workers=2, follow_up=follow_up, observer=BreakOff(14))
+        run_sweep(SCALING, tuning, together, workers=2, follow_up=follow_up, observer=BreakOff(18))
     assert multiprocessing.active_children() == []
     by_workers = read_results(together)
-    assert 14 <= len(by_workers) < 16
+    assert 18 <= len(by_workers) < 20
     assert {record.device for record in by_workers} == {device_name(2)}
     assert device_name(2) != device_name()
     rest = run_sweep(SCALING, tuning, together, follow_up=follow_up)
-    assert (rest.ran, rest.left, rest.failed) == (16 - len(by_workers), [], [])
+    assert (rest.ran, rest.left, rest.failed) == (20 - len(by_workers), [], [])
     assert rest.records[: len(by_workers)] == by_workers
 
     alone = run_sweep(SCALING, tuning, tmp_path / "alone.jsonl", follow_up=follow_up).records
-    assert len(alone) == 16
+    assert len(alone) == 20
     losses = {record.key: [look["loss"] for look in record.result["curve"]] for record in alone}
     found = {record.key: [look["loss"] for look in record.result["curve"]] for record in rest.records}
     assert found.keys() == losses.keys()
