@@ -112,13 +112,24 @@ def variant_name(config: Config) -> str:
         parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:
         parts.append("penalty")
-    if settings.layer_windows:
-        usual = settings.layer_windows in [of(settings.layers, window) for of in _UNEVEN.values()]
-        shown = sorted(set(settings.layer_windows)) if usual else settings.layer_windows
-        parts.append("windows " + "/".join(map(str, shown)))
+    parts += named_windows(settings.layer_windows, window)
     if settings.window_schedule:
         parts.append("from dense")
     return ", ".join(parts)
+
+
+def named_windows(windows: Sequence[int] | None, window: int) -> list[str]:
+    """What a mechanism's name says of windows that differ: "windows 32/608", and each layer's where the wide layers are
+    not in their usual places; of even windows, nothing.
+
+    Args:
+        windows: `layer_windows`.
+        window: on average.
+    """
+    if not windows:
+        return []
+    usual = list(windows) in [of(len(windows), window) for of in _UNEVEN.values()]
+    return ["windows " + "/".join(map(str, sorted(set(windows)) if usual else windows))]
 
 
 def locality_summary(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -168,7 +179,7 @@ def configs(
                 own[slope] /= window
         if own["attention"] != "mha" or own.get("layer_attention"):
             own["window"] = length if own.get("window") == "all" else window
-        if own.get("layer_windows") in ("one in six", "one in four"):
+        if isinstance(own.get("layer_windows"), str):
             own["layer_windows"] = _UNEVEN[own["layer_windows"]](shape["layers"], window)
         if own.get("local") == "window":
             own["local"] = own["window"]

@@ -29,7 +29,7 @@ from dynamask.experiments.mqar_data import MqarExamples, mqar_examples
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
-from dynamask.experiments.settings import WINDOWLESS, plain_settings, ranked_by, read_settings
+from dynamask.experiments.settings import SHARP, WIDE_FIRST, WINDOWLESS, plain_settings, ranked_by, read_settings
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
@@ -389,30 +389,24 @@ def _report(records: Sequence[Record], folder: Path) -> Section:
     return report_mqar(records, folder)
 
 
-_DENSE_FIRST = {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]}
-"""Wide enough for most of a sequence at first, then down to the window it is tested at."""
-
-
 def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: Any) -> list[Config]:
     """Every mixer, dma in five forms and swa in two, at every width, window (where it has one) and learning rate."""
-    sharp = {"ranking": "attention", "rank_power": 4.0, "recency_spread": 8.0}
     mixers: list[dict[str, Any]] = [
         *({"attention": "mha"}, {"attention": "mla"}, {"attention": "swa"}, {"attention": "nsa"}),
         *({"attention": "dma"}, {"attention": "dma", "local": 0, "recency": 0.0}),
         {"attention": "dma", "ranking": "attention"},
-        {"attention": "dma", **sharp, **_DENSE_FIRST},
-        *({"attention": "dma", **sharp, **_DENSE_FIRST, "uneven": True}, {"attention": "swa", "uneven": True}),
+        {"attention": "dma", **SHARP, **WIDE_FIRST},
+        *({"attention": "dma", **SHARP, **WIDE_FIRST, "uneven": True}, {"attention": "swa", "uneven": True}),
     ]
-    layers = MqarConfig.layers
     configs = []
     for width in widths:
         for mixer in mixers:
             for window in [None] if mixer["attention"] in WINDOWLESS else windows:
                 for rate in rates:
                     own = {"width": width, "heads": max(1, width // 64), "window": window, "learning_rate": rate}
-                    form = {name: value for name, value in mixer.items() if name != "uneven"}
-                    if "uneven" in mixer and window is not None:
-                        form["layer_windows"] = wide_with_dense(layers, window)
+                    form = dict(mixer)
+                    if form.pop("uneven", False) and window is not None:
+                        form["layer_windows"] = wide_with_dense(MqarConfig.layers, window)
                     settings = MqarConfig(**{**form, **own, **common})
                     # Defaults are written out, so that a later change of one cannot pass for the same run.
                     configs.append(settings.plain())

@@ -11,10 +11,9 @@ import numpy as np
 
 from dynamask.experiments.mqar import BestRuns, MqarConfig, best_runs
 from dynamask.experiments.results import Record
-from dynamask.experiments.section import Exhibit, Finding, Row, Section
+from dynamask.experiments.section import Exhibit, Finding, Row, Section, judged_forms
 
 RIVALS = ("mha", "swa", "mla", "nsa")
-FORMS = ("dma", "dma, paper")
 
 
 def report_mqar(records: Sequence[Record], folder: Path) -> Section:
@@ -41,10 +40,9 @@ def report_mqar(records: Sequence[Record], folder: Path) -> Section:
     ]
     steps = _seconds_per_step(records)
     findings = []
-    ours = [best for best in found if best.mixer.startswith("dma")]
-    # The paper's form, the library's, and the most accurate of all that ran.
-    forms = list(dict.fromkeys([*FORMS, *(best.mixer for best in sorted(ours, key=lambda best: -best.accuracy)[:1])]))
-    for form in forms:
+    accuracy = {best.mixer: best.accuracy for best in sorted(found, key=lambda best: best.accuracy)}
+    ours = [name for name in accuracy if name.startswith("dma")]
+    for form in judged_forms(ours, loss=lambda name: -accuracy[name]):
         findings.append(_compare("recall", form, found, lambda best: best.accuracy, keys))
         findings.append(
             _compare("recall-efficiency", form, found, lambda best: -steps[_shape(best)], keys, "ms saved per step")

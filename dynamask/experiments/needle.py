@@ -23,12 +23,12 @@ from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
 from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
-from dynamask.experiments.locality import GENTLE, one_dense_in_four, wide_with_dense
+from dynamask.experiments.locality import GENTLE, named_windows, one_dense_in_four, wide_with_dense
 from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
-from dynamask.experiments.settings import plain_settings, ranked_by, read_settings
+from dynamask.experiments.settings import SHARP, WIDE_FIRST, plain_settings, ranked_by, read_settings
 from dynamask.models import DynamaskForCausalLM
 
 TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
@@ -267,8 +267,7 @@ def needle_name(config: Config) -> str:
     parts = [str(config["attention"])]
     if config.get("layer_attention"):
         parts.append("one layer in four dense")
-    if config.get("layer_windows"):
-        parts.append("windows " + "/".join(map(str, sorted(set(config["layer_windows"])))))
+    parts += named_windows(config.get("layer_windows"), config["window"])
     if config["attention"] != "dma":
         return ", ".join(parts)
     if config.get("local") == 0 and config.get("recency") == 0:
@@ -337,11 +336,6 @@ def _report(records: Sequence[Record], folder: Path) -> Section:
     return report_needle(records, folder)
 
 
-_FROM_DENSE = {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]}
-"""The window that a model trains with: where the longest example fits at first, then down to the one it is tested at.
-With keys that no query sees there is nothing to learn of them."""
-
-
 def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
     """Dense attention and what is upcycled from it; dma by default, with gentle gates, in the paper's form, and with
     ranks that learn from attention, windows that shrink, dense layers between, or windows wider in some layers."""
@@ -354,11 +348,11 @@ def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any)
     models: list[dict[str, Any]] = [
         {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
         *(default, {**default, **GENTLE}, {**default, "local": 0, "recency": 0.0}),
-        *({**default, **_FROM_DENSE}, {**ranked, **_FROM_DENSE}, ranked, {**ranked, **GENTLE}),
-        {**ranked, **_FROM_DENSE, "recency_spread": 8.0, "rank_power": 4.0},
+        *({**default, **WIDE_FIRST}, {**ranked, **WIDE_FIRST}, ranked, {**ranked, **GENTLE}),
+        {**default, **SHARP, **WIDE_FIRST},
         *({**default, **mixed}, {**ranked, **GENTLE, **mixed}),
         {"attention": "swa", "window": window, "layer_attention": one_dense_in_four("swa", layers)},
-        {**ranked, **_FROM_DENSE, "recency_spread": 8.0, "rank_power": 4.0, **uneven},
+        {**default, **SHARP, **WIDE_FIRST, **uneven},
         {"attention": "swa", "window": window, **uneven},
     ]
     return [NeedleConfig(**{**common, **model, "seed": seed}).plain() for seed in seeds for model in models]

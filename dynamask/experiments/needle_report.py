@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,7 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
         for inside in (True, False)
         if (finding := _compare(model, scores, keys, max(contexts), inside)) is not None
     ]
-    pairs = [(model, rival) for model in ours for rival in _without_choice(model, losses)]
+    pairs = [(model, rival) for model in ours if (rival := _without_choice(model)) in losses]
     findings += [finding for pair in pairs if (finding := _gain(*pair, scores, keys)) is not None]
     return Section("", exhibits, findings)
 
@@ -76,52 +76,58 @@ def _compare(
 
     Better is what two standard errors of the difference do not explain.
     """
-    found: dict[str, dict[tuple[str, int, float], RetrievalScore]] = defaultdict(dict)
-    for score in scores:
-        if (score.length <= context) == inside:
-            found[score.model][score.task, score.length, score.depth] = score
-    both = sorted(found[model].keys() & found["mha"].keys())
+    asked = [score for score in scores if (score.length <= context) == inside]
     where = f"to {context} tokens, trained for" if inside else f"beyond {context} tokens"
     subject = f"{model}, {where}"
-    if not found[model]:
+    if not any(score.model == model for score in asked):
         return None
-    if not both:
+    pair = _exact(model, "mha", asked)
+    if pair is None:
         return Finding("needle", subject, "mha was not tested", None, keys)
-    ours, theirs = (float(np.mean([found[name][cell].exact for cell in both])) for name in (model, "mha"))
-    noise = sum(_variance(found[name][cell]) for name in (model, "mha") for cell in both) ** 0.5 / len(both)
-    measured = f"{ours:.1%} of the answers exact, mha {theirs:.1%}, over {len(both)} cells of task, length and depth"
-    if abs(ours - theirs) < 2 * noise:
-        measured += f": within the noise of ±{2 * noise:.1%}"
+    ours, theirs, noise, cells = pair
+    measured = f"{ours:.1%} of the answers exact, mha {theirs:.1%}, over {cells} cells of task, length and depth"
+    if abs(ours - theirs) < noise:
+        measured += f": within the noise of ±{noise:.1%}"
     if max(ours, theirs) < _LEARNT:
         return Finding("needle", subject, f"{measured}: neither learnt to retrieve", None, keys)
-    return Finding("needle", subject, measured, ours > theirs and ours - theirs >= 2 * noise, keys)
+    return Finding("needle", subject, measured, ours > theirs and ours - theirs >= noise, keys)
 
 
-def _without_choice(model: str, trained: Iterable[str]) -> list[str]:
+def _without_choice(model: str) -> str | None:
     """What keeps as many keys as a model with ranks that learn, and chooses without: sliding windows of its own sizes,
-    and, for one made of a dense model, the paper's ranks."""
+    or, for one made of a dense model, the paper's ranks."""
     name, *parts = model.split(", ")
-    windows = [part for part in parts if part.startswith("windows ")]
-    rivals = [", ".join(["swa", *windows])]
+    if "ranked by" not in model:
+        return None
     if _UPCYCLED in parts:
-        rivals = [f"{name}, {_UPCYCLED}"]
-    return [rival for rival in rivals if rival in trained and "ranked by" in model]
+        return f"{name}, {_UPCYCLED}"
+    return ", ".join(["swa", *(part for part in parts if part.startswith("windows "))])
 
 
 def _gain(model: str, rival: str, scores: Sequence[RetrievalScore], keys: Sequence[str]) -> Finding | None:
     """The model against one that chooses no keys, over all cells that both were asked."""
-    found = {
-        name: {(score.task, score.length, score.depth): score for score in scores if score.model == name}
-        for name in (model, rival)
-    }
-    both = sorted(found[model].keys() & found[rival].keys())
-    if not both:
+    pair = _exact(model, rival, scores)
+    if pair is None:
         return None
-    ours, theirs = (float(np.mean([found[name][cell].exact for cell in both])) for name in (model, rival))
-    noise = 2 * sum(_variance(found[name][cell]) for name in (model, rival) for cell in both) ** 0.5 / len(both)
-    measured = f"{ours:.1%} of the answers exact, {rival} {theirs:.1%}, noise ±{noise:.1%}, over {len(both)} cells"
+    ours, theirs, noise, cells = pair
+    measured = f"{ours:.1%} of the answers exact, {rival} {theirs:.1%}, noise ±{noise:.1%}, over {cells} cells"
     held = None if max(ours, theirs) < _LEARNT else ours - theirs >= noise
     return Finding("retrieval", model, measured, held, keys)
+
+
+def _exact(model: str, rival: str, scores: Sequence[RetrievalScore]) -> tuple[float, float, float, int] | None:
+    """Mean exact match of two models over the cells that both were asked, two standard errors of the difference, and
+    how many cells; None where they share none."""
+    ours, theirs = (
+        {(score.task, score.length, score.depth): score for score in scores if score.model == name}
+        for name in (model, rival)
+    )
+    both = sorted(ours.keys() & theirs.keys())
+    if not both:
+        return None
+    means = [float(np.mean([found[cell].exact for cell in both])) for found in (ours, theirs)]
+    noise = 2 * sum(_variance(found[cell]) for found in (ours, theirs) for cell in both) ** 0.5 / len(both)
+    return means[0], means[1], noise, len(both)
 
 
 def _variance(score: RetrievalScore) -> float:

@@ -50,6 +50,12 @@ def commit() -> str | None:
     return f"{head}-dirty" if _git(package, "status", "--porcelain", ".") else head
 
 
+def short_commit(commit: str | None) -> str:
+    """What `commit` said, of nine digits; "unknown" for None."""
+    head, dash, dirty = (commit or "unknown").partition("-")
+    return head[:9] + dash + dirty
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     """What git prints about the folder, or None where it has nothing to say or is not installed."""
     try:

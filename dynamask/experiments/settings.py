@@ -14,6 +14,12 @@ _Settings = TypeVar("_Settings")
 WINDOWLESS = ("mha", "mla")
 """Mixers that see their whole prefix: a sweep over windows need run them once only."""
 
+SHARP: Config = {"ranking": "attention", "rank_power": 4.0, "recency_spread": 8.0}
+"""dma whose ranks learn who is looked at sharply, for models that attend already."""
+WIDE_FIRST: Config = {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]}
+"""The window that such a model trains with: where most of an example fits at first, then down to the one it is tested
+at. With keys that no query sees there is nothing to learn of them."""
+
 
 def read_settings(kind: type[_Settings], config: Config, whose: str) -> _Settings:
     """Settings from plain JSON.

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from dynamask.experiments.provenance import short_commit
 from dynamask.experiments.section import Exhibit, Finding, Row, Section
 from dynamask.reports.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, save_figure
 
@@ -92,7 +93,7 @@ def draw_lifetimes(figures: dict[str, Any], picture: Path) -> Path:
 
     edges, window = figures["lifetimes"]["edges"], figures["model"]["window"]
     shares, names = _flat(figures["lifetimes"]["share"]), _rows(figures)
-    labels = [_span(low, high - 1) for low, high in pairwise(edges)] + [f"{edges[-1]}+"]
+    labels = [span(low, high - 1) for low, high in pairwise(edges)] + [f"{edges[-1]}+"]
     figure = Figure(figsize=(1.8 + 0.62 * len(edges), 1.6 + _height(len(names))), layout="constrained")
     axes = figure.add_subplot()
     most = max(max(row) for row in shares)
@@ -237,7 +238,7 @@ def masks_section(figures: dict[str, Any], folder: Path) -> tuple[Section, dict[
     losses: list[Row] = [{"mask": "as trained", "loss": f"{loss['trained']:.4f}", "difference": ""}]
     for name, words in _CONTROLS.items():
         found = loss[name]
-        losses.append({"mask": words, "loss": f"{found['loss']:.4f}", "difference": _with_error(found)})
+        losses.append({"mask": words, "loss": f"{found['loss']:.4f}", "difference": with_error(found)})
     names, rows, totals, alive = lifts(figures)
     kinds: list[Row] = [
         {
@@ -309,25 +310,31 @@ def masks_section(figures: dict[str, Any], folder: Path) -> tuple[Section, dict[
     found = loss["sliding"]
     error = found["standard_error"]
     measured = (
-        f"taking the choice away costs {_with_error(found)} nats per token; up to {max(beyond):.0%} of a head's kept "
+        f"taking the choice away costs {with_error(found)} nats per token; up to {max(beyond):.0%} of a head's kept "
         f"pairs and {max(read):.0%} of its attention lie beyond a sliding window"
     )
     held = None if error is None else found["difference"] > 2 * error
     finding = Finding("content", figures.get("name", "a model"), measured, held, ["loss"])
     rows_by_key = {key: value for key, value in figures.items() if isinstance(value, (dict, list))}
+    return Section(text, exhibits, [finding]), rows_by_key, measured_on(figures)
+
+
+def measured_on(figures: dict[str, Any]) -> str:
+    """Device, versions and commit of a line that `dynamask report masks` wrote."""
     environment = dict(figures.get("environment", {}))
     if environment.get("commit"):
-        head, dash, dirty = environment["commit"].partition("-")
-        environment["commit"] = head[:9] + dash + dirty
-    return Section(text, exhibits, [finding]), rows_by_key, ", ".join(f"{k} {v}" for k, v in environment.items())
+        environment["commit"] = short_commit(environment["commit"])
+    return ", ".join(f"{name} {value}" for name, value in environment.items())
 
 
-def _with_error(found: dict[str, Any]) -> str:
+def with_error(found: dict[str, Any]) -> str:
+    """A control's difference in loss, ± its standard error where there is one."""
     error = found["standard_error"]
     return f"{found['difference']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
-def _span(low: int, high: int) -> str:
+def span(low: int, high: int) -> str:
+    """Numbers from one to another, both included."""
     return str(low) if low == high else f"{low}–{high}"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamask.experiments.section import Exhibit, Row, Section
-from dynamask.reports.masks import lifts
+from dynamask.reports.masks import lifts, measured_on, span, with_error
 from dynamask.reports.style import save_figure
 
 
@@ -45,26 +45,20 @@ def masks_over_training_section(figures: dict[str, Any], folder: Path) -> tuple[
             "standard error. `beyond`: share of the visible pairs further apart than a sliding window reaches, of the "
             "median head and of the one with most. `survive`: the kind of token that lives for two windows most above "
             "its share.",
-            [_row(figures, step) for step in steps],
+            [_row(step) for step in steps],
         ),
     ]
-    environment = dict(figures.get("environment", {}))
-    if environment.get("commit"):
-        head, dash, dirty = environment["commit"].partition("-")
-        environment["commit"] = head[:9] + dash + dirty
-    return Section(text, exhibits), rows, ", ".join(f"{name} {value}" for name, value in environment.items())
+    return Section(text, exhibits), rows, measured_on(figures)
 
 
-def _row(figures: dict[str, Any], step: dict[str, Any]) -> Row:
-    sliding = step["loss"]["sliding"]
-    error = sliding["standard_error"]
+def _row(step: dict[str, Any]) -> Row:
     beyond = sorted(share for layer in step["kept_beyond_window"] for share in layer)
-    names, rows, *_ = lifts({"kinds": step["kinds"], "model": figures["model"]})
+    names, rows, *_ = lifts(step)
     best = max(((lift, name) for lift, name in zip(rows[0], names, strict=True) if lift is not None), default=None)
     return {
         "step": str(step["step"]),
         "loss": f"{step['loss']['trained']:.4f}",
-        "without the choice": f"{sliding['difference']:+.4f}" + ("" if error is None else f" ± {error:.4f}"),
+        "without the choice": with_error(step["loss"]["sliding"]),
         "beyond, median": f"{beyond[len(beyond) // 2]:.1%}",
         "beyond, most": f"{beyond[-1]:.1%}",
         "survive": "" if best is None else f"{best[1]} ({best[0]:.1f}x)",
@@ -89,10 +83,7 @@ def draw_lifetimes_over_training(figures: dict[str, Any], picture: Path) -> Path
     axes = figure.subplots()
     below = np.zeros(len(places))
     for number, edge in enumerate(edges):
-        label = f"{edge} or more"
-        if number < len(edges) - 1:
-            highest = edges[number + 1] - 1
-            label = str(edge) if highest == edge else f"{edge}–{highest}"
+        label = span(edge, edges[number + 1] - 1) if number < len(edges) - 1 else f"{edge} or more"
         color = colormaps["viridis"](number / max(1, len(edges) - 1))
         axes.fill_between(places, below, below + shares[:, number], color=color, label=label, linewidth=0)
         below = below + shares[:, number]

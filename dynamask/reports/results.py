@@ -12,6 +12,7 @@ from typing import Any
 
 from dynamask.errors import UsageError, did_you_mean
 from dynamask.experiments import EXPERIMENTS, Experiment, Record, read_results, run_key
+from dynamask.experiments.provenance import short_commit
 from dynamask.experiments.section import Exhibit, Finding, Row, Section
 from dynamask.reports.benchmarks import BENCHMARKS
 from dynamask.reports.claims import CLAIMS
@@ -145,13 +146,13 @@ def _experiment_page(experiment: Experiment, records: _Runs, results: Path, outp
     left = dict(own)
     finished = [record for _, record in own.values()]
     sizes = {
-        size: [run_key(experiment.name, config) for config in experiment.configs(size, finished)]
+        size: {run_key(experiment.name, config) for config in experiment.configs(size, finished)}
         for size in experiment.sizes
     }
     groups: list[tuple[str, str, str, _Runs]] = []  # what they are, how that goes on, name, runs
     for size, keys in reversed(sizes.items()):  # the largest first
         chosen = {key: left.pop(key) for key in [*left] if key.split(_BUILD)[0] in keys}
-        groups.append((f"Size `{size}`", f" of {len(set(keys))}", f"{experiment.name}-{size}", chosen))
+        groups.append((f"Size `{size}`", f" of {len(keys)}", f"{experiment.name}-{size}", chosen))
     groups.append(("Other settings", "", f"{experiment.name}-other", left))
     for what, of, name, chosen in groups:
         for number, runs in enumerate(_by_build(chosen)):
@@ -240,9 +241,7 @@ def _shown(path: Path) -> str:
 def _provenance(runs: Sequence[Record]) -> str:
     """Devices, versions and commits, each with the number of runs where they differ."""
     devices = Counter(run.device for run in runs)
-    commits = Counter(
-        (run.commit or "unknown")[:9] + ("-dirty" if "-dirty" in (run.commit or "") else "") for run in runs
-    )
+    commits = Counter(short_commit(run.commit) for run in runs)
     versions = Counter(", ".join(f"{k} {v}" for k, v in sorted(run.versions.items())) for run in runs)
 
     def listed(counts: Counter[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamask.experiments.provenance import short_commit
 from dynamask.experiments.section import Exhibit, Row, Section
 
 
@@ -44,7 +45,7 @@ def tasks_section(lines: Sequence[Any], folder: Path) -> tuple[Section, dict[str
     sources = "; ".join(
         dict.fromkeys(
             f"{each['device']}; dynamask {each['dynamask']}, lm_eval {each['lm_eval']}, torch {each['torch']}, "
-            f"transformers {each['transformers']}; commit {(each['commit'] or 'unknown')[:9]}"
+            f"transformers {each['transformers']}; commit {short_commit(each['commit'])}"
             for each in environments
         )
     )
