@@ -86,6 +86,8 @@ VARIANTS = {
     "dma-windows": {"layer_windows": [3, 9]},
     "dma-windows-swa": {"layer_windows": [3, 9], "layer_attention": ["swa", "dma"], "ranking": "attention"},
     "dma-windows-dense": {"layer_windows": [1, 9], "layer_attention": ["mha", "dma"]},
+    "dma-blind": {"layer_windows": [3, 9], "rope_layers": "narrow", "ranking": "attention"},
+    "mla-blind": {"rope_layers": [False, True]},
     "swa": {},
     "swa-penalty": {"distance_penalty": 0.2, "recency_spread": 2.0},
     "mha": {},

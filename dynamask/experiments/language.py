@@ -62,8 +62,8 @@ class LanguageConfig:
 
     Attributes:
         attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
-            rank_power, distance_penalty, layer_attention, layer_windows: of the model, see `DynamaskConfig`. A window
-            only for mixers that choose.
+            rank_power, distance_penalty, layer_attention, layer_windows, rope_layers: of the model, see
+            `DynamaskConfig`. A window only for mixers that choose.
         gate_rate: learning rate of what is added to logits (Delta, A and slopes) over that of the other weights.
         rank_rate: the same of ranks with ranking="attention".
         window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
@@ -103,6 +103,7 @@ class LanguageConfig:
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
     layer_windows: list[int] | None = None
+    rope_layers: list[bool] | None = None
     gate_rate: float = 1.0
     window_schedule: list[list[float]] = field(default_factory=list)
     layers: int = 6
@@ -162,7 +163,7 @@ class LanguageConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking", "rank_rate", "rank_power", "layer_windows"))
+        return plain_settings(self, ("ranking", "rank_rate", "rank_power", "layer_windows", "rope_layers"))
 
     @property
     def mixers(self) -> list[str]:
@@ -202,6 +203,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
         for name in (
             *("window", "local", "recency", "recency_spread", "score_form", "gate_init", "rank_noise"),
             *("rank_recency", "ranking", "rank_power", "distance_penalty", "layer_attention", "layer_windows"),
+            "rope_layers",
         )
         if getattr(settings, name) is not None
     }

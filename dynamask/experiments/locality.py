@@ -60,6 +60,8 @@ ONE_IN_SIX: Variant = {"layer_windows": "one in six"}
 """See `uneven_windows`: as many keys in all, most of them where a layer is to look far."""
 ONE_IN_FOUR: Variant = {"layer_windows": "one in four"}
 """See `wide_with_dense`."""
+NARROW_ROPE: Variant = {"rope_layers": "narrow"}
+"""No rotary embeddings where `ONE_IN_SIX` looks far; dense attention can leave them out there, too."""
 _UNEVEN = {"one in six": uneven_windows, "one in four": wide_with_dense}
 
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
@@ -112,7 +114,7 @@ def variant_name(config: Config) -> str:
         parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:
         parts.append("penalty")
-    parts += named_windows(settings.layer_windows, window)
+    parts += named_windows(settings.layer_windows, window) + named_rope(settings.rope_layers)
     if settings.window_schedule:
         parts.append("from dense")
     return ", ".join(parts)
@@ -130,6 +132,12 @@ def named_windows(windows: Sequence[int] | None, window: int) -> list[str]:
         return []
     usual = list(windows) in [of(len(windows), window) for of in _UNEVEN.values()]
     return ["windows " + "/".join(map(str, sorted(set(windows)) if usual else windows))]
+
+
+def named_rope(layers: Sequence[bool] | None) -> list[str]:
+    """What a mechanism's name says of `rope_layers`: "no RoPE in 1 of 6 layers"; where all rotate, nothing."""
+    without = 0 if layers is None else list(layers).count(False)
+    return [f"no RoPE in {without} of {len(layers or ())} layers"] if without else []
 
 
 def locality_summary(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -181,6 +189,8 @@ def configs(
             own["window"] = length if own.get("window") == "all" else window
         if isinstance(own.get("layer_windows"), str):
             own["layer_windows"] = _UNEVEN[own["layer_windows"]](shape["layers"], window)
+        if own.get("rope_layers") == "narrow":
+            own["rope_layers"] = [each <= window for each in uneven_windows(shape["layers"], window)]
         if own.get("local") == "window":
             own["local"] = own["window"]
         if own["attention"] == "dma":  # the library's defaults may change, a run's meaning may not
@@ -222,6 +232,7 @@ def _smoke() -> list[Config]:
     }
     shape |= {"batch_tokens": 256, "validation_tokens": 512}
     variants = [*RIVALS, CONTROL, *FORMS, *hybrids(2), {**GENTLE, "ranking": "attention", **ONE_IN_FOUR}]
+    variants.append({"attention": "swa", **NARROW_ROPE, **ONE_IN_SIX})
     return configs(variants, ["bytes"], [0], [3e-3], **shape)
 
 
@@ -273,7 +284,8 @@ def _chinchilla() -> list[Config]:
     forms += [{**GENTLE, "ranking": "attention", "layer_attention": dense}]
     uneven = [{**GENTLE, "ranking": "attention"}, {**GENTLE, "local": "window"}, RIVALS[0]]
     forms += [{**form, **windows} for form in uneven for windows in (ONE_IN_SIX, ONE_IN_FOUR)]
-    variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2]]
+    forms += [{**form, **NARROW_ROPE, **ONE_IN_SIX} for form in (uneven[0], RIVALS[0])]
+    variants = [*forms, *RIVALS[:2], *RIVALS[4:], hybrids(6)[2], {"attention": "mha", **NARROW_ROPE}]
     return [run for seed in (0, 1) for run in configs(variants, ["code", "text"], [seed], [3e-3], **_FOUR_MILLION)]
 
 

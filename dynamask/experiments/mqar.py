@@ -436,10 +436,11 @@ def _probe() -> list[Config]:
 
 
 def _quick() -> list[Config]:
-    """As "small", a quarter of its epochs, the two rates that win there, three seeds: minutes of a large GPU."""
+    """As "small", a quarter of its epochs, the two rates that win there, three widths, three seeds."""
     train, test = _fifth(TRAIN), _fifth(TEST)
     common = {"train": train, "test": test, "epochs": 8}
-    return [run for seed in (0, 1, 2) for run in _sweep([128], [64], LEARNING_RATES[1:3], seed=seed, **common)]
+    widths = [64, 128, 256]
+    return [run for seed in (0, 1, 2) for run in _sweep(widths, [64], LEARNING_RATES[1:3], seed=seed, **common)]
 
 
 def _fifth(segments: Sequence[Segment]) -> list[Segment]:
@@ -449,6 +450,13 @@ def _fifth(segments: Sequence[Segment]) -> list[Segment]:
 def _small() -> list[Config]:
     """The published mixture at a fifth of its examples, one width, half the epochs."""
     return _sweep([128], [64], LEARNING_RATES, train=_fifth(TRAIN), test=_fifth(TEST), epochs=32)
+
+
+def _long() -> list[Config]:
+    """As "quick", twice its epochs, trained to 4096 tokens and 256 pairs, with a window that holds those pairs."""
+    longer = [[512, 128, 4000], [1024, 256, 2000], [4096, 256, 500]]
+    test = [*_fifth(TEST), [2048, 256, 200], [4096, 256, 200]]
+    return _sweep([128], [512], LEARNING_RATES[1:3], train=[*_fifth(TRAIN), *longer], test=test, epochs=16)
 
 
 def _paper() -> list[Config]:
@@ -463,7 +471,7 @@ MQAR = Experiment(
     name="mqar",
     description="multi-query associative recall: accuracy by pairs and length, every mixer, two layers",
     run=run_mqar,
-    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "long": _long, "paper": _paper},
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,

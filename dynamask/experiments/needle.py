@@ -23,7 +23,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
 from dynamask.experiments.language import LanguageConfig, kept_run, language_cost
-from dynamask.experiments.locality import GENTLE, named_windows, one_dense_in_four, wide_with_dense
+from dynamask.experiments.locality import GENTLE, named_rope, named_windows, one_dense_in_four, wide_with_dense
 from dynamask.experiments.needle_data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
@@ -42,7 +42,7 @@ class NeedleConfig:
 
     Attributes:
         attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, rank_power,
-            window_schedule, layer_attention, layer_windows: see `LanguageConfig`.
+            window_schedule, layer_attention, layer_windows, rope_layers: see `LanguageConfig`.
         upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
         upcycle_window: keys per query of the upcycled model.
         upcycle_rankings: its `ranking`, one model for each.
@@ -76,6 +76,7 @@ class NeedleConfig:
     window_schedule: list[list[float]] = field(default_factory=list)
     layer_attention: list[str] | None = None
     layer_windows: list[int] | None = None
+    rope_layers: list[bool] | None = None
     upcycle_steps: int = 0
     upcycle_window: int | None = None
     upcycle_rankings: list[str] = field(default_factory=lambda: ["score"])
@@ -126,7 +127,7 @@ class NeedleConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        younger = ("ranking", "rank_power", "window_schedule", "layer_attention", "layer_windows")
+        younger = ("ranking", "rank_power", "window_schedule", "layer_attention", "layer_windows", "rope_layers")
         return plain_settings(self, (*younger, "upcycle_rankings", "upcycle_spread"))
 
     @property
@@ -268,6 +269,7 @@ def needle_name(config: Config) -> str:
     if config.get("layer_attention"):
         parts.append("one layer in four dense")
     parts += named_windows(config.get("layer_windows"), config["window"])
+    parts += named_rope(config.get("rope_layers"))
     if config["attention"] != "dma":
         return ", ".join(parts)
     if config.get("local") == 0 and config.get("recency") == 0:
@@ -355,6 +357,31 @@ def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any)
         {**default, **SHARP, **WIDE_FIRST, **uneven},
         {"attention": "swa", "window": window, **uneven},
     ]
+    return _runs(models, seeds, common)
+
+
+def _far_sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
+    """What may carry beyond the training length: the forms that find needles within it, with rotary embeddings in all
+    layers and without them where a layer looks far; dense attention and what is upcycled from it; dma by default and in
+    the paper's form."""
+    default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
+    dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
+    layers = common.get("layers", NeedleConfig.layers)
+    windows = wide_with_dense(layers, window)
+    uneven = {"layer_windows": windows}
+    near = {"rope_layers": [own <= window for own in windows]}
+    found = {**default, **SHARP, **WIDE_FIRST}
+    sliding = {"attention": "swa", "window": window, **uneven}
+    models: list[dict[str, Any]] = [
+        {**dense, "upcycle_rankings": ["attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
+        *({**found, **uneven, **near}, {**found, **uneven}, found),
+        *({"attention": "mha", **near}, {**sliding, **near}, sliding),
+        *(default, {**default, "local": 0, "recency": 0.0}),
+    ]
+    return _runs(models, seeds, common)
+
+
+def _runs(models: Sequence[dict[str, Any]], seeds: Sequence[int], common: dict[str, Any]) -> list[Config]:
     return [NeedleConfig(**{**common, **model, "seed": seed}).plain() for seed in seeds for model in models]
 
 
@@ -363,7 +390,9 @@ def _smoke() -> list[Config]:
     shape = {"layers": 1, "width": 32, "heads": 2, "groups": 1, "feed_forward": 48, "vocab_size": 1024}
     data = {"text_tokens": 20_000, "shortest": 220, "context": 440, "tasks": ["passkey"], "batch_tokens": 440}
     test = {"lengths": [256, 512], "depths": [0.0, 1.0], "samples": 1}
-    return _sweep([0], 32, 2, steps=2, **shape, **data, **test)
+    common = {"steps": 2, **shape, **data, **test}
+    far = _far_sweep([0], 32, 2, **{**common, "layers": 2})  # one layer alone could not be of two kinds
+    return [*_sweep([0], 32, 2, **common), *(config for config in far if config.get("rope_layers"))]
 
 
 def _quick() -> list[Config]:
@@ -378,6 +407,13 @@ def _small() -> list[Config]:
     return _sweep([0], 128, 600)
 
 
+def _long() -> list[Config]:
+    """10M parameters, 20 tokens each, at 4096 tokens, tested to 32768; window 512; real corpora."""
+    data = {"source": "code+text", "text_tokens": 16_000_000, "context": 4096, "steps": 1500, "batch_tokens": 131_072}
+    tasks = ["passkey", "single_needle", "multi_key", "variable_tracking"]
+    return _far_sweep([0], 512, 500, **data, tasks=tasks, lengths=[1024, 2048, 4096, 8192, 16384, 32768])
+
+
 def _paper() -> list[Config]:
     """25M parameters at 4096 tokens, tested to 32768; window 512, two seeds, corpora of `benchmarks/corpora.py`."""
     shape = {"layers": 8, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "batch_tokens": 131_072}
@@ -390,7 +426,7 @@ NEEDLE = Experiment(
     name="needle",
     description="retrieval by length and depth, to eight times the training length: mha, dma, dma upcycled",
     run=run_needle,
-    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "long": _long, "paper": _paper},
     cost=needle_cost,
     kind=needle_kind,
     summary=needle_summary,

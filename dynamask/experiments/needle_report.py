@@ -101,7 +101,7 @@ def _without_choice(model: str) -> str | None:
         return None
     if _UPCYCLED in parts:
         return f"{name}, {_UPCYCLED}"
-    return ", ".join(["swa", *(part for part in parts if part.startswith("windows "))])
+    return ", ".join(["swa", *(part for part in parts if part.startswith(("windows ", "no RoPE")))])
 
 
 def _gain(model: str, rival: str, scores: Sequence[RetrievalScore], keys: Sequence[str]) -> Finding | None:

@@ -35,6 +35,8 @@ _NARROW: dict[str, dict[str, int]] = {
     "1.1M": {"layers": 6, "width": 128, "heads": 4, "groups": 2, "feed_forward": 352, "batch_tokens": 32_768},
     "2.4M": {"layers": 6, "width": 192, "heads": 6, "groups": 3, "feed_forward": 512, "batch_tokens": 65_536},
     "4.4M": {"layers": 6, "width": 256, "heads": 8, "groups": 4, "feed_forward": 704, "batch_tokens": 65_536},
+    "9.7M": {"layers": 6, "width": 384, "heads": 12, "groups": 6, "feed_forward": 1024, "batch_tokens": 131_072},
+    "20.6M": {"layers": 7, "width": 512, "heads": 16, "groups": 8, "feed_forward": 1408, "batch_tokens": 131_072},
 }
 """Heads of 32, for as many key/value heads, and so masks, to grow with the width as in `SHAPES`."""
 
@@ -122,18 +124,19 @@ PLANS: dict[str, Plan] = {
     # Small models, but 20 tokens a parameter each: meant for some 15 minutes of one large GPU. The largest models
     # read the corpora one and a half times. With several workers, one compiles while the others train.
     "quick": Plan(
-        _NARROW,
-        {name: [0] for name in _NARROW},
+        {name: _NARROW[name] for name in ("1.1M", "2.4M", "4.4M")},
+        {"1.1M": [0], "2.4M": [0], "4.4M": [0]},
         (1.5e-3, 3e-3),
         {"corpus": "code+text", "length": 4096, "warmup": 0.05},
         512,
     ),
-    # A tenth of the tokens, no 40M.
+    # The same to 20M parameters, with more rates and seeds: an hour and a half of one large GPU, several runs at a
+    # time. The largest models read the corpora six times.
     "small": Plan(
-        {name: SHAPES[name] for name in ("4M", "10M", "20M")},
-        {"4M": [0], "10M": [0], "20M": [0]},
-        RATES[1:3],
-        {"corpus": "code+text", "length": 4096, "tokens_per_parameter": 2.0, "warmup": 0.05},
+        _NARROW,
+        {name: [0, 1] if name in ("1.1M", "2.4M", "4.4M") else [0] for name in _NARROW},
+        (7.5e-4, 1.5e-3, 3e-3, 6e-3),
+        {"corpus": "code+text", "length": 4096, "warmup": 0.05},
         512,
     ),
     "paper": Plan(

@@ -87,6 +87,8 @@ class Mixer(nn.Module, ABC):
         # Against the config's window, which may change while a model trains; not looked up by layer_idx at every call,
         # so that compiled layers of one window share a graph.
         self.window_share = (windows[layer_idx], config.window) if windows else (1, 1)
+        rotating = getattr(config, "rope_layers", None)
+        self.rotates: bool = rotating is None or rotating[layer_idx]
 
     @property
     def layer_window(self) -> int:
@@ -129,6 +131,10 @@ class Mixer(nn.Module, ABC):
         if sequence.angles is not None:
             return sequence.angles
         return rotary_angles(sequence.position_ids, self.rotary_dim, self.config.rope_theta, dtype)
+
+    def rotated(self, heads: Tensor, sequence: SequenceInfo) -> Tensor:
+        """Head vectors (B, heads, Nq, rotary_dim) by their positions; as they are in a layer without RoPE."""
+        return rotate(heads, self.angles(sequence, heads.dtype)) if self.rotates else heads
 
     def prepared(self, sequence: SequenceInfo) -> SequenceInfo:
         """The facts with what all layers of this kind would else compute each for itself. Most need nothing."""
@@ -194,13 +200,12 @@ class GroupedQueryMixer(Mixer):
         return self.head_dim
 
     def project(self, hidden_states: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""
+        """Query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated where the layer rotates."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        angles = self.angles(sequence, hidden_states.dtype)
-        return rotate(query, angles), rotate(key, angles), value
+        return self.rotated(query, sequence), self.rotated(key, sequence), value
 
     def merge_heads(self, output: Tensor) -> Tensor:
         """(B, H, Nq, D) -> (B, Nq, hidden) through the output projection."""

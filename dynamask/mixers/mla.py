@@ -15,7 +15,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dynamask.mixers.base import Mixer, RMSNorm, SequenceInfo
 from dynamask.mixers.mha import dense_attention
-from dynamask.mixers.rotary import rotate
 
 
 class MultiHeadLatentAttention(Mixer):
@@ -83,14 +82,13 @@ class MultiHeadLatentAttention(Mixer):
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
         batch, new, _ = hidden_states.shape
-        angles = self.angles(sequence, hidden_states.dtype)
         query = self.q_proj(self.q_norm(self.q_down(hidden_states)))
         query = query.view(batch, new, self.num_heads, self.nope_dim + self.rope_dim).transpose(1, 2)
         q_nope, q_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
-        q_rope = rotate(q_rope, angles)
+        q_rope = self.rotated(q_rope, sequence)
         latent, k_rope = self.kv_down(hidden_states).split([self.rank, self.rope_dim], dim=-1)
         latent = self.kv_norm(latent).unsqueeze(1)  # (B, 1, N, rank): one head, so that any cache can hold it
-        k_rope = rotate(k_rope.unsqueeze(1), angles)
+        k_rope = self.rotated(k_rope.unsqueeze(1), sequence)
         if cache is not None:
             latent, k_rope = self.remember(cache, latent, k_rope, sequence)
         attend = self._absorbed if new == 1 and latent.shape[2] > 1 else self._expanded

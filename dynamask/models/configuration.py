@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from dynamask.errors import InvalidInputError
 from dynamask.expiry import check_window
 from dynamask.models.layer_windows import resolved_windows
+from dynamask.models.rope_layers import resolved_rope_layers
 
 SCORE_FORMS = ("exp", "linear")
 GATE_INITS = ("gate", "delta")
@@ -62,6 +63,10 @@ class DynamaskConfig(PreTrainedConfig):
             or "uneven": `window` on average, one layer in six wide and the others narrow (`uneven_windows`), which has
             done far better than `window` everywhere. `local` and all slopes are then those of a layer whose window is
             `window`; the others' go with their own. None: `window` in all.
+        rope_layers: which layers rotate queries and keys by their positions (RoPE): num_hidden_layers booleans, or
+            "narrow": those that look no further than `window`, so that a layer that looks far finds by content alone,
+            at distances that training has never shown, too. Of mla, what is left out is the rotation of the shared
+            key. None: all.
         kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: mla's dimensions; None:
             chosen so that the model has as many parameters as with mha (`dynamask report parameters`).
         nsa_block_size, nsa_block_counts, nsa_window: nsa's block length, selected blocks per query and sliding
@@ -105,6 +110,7 @@ class DynamaskConfig(PreTrainedConfig):
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
     layer_windows: list[int] | str | None = None
+    rope_layers: list[bool] | str | None = None
 
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
@@ -151,6 +157,7 @@ class DynamaskConfig(PreTrainedConfig):
         self.layer_windows = resolved_windows(self.layer_windows, self.num_hidden_layers, self.window)
         if self.layer_windows is not None and "nsa" in self.layer_mixers:
             raise InvalidInputError("nsa takes the same window in all layers: leave layer_windows out")
+        self.rope_layers = resolved_rope_layers(self.rope_layers, self.layer_mixers, self.layer_windows, self.window)
         if self.recency is None:
             self.recency = 1.0 / self.window
         if self.recency < 0:

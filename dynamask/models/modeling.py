@@ -144,7 +144,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
             past_key_values = new_cache(self.config)
         sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
-        # Once for all layers, which all rotate by the same angles.
+        # Once for all layers, which rotate by the same angles if they do.
         mixer = cast(DynamaskDecoderLayer, self.layers[0]).mixer
         sequence = replace(sequence, angles=mixer.angles(sequence, hidden_states.dtype))
         mixers = [cast(DynamaskDecoderLayer, layer).mixer for layer in self.layers]

@@ -43,7 +43,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-_CHECKED = frozenset(DynamaskConfig.__annotations__) - {"eos_token_id", "layer_attention", "layer_windows"}
+_CHECKED = frozenset(DynamaskConfig.__annotations__) - {
+    "eos_token_id",
+    "layer_attention",
+    "layer_windows",
+    "rope_layers",
+}
 
 
 def preset(name: str, **overrides: Any) -> DynamaskConfig:

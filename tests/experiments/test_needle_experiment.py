@@ -49,7 +49,9 @@ def test_the_smoke_sweep_tests_every_model_at_every_cell(tmp_path: Path) -> None
     mixed = {f"{name}, one layer in four dense" for name in ("dma", "swa")}
     mixed.add("dma, one layer in four dense, gentle, ranked by attention")
     mixed |= {"swa, windows 32", "dma, windows 32, from dense, ranked by attention^4"}
-    assert models == {"mha", "dma, upcycled", "dma", "dma, gentle", "dma, paper", *ranked, *from_dense, *mixed}
+    far = {"mha, no RoPE in 1 of 2 layers", "swa, windows 8/56, no RoPE in 1 of 2 layers"}
+    far.add("dma, windows 8/56, no RoPE in 1 of 2 layers, from dense, ranked by attention^4")
+    assert models == {"mha", "dma, upcycled", "dma", "dma, gentle", "dma, paper", *ranked, *from_dense, *mixed, *far}
     assert len(scores) == cells * len(models)
     assert not list((tmp_path / "state").glob("*")), "trained models are deleted after the test"
     section = report_needle(report.records, tmp_path / "pictures")

@@ -37,7 +37,17 @@ def logits_of(
     return torch.cat(parts, 1), cache
 
 
-@pytest.mark.parametrize("fields", [{}, {"local": 0}, {"local": 0, "recency": 0.0}, {"attention": "swa"}])
+UNEVEN = {"layer_windows": [24, 72]}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({}, {"local": 0}, {"local": 0, "recency": 0.0}, {"attention": "swa"}),
+        *({**UNEVEN, "ranking": "attention"}, {**UNEVEN, "rope_layers": "narrow"}),
+        {**UNEVEN, "attention": "swa", "rope_layers": "narrow"},
+    ],
+)
 @torch.no_grad()
 def test_same_logits_with_and_without_a_graph(fields: dict) -> None:
     model = small_model(**fields)
