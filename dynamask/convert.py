@@ -79,7 +79,8 @@ def upcycle(
         dense_layers: indices of layers left as they are, counted from the end if negative. Their cache grows with the
             text; a few among many help quality (`docs/results`, locality).
         layer_windows: windows that differ, one per layer, or "uneven": `window` on average, one layer in six wide (see
-            `uneven_windows`). `local` is then that of a layer whose window is `window`; the others' go with their own.
+            `uneven_windows`) and the others a quarter of it, no less, since they have learnt to look everywhere.
+            `local` is then that of a layer whose window is `window`; the others' go with their own.
         ranking: what decides which keys are kept, see `DynamaskConfig`. "attention": ranks that learn, in training, who
             is looked at sharply. With the paper's "score", fine-tuned models found 33% of what was hidden in their
             context, which is what lies in the local window, with "attention" 68%, the dense model 72% (12M parameters,
@@ -109,7 +110,8 @@ def upcycle(
         if not -len(layers) <= index < len(layers):
             raise InvalidInputError(f"dense_layers are indices of the {len(layers)} layers; got {index}")
     dense = {layers[index] for index in dense_layers}
-    wanted = resolved_windows(layer_windows, len(layers), window) or [window] * len(layers)
+    narrow = max(1, window // 4)
+    wanted = resolved_windows(layer_windows, len(layers), window, narrow) or [window] * len(layers)
     _warn_of_dropout(config)
     kinds = getattr(config, "layer_types", None) or []
     sliding: Any = getattr(config, "sliding_window", None)

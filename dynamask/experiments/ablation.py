@@ -189,6 +189,13 @@ def _smoke() -> list[Config]:
     return _sweep([0], [4, 8], 8, batch_tokens=128, validation_tokens=256, corpus="bytes", **shape)
 
 
+def _probe() -> list[Config]:
+    """What a CPU says, three minutes a run: 0.2M parameters, 512 tokens, window 32, 300 steps of 2048 tokens."""
+    shape = {"layers": 2, "width": 96, "heads": 4, "groups": 2, "feed_forward": 256, "length": 512, "steps": 300}
+    shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
+    return _sweep([0], [8, 16, 32, 64, 128], 32, corpus="code", learning_rate=4e-3, **shape)
+
+
 def _quick() -> list[Config]:
     """What three minutes of a large GPU settle: as "small", 300 steps, one window; layers are not compiled."""
     shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 300}
@@ -211,7 +218,7 @@ ABLATION = Experiment(
     name="ablation",
     description="loss with one thing changed: gradients, score form, exact selection, window, gates, start",
     run=run_ablation,
-    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
     cost=ablation_cost,
     kind=ablation_kind,
     summary=ablation_summary,

@@ -34,7 +34,7 @@ Variant = dict[str, Any]
 
 def wide_with_dense(layers: int, window: int) -> list[int]:
     """`layer_windows` that are wide where `one_dense_in_four` has its dense layers."""
-    return uneven_windows(layers, window, every=4, first=1)
+    return uneven_windows(layers, window, every=4, first=1, narrow=max(1, window // 4))
 
 
 PAPER: Variant = {"attention": "dma", "local": 0, "recency": 0.0}
@@ -52,6 +52,10 @@ CONTROL: Variant = {"attention": "dma", "gate_init": "delta", "local": "window"}
 _SPREAD: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 8.0}
 GENTLE: Variant = {**_SPREAD, "score_form": "linear", "gate_rate": 0.1}
 """Scores that grow slowly: an exponential one, or Adam's full rate, shakes the logits early on."""
+GENTLE_MEANS = (
+    "`gentle`: slopes spread over the heads by 8, Delta at zero, the linear score, a tenth of the rate for the gates."
+)
+"""What a table says of `variant_name`."""
 
 CEILING: Variant = {**GENTLE, "window": "all", "local": "window"}
 """The same scores over the whole prefix: what no choice of keys can beat."""
@@ -104,10 +108,13 @@ def variant_name(config: Config) -> str:
             parts.append("local only" if local else "recency only")
         if local not in (0, window // 2, window):
             parts.append(f"local {local}")
+    gentle = all(getattr(settings, name) == value for name, value in GENTLE.items() if name != "attention")
+    if gentle:
+        parts.append("gentle")
     defaults = {entry.name: entry.default for entry in dataclasses.fields(LanguageConfig)}
     for name in ("recency_spread", "gate_init", "score_form", "gate_rate", "rank_noise"):
         value = getattr(settings, name)
-        if value != defaults[name]:
+        if value != defaults[name] and not (gentle and name in GENTLE):
             parts.append(f"{name.split('_')[-1]} {value:g}" if isinstance(value, float) else f"{name} {value}")
     parts += ranked_by(settings.ranking, settings.rank_power)
     if settings.rank_recency is not None:
@@ -130,7 +137,10 @@ def named_windows(windows: Sequence[int] | None, window: int) -> list[str]:
     """
     if not windows:
         return []
-    usual = list(windows) in [of(len(windows), window) for of in _UNEVEN.values()]
+    usual = list(windows) in [
+        uneven_windows(len(windows), window, every=every, first=first, narrow=min(windows))
+        for every, first in ((6, 3), (4, 1))
+    ]
     return ["windows " + "/".join(map(str, sorted(set(windows)) if usual else windows))]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamask.experiments.locality import locality_summary, variant_name
+from dynamask.experiments.locality import GENTLE_MEANS, locality_summary, variant_name
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Exhibit, Finding, Section, judged_forms
 
@@ -37,7 +37,7 @@ def report_locality(records: Sequence[Record], folder: Path) -> Section:
             "Validation loss by mechanism",
             keys,
             "Nats per token, mean over seeds at the best learning rate; @n: after n steps. `penalty`: the rival with "
-            "the distance penalty on its logits that dma's recency amounts to.",
+            f"the distance penalty on its logits that dma's recency amounts to. {GENTLE_MEANS}",
             locality_summary(records),
             _draw(records, folder / "locality.svg"),
             "final validation loss of every mechanism, one panel per corpus",

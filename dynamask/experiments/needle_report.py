@@ -26,6 +26,7 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
     scores = mean_scores(records)
     keys = [record.key for record in records]
     contexts = sorted({NeedleConfig.of(record.config).context for record in records})
+    depths = {score.depth for score in scores}
     losses: dict[str, list[float]] = defaultdict(list)
     for record in records:
         for model, loss in record.result["loss"].items():
@@ -41,8 +42,8 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
             "Exact match by depth and length",
             keys,
             f"Per cent of the answers decoded in full; trained at {trained} tokens, examples at most half of it. At "
-            "depth 1 the needle is next to the question, where any window has it: a third of the answers, where there "
-            "are three depths.",
+            "depth 1 the needle is next to the question, where any window has it: verdicts leave it out, and of "
+            f"{len(depths)} depths it is {1 / len(depths):.0%} of the answers.",
             needle_summary(records),
             draw_scores(scores, folder / "needle.svg", trained_on=contexts[0] if len(contexts) == 1 else None),
             "heat maps of exact match, depth against length, one row per task and one column per model",
@@ -65,6 +66,11 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
     return Section("", exhibits, findings)
 
 
+def _far(scores: Sequence[RetrievalScore]) -> list[RetrievalScore]:
+    """Those with the needle elsewhere than next to the question, where no choice of keys is needed to find it."""
+    return [score for score in scores if score.depth < 1]
+
+
 def _mean(scores: Sequence[RetrievalScore], model: str) -> float:
     return float(np.mean([score.exact for score in scores if score.model == model]))
 
@@ -76,7 +82,7 @@ def _compare(
 
     Better is what two standard errors of the difference do not explain.
     """
-    asked = [score for score in scores if (score.length <= context) == inside]
+    asked = [score for score in _far(scores) if (score.length <= context) == inside]
     where = f"to {context} tokens, trained for" if inside else f"beyond {context} tokens"
     subject = f"{model}, {where}"
     if not any(score.model == model for score in asked):
@@ -105,8 +111,8 @@ def _without_choice(model: str) -> str | None:
 
 
 def _gain(model: str, rival: str, scores: Sequence[RetrievalScore], keys: Sequence[str]) -> Finding | None:
-    """The model against one that chooses no keys, over all cells that both were asked."""
-    pair = _exact(model, rival, scores)
+    """The model against one that chooses no keys, over the cells that both were asked."""
+    pair = _exact(model, rival, _far(scores))
     if pair is None:
         return None
     ours, theirs, noise, cells = pair

@@ -11,11 +11,18 @@ import torch
 
 import dynamask
 
+_TOGETHER = " runs at a time)"
+
 
 def device_name(runs_at_a_time: int = 1) -> str:
     """The GPU's name, or the processor's; with the runs that share it where there are several: times depend on that."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
-    return name if runs_at_a_time == 1 else f"{name} ({runs_at_a_time} runs at a time)"
+    return name if runs_at_a_time == 1 else f"{name} ({runs_at_a_time}{_TOGETHER})"
+
+
+def shared(device: str) -> bool:
+    """Whether runs shared that device, as `device_name` says, and so their times."""
+    return device.endswith(_TOGETHER)
 
 
 def processor_name() -> str:

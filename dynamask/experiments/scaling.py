@@ -17,6 +17,7 @@ import numpy as np
 from dynamask.experiments.language import LanguageConfig, language_cost, language_kind, run_language
 from dynamask.experiments.locality import GENTLE, one_dense_in_four, variant_name
 from dynamask.experiments.power_law import fit_power_law
+from dynamask.experiments.provenance import shared
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record, run_key
 from dynamask.experiments.section import Section
@@ -47,7 +48,9 @@ MECHANISMS: list[dict[str, Any]] = [
     *({"attention": "dma", "mixed": True}, {"attention": "swa", "mixed": True}),
     *({**GENTLE, "ranking": "attention", "uneven": True}, {"attention": "swa", "uneven": True}),
 ]
-"""Settings; "mixed": see `one_dense_in_four`; "uneven": see `uneven_windows`."""
+"""Settings; "mixed": see `one_dense_in_four`; "uneven": see `uneven_windows`; "narrow": the window over that of its
+narrow layers, where it is not the usual one; "rates": tried, where not those of the plan."""
+_UNEVEN = MECHANISMS[-2:]
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -74,13 +77,14 @@ class Plan:
 
     def config(self, mechanism: dict[str, Any], shape: str, seed: int, rate: float) -> Config:
         """One run, defaults written out."""
-        own = dict(mechanism)
+        own = {name: value for name, value in mechanism.items() if name != "rates"}
         if own.pop("mixed", False):
             own["layer_attention"] = one_dense_in_four(own["attention"], self.shapes[shape]["layers"])
         if own["attention"] not in WINDOWLESS:
             own["window"] = self.window
+        narrow = self.window // own.pop("narrow") if "narrow" in own else None
         if own.pop("uneven", False):
-            own["layer_windows"] = uneven_windows(self.shapes[shape]["layers"], self.window)
+            own["layer_windows"] = uneven_windows(self.shapes[shape]["layers"], self.window, narrow=narrow)
         if own["attention"] == "dma":
             own = {"local": self.window // 2, "recency": 1.0 / self.window, **own}
         settings = {**self.common, **self.shapes[shape], **own, "seed": seed, "learning_rate": rate}
@@ -90,7 +94,11 @@ class Plan:
         """The runs that find each mixer's rate."""
         smallest = next(iter(self.shapes))
         seed = self.seeds[smallest][0]
-        return [self.config(each, smallest, seed, rate) for each in self.mechanisms for rate in self.rates]
+        return [
+            self.config(each, smallest, seed, rate)
+            for each in self.mechanisms
+            for rate in each.get("rates", self.rates)
+        ]
 
     def follow_up(self, finished: Sequence[Record]) -> list[Config]:
         """The runs whose rate is known: those of each mixer of which every rate has been tried."""
@@ -99,7 +107,8 @@ class Plan:
         first = self.seeds[smallest][0]
         found = []
         for mechanism in self.mechanisms:
-            tried = {rate: run_key("scaling", self.config(mechanism, smallest, first, rate)) for rate in self.rates}
+            rates = mechanism.get("rates", self.rates)
+            tried = {rate: run_key("scaling", self.config(mechanism, smallest, first, rate)) for rate in rates}
             if not all(key in losses for key in tried.values()):
                 continue
             best = min(tried, key=lambda rate: np.inf if losses[tried[rate]] is None else losses[tried[rate]])
@@ -131,13 +140,19 @@ PLANS: dict[str, Plan] = {
         512,
     ),
     # The same to 20M parameters, with more rates and seeds: an hour and a half of one large GPU, several runs at a
-    # time. The largest models read the corpora six times.
+    # time. The largest models read the corpora six times. Narrow layers of a quarter of the window came first, and the
+    # usual ones have the rate that was best for those.
     "small": Plan(
         _NARROW,
         {name: [0, 1] if name in ("1.1M", "2.4M", "4.4M") else [0] for name in _NARROW},
         (7.5e-4, 1.5e-3, 3e-3, 6e-3),
         {"corpus": "code+text", "length": 4096, "warmup": 0.05},
         512,
+        [
+            *MECHANISMS[:-2],
+            *({**each, "narrow": 4} for each in _UNEVEN),
+            *({**each, "rates": (3e-3,)} for each in _UNEVEN),
+        ],
     ),
     "paper": Plan(
         SHAPES,
@@ -168,7 +183,7 @@ def scaling_summary(records: Sequence[Record]) -> list[dict[str, str]]:
             row[label] = f"{means[best]:.4f}"
             row[f"{label} rate"] = f"{best:.1e}"
         speeds = [run.result["tokens_per_second"] for run in chosen if run.result["tokens_per_second"]]
-        if speeds:
+        if speeds and not any(shared(run.device) for run in chosen):
             row["tokens/s, largest"] = f"{speeds[-1]:,.0f}"
         compute = np.array([run.result["flops"] for run in chosen])
         if len(by_size) > 1 and len(np.unique(compute)) > 1:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from dynamask.experiments.language import LanguageConfig
-from dynamask.experiments.locality import variant_name
+from dynamask.experiments.locality import GENTLE_MEANS, variant_name
 from dynamask.experiments.power_law import fit_power_law
+from dynamask.experiments.provenance import shared
 from dynamask.experiments.results import Record
 from dynamask.experiments.scaling import scaling_summary
 from dynamask.experiments.section import Exhibit, Finding, Row, Section
@@ -58,7 +59,7 @@ def report_scaling(records: Sequence[Record], folder: Path) -> Section:
             keys,
             f"Validation loss in nats per token at the best learning rate tried; {data}; {seeds} seed"
             f"{'s' if seeds > 1 else ''}. Exponents with 90% intervals of a residual bootstrap. Compute is useful "
-            "work: weights, output layer, and attention over the keys that are seen.",
+            f"work: weights, output layer, and attention over the keys that are seen. {GENTLE_MEANS}",
             scaling_summary(records),
             _draw(best, at_largest, folder / "scaling.svg"),
             "validation loss against training compute, and perplexity by position, one line per mechanism",
@@ -73,7 +74,10 @@ def report_scaling(records: Sequence[Record], folder: Path) -> Section:
             "speed",
             f"Speed and memory, {largest / 1e6:.1f}M parameters",
             [run.key for found in at_largest.values() for run in found.runs],
-            table=[_speed_row(name, found) for name, found in at_largest.items()],
+            "Where runs shared their device with others, as many as it says, their speeds do not compare."
+            if any(shared(run.device) for found in at_largest.values() for run in found.runs)
+            else "",
+            [_speed_row(name, found) for name, found in at_largest.items()],
         ),
     ]
     forms = [name for name in best if name.startswith("dma")]
@@ -103,20 +107,24 @@ def _mean(losses: Sequence[float | None]) -> float:
 
 
 def _compare(form: str, best: dict[str, list[_Best]]) -> Finding:
-    """The form against every rival at every size that both ran with as many rates and the same seeds."""
+    """The form against every rival at every size, over the seeds that both ran, where the rival had no fewer rates to
+    choose from."""
     margins: list[tuple[float, str]] = []
     keys: list[str] = []
     met = set()
     for ours in best[form]:
         for rival in RIVALS:
             for theirs in best.get(rival, ()):
-                if (theirs.size, theirs.rates, theirs.seeds) == (ours.size, ours.rates, ours.seeds):
+                seeds = ours.seeds & theirs.seeds
+                if theirs.size == ours.size and theirs.rates >= ours.rates and seeds:
                     met.add(rival)
-                    margins.append((theirs.loss - ours.loss, f"{rival} at {ours.size / 1e6:.1f}M"))
-                    keys += [run.key for run in (*ours.runs, *theirs.runs)]
+                    pair = [[run for run in each.runs if run.seed in seeds] for each in (ours, theirs)]
+                    losses = [_mean([run.result["loss"] for run in runs]) for runs in pair]
+                    margins.append((losses[1] - losses[0], f"{rival} at {ours.size / 1e6:.1f}M"))
+                    keys += [run.key for runs in pair for run in runs]
     keys = list(dict.fromkeys(keys))
     if not margins:
-        return Finding("perplexity", form, "no rival ran as many learning rates with the same seeds", None, keys)
+        return Finding("perplexity", form, "no rival ran as many learning rates with one of its seeds", None, keys)
     (worst, against), (most, over) = min(margins), max(margins)
     ahead = sum(margin > 0 for margin, _ in margins)
     measured = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,32 @@ def test_a_sweep_without_a_rival_and_a_diverged_run_have_no_good_news(tmp_path: 
     assert "not compared with nsa" in found["dma"].measured
     diverged = _scaling(lambda name, width: None if name == "dma" else 3.0)
     assert {f.subject: f.held for f in report_scaling(diverged, tmp_path).findings}["dma"] is False
+
+
+def test_forms_compare_over_common_seeds_with_no_more_rates_than_the_rival(tmp_path: Path) -> None:
+    """A rival's other seed does not count, and a form that had more learning rates to choose from is not compared."""
+    records = [r for r in _scaling(lambda name, _: 2.9 if name == "dma" else 3.0) if r.config["width"] == 16]
+    lucky = [replace(r, seed=1, key=r.key + "1", result=r.result | {"loss": 1.0}) for r in records if is_mha(r)]
+    found = {f.subject: f for f in report_scaling([*records, *lucky], tmp_path).findings}
+    assert found["dma"].held is True
+    more = [replace(r, config=r.config | {"learning_rate": 0.1}, key=r.key + "2") for r in records if is_mha(r)]
+    assert {f.subject: f.held for f in report_scaling([*records, *more], tmp_path).findings}["dma"] is True
+    ours = [replace(r, config=r.config | {"learning_rate": 0.1}, key=r.key + "2") for r in records if not is_mha(r)]
+    found = {f.subject: f for f in report_scaling([*records, *ours], tmp_path).findings}
+    assert "not compared with mha" in found["dma"].measured
+
+
+def is_mha(record: Record) -> bool:
+    return variant_name(record.config) == "mha"
+
+
+def test_speeds_of_shared_devices_are_not_compared(tmp_path: Path) -> None:
+    records = _scaling(lambda *_: 3.0)
+    tables = {}
+    for device in ("a GPU", "a GPU (3 runs at a time)"):
+        loss, _, speed = report_scaling([replace(r, device=device) for r in records], tmp_path).exhibits
+        tables[device] = ("tokens/s, largest" in loss.table[0], "do not compare" in speed.text)
+    assert tables == {"a GPU": (True, False), "a GPU (3 runs at a time)": (False, True)}
 
 
 def test_locality_needs_both_the_beginning_and_the_end(tmp_path: Path) -> None:

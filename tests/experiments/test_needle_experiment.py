@@ -104,13 +104,14 @@ def test_an_upcycled_model_starts_as_the_dense_one() -> None:
 def _record(model: str, exact: dict[int, float]) -> Record:
     config = _smoke(model)
     common = {"model": model, "task": "passkey", "recall": 0.0, "samples": 20}
-    scores = [common | {"length": n, "depth": d, "exact": value} for n, value in exact.items() for d in (0.0, 1.0)]
+    scores = [common | {"length": n, "depth": d, "exact": value} for n, value in exact.items() for d in (0.0, 0.5)]
+    scores += [common | {"length": n, "depth": 1.0, "exact": 1.0} for n in exact]
     result = {"scores": scores, "loss": {model: 1.0}}
     return Record("needle", run_key("needle", config), config, 0, result, 1.0, "a GPU", {}, None)
 
 
 def test_verdicts_follow_the_scores(tmp_path: Path) -> None:
-    """Trained at 440 tokens: level inside, ahead beyond."""
+    """Trained at 440 tokens: level inside, ahead beyond. What is next to the question, anybody finds."""
     mha, dma = _record("mha", {256: 0.9, 512: 0.2}), _record("dma", {256: 0.9, 512: 0.6})
     found = {f.subject: f for f in report_needle([mha, dma], tmp_path).findings}
     assert found["dma, to 440 tokens, trained for"].held is False

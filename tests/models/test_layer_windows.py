@@ -24,12 +24,21 @@ WINDOWS = [3, 9]
 )
 def test_uneven_windows_keep_as_many_keys(layers: int, window: int, every: int, first: int) -> None:
     windows = uneven_windows(layers, window, every=every, first=first)
-    wide = [index for index, own in enumerate(windows) if own > window // 4]
+    narrow = max(1, min(window // 4, 32))
+    wide = [index for index in range(layers) if index % every == min(first, layers - 1) % every]
     assert len(windows) == layers
     assert layers * window - len(wide) < sum(windows) <= layers * window
-    if window >= 4:
-        assert wide == [index for index in range(layers) if index % every == min(first, layers - 1) % every]
-        assert all(own == window // 4 for index, own in enumerate(windows) if index not in wide)
+    assert all(own == narrow for index, own in enumerate(windows) if index not in wide)
+    assert len({windows[index] for index in wide}) == 1
+    assert windows[wide[0]] >= window
+
+
+def test_the_narrow_layers_window_can_be_given() -> None:
+    assert uneven_windows(6, 512) == [32, 32, 32, 2912, 32, 32]
+    assert uneven_windows(6, 512, narrow=128) == [128, 128, 128, 2432, 128, 128]
+    for narrow, message in ((0, "at least 1"), (513, "see less than window=512 keys; got narrow=513")):
+        with pytest.raises(InvalidInputError, match=message):
+            uneven_windows(6, 512, narrow=narrow)
 
 
 def test_uneven_is_a_word_of_the_configuration(tmp_path: Path) -> None:
