@@ -164,6 +164,7 @@ def _speed_row(name: str, found: _Best) -> Row:
 
 def _draw(best: dict[str, list[_Best]], at_largest: dict[str, _Best], picture: Path) -> Path:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter
 
     from dynamask.reports.style import line_style, save_figure
 
@@ -187,6 +188,8 @@ def _draw(best: dict[str, list[_Best]], at_largest: dict[str, _Best], picture: P
             means = np.mean([[b["loss"] for b in run.result["positions"]] for run in at_largest[name].runs], axis=0)
             right.plot(middle, np.exp(means), **style)
     left.set(xscale="log", yscale="log", xlabel="training compute, FLOP", ylabel="validation loss, nats per token")
+    for which in ("major", "minor"):  # powers of ten say little of losses between two and five
+        getattr(left.yaxis, f"set_{which}_formatter")(FormatStrFormatter("%g"))
     right.set(xlabel="position in the sequence", ylabel="perplexity")
     right.set_xscale("log", base=2)
     for axes in (left, right):

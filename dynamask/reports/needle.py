@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, read_scores
 from dynamask.reports.style import save_figure
+
+_NAME = 30
+"""Letters of a model's name that fit above its panel in one line."""
 
 METRICS = {"exact": "exact match", "recall": "share of the values found"}
 
@@ -83,7 +87,6 @@ def draw_scores(
                     if not math.isnan(value):
                         ink = "black" if value > 0.6 else "white"
                         axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=ink)
-            axes.set_title(f"{model}: {task}", fontsize=9)
             if trained_on is not None and lengths[0] <= trained_on < lengths[-1]:
                 inside = sum(length <= trained_on for length in lengths)
                 axes.axvline(inside - 0.5, color="white", linewidth=3)
@@ -93,7 +96,9 @@ def draw_scores(
     for axes in panels[-1]:
         beyond = "" if trained_on is None else f" (line: trained at {trained_on})"
         axes.set_xlabel(f"length in tokens{beyond}", fontsize=8)
-    for row in panels:
-        row[0].set_ylabel("depth", fontsize=8)
+    for row, task in zip(panels, tasks, strict=True):
+        row[0].set_ylabel(f"{task}\ndepth", fontsize=8)
+    for axes, model in zip(panels[0], models, strict=True):
+        axes.set_title(textwrap.fill(model, _NAME), fontsize=8)
     figure.colorbar(image, ax=panels, label=METRICS[metric], pad=0.01)
     return save_figure(figure, picture)
