@@ -11,7 +11,7 @@ UNEVEN = "uneven"
 """Value of `layer_windows` that stands for `uneven_windows` of a model's layers and window."""
 
 
-NARROW = 32
+NARROW_WINDOW = 32
 """Keys of a narrow layer, at most. What it learns from so few is learned early in training: at 512 keys a layer on
 average, 32 did 0.25 nats better than a quarter of the window, and 64 as well as 32."""
 
@@ -29,7 +29,7 @@ def uneven_windows(layers: int, window: int, *, every: int = 6, first: int = 3, 
         window: keys a query keeps per layer on average, at least 1.
         every: of so many layers in a row one is wide.
         first: index of the first wide layer; in a model of fewer layers, the last one is wide.
-        narrow: window of the others; None: a quarter of `window`, at most `NARROW`.
+        narrow: window of the others; None: a quarter of `window`, at most `NARROW_WINDOW`.
 
     Returns:
         A window per layer, `layers · window` keys in all or, where that does not divide, a little less.
@@ -38,7 +38,7 @@ def uneven_windows(layers: int, window: int, *, every: int = 6, first: int = 3, 
         InvalidInputError: `narrow` is not a window, or wider than `window`.
     """
     if narrow is None:
-        narrow = max(1, min(window // 4, NARROW))
+        narrow = max(1, min(window // 4, NARROW_WINDOW))
     check_window(narrow, 0)
     if narrow > window:
         raise InvalidInputError(f"narrow layers see less than window={window} keys; got narrow={narrow}")
