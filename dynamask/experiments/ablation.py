@@ -190,10 +190,10 @@ def _smoke() -> list[Config]:
 
 
 def _probe() -> list[Config]:
-    """What a CPU says, three minutes a run: 0.2M parameters, 512 tokens, window 32, 300 steps of 2048 tokens."""
+    """What a CPU says, three minutes a run: 0.2M parameters, 512 tokens, window 32, 300 steps, three seeds."""
     shape = {"layers": 2, "width": 96, "heads": 4, "groups": 2, "feed_forward": 256, "length": 512, "steps": 300}
     shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
-    return _sweep([0], [8, 16, 32, 64, 128], 32, corpus="code", learning_rate=4e-3, **shape)
+    return _sweep([0, 1, 2], [8, 16, 32, 64, 128], 32, corpus="code", learning_rate=4e-3, **shape)
 
 
 def _quick() -> list[Config]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dynamask.experiments.ablation import LEAKY, ablation_summary, grouped, mean_loss
 from dynamask.experiments.results import Record
-from dynamask.experiments.section import Exhibit, Finding, Row, Section
+from dynamask.experiments.section import Exhibit, Finding, Row, Section, gains_hold
 
 _TRAINED, _CUT = "dma-random-start", ("dma-detached-scores", "dma-unbiased-logits")
 
@@ -78,7 +78,7 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             f"{sum(gains) / len(gains):+.4f} nats per token gained by the gradient, {min(gains):+.4f} to "
             f"{max(gains):+.4f} over {len(gains)} seed{'s' if len(gains) > 1 else ''}"
         )
-        found.append(Finding("gradients", subject, measured, min(gains) > 0, keys))
+        found.append(Finding("gradients", subject, measured, gains_hold(gains), keys))
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dynamask.experiments.locality import GENTLE_MEANS, locality_summary, variant_name
 from dynamask.experiments.results import Record
-from dynamask.experiments.section import Exhibit, Finding, Section, judged_forms
+from dynamask.experiments.section import Exhibit, Finding, Section, gains_hold, judged_forms
 
 EARLY = 100
 """Steps after which dma is to be no worse than swa."""
@@ -105,7 +105,7 @@ def _choice(form: str, control: str, runs: _Losses) -> Finding:
         return Finding("choice", form, "no finished pair of runs at the same settings", None, keys)
     gains = [without - chosen for without, chosen in pairs]
     measured = f"{_span(gains)} nats below its control at the end, over {len(both)} runs of each"
-    return Finding("choice", form, measured, min(gains) > 0, keys)
+    return Finding("choice", form, measured, gains_hold(gains), keys)
 
 
 def _early(record: Record) -> float | None:

@@ -73,3 +73,10 @@ def judged_forms(*kinds: Sequence[str], loss: Callable[[str], float]) -> list[st
     found = [name for name in ("dma, paper", "dma") if any(name in kind for kind in kinds)]
     best = [min(kind, key=loss) for kind in kinds if kind]
     return list(dict.fromkeys([*found, *best]))
+
+
+def gains_hold(gains: Sequence[float]) -> bool | None:
+    """Whether pairs of runs bear out a gain: every one of at least two. None: a single pair, whose gain may be luck."""
+    if min(gains) <= 0:
+        return False
+    return True if len(gains) > 1 else None

@@ -118,13 +118,14 @@ def test_locality_needs_both_the_beginning_and_the_end(tmp_path: Path) -> None:
 
 
 def test_a_choice_pays_if_the_form_beats_its_control(tmp_path: Path) -> None:
-    for form, held in ((2.0, True), (2.3, False), (None, None)):
+    for form, seeds, held in ((2.0, 2, True), (2.0, 1, None), (2.3, 1, False), (None, 2, None)):
         losses = {"dma, gate_init delta": form, "dma, no choice, gate_init delta": 2.2}
-        records = _records("locality", LOCALITY.configs("smoke"), lambda name, _, own=losses: own.get(name, 2.5))
+        configs = [config | {"seed": seed} for seed in range(seeds) for config in LOCALITY.configs("smoke")]
+        records = _records("locality", configs, lambda name, _, own=losses: own.get(name, 2.5))
         section = report_locality(records, tmp_path)
         (found,) = (each for each in section.findings if each.claim == "choice")
         assert (found.subject, found.held) == ("dma, gate_init delta", held)
-        assert len(found.keys) == 2
+        assert len(found.keys) == 2 * seeds
         assert not any("no choice" in each.subject for each in section.findings)
 
 
