@@ -38,7 +38,8 @@ def test_two_models_side_by_side(tmp_path, monkeypatch) -> None:
     picture = draw_needle([sparse, dense], tmp_path / "needle.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
     panels = [axes for axes in drawn[0].axes if axes.get_title()]
-    assert [axes.get_title() for axes in panels] == ["sparse: passkey", "dense: passkey"]
+    assert [axes.get_title() for axes in panels] == ["sparse", "dense"]
+    assert panels[0].get_ylabel() == "passkey\ndepth"
     assert [[text.get_text() for text in axes.texts] for axes in panels] == [["100", "25"], ["0"]]
     assert [tick.get_text() for tick in panels[1].get_xticklabels()] == ["512", "1024"]
 
