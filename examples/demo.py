@@ -1,8 +1,9 @@
 """The whole of dynamask in a few minutes on a CPU, on text that every machine has.
 
-Trains a tiny DMA model and a tiny dense (MHA) model on the sources of Python's standard library, with the same
-data, seed and steps; compares their perplexity; generates from the bounded cache; shows that the cache does not
-grow; and draws which keys stay alive in which head. Run it with `make demo`, or `python examples/demo.py`.
+Trains a tiny DMA model, one that spends as many keys unevenly over its layers, and a tiny dense (MHA) model on the
+sources of Python's standard library, with the same data, seed and steps; compares their perplexity; generates from
+the bounded cache; shows that the cache does not grow; and draws which keys stay alive in which head. Run it with
+`make demo`, or `python examples/demo.py`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from dynamask.training import TrainConfig, open_corpus, open_run, train
 
 console = Console(width=100)
 
+MODELS = {
+    "dma": {"attention": "dma"},
+    "dma-uneven": {"attention": "dma", "layer_windows": "uneven"},
+    "mha": {"attention": "mha"},
+}
+
 
 def main() -> None:
     """Run the demo."""
@@ -39,13 +46,13 @@ def main() -> None:
     begin = time.perf_counter()
 
     perplexities = {}
-    for attention in ("dma", "mha"):
-        console.rule(f"training tiny with {attention.upper()}")
+    for name, attention in MODELS.items():
+        console.rule(f"training tiny with {name}")
         config = TrainConfig(
             preset="tiny",
-            model={"attention": attention},
+            model=dict(attention),
             data=["stdlib"],
-            output=str(folder / attention),
+            output=str(folder / name),
             corpus=str(folder / "corpus"),
             context=512,
             batch_size=4,
@@ -59,16 +66,19 @@ def main() -> None:
         seconds = time.perf_counter() - started
         model, _ = open_run(config.output)
         blocks = PackedDataset(open_corpus(config.output), "validation", config.context)
-        perplexities[attention] = (perplexity_by_position(model, blocks, limit=64), model, seconds)
+        perplexities[name] = (perplexity_by_position(model, blocks, limit=64), model, seconds)
 
     table = Table(
         "attention", "keys per query", "perplexity", "late in a document", "training", title="\nheld-out text"
     )
-    for attention, (result, model, seconds) in perplexities.items():
-        keys = f"at most {model.config.window}" if attention == "dma" else "all"
+    for name, (result, model, seconds) in perplexities.items():
+        windows = model.config.layer_windows
+        keys = "all" if name == "mha" else f"at most {model.config.window}"
+        if windows is not None:
+            keys = f"{'/'.join(map(str, sorted(set(windows))))}, {sum(windows) // len(windows)} on average"
         late = result.to_dict()["buckets"][-1]
         table.add_row(
-            attention.upper(),
+            name,
             keys,
             f"{result.perplexity:.1f}",
             f"{late['perplexity']:.1f} (from token {late['from']})",
@@ -109,7 +119,7 @@ def main() -> None:
 
     text = Path(textwrap.__file__).read_text(encoding="utf-8")
     pictures = [draw_live_keys(model, tokenizer, text, folder / "live_keys.png")]
-    pictures.append(draw_curves([str(folder / "dma"), str(folder / "mha")], folder / "curves.png"))
+    pictures.append(draw_curves([str(folder / name) for name in MODELS], folder / "curves.png"))
     console.print("pictures: " + ", ".join(str(picture) for picture in pictures))
     console.print(f"done in {time.perf_counter() - begin:.0f} s")
 
