@@ -22,7 +22,8 @@ def report_ablation(records: Sequence[Record], folder: Path) -> Section:
             "Every variant",
             [record.key for record in records],
             f"Validation loss, nats per token, {seeds} seed{'s' if seeds > 1 else ''}; `exact` and `leaky`: the same "
-            "weights under the selection of each query's prefix, and under the best keys of the whole sequence.",
+            "weights under the selection of each query's prefix, and under the best keys of the whole sequence. Rows of "
+            "different numbers of runs do not compare: seeds differ, too.",
             ablation_summary(records),
         )
     ]
@@ -43,6 +44,8 @@ def report_ablation(records: Sequence[Record], folder: Path) -> Section:
         )
         exhibits.append(Exhibit("leak", "How much the leak flatters the loss", keys, text, rows))
     sweep = {key: runs for key, runs in groups.items() if key[0] in ("dma", "sliding window")}
+    common = set.intersection(*({run.seed for run in runs} for runs in sweep.values())) if sweep else set()
+    sweep = {key: own for key, runs in sweep.items() if (own := [run for run in runs if run.seed in common])}
     if len({window for _, window in sweep}) > 1:
         rows = []
         for window in sorted({window for _, window in sweep}):
