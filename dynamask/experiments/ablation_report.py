@@ -22,8 +22,8 @@ def report_ablation(records: Sequence[Record], folder: Path) -> Section:
             "Every variant",
             [record.key for record in records],
             f"Validation loss, nats per token, {seeds} seed{'s' if seeds > 1 else ''}; `exact` and `leaky`: the same "
-            "weights under the selection of each query's prefix, and under the best keys of the whole sequence. Rows of "
-            "different numbers of runs do not compare: seeds differ, too.",
+            "weights under the selection of each query's prefix, and under the best keys of the whole sequence. Rows "
+            "of different numbers of runs do not compare: seeds differ, too.",
             ablation_summary(records),
         )
     ]
