@@ -35,6 +35,7 @@ from dynamask.experiments.language import (
 from dynamask.experiments.registry import Config, Experiment, Progress, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
+from dynamask.experiments.settings import CPU_SHAPE
 
 LEAKY = "dma-LEAKY-whole-sequence"
 _DENSE_SHARE = 0.75
@@ -191,9 +192,7 @@ def _smoke() -> list[Config]:
 
 def _probe() -> list[Config]:
     """What a CPU says, three minutes a run: 0.2M parameters, 512 tokens, window 32, 300 steps, three seeds."""
-    shape = {"layers": 2, "width": 96, "heads": 4, "groups": 2, "feed_forward": 256, "length": 512, "steps": 300}
-    shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
-    return _sweep([0, 1, 2], [8, 16, 32, 64, 128], 32, corpus="code", learning_rate=4e-3, **shape)
+    return _sweep([0, 1, 2], [8, 16, 32, 64, 128], 32, corpus="code", learning_rate=4e-3, **CPU_SHAPE)
 
 
 def _quick() -> list[Config]:

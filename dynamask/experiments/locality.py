@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from dynamask.experiments.language import LanguageConfig, language_cost, languag
 from dynamask.experiments.registry import Config, Experiment, register
 from dynamask.experiments.results import Record
 from dynamask.experiments.section import Section
-from dynamask.experiments.settings import ranked_by
+from dynamask.experiments.settings import CPU_SHAPE, ranked_by
 from dynamask.models import uneven_windows
 
 _SHARE = 16
@@ -32,9 +32,9 @@ _FOUR_MILLION: dict[str, Any] = {
 Variant = dict[str, Any]
 
 
-def wide_with_dense(layers: int, window: int) -> list[int]:
-    """`layer_windows` that are wide where `one_dense_in_four` has its dense layers."""
-    return uneven_windows(layers, window, every=4, first=1, narrow=max(1, window // 4))
+def wide_with_dense(layers: int, window: int, narrow: int | None = None) -> list[int]:
+    """`layer_windows` that are wide where `one_dense_in_four` has its dense layers; `narrow`: a quarter by default."""
+    return uneven_windows(layers, window, every=4, first=1, narrow=narrow or max(1, window // 4))
 
 
 PAPER: Variant = {"attention": "dma", "local": 0, "recency": 0.0}
@@ -66,7 +66,7 @@ ONE_IN_FOUR: Variant = {"layer_windows": "one in four"}
 """See `wide_with_dense`."""
 NARROW_ROPE: Variant = {"rope_layers": "narrow"}
 """No rotary embeddings where `ONE_IN_SIX` looks far; dense attention can leave them out there, too."""
-_UNEVEN = {"one in six": uneven_windows, "one in four": wide_with_dense}
+_UNEVEN: dict[str, Callable[..., list[int]]] = {"one in six": uneven_windows, "one in four": wide_with_dense}
 
 _FROM_DENSE: Variant = {"window_schedule": [[0.0, 4.0], [0.25, 2.0], [0.5, 1.0]]}
 FORMS: list[Variant] = [
@@ -137,10 +137,7 @@ def named_windows(windows: Sequence[int] | None, window: int) -> list[str]:
     """
     if not windows:
         return []
-    usual = list(windows) in [
-        uneven_windows(len(windows), window, every=every, first=first, narrow=min(windows))
-        for every, first in ((6, 3), (4, 1))
-    ]
+    usual = list(windows) in [of(len(windows), window, narrow=min(windows)) for of in _UNEVEN.values()]
     return ["windows " + "/".join(map(str, sorted(set(windows)) if usual else windows))]
 
 
@@ -248,22 +245,12 @@ def _smoke() -> list[Config]:
 
 def _probe() -> list[Config]:
     """What a CPU ranks, three minutes a run: 0.2M parameters, 512 tokens, window 32, two seeds."""
-    shape: dict[str, Any] = {
-        "layers": 2,
-        "width": 96,
-        "heads": 4,
-        "groups": 2,
-        "feed_forward": 256,
-        "length": 512,
-        "steps": 300,
-    }
-    shape |= {"batch_tokens": 2048, "validation_tokens": 32_768}
     linear: Variant = {**GENTLE, "gate_rate": 1.0}
     gentle = [GENTLE, {**GENTLE, "score_form": "exp"}, {**GENTLE, "gate_rate": 0.3}, linear]
     controls = [{**form, "local": "window"} for form in (*gentle, _SPREAD)]
     apart = [{**GENTLE, "gate_rate": rate, "ranking": "attention"} for rate in (0.1, 0.3, 1.0)]
     forms = [*FORMS, *gentle, *controls, CEILING, *apart]
-    return configs([*RIVALS, CONTROL, *forms, *hybrids(2)], ["code", "text"], [0, 1], [4e-3], **shape)
+    return configs([*RIVALS, CONTROL, *forms, *hybrids(2)], ["code", "text"], [0, 1], [4e-3], **CPU_SHAPE)
 
 
 def _quick() -> list[Config]:

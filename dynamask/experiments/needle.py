@@ -338,18 +338,25 @@ def _report(records: Sequence[Record], folder: Path) -> Section:
     return report_needle(records, folder)
 
 
+def _forms(window: int, upcycle_steps: int) -> tuple[Config, Config, Config]:
+    """Dense attention and, made of it, dma whose ranks learn who is looked at sharply; dma by default; the paper's."""
+    default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
+    dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
+    dense |= {"upcycle_rankings": ["attention"], "upcycle_spread": 8.0, "rank_power": 4.0}
+    return dense, default, {**default, "local": 0, "recency": 0.0}
+
+
 def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
     """Dense attention and what is upcycled from it; dma by default, with gentle gates, in the paper's form, and with
     ranks that learn from attention, windows that shrink, dense layers between, or windows wider in some layers."""
-    default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
-    dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
+    dense, default, paper = _forms(window, upcycle_steps)
     ranked = {**default, "ranking": "attention"}
     layers = common.get("layers", NeedleConfig.layers)
     mixed = {"layer_attention": one_dense_in_four("dma", layers)}
     uneven = {"layer_windows": wide_with_dense(layers, window)}
     models: list[dict[str, Any]] = [
-        {**dense, "upcycle_rankings": ["score", "attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
-        *(default, {**default, **GENTLE}, {**default, "local": 0, "recency": 0.0}),
+        {**dense, "upcycle_rankings": ["score", "attention"]},
+        *(default, {**default, **GENTLE}, paper),
         *({**default, **WIDE_FIRST}, {**ranked, **WIDE_FIRST}, ranked, {**ranked, **GENTLE}),
         {**default, **SHARP, **WIDE_FIRST},
         *({**default, **mixed}, {**ranked, **GENTLE, **mixed}),
@@ -364,8 +371,7 @@ def _far_sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: 
     """What may carry beyond the training length: the forms that find needles within it, with rotary embeddings in all
     layers and without them where a layer looks far; dense attention and what is upcycled from it; dma by default and in
     the paper's form."""
-    default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
-    dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
+    dense, default, paper = _forms(window, upcycle_steps)
     layers = common.get("layers", NeedleConfig.layers)
     windows = wide_with_dense(layers, window)
     uneven = {"layer_windows": windows}
@@ -373,10 +379,10 @@ def _far_sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: 
     found = {**default, **SHARP, **WIDE_FIRST}
     sliding = {"attention": "swa", "window": window, **uneven}
     models: list[dict[str, Any]] = [
-        {**dense, "upcycle_rankings": ["attention"], "upcycle_spread": 8.0, "rank_power": 4.0},
+        dense,
         *({**found, **uneven, **near}, {**found, **uneven}, found),
         *({"attention": "mha", **near}, {**sliding, **near}, sliding),
-        *(default, {**default, "local": 0, "recency": 0.0}),
+        *(default, paper),
     ]
     return _runs(models, seeds, common)
 

@@ -41,16 +41,16 @@ _NARROW: dict[str, dict[str, int]] = {
 }
 """Heads of 32, for as many key/value heads, and so masks, to grow with the width as in `SHAPES`."""
 
-MECHANISMS: list[dict[str, Any]] = [
+_EVEN: list[dict[str, Any]] = [
     *({"attention": "mha"}, {"attention": "swa"}, {"attention": "dma"}),
     {"attention": "dma", "local": 0, "recency": 0.0},
     *({"attention": "mla"}, {"attention": "nsa"}),
     *({"attention": "dma", "mixed": True}, {"attention": "swa", "mixed": True}),
-    *({**GENTLE, "ranking": "attention", "uneven": True}, {"attention": "swa", "uneven": True}),
 ]
+_UNEVEN = [{**GENTLE, "ranking": "attention", "uneven": True}, {"attention": "swa", "uneven": True}]
+MECHANISMS = [*_EVEN, *_UNEVEN]
 """Settings; "mixed": see `one_dense_in_four`; "uneven": see `uneven_windows`; "narrow": the window over that of its
 narrow layers, where it is not the usual one; "rates": tried, where not those of the plan."""
-_UNEVEN = MECHANISMS[-2:]
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
@@ -77,12 +77,14 @@ class Plan:
 
     def config(self, mechanism: dict[str, Any], shape: str, seed: int, rate: float) -> Config:
         """One run, defaults written out."""
-        own = {name: value for name, value in mechanism.items() if name != "rates"}
+        own = dict(mechanism)
+        own.pop("rates", None)
         if own.pop("mixed", False):
             own["layer_attention"] = one_dense_in_four(own["attention"], self.shapes[shape]["layers"])
         if own["attention"] not in WINDOWLESS:
             own["window"] = self.window
-        narrow = self.window // own.pop("narrow") if "narrow" in own else None
+        share = own.pop("narrow", None)
+        narrow = self.window // share if share else None
         if own.pop("uneven", False):
             own["layer_windows"] = uneven_windows(self.shapes[shape]["layers"], self.window, narrow=narrow)
         if own["attention"] == "dma":
@@ -149,7 +151,7 @@ PLANS: dict[str, Plan] = {
         {"corpus": "code+text", "length": 4096, "warmup": 0.05},
         512,
         [
-            *MECHANISMS[:-2],
+            *_EVEN,
             *({**each, "narrow": 4} for each in _UNEVEN),
             *({**each, "rates": (3e-3,)} for each in _UNEVEN),
         ],

@@ -28,13 +28,11 @@ class _Best:
 
     Attributes:
         size: non-embedding parameters that runs are matched by.
-        loss: mean over seeds; infinite where a run diverged.
         rates: how many were tried.
         runs: of the best rate.
     """
 
     size: int
-    loss: float
     rates: int
     runs: list[Record]
 
@@ -98,7 +96,7 @@ def _best(records: Sequence[Record]) -> dict[str, list[_Best]]:
         for size, by_rate in sorted(sizes.items()):
             means = {rate: _mean([run.result["loss"] for run in runs]) for rate, runs in by_rate.items()}
             rate = min(means, key=lambda each: means[each])
-            found[name].append(_Best(size, means[rate], len(by_rate), by_rate[rate]))
+            found[name].append(_Best(size, len(by_rate), by_rate[rate]))
     return found
 
 

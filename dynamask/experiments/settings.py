@@ -20,6 +20,12 @@ WIDE_FIRST: Config = {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]}
 """The window that such a model trains with: where most of an example fits at first, then down to the one it is tested
 at. With keys that no query sees there is nothing to learn of them."""
 
+CPU_SHAPE: Config = {
+    **{"layers": 2, "width": 96, "heads": 4, "groups": 2, "feed_forward": 256},
+    **{"length": 512, "steps": 300, "batch_tokens": 2048, "validation_tokens": 32_768},
+}
+"""Of language runs that a CPU does in three minutes each: 0.2M parameters."""
+
 
 def read_settings(kind: type[_Settings], config: Config, whose: str) -> _Settings:
     """Settings from plain JSON.

@@ -143,8 +143,12 @@ def test_the_smoke_sweep_runs_every_variant(tmp_path: Path, monkeypatch: pytest.
 
 
 def _record(name: str, seed: int, loss: float | None) -> Record:
-    config = next(c for c in ABLATION.configs("smoke") if c["attention"] == name) | {"seed": seed}
-    return Record("ablation", run_key("ablation", config), config, seed, {"loss": loss}, 1.0, "a GPU", {}, None)
+    return _run(next(c for c in ABLATION.configs("smoke") if c["attention"] == name), seed, loss)
+
+
+def _run(config: dict[str, Any], seed: int, loss: float | None) -> Record:
+    own = config | {"seed": seed}
+    return Record("ablation", run_key("ablation", own), own, seed, {"loss": loss}, 1.0, "a GPU", {}, None)
 
 
 def test_the_gradient_must_help_at_every_seed(tmp_path: Path) -> None:
@@ -163,12 +167,7 @@ def test_the_gradient_must_help_at_every_seed(tmp_path: Path) -> None:
 def test_windows_are_compared_over_the_seeds_that_all_of_them_ran(tmp_path: Path) -> None:
     configs = [c for c in ABLATION.configs("smoke") if c["attention"] == "swa"]
     assert len(configs) > 1
-
-    def record(config: dict[str, Any], seed: int, loss: float) -> Record:
-        own = config | {"seed": seed}
-        return Record("ablation", run_key("ablation", own), own, seed, {"loss": loss}, 1.0, "a GPU", {}, None)
-
-    records = [*(record(config, 0, 3.0) for config in configs), record(configs[0], 1, 9.0)]
+    records = [*(_run(config, 0, 3.0) for config in configs), _run(configs[0], 1, 9.0)]
     (windows,) = (each for each in report_ablation(records, tmp_path).exhibits if each.name == "windows")
     assert [row["sliding window"] for row in windows.table] == ["3.0000"] * len(configs)
     assert len(windows.keys) == len(configs)
