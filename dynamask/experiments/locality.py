@@ -87,14 +87,22 @@ FORMS: list[Variant] = [
 ]
 
 
-def variant_name(config: Config) -> str:
-    """What distinguishes a run's mechanism, as a table shows it."""
+def variant_name(config: Config, *, any_depth: bool = False) -> str:
+    """What distinguishes a run's mechanism, as a table shows it.
+
+    Args:
+        config: fields of `LanguageConfig`.
+        any_depth: leave out what the number of layers decides: how many are dense, how far a wide one sees.
+    """
     settings = LanguageConfig.of(config)
     window = settings.window or 1
     parts = [settings.attention]
     if settings.layer_attention:
         counts = {name: settings.layer_attention.count(name) for name in dict.fromkeys(settings.layer_attention)}
         parts = ["+".join(f"{count} {name}" for name, count in counts.items())]
+        mixed = [name for name in counts if name != "mha"]
+        if any_depth and settings.layer_attention == one_dense_in_four(mixed[0], settings.layers):
+            parts = [mixed[0], "one layer in four dense"]
     if "dma" in settings.mixers:
         local = window // 2 if settings.local is None else settings.local
         recency = 1 / window if settings.recency is None else settings.recency
@@ -121,22 +129,25 @@ def variant_name(config: Config) -> str:
         parts.append(f"rank slope {settings.rank_recency * window:.2g}")
     if settings.distance_penalty:
         parts.append("penalty")
-    parts += named_windows(settings.layer_windows, window) + named_rope(settings.rope_layers)
+    parts += named_windows(settings.layer_windows, window, any_depth=any_depth) + named_rope(settings.rope_layers)
     if settings.window_schedule:
         parts.append("from dense")
     return ", ".join(parts)
 
 
-def named_windows(windows: Sequence[int] | None, window: int) -> list[str]:
+def named_windows(windows: Sequence[int] | None, window: int, *, any_depth: bool = False) -> list[str]:
     """What a mechanism's name says of windows that differ: "windows 32/608", and each layer's where the wide layers are
     not in their usual places; of even windows, nothing.
 
     Args:
         windows: `layer_windows`.
         window: on average.
+        any_depth: see `variant_name`; "narrow windows 32" is said of one wide layer in six.
     """
     if not windows:
         return []
+    if any_depth and list(windows) == uneven_windows(len(windows), window, narrow=min(windows)):
+        return [f"narrow windows {min(windows)}"]
     usual = list(windows) in [of(len(windows), window, narrow=min(windows)) for of in _UNEVEN.values()]
     return ["windows " + "/".join(map(str, sorted(set(windows)) if usual else windows))]
 

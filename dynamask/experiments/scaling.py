@@ -171,7 +171,7 @@ def scaling_summary(records: Sequence[Record]) -> list[dict[str, str]]:
     runs: dict[str, dict[int, dict[float, list[Record]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for record in records:
         size = LanguageConfig.of(record.config).parameters
-        runs[variant_name(record.config)][size][record.config["learning_rate"]].append(record)
+        runs[variant_name(record.config, any_depth=True)][size][record.config["learning_rate"]].append(record)
     reference = float(np.exp(np.mean([np.log(record.result["flops"]) for record in records])))
     rows = []
     for name, by_size in runs.items():

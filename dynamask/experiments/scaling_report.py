@@ -89,7 +89,7 @@ def _best(records: Sequence[Record]) -> dict[str, list[_Best]]:
     )
     for record in records:
         size = LanguageConfig.of(record.config).parameters
-        groups[variant_name(record.config)][size][record.config["learning_rate"]].append(record)
+        groups[variant_name(record.config, any_depth=True)][size][record.config["learning_rate"]].append(record)
     found: dict[str, list[_Best]] = {}
     for name, sizes in sorted(groups.items()):
         found[name] = []

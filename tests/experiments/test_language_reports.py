@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,18 @@ def test_lower_perplexity_must_hold_against_every_rival_at_every_size(tmp_path: 
     assert (tmp_path / "scaling.svg").exists()
     law = next(row for row in section.exhibits[0].table if row["mechanism"] == "mha")
     assert law["b of C^-b"].startswith("0.1000")  # width**-0.3 is compute**-0.1
+
+
+def test_a_mechanism_keeps_its_name_where_models_differ_in_depth() -> None:
+    """How far a wide layer sees, and how many are dense, follows from the number of layers."""
+    rates = _records("scaling", SCALING.configs("small"), lambda name, width: 1.0)
+    configs = [run for run in SCALING.configs("small", rates) if run["seed"] == 0]
+    assert {run["layers"] for run in configs} == {6, 7}
+    sizes: dict[str, set[int]] = defaultdict(set)
+    for run in configs:
+        sizes[variant_name(run, any_depth=True)].add(run["width"])
+    assert set(map(frozenset, sizes.values())) == {frozenset({128, 192, 256, 384, 512})}
+    assert {"dma, one layer in four dense", "swa, narrow windows 32", "swa, narrow windows 128"} < set(sizes)
 
 
 def test_a_sweep_without_a_rival_and_a_diverged_run_have_no_good_news(tmp_path: Path) -> None:
