@@ -422,6 +422,9 @@ def experiment(
     listing: Annotated[
         bool, typer.Option("--list", help="Say what is done, what is left and how long; run nothing.")
     ] = False,
+    keep_models: Annotated[
+        Path | None, typer.Option(help="Keep the trained language models in this folder, each in one of its own.")
+    ] = None,
 ) -> None:
     """Run the sweep of an experiment, as much of it as the budget allows, and say what it found.
 
@@ -448,10 +451,13 @@ def experiment(
     - `dynamask experiment scaling --results scaling.jsonl --budget 8m --workers 4` — two runs on each of two GPUs
 
     - `dynamask experiment locality --results code.jsonl --where corpus=code --where seed=0` — part of a sweep
+
+    - `dynamask experiment scaling --results scaling.jsonl --keep-models models` — and its models, for `evaluate`
     """
     from dynamask.experiments import EXPERIMENTS, get_experiment, read_results, run_sweep
     from dynamask.experiments.budget import parse_seconds
     from dynamask.experiments.display import SweepDisplay, runs_table, summary_table
+    from dynamask.experiments.kept_models import KEPT_FOLDER
     from dynamask.experiments.results import corpora_of_several_builds
     from dynamask.experiments.selection import parse_conditions, select
     from dynamask.experiments.workers import visible_gpus
@@ -480,6 +486,10 @@ def experiment(
         return
     if results is None:
         raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
+    if keep_models is not None:
+        if not chosen.trains_language_models:
+            raise UsageError(f"--keep-models keeps language models, and {name} trains none: leave it out")
+        os.environ[KEPT_FOLDER] = str(keep_models.absolute())
     with SweepDisplay(errors, configs) as display:
         report = run_sweep(
             *(chosen, configs, results, seconds),

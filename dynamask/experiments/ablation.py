@@ -223,5 +223,6 @@ ABLATION = Experiment(
     summary=ablation_summary,
     report=_report,
     interruptible=True,
+    trains_language_models=True,
 )
 register(ABLATION)

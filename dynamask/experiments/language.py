@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dynamask.errors import InvalidInputError
+from dynamask.experiments.kept_models import keep
 from dynamask.experiments.language_data import token_streams
 from dynamask.experiments.registry import Config, Progress
 from dynamask.experiments.results import run_key
@@ -565,6 +566,8 @@ class _Run:
         self._note_peak()
         if settings.keep_model and self.diverged is None:
             self.model.save_pretrained(self.folder / "model")
+        if self.diverged is None:
+            keep(self.model, settings.plain(), self.curve[-1]["loss"])
         counts = parameter_counts(self.model)
         by_position = self._validate() if self.by_position is None else self.by_position
         result = {

@@ -52,8 +52,7 @@ def token_streams(corpus: str) -> TokenStreams:
     """
     if corpus == BYTES:
         return _bytes()
-    folder = Path(os.environ.get(CORPORA_FOLDER, "corpora"))
-    parts = [_open(folder / name) for name in corpus.split("+")]
+    parts = _parts(corpus)
     if len({(part.folder / "tokenizer" / "tokenizer.json").read_bytes() for part in parts}) > 1:
         raise UsageError(f"the corpora {corpus} were made with different tokenizers: build them together")
     streams = {
@@ -61,6 +60,34 @@ def token_streams(corpus: str) -> TokenStreams:
     }
     content = "+".join(part.index["content"] for part in parts)
     return TokenStreams(streams["train"], streams["validation"], len(parts[0].tokenizer), content)
+
+
+def tokenizer_folder(corpus: str) -> Path | None:
+    """Where the tokenizer of a corpus lies; None of "bytes", which has none."""
+    return None if corpus == BYTES else _parts(corpus)[0].folder / "tokenizer"
+
+
+def held_out_documents(corpus: str) -> list[str]:
+    """The texts of a corpus's validation split, one per document.
+
+    Args:
+        corpus: a prepared corpus's name, or several joined by "+".
+
+    Raises:
+        UsageError: no such corpus.
+    """
+    texts = []
+    for part in _parts(corpus):
+        tokens = _joined(part.tokens("validation"))
+        # Each document ends in a token that is not text.
+        for document in np.split(tokens, part.document_starts("validation")[1:]):
+            texts.append(part.tokenizer.decode(document, skip_special_tokens=True))
+    return texts
+
+
+def _parts(corpus: str) -> list[Corpus]:
+    folder = Path(os.environ.get(CORPORA_FOLDER, "corpora"))
+    return [_open(folder / name) for name in corpus.split("+")]
 
 
 def _open(folder: Path) -> Corpus:

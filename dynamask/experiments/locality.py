@@ -332,5 +332,6 @@ LOCALITY = Experiment(
     summary=locality_summary,
     report=_report,
     interruptible=True,
+    trains_language_models=True,
 )
 register(LOCALITY)

@@ -438,5 +438,6 @@ NEEDLE = Experiment(
     summary=needle_summary,
     report=_report,
     interruptible=True,
+    trains_language_models=True,
 )
 register(NEEDLE)

@@ -33,6 +33,7 @@ class Experiment:
         interruptible: when `progress` raises, a run saves its state before it passes the error on, and the next call
             with the same config continues it; its result then tells its "seconds" over all calls. A budget stops such a
             run where it is.
+        trains_language_models: its runs are `run_language`'s, whose models `kept_models` can keep.
         follow_up: runs of a sweep that earlier ones decide: given its name and what is finished, the configs known by
             now, none as long as something is missing.
         report: the finished runs of one sweep, at least one -> their section of `dynamask report results`; pictures
@@ -47,6 +48,7 @@ class Experiment:
     kind: Callable[[Config], str]
     summary: Callable[[Sequence[Record]], list[dict[str, str]]]
     interruptible: bool = False
+    trains_language_models: bool = False
     follow_up: Callable[[str, Sequence[Record]], list[Config]] | None = None
     report: Callable[[Sequence[Record], Path], Section] | None = None
 

@@ -218,6 +218,7 @@ SCALING = Experiment(
     summary=scaling_summary,
     report=_report,
     interruptible=True,
+    trains_language_models=True,
     follow_up=lambda size, finished: PLANS[size].follow_up(finished),
 )
 register(SCALING)

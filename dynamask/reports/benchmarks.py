@@ -276,10 +276,11 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "tasks": Benchmark(
         "Benchmark tasks over local data",
-        "lm-evaluation-harness on a small model of every mechanism, with data that every machine has: that all of them "
-        "run through it, and what models of this size get.",
+        "lm-evaluation-harness on small models of every mechanism, with data that every machine has or the corpora "
+        "hold out: that all of them run through it, and what models of this size get.",
         "tasks/*.jsonl",
-        "python benchmarks/local_tasks.py",
+        "python benchmarks/local_tasks.py; python benchmarks/sweep_tasks.py MODELS --output "
+        "benchmarks/results/tasks/scaling.jsonl",
         tasks_section,
         together=True,
     ),
