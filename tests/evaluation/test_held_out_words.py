@@ -97,3 +97,22 @@ def test_answers_are_asked_for_once_and_a_line_names_its_model(
     assert row["next_line, by length"] == "25.0%"
     assert "Told so." in section.exhibits[0].text
     assert "400 words" in section.exhibits[0].text
+
+
+@pytest.mark.parametrize("task", ["near_word", "far_word"])
+def test_the_harness_asks_for_the_word_after_its_space(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the space the models are asked for a word glued to the one before it, which none ever reads."""
+    pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
+    from lm_eval.tasks import TaskManager
+
+    from dynamask.experiments import language_data
+
+    monkeypatch.setattr(language_data, "held_out_documents", lambda corpus: [_document(20), _document(500, "marimba")])
+    manager = TaskManager(include_path=str(ROOT / "benchmarks" / "tasks"))
+    (loaded,) = manager.load_task_or_group([task]).values()
+    loaded.build_all_requests()
+    (request,) = loaded.instances
+    context, word = request.arguments
+    assert (request.request_type, word) == ("loglikelihood", " xylophone" if task == "near_word" else " marimba")
+    assert context.count(word) == 1
+    assert not context.endswith(" ")
