@@ -27,7 +27,11 @@ _SPARE = [
 
 def line_style(name: str, number: int = 0) -> dict[str, Any]:
     """Keyword arguments of `axes.plot` for a mechanism; for an unknown name, those of its number."""
-    return dict(MECHANISMS.get(name, _SPARE[number % len(_SPARE)]))
+    if name in MECHANISMS:
+        return dict(MECHANISMS[name])
+    # Six looks, then the same six dashed.
+    dashes = "-" if number // len(_SPARE) % 2 == 0 else (0, (2, 1))
+    return _SPARE[number % len(_SPARE)] | {"linestyle": dashes}
 
 
 def save_figure(figure: Any, picture: str | Path) -> Path:
