@@ -68,13 +68,11 @@ def test_builds_what_the_experiments_read(corpora: ModuleType, tmp_path: Path, m
     monkeypatch.setenv("DYNAMASK_CORPORA", str(tmp_path / "out"))
     from dynamask.experiments.language_data import token_streams
 
-    token_streams.cache_clear()
     both = token_streams("code+text")
     assert len(both.train) == sum(
         json.loads((tmp_path / "out" / f"{name}-composition.json").read_text())["splits"]["train"]["tokens"]
         for name in ("code", "text")
     )
-    token_streams.cache_clear()
 
 
 def test_a_copy_under_another_name_is_left_out(corpora: ModuleType, tmp_path: Path, monkeypatch) -> None:

@@ -40,7 +40,6 @@ class TokenStreams:
     content: str
 
 
-@lru_cache(maxsize=4)
 def token_streams(corpus: str) -> TokenStreams:
     """The streams of a corpus, memory-mapped where they are one file.
 
@@ -50,9 +49,15 @@ def token_streams(corpus: str) -> TokenStreams:
     Raises:
         UsageError: no such corpus, or corpora of different tokenizers.
     """
+    return _streams(corpus, _corpora())
+
+
+@lru_cache(maxsize=4)
+def _streams(corpus: str, folder: Path) -> TokenStreams:
+    """Kept by name and folder: the same name is another corpus elsewhere."""
     if corpus == BYTES:
         return _bytes()
-    parts = _parts(corpus)
+    parts = _parts(corpus, folder)
     if len({(part.folder / "tokenizer" / "tokenizer.json").read_bytes() for part in parts}) > 1:
         raise UsageError(f"the corpora {corpus} were made with different tokenizers: build them together")
     streams = {
@@ -64,7 +69,7 @@ def token_streams(corpus: str) -> TokenStreams:
 
 def tokenizer_folder(corpus: str) -> Path | None:
     """Where the tokenizer of a corpus lies; None of "bytes", which has none."""
-    return None if corpus == BYTES else _parts(corpus)[0].folder / "tokenizer"
+    return None if corpus == BYTES else _parts(corpus, _corpora())[0].folder / "tokenizer"
 
 
 def held_out_documents(corpus: str) -> list[str]:
@@ -77,7 +82,7 @@ def held_out_documents(corpus: str) -> list[str]:
         UsageError: no such corpus.
     """
     texts = []
-    for part in _parts(corpus):
+    for part in _parts(corpus, _corpora()):
         tokens = _joined(part.tokens("validation"))
         # Each document ends in a token that is not text.
         for document in np.split(tokens, part.document_starts("validation")[1:]):
@@ -85,8 +90,11 @@ def held_out_documents(corpus: str) -> list[str]:
     return texts
 
 
-def _parts(corpus: str) -> list[Corpus]:
-    folder = Path(os.environ.get(CORPORA_FOLDER, "corpora"))
+def _corpora() -> Path:
+    return Path(os.environ.get(CORPORA_FOLDER, "corpora"))
+
+
+def _parts(corpus: str, folder: Path) -> list[Corpus]:
     return [_open(folder / name) for name in corpus.split("+")]
 
 

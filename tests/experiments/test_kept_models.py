@@ -31,7 +31,6 @@ def corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DYNAMASK_CORPORA", str(tmp_path / "corpora"))
     monkeypatch.setenv(STATE_FOLDER, str(tmp_path / "state"))
     monkeypatch.delenv(KEPT_FOLDER, raising=False)
-    token_streams.cache_clear()
     return tmp_path
 
 
