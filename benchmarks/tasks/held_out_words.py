@@ -62,18 +62,17 @@ def questions(texts: list[str], since: tuple[int, int]) -> list[dict[str, Any]]:
     """
     found_in = Counter(word for text in texts for word in set(_PLAIN.findall(text)))
     most = max(1, len(texts) // RARE)
-    asked: list[dict[str, Any]] = []
-    for number, text in enumerate(texts):
-        asked += _of_document(number, text, since, lambda word: found_in[word] <= most)
+    rare = {word for word, documents in found_in.items() if documents <= most}
+    asked = [question for number, text in enumerate(texts) for question in _of_document(number, text, since, rare)]
     if len(asked) > QUESTIONS:
         asked = random.Random("held_out_words").sample(asked, QUESTIONS)
     return sorted(asked, key=lambda question: (question["document"], question["place"]))
 
 
-def _of_document(number: int, text: str, since: tuple[int, int], rare: Any) -> list[dict[str, Any]]:
+def _of_document(number: int, text: str, since: tuple[int, int], rare: set[str]) -> list[dict[str, Any]]:
     spans = [match.span() for match in _WORD.finditer(text)]
     words = [text[begin:end] for begin, end in spans]
-    # Where a word stands alone: "window" is found in "window," as well, but only the bare form is asked for.
+    # A word is used where it stands in "window," as well, but only its bare form is asked for.
     used: dict[str, list[int]] = {}
     for place, word in enumerate(words):
         for plain in _PLAIN.findall(word):
@@ -81,14 +80,13 @@ def _of_document(number: int, text: str, since: tuple[int, int], rare: Any) -> l
     places = [
         place
         for place in range(WORDS, len(words))
-        if _PLAIN.fullmatch(words[place]) and rare(words[place]) and text[spans[place][0] - 1] == " "
+        if _PLAIN.fullmatch(words[place]) and words[place] in rare and text[spans[place][0] - 1] == " "
     ]
     random.Random(f"held_out_words/{number}").shuffle(places)
     asked: list[dict[str, Any]] = []
     for place in places:
         before = used[words[place]]
-        here = bisect_left(before, place)
-        within = [each for each in before[:here] if each >= place - WORDS]
+        within = before[bisect_left(before, place - WORDS) : bisect_left(before, place)]
         if not within or len(within) > OFTEN or not since[0] <= place - within[-1] <= since[1]:
             continue
         begin, end = spans[place - WORDS][0], spans[place][0] - 1

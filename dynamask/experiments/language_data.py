@@ -83,10 +83,10 @@ def held_out_documents(corpus: str) -> list[str]:
     """
     texts = []
     for part in _parts(corpus, _corpora()):
-        tokens = _joined(part.tokens("validation"))
+        tokens, tokenizer = _joined(part.tokens("validation")), part.tokenizer
         # Each document ends in a token that is not text.
         for document in np.split(tokens, part.document_starts("validation")[1:]):
-            texts.append(part.tokenizer.decode(document, skip_special_tokens=True))
+            texts.append(tokenizer.decode(document, skip_special_tokens=True))
     return texts
 
 
