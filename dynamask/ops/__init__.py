@@ -6,6 +6,7 @@
 | `blocked.py` | O(N·w) work and memory-lean, plain torch: the CPU path |
 | `triton/` | the GPU kernels |
 | `operators.py` | the `torch.library` operators that dispatch to the last two |
+| `ragged_decode.py` | a few queries over a ragged cache: one pool of keys, a length per head |
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@
 | `expiry.py` | scores to intervals |
 | `backward_walk.py` | the order of a walk over each key's queries, and the walk itself for deterministic mode |
 | `decode.py` | a few queries over many keys, split along the keys |
+| `ragged_decode.py` | a few queries over a pool of keys with a length per head, split in proportion |
 | `replace.py` | a new key into a full bounded cache |
 
 `TRITON_INTERPRET=1` runs all of it on a CPU, which is how it is tested without a GPU.
