@@ -8,44 +8,61 @@ tests.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from typing import SupportsIndex
+
 import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
+
+Window = SupportsIndex | Sequence[int] | Tensor
+"""Keys each query keeps: an integer, or one per key/value head."""
 
 _INT_OF_FLOAT = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def key_expiry(
     scores: Tensor,
-    window: int,
+    window: Window,
     *,
     local: int = 0,
+    sinks: int = 0,
     segment_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """First query that no longer sees each key, under a budget of `window` keys per query.
+    """Find the first query that no longer sees each key, under a budget of `window` keys per query.
 
-    Query i keeps the `window` best keys j <= i of its segment that are not padding. Key a outranks key b if
-    its score is higher or, on equal scores, its position is later; NaN ranks below every number. With
-    `local` > 0 the newest `local` positions are always kept and the older keys contest the other
-    `window - local` places.
+    Query i of head g sees at most `window[g]` keys of its prefix, which is the keys j <= i of its segment that
+    are not padding:
+
+    - the first `sinks` keys of the segment,
+    - the newest `local` keys of the prefix,
+    - the best-ranked others, until there are `window[g]` keys in all.
+
+    The higher score ranks higher; on equal scores the later position does. A NaN score ranks lowest. Padding
+    counts nowhere, wherever it stands in the row: not towards `window`, `local` or `sinks`.
 
     Args:
         scores: (B, G, N) float tensor, one score per key and key/value head. Not differentiated.
-        window: keys each query keeps, at least 1. With window >= N the mask is dense causal.
-        local: how many of them are the newest positions, 0 <= local <= window.
+        window: keys each query keeps, at least 1: an integer for all heads, or G integers (a sequence, a 1-D
+            integer array or tensor), one per key/value head. A head with window >= N is dense causal.
+        local: newest keys that are always kept, at least 0.
+        sinks: first keys of each segment that are always kept inside it, at least 0.
+            local + sinks <= min(window).
         segment_ids: (B, N) integers, non-decreasing along N: packed documents. A key is seen only inside
             its own segment.
         key_mask: (B, N) bool, True for a real token. A padding key gets expiry == its own position.
 
     Returns:
         (B, G, N) int32: key j is visible exactly to the queries `j <= i < expiry[j]`. A key that survives has
-        expiry == the end of its segment; a key that nobody keeps has expiry == j.
+        expiry == the end of its segment; a key that nobody keeps has expiry == j; every other expiry is the
+        position of a real token.
 
     Raises:
-        InvalidInputError: wrong shape, dtype or device, window < 1, local outside [0, window], or
-            segment_ids that decrease.
+        InvalidInputError: wrong type, shape, dtype or device, a window below 1, a sequence of windows that are
+            not G, local + sinks above the smallest window, or segment_ids that decrease.
 
     Cost: O(N log N) time and O(N) memory per head, without a loop over positions. The threshold of query i is
     the `window`-th best rank of its prefix, found for all i at once by descending a wavelet matrix over the
@@ -53,46 +70,74 @@ def key_expiry(
     found at every 256th position or so, and a key is resolved in the one stretch in which the threshold passes it
     (`dynamask.ops.triton.expiry`), packed and padded rows included.
 
-    Source: arXiv 2508.02124, section 3 (the top-w mask); the interval form is dynamask's.
+    Source: arXiv 2508.02124, section 3 (the top-w mask); sinks as in arXiv 2309.17453; the interval form is
+    dynamask's.
     """
-    _check_expiry_arguments(scores, window, local, segment_ids, key_mask)
-    if scores.shape[-1] == 0:
+    windows, local, sinks = _check_expiry_arguments(scores, window, local, sinks, segment_ids, key_mask)
+    if scores.numel() == 0:
         return torch.zeros(scores.shape, dtype=torch.int32, device=scores.device)
-    return _key_expiry_op(scores.detach(), window, local, segment_ids, key_mask)
+    return _key_expiry_op(scores.detach(), windows, local, sinks, segment_ids, key_mask)
 
 
 @torch.library.custom_op("dynamask::key_expiry", mutates_args=())
 def _key_expiry_op(
-    scores: Tensor, window: int, local: int, segment_ids: Tensor | None, key_mask: Tensor | None
+    scores: Tensor,
+    windows: Sequence[int],
+    local: int,
+    sinks: int,
+    segment_ids: Tensor | None,
+    key_mask: Tensor | None,
 ) -> Tensor:
-    """`key_expiry` after its checks, as an operator: torch.compile calls it whole, kernels and all."""
+    """Run `key_expiry` after its checks, as an operator: torch.compile calls it whole, kernels and all."""
     batch, heads, length = scores.shape
-    contested = window - local
-    if 0 < contested < length:
-        fast = _kernel_expiry(scores, contested, local, segment_ids, key_mask)
+    # The older keys contest the places that the newest `local` leave. A sink is a key that wins every contest.
+    counts = [min(window - local, length) for window in windows]
+    contested = any(0 < count < length for count in counts)
+    if contested:
+        fast = _kernel_expiry(scores, counts, local, sinks, segment_ids, key_mask)
         if fast is not None:
             return fast
     position = torch.arange(length, device=scores.device)
     start, end = segment_bounds(segment_ids, batch, length, scores.device)
-    if contested == 0:
-        expiry = position.expand(batch, heads, length)
-    elif contested >= length:
-        expiry = end[:, None].expand(batch, heads, length)
+    before, nth = real_positions(key_mask, batch, length, scores.device)
+    if len(set(counts)) == 1:  # without a copy to the device, which a stream that is captured does not allow
+        count = torch.full((1, 1), counts[0], device=scores.device)
     else:
-        expiry = _contested_expiry(key_rank(scores, key_mask), start, contested)
-    expiry = torch.minimum(expiry + local, end[:, None])
+        count = torch.tensor(counts, device=scores.device)[:, None]
+    if contested:
+        sink = sink_keys(min(sinks, length), before, nth, segment_ids)
+        expiry = _contested_expiry(key_rank(scores, key_mask, sink), start, count)
+    else:
+        expiry = torch.where(count == 0, position, end[:, None]).expand(batch, heads, length)
+    if local:
+        # The expiry may be the row's end, which stays.
+        later = torch.nn.functional.pad(later_positions(local, before, nth), (0, 1), value=length)
+        expiry = later[:, None].expand(-1, heads, -1).gather(-1, expiry)
+    expiry = torch.minimum(expiry, end[:, None])
     if key_mask is not None:
         expiry = torch.where(key_mask[:, None], expiry, position)
     return expiry.to(torch.int32).contiguous()
 
 
 @_key_expiry_op.register_fake
-def _(scores: Tensor, window: int, local: int, segment_ids: Tensor | None, key_mask: Tensor | None) -> Tensor:
+def _(
+    scores: Tensor,
+    windows: Sequence[int],
+    local: int,
+    sinks: int,
+    segment_ids: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.int32)
 
 
 def _kernel_expiry(
-    scores: Tensor, count: int, local: int, segment_ids: Tensor | None, key_mask: Tensor | None
+    scores: Tensor,
+    counts: list[int],
+    local: int,
+    sinks: int,
+    segment_ids: Tensor | None,
+    key_mask: Tensor | None,
 ) -> Tensor | None:
     """`key_expiry` in Triton; None where that cannot run."""
     if not scores.is_cuda:
@@ -105,22 +150,23 @@ def _kernel_expiry(
         return None
     if scores.element_size() > 4:  # the kernels compare 32 bits: float64 scores give their ranks instead
         scores = key_rank(scores).to(torch.int32)
-    return expiry.contested_expiry(scores, count, local, segment_ids, key_mask)
+    return expiry.contested_expiry(scores, counts, local, sinks, segment_ids, key_mask)
 
 
 def key_expiry_by_definition(
     scores: Tensor,
-    window: int,
+    window: Window,
     *,
     local: int = 0,
+    sinks: int = 0,
     segment_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """`key_expiry`, spelled out: for every query sort its prefix, keep the best. O(N² log N), for tests.
+    """Spell `key_expiry` out: for every query sort its prefix, keep the best. O(N² log N), for tests.
 
     Arguments, result and errors are those of `key_expiry`.
     """
-    _check_expiry_arguments(scores, window, local, segment_ids, key_mask)
+    windows, local, sinks = _check_expiry_arguments(scores, window, local, sinks, segment_ids, key_mask)
     batch, heads, length = scores.shape
     expiry = torch.arange(length, dtype=torch.int32).repeat(batch, heads, 1)
     for b in range(batch):
@@ -129,37 +175,44 @@ def key_expiry_by_definition(
         for g in range(heads):
             score = scores[b, g].tolist()
             for i in range(length):
-                prefix = [j for j in range(i + 1) if segment[j] == segment[i]]
-                newest = [j for j in prefix if j > i - local and real[j]]
-                contest = [j for j in prefix if j <= i - local and real[j]]
+                if not real[i]:
+                    continue
+                prefix = [j for j in range(i + 1) if segment[j] == segment[i] and real[j]]
+                kept = set(prefix[:sinks] + prefix[max(0, len(prefix) - local) :])
+                others = [j for j in prefix if j not in kept]
                 # NaN != NaN: a NaN score sorts as (False, 0.0, position), below every number.
-                contest.sort(key=lambda j: (score[j] == score[j], score[j] if score[j] == score[j] else 0.0, j))
-                for j in newest + contest[max(0, len(contest) - (window - local)) :]:
-                    expiry[b, g, j] = i + 1
+                others.sort(key=lambda j: (score[j] == score[j], score[j] if score[j] == score[j] else 0.0, j))
+                kept.update(others[max(0, len(others) - (windows[g] - len(kept))) :])
+                after = [j for j in range(i + 1, length) if segment[j] == segment[i]]
+                until = next((j for j in after if real[j]), after[-1] + 1 if after else i + 1)
+                for j in kept:
+                    expiry[b, g, j] = until
     return expiry.to(scores.device)
 
 
-def key_rank(scores: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Total order of the keys of each head: a permutation of 0..N-1, the best key having N-1.
+def key_rank(scores: Tensor, key_mask: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
+    """Rank the keys of each head: a permutation of 0..N-1, the best key having N-1.
 
     Args:
         scores: (B, G, N) float tensor.
         key_mask: (B, N) bool, True for a real token; padding ranks below everything.
+        sink: (B, N) bool, True for keys that rank above everything (`sink_keys`).
 
     Returns:
         (B, G, N) int64 ranks. Equal scores rank by position, NaN below every number and above padding.
     """
-    order = sortable_scores(scores, key_mask).sort(dim=-1, stable=True).indices
+    order = sortable_scores(scores, key_mask, sink).sort(dim=-1, stable=True).indices
     position = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, position)
 
 
-def sortable_scores(scores: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """Integers that compare as the scores rank: padding < NaN < -inf < ... < +inf, and -0.0 == 0.0.
+def sortable_scores(scores: Tensor, key_mask: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
+    """Integers that compare as the scores rank: padding < NaN < -inf < ... < +inf < sinks, and -0.0 == 0.0.
 
     Args:
-        scores: (..., N) float tensor; with `key_mask`, (B, G, N).
+        scores: (..., N) float tensor; with `key_mask` or `sink`, (B, G, N).
         key_mask: (B, N) bool, True for a real token.
+        sink: (B, N) bool, True for keys that rank above everything (`sink_keys`).
 
     Returns:
         int32 for scores of up to 32 bits, int64 for float64, in the shape of `scores`.
@@ -171,9 +224,67 @@ def sortable_scores(scores: Tensor, key_mask: Tensor | None = None) -> Tensor:
     # IEEE floats compare as sign-magnitude integers: flip the magnitude bits of the negatives.
     ordered = bits ^ ((bits >> (info.bits - 1)) & info.max)
     ordered = torch.where(wide.isnan(), info.min + 1, ordered)
+    if sink is not None:
+        ordered = torch.where(sink[:, None], info.max - 1, ordered)
     if key_mask is not None:
         ordered = torch.where(key_mask[:, None], ordered, info.min)
     return ordered
+
+
+def sink_keys(sinks: int, before: Tensor, nth: Tensor, segment_ids: Tensor | None = None) -> Tensor | None:
+    """Mark the first `sinks` real positions of each segment.
+
+    Args:
+        sinks: how many, 0 to N.
+        before, nth: as `real_positions` returns them.
+        segment_ids: (B, N) non-decreasing integers, or None for one segment.
+
+    Returns:
+        (B, N) bool, of no meaning at padding; None for no sinks.
+    """
+    if sinks == 0:
+        return None
+    sink = before < sinks
+    if segment_ids is not None:
+        # A key is a sink where the real token `sinks` places earlier belongs to another segment.
+        earlier = nth.gather(-1, (before - sinks).clamp(min=0)).clamp(max=before.shape[-1] - 1)
+        sink = sink | (segment_ids.gather(-1, earlier) != segment_ids)
+    return sink
+
+
+def later_positions(local: int, before: Tensor, nth: Tensor) -> Tensor:
+    """Find the real token that stands `local` real tokens after each position.
+
+    Args:
+        local: at least 0.
+        before, nth: as `real_positions` returns them.
+
+    Returns:
+        (B, N) int64 positions; N where there is no such token.
+    """
+    return nth.gather(-1, (before + local).clamp(max=before.shape[-1]))
+
+
+def real_positions(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Count the real tokens before each position, and find the position of each real token.
+
+    Args:
+        key_mask: (B, N) bool, True for a real token, or None where all are.
+        batch, length, device: shape and place of the result.
+
+    Returns:
+        before: (B, N) int64, the number of real tokens before each position.
+        nth: (B, N + 1) int64, the positions of the real tokens in order, then N to the end of the row.
+    """
+    position = torch.arange(length + 1, device=device).expand(batch, length + 1)
+    if key_mask is None:
+        return position[:, :length], position
+    before = key_mask.cumsum(-1) - key_mask.long()
+    nth = before.new_full((batch, length + 1), length)
+    # Padding is written to the last place, which then is made N again.
+    nth.scatter_(-1, torch.where(key_mask, before, length), position[:, :length])
+    nth[:, length] = length
+    return before, nth
 
 
 def segment_bounds(segment_ids: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -198,24 +309,24 @@ def segment_bounds(segment_ids: Tensor | None, batch: int, length: int, device: 
     return start, end
 
 
-def _contested_expiry(rank: Tensor, start: Tensor, count: int) -> Tensor:
+def _contested_expiry(rank: Tensor, start: Tensor, count: Tensor) -> Tensor:
     """Where `count` keys of the segment's prefix first outrank each key: (B, G, N), never before the key itself.
 
     Args:
         rank: (B, G, N) int64 permutation of 0..N-1.
         start: (B, N) int64 first position of each position's segment.
-        count: places in the contest.
+        count: (G, 1) or (1, 1) int64 places in the contest of each head, 0 to N.
     """
     threshold = _prefix_threshold(rank, start, count)
     # Within a segment the threshold only rises; offsetting each segment by more than any rank makes one
     # increasing sequence per row, and a search in it stops at the segment's end by itself.
-    offset = (start * (rank.shape[-1] + 1)).unsqueeze(1)
+    offset = (start * (rank.shape[-1] + 2)).unsqueeze(1)
     expiry = torch.searchsorted(threshold + offset, rank + offset, right=True)
     return torch.maximum(expiry, torch.arange(rank.shape[-1], device=rank.device))
 
 
-def _prefix_threshold(rank: Tensor, start: Tensor, count: int) -> Tensor:
-    """The `count`-th best rank among positions start[i]..i for every i; -1 where there are fewer.
+def _prefix_threshold(rank: Tensor, start: Tensor, count: Tensor) -> Tensor:
+    """The `count`-th best rank among positions start[i]..i for every i; -1 where there are fewer, N for count 0.
 
     Wavelet-matrix descent: one level per bit of the rank, from the highest. At each level the sequence is
     stably partitioned by the bit; prefix counts of ones say how many of a range carry a one, hence in which
@@ -224,6 +335,7 @@ def _prefix_threshold(rank: Tensor, start: Tensor, count: int) -> Tensor:
     Args:
         rank: (B, G, N) int64 permutation of 0..N-1.
         start: (B, N) int64 first position of each position's segment.
+        count: (G, 1) or (1, 1) int64.
 
     Returns:
         (B, G, N) int64.
@@ -232,7 +344,7 @@ def _prefix_threshold(rank: Tensor, start: Tensor, count: int) -> Tensor:
     position = torch.arange(length, device=rank.device)
     low = start[:, None].expand(batch, heads, length).contiguous()
     high = (position + 1).expand(batch, heads, length).contiguous()
-    wanted = torch.full_like(low, count)  # the wanted-th largest inside [low, high)
+    wanted = count.expand_as(low)  # the wanted-th largest inside [low, high)
     enough = high - low >= count
     threshold = torch.zeros_like(low)
     sequence = rank
@@ -250,35 +362,95 @@ def _prefix_threshold(rank: Tensor, start: Tensor, count: int) -> Tensor:
         if level:
             target = torch.where(bit.bool(), zeros_total + ones[..., :-1], position - ones[..., :-1])
             sequence = torch.empty_like(sequence).scatter_(-1, target, sequence)
-    return torch.where(enough, threshold, -1)
+    return torch.where(enough, torch.where(count == 0, length, threshold), -1)
 
 
 def _check_expiry_arguments(
-    scores: Tensor, window: int, local: int, segment_ids: Tensor | None, key_mask: Tensor | None
-) -> None:
+    scores: Tensor,
+    window: Window,
+    local: int,
+    sinks: int,
+    segment_ids: Tensor | None,
+    key_mask: Tensor | None,
+) -> tuple[tuple[int, ...], int, int]:
+    """Check all arguments of `key_expiry`; return the window of each head, local and sinks as Python integers."""
+    check_tensor("scores", scores, "(batch, num_key_value_heads, length)")
     if scores.dim() != 3 or not scores.is_floating_point():
         raise InvalidInputError(
             f"scores must be a float tensor of shape (batch, num_key_value_heads, length); "
             f"got {scores.dtype} of shape {tuple(scores.shape)}"
         )
-    check_window(window, local)
-    batch, _, length = scores.shape
+    batch, groups, length = scores.shape
+    windows = check_window(window, local, sinks, groups=groups)
     check_segment_ids(segment_ids, batch, length, scores.device)
     check_key_mask(key_mask, batch, length, scores.device)
+    return windows, operator.index(local), operator.index(sinks)
 
 
-def check_window(window: int, local: int) -> None:
-    """Raise `InvalidInputError` unless 1 <= window and 0 <= local <= window."""
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise InvalidInputError(f"window must be an integer of at least 1 (keys kept per query); got {window!r}")
-    if isinstance(local, bool) or not isinstance(local, int) or not 0 <= local <= window:
-        raise InvalidInputError(f"local must be an integer from 0 to window = {window}; got {local!r}")
+def check_tensor(name: str, value: object, shape: str) -> None:
+    """Raise `InvalidInputError` unless `value` is a tensor; `name` and `shape` describe it in the message."""
+    if not isinstance(value, Tensor):
+        raise InvalidInputError(f"{name} must be a torch.Tensor of shape {shape}; got {type(value).__name__}")
+
+
+def check_window(window: Window, local: int = 0, sinks: int = 0, *, groups: int | None = None) -> tuple[int, ...]:
+    """Check a window, or the windows of the key/value heads, and what they must hold.
+
+    Args:
+        window: an integer, or one integer per key/value head (a sequence, a 1-D integer array or tensor).
+        local: newest keys that are always kept.
+        sinks: first keys of a segment that are always kept.
+        groups: number of key/value heads, where it is known.
+
+    Returns:
+        The windows as Python integers: one per head where `groups` is known, else as many as `window` holds.
+
+    Raises:
+        InvalidInputError: a window below 1 or not an integer, a sequence that is empty or not of `groups`
+            windows, local or sinks below 0, or local + sinks above the smallest window.
+    """
+    if not isinstance(window, (int, list, tuple)) and hasattr(window, "tolist"):
+        window = window.tolist()  # tensors, arrays and numpy's integers
+    if isinstance(window, Sequence) and not isinstance(window, str):
+        if not window and groups != 0:
+            raise InvalidInputError("window must hold one integer per key/value head; got none")
+        if groups is not None and len(window) != groups:
+            raise InvalidInputError(
+                f"window must be one integer or one per key/value head ({groups}); got {len(window)} windows"
+            )
+        windows = tuple(_whole(each, f"window[{head}]", 1, "keys kept per query") for head, each in enumerate(window))
+    else:
+        one = _whole(window, "window", 1, "keys kept per query, or one such integer per key/value head")
+        windows = (one,) if groups is None else (one,) * groups
+    local = _whole(local, "local", 0, "newest keys that are always kept")
+    sinks = _whole(sinks, "sinks", 0, "first keys of a segment that are always kept")
+    if windows and local + sinks > min(windows):
+        which = f"{'window' if min(windows) == max(windows) else 'the smallest window'} = {min(windows)}"
+        raise InvalidInputError(
+            f"local + sinks must be at most {which}, because both count towards it; got local = {local}, "
+            f"sinks = {sinks}: lower them or raise the window"
+        )
+    return windows
+
+
+def _whole(value: object, name: str, least: int, what: str) -> int:
+    """`value` as a Python integer of at least `least`; numpy's integers pass, bools and floats do not."""
+    number = value
+    if not isinstance(number, int) and isinstance(number, SupportsIndex):
+        try:
+            number = operator.index(number)
+        except TypeError:
+            number = None
+    if isinstance(value, bool) or not isinstance(number, int) or number < least:
+        raise InvalidInputError(f"{name} must be an integer of at least {least} ({what}); got {value!r}")
+    return number
 
 
 def check_segment_ids(segment_ids: Tensor | None, batch: int, length: int, device: torch.device) -> None:
     """Raise `InvalidInputError` unless segment_ids is None or (B, N) non-decreasing integers on `device`."""
     if segment_ids is None:
         return
+    check_tensor("segment_ids", segment_ids, str((batch, length)))
     if segment_ids.shape != (batch, length) or segment_ids.is_floating_point():
         raise InvalidInputError(
             f"segment_ids must be integers of shape {(batch, length)}; "
@@ -302,6 +474,7 @@ def check_key_mask(key_mask: Tensor | None, batch: int, length: int, device: tor
     """Raise `InvalidInputError` unless key_mask is None or a (B, N) bool tensor on `device`."""
     if key_mask is None:
         return
+    check_tensor("key_mask", key_mask, str((batch, length)))
     if key_mask.dtype != torch.bool or key_mask.shape != (batch, length):
         raise InvalidInputError(
             f"key_mask must be a bool tensor of shape {(batch, length)}, True for a real token; "

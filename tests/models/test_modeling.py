@@ -111,7 +111,7 @@ def test_packed_documents_cannot_continue_from_a_cache() -> None:
     [
         ({"attention": "flash"}, "attention must be one of dma"),
         ({"window": 0, "local": 0}, "window must be an integer of at least 1"),
-        ({"local": 7}, "local must be an integer from 0 to window = 6"),
+        ({"local": 7}, "must be at most window = 6"),
         ({"recency": -1.0}, "recency"),
         ({"score_form": "square"}, "score_form must be one of exp, linear"),
         ({"num_key_value_heads": 3}, "must be a multiple"),

@@ -198,7 +198,7 @@ SPECIAL = [0.0, -0.0, 1.0, 1e-40, -1e-40, float("inf"), float("-inf"), float("na
 
 
 @st.composite
-def expiry_problems(draw: st.DrawFn) -> tuple[torch.Tensor, int, dict]:
+def expiry_problems(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], dict]:
     length = draw(st.sampled_from([2, 3, 31, 33, 64, 100, 257 if GPU else 130]))
     batch, groups = draw(st.sampled_from([(1, 1), (1, 2), (2, 1)]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
@@ -212,8 +212,11 @@ def expiry_problems(draw: st.DrawFn) -> tuple[torch.Tensor, int, dict]:
         segments = opens.long().cumsum(-1) - 5
     if draw(st.booleans()):
         mask = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.0, 0.2, 0.8]))
-    count, local = draw(st.integers(1, length - 1)), draw(st.sampled_from([0, 1, 7, length]))
-    return scores, count + local, {"local": local, "segment_ids": segments, "key_mask": mask}
+    sinks, local = min(draw(st.sampled_from([0, 0, 1, 3])), length - 1), draw(st.sampled_from([0, 1, 7, length]))
+    counts = draw(st.lists(st.integers(sinks, length + 2), min_size=groups, max_size=groups))
+    counts[0] = draw(st.integers(max(1, sinks), length - 1))
+    window = [max(1, count + local) for count in counts]
+    return scores, window, {"local": local, "sinks": sinks, "segment_ids": segments, "key_mask": mask}
 
 
 @settings(
@@ -222,19 +225,20 @@ def expiry_problems(draw: st.DrawFn) -> tuple[torch.Tensor, int, dict]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(expiry_problems())
-def test_expiry_is_the_definition(small_cuts: None, problem: tuple[torch.Tensor, int, dict]) -> None:
+def test_expiry_is_the_definition(small_cuts: None, problem: tuple[torch.Tensor, list[int], dict]) -> None:
     from dynamask.ops.triton.expiry import contested_expiry
 
     scores, window, facts = problem
     expected = key_expiry_by_definition(scores, window, **facts)
     segments, mask = (None if t is None else t.to(DEVICE) for t in (facts["segment_ids"], facts["key_mask"]))
-    actual = contested_expiry(scores.to(DEVICE), window - facts["local"], facts["local"], segments, mask)
+    counts = [each - facts["local"] for each in window]
+    actual = contested_expiry(scores.to(DEVICE), counts, facts["local"], facts["sinks"], segments, mask)
     assert torch.equal(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
 @pytest.mark.parametrize(
-    ("length", "count"), [(2600, 1030), (33000, 2048), (140000, 300), (1500, 1)] if GPU else [(300, 70)]
+    ("length", "count"), [(2600, 1030), (33000, 2048), (140000, 300), (1500, 30)] if GPU else [(300, 70)]
 )
 def test_expiry_of_long_rows(length: int, count: int, kind: str) -> None:
     """The lengths of runs, chunks and bins that are used, against the tensor operations."""
@@ -246,8 +250,10 @@ def test_expiry_of_long_rows(length: int, count: int, kind: str) -> None:
     segments = (torch.rand(1, length, generator=generator) < 3 / length).long().cumsum(-1)
     mask = torch.rand(1, length, generator=generator) < 0.9
     for facts in ((None, None), (segments, mask)) if GPU else ((segments, mask),):
-        expected = key_expiry(scores, count + 9, local=9, segment_ids=facts[0], key_mask=facts[1])
-        actual = contested_expiry(scores.to(DEVICE), count, 9, *(None if t is None else t.to(DEVICE) for t in facts))
+        windows = [count - 11, count + 9]
+        expected = key_expiry(scores, windows, local=9, sinks=4, segment_ids=facts[0], key_mask=facts[1])
+        on_device = [None if t is None else t.to(DEVICE) for t in facts]
+        actual = contested_expiry(scores.to(DEVICE), [count - 20, count], 9, 4, *on_device)
         assert torch.equal(actual.cpu(), expected)
 
 

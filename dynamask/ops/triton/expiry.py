@@ -18,6 +18,9 @@ place in the other runs by bisection. T at the chunks' bounds comes from a table
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -41,17 +44,26 @@ _BINS = 512
 
 _NEVER = tl.constexpr(2147483647)
 
+_SINK = tl.constexpr(2147483646)
+"""The rank of a sink, above that of +inf. One less than the highest int32, because merging adds one."""
+
 
 def contested_expiry(
-    scores: Tensor, count: int, local: int, segment_ids: Tensor | None = None, key_mask: Tensor | None = None
+    scores: Tensor,
+    counts: Sequence[int],
+    local: int,
+    sinks: int = 0,
+    segment_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
 ) -> Tensor:
-    """`key_expiry` with `count` contested places.
+    """Compute `key_expiry` with `counts[g]` contested places in head g, in one launch of each kernel for all heads.
 
     Args:
         scores: (B, G, N) float of up to 32 bits, or int32 that compare as the scores rank (none the lowest int32,
-            which stands for padding).
-        count: places in the contest, 1 <= count < N <= `LONGEST`.
-        local: added to every expiry, which then ends at the end of the segment.
+            which stands for padding, none above `_SINK`). N <= `LONGEST`.
+        counts: G places in the contest, at least 0, at least one of them in 1..N - 1.
+        local: real tokens by which every expiry moves; it then ends at the end of the segment.
+        sinks: first real positions of each segment that win every contest, at most min(counts).
         segment_ids: (B, N) non-decreasing integers.
         key_mask: (B, N) bool, True for a real token.
 
@@ -60,10 +72,13 @@ def contested_expiry(
     """
     batch, groups, length = scores.shape
     rows = batch * groups
-    scores, local = scores.contiguous(), min(local, length)
+    scores, local, sinks = scores.contiguous(), min(local, length), min(sinks, length)
     packed, padded = segment_ids is not None, key_mask is not None
     ids = segment_ids.contiguous() if segment_ids is not None else scores
-    mask = key_mask.contiguous().view(torch.uint8) if key_mask is not None else scores
+    mask, later = (scores, scores) if key_mask is None else _of_padding(key_mask, segment_ids, local, sinks)
+    contested = [count for count in counts if 0 < count < length]
+    per_head = len(set(counts)) > 1
+    count = _on_device(tuple(min(c, length) for c in counts), scores.device) if per_head else contested[0]
     run, warps = _fitting(_RUNS, length)
     chunk, resolve_warps = _fitting(_CHUNKS, length)
     runs, chunks = triton.cdiv(length, run), triton.cdiv(length, chunk)
@@ -88,10 +103,12 @@ def contested_expiry(
         length,
         groups,
         length.bit_length(),
+        sinks,
         RUN=run,
         LOG=run.bit_length() - 1,
         PACKED=packed,
         PADDED=padded,
+        SINKS=sinks > 0,
         num_warps=warps,
     )
     while True:
@@ -110,6 +127,7 @@ def contested_expiry(
             place,
             expiry,
             end,
+            later,
             length,
             groups,
             run,
@@ -120,6 +138,7 @@ def contested_expiry(
             LAST=ways >= runs,
             PACKED=packed,
             PADDED=padded,
+            PER_HEAD=per_head,
             num_warps=4,
         )
         key, key_out, position, position_out = key_out, key, position_out, position
@@ -138,8 +157,8 @@ def contested_expiry(
         CHUNKS_PAD=chunks_pad,
         num_warps=1 if width < 256 else 4 if chunks_pad <= 1024 else 8,
     )
-    # Nothing expires in the chunks that `count` keys fill.
-    skipped = count // chunk
+    # Nothing expires in the chunks that the least `count` keys fill.
+    skipped = min(contested) // chunk
     _resolve[(chunks - skipped, rows)](
         order,
         place,
@@ -149,6 +168,7 @@ def contested_expiry(
         expiry,
         end,
         mask,
+        later,
         length,
         groups,
         count,
@@ -162,9 +182,34 @@ def contested_expiry(
         CHUNK=chunk,
         PACKED=packed,
         PADDED=padded,
+        PER_HEAD=per_head,
         num_warps=resolve_warps,
     )
     return expiry
+
+
+def _of_padding(key_mask: Tensor, segment_ids: Tensor | None, local: int, sinks: int) -> tuple[Tensor, Tensor]:
+    """What the kernels read of rows with padding.
+
+    Returns:
+        mask: (B, N) uint8: 0 at padding, 2 at a sink, 1 at every other real token.
+        later: (B, N) int32: the position `local` real tokens after each position, N where there is none.
+    """
+    from dynamask.expiry import later_positions, real_positions, sink_keys
+
+    batch, length = key_mask.shape
+    key_mask = key_mask.contiguous()
+    before, nth = real_positions(key_mask, batch, length, key_mask.device)
+    mask, later = key_mask.to(torch.uint8), later_positions(local, before, nth).to(torch.int32)
+    sink = sink_keys(sinks, before, nth, segment_ids)
+    return mask if sink is None else mask + (sink & key_mask), later
+
+
+@functools.lru_cache(maxsize=256)
+def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """The counts of the heads on the device. Kept, because a copy to it would stall the stream in every call."""
+    with torch.inference_mode(False):
+        return torch.tensor(counts, dtype=torch.int32, device=device)
 
 
 def _fitting(table: tuple[tuple[int, ...], ...], length: int) -> tuple[int, ...]:
@@ -183,7 +228,22 @@ def _ranking(score):
     return tl.where(magnitude > 0x7F800000, -2147483647, ordered)
 
 
-@triton.jit(do_not_specialize=["groups", "steps"])
+@triton.jit
+def _count_of_head(counts, row, groups, PER_HEAD: tl.constexpr):
+    if PER_HEAD:
+        return tl.load(counts + row % groups)
+    return counts
+
+
+@triton.jit
+def _moved(at, later, first, length, local, there, PADDED: tl.constexpr):
+    """Positions moved by `local` real tokens; `first` is where the row of the batch begins in `later`."""
+    if PADDED:
+        return tl.load(later + first + at, mask=there & (at < length), other=_NEVER)
+    return at + local
+
+
+@triton.jit(do_not_specialize=["groups", "steps", "sinks"])
 def _sort_runs(
     scores,
     ids,
@@ -194,10 +254,12 @@ def _sort_runs(
     length,
     groups,
     steps,
+    sinks,
     RUN: tl.constexpr,
     LOG: tl.constexpr,
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Each run of positions from worst to best: its keys' (segment's end, rank of the score) and positions."""
     row = tl.program_id(1).to(tl.int64)
@@ -208,7 +270,16 @@ def _sort_runs(
     there = j < length
     rank = _ranking(tl.load(scores + row * length + j, mask=there, other=0))
     if PADDED:
-        rank = tl.where(tl.load(mask + batch * length + j, mask=there, other=0) != 0, rank, -2147483648)
+        kind = tl.load(mask + batch * length + j, mask=there, other=0)
+        rank = tl.where(kind != 0, rank, -2147483648)
+        rank = tl.where(kind == 2, _SINK, rank)
+    elif SINKS:
+        sink = j < sinks
+        if PACKED:
+            here = tl.load(ids + batch * length + j, mask=there, other=0)
+            earlier = tl.load(ids + batch * length + j - sinks, mask=there & (sink == 0), other=0)
+            sink = sink | (earlier != here)
+        rank = tl.where(sink, _SINK, rank)
     unsigned = rank.to(tl.int64) + 2147483648
     value = (unsigned << LOG) | t
     last = j
@@ -235,7 +306,7 @@ def _sort_runs(
         tl.store(key + row * length + j, (unsigned - 2147483648).to(tl.int32), mask=there)
 
 
-@triton.jit(do_not_specialize=["groups", "count", "local"])
+@triton.jit(do_not_specialize=["groups", "counts", "local"])
 def _merge(
     key,
     position,
@@ -244,16 +315,18 @@ def _merge(
     place,
     expiry,
     end,
+    later,
     length,
     groups,
     run,
-    count,
+    counts,
     local,
     WAYS: tl.constexpr,
     KEYS: tl.constexpr,
     LAST: tl.constexpr,
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
     """`WAYS` neighbouring sorted runs into one. The last merge also gives each key its rank, and the expiry that it
     has unless `_resolve` finds another."""
@@ -286,8 +359,9 @@ def _merge(
         last = length
         if PACKED:
             last = tl.load(end + row // groups * length + j, mask=there, other=0)
-        survives = rank >= length - count
-        dies = tl.where(survives, last, tl.minimum(j + local, last))
+        survives = rank >= length - _count_of_head(counts, row, groups, PER_HEAD)
+        dies = _moved(j, later, row // groups * length, length, local, there, PADDED)
+        dies = tl.where(survives, last, tl.minimum(dies, last))
         if PADDED:
             lowest = -2147483648
             if PACKED:
@@ -358,7 +432,7 @@ def _threshold(
     return found
 
 
-@triton.jit(do_not_specialize=["groups", "count", "local", "skipped", "chunks", "bins"])
+@triton.jit(do_not_specialize=["groups", "counts", "local", "skipped", "chunks", "bins"])
 def _resolve(
     order,
     place,
@@ -368,9 +442,10 @@ def _resolve(
     expiry,
     end,
     mask,
+    later,
     length,
     groups,
-    count,
+    counts,
     local,
     skipped,
     chunks,
@@ -381,18 +456,20 @@ def _resolve(
     CHUNK: tl.constexpr,
     PACKED: tl.constexpr,
     PADDED: tl.constexpr,
+    PER_HEAD: tl.constexpr,
 ):
     """The keys that expire in one chunk."""
     c = skipped + tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     batch = row // groups
+    count = _count_of_head(counts, row, groups, PER_HEAD)
     order += row * length
     place += row * length
     expiry += row * length
     table += row * bins * chunks
     start = c * CHUNK
     stop = tl.minimum(start + CHUNK, length)
-    if stop > count:
+    if (stop > count) & (count > 0):
         high = _threshold(order, table, stop, c, length, count, chunks, bins, WIDTH, STEP, BINS_PAD)
         low = 0
         if start >= count:
@@ -440,4 +517,5 @@ def _resolve(
                 last = tl.load(end + batch * length + j, mask=there, other=0)
             if PADDED:
                 there &= tl.load(mask + batch * length + j, mask=there, other=0) != 0
-            tl.store(expiry + j, tl.minimum(tl.maximum(j, dies) + local, last), mask=there)
+            dies = _moved(tl.maximum(j, dies), later, batch * length, length, local, there, PADDED)
+            tl.store(expiry + j, tl.minimum(dies, last), mask=there)
