@@ -3,7 +3,7 @@
 from dynamask import convert
 from dynamask.cache import BoundedCache
 from dynamask.errors import CacheRollbackError, InvalidInputError
-from dynamask.expiry import key_expiry
+from dynamask.ops.expiry import key_expiry
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM, DynamaskModel
 from dynamask.ops import dynamic_mask_attention, interval_attention
 

@@ -1,5 +1,5 @@
 """`python -m dynamask`."""
 
-from dynamask.cli import main
+from dynamask.cli.main import main
 
 main()

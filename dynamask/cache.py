@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
-from dynamask.expiry import check_window, key_expiry, sortable_scores
+from dynamask.ops.expiry import check_window, key_expiry, sortable_scores
 from dynamask.ops import triton_available
 
 _PER_KEY = ("keys", "values", "scores", "positions")
@@ -168,7 +168,7 @@ class BoundedLayer(CacheLayerMixin):
         self.positions.scatter_(-1, slot, position)
 
     def _replace_in_one_launch(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
-        from dynamask.ops.triton.replace import replace_lowest
+        from dynamask.ops.triton.cache_insert import replace_lowest
 
         if self._clock is None:
             self._clock = torch.full(self.positions.shape[:2], self.seen, device=key.device)
@@ -199,7 +199,7 @@ class BoundedLayer(CacheLayerMixin):
         """Not how this layer is fed: a layer that does not know the scores cannot know what to keep."""
         raise InvalidInputError(
             "BoundedCache serves dynamic-mask and sliding-window attention of dynamask models; this layer called "
-            "Cache.update, which carries no scores. Convert the model first (dynamask.convert), or give it a "
+            "Cache.update, which carries no scores. Convert the model first (dynamask.convert.upcycle), or give it a "
             "DynamicCache."
         )
 
@@ -306,7 +306,7 @@ class BoundedCache(Cache):
         local: how many of them are the newest positions. Default `config.local`, or 0.
         num_hidden_layers: default `config.num_hidden_layers`.
         graphs: on a GPU, record the step of a dynamask model as a CUDA graph once the cache is full, and replay it
-            for every further token (`dynamask.models.decoding`). The same numbers without the launches' waiting.
+            for every further token (`dynamask.models.cuda_graph`). The same numbers without the launches' waiting.
 
     Raises:
         InvalidInputError: no window to be found, or attention that a bounded cache cannot serve.

@@ -11,10 +11,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer
-from dynamask.expiry import key_expiry
+from dynamask.ops.expiry import key_expiry
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
-from dynamask.mixers.distance import slopes
-from dynamask.mixers.ranking import learn_ranks
+from dynamask.mixers.alibi import slopes
+from dynamask.mixers.attention_ranking import learn_ranks
 from dynamask.ops import attend
 
 

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
-from dynamask.mixers.distance import distance_penalty
+from dynamask.mixers.alibi import distance_penalty
 from dynamask.ops import attend, interval_attention
 from dynamask.ops.autocast import autocast_dtype
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo
-from dynamask.ops.nsa import BlockLayout, block_layout, nsa_attention
+from dynamask.ops.nsa.blocks import BlockLayout, block_layout, nsa_attention
 
 
 class NativeSparseAttention(GroupedQueryMixer):
@@ -17,7 +17,7 @@ class NativeSparseAttention(GroupedQueryMixer):
 
     On a GPU, flash-linear-attention's kernels run the selected branch where they are installed and take it: float16 or
     bfloat16, blocks of a power of two from 16 on, no padding, no packing, as many queries as keys. See
-    `dynamask.ops.nsa` for the rest.
+    `dynamask.ops.nsa.blocks` for the rest.
     """
 
     def __init__(self, config: Any, layer_idx: int) -> None:

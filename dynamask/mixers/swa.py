@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
-from dynamask.mixers.distance import distance_penalty
+from dynamask.mixers.alibi import distance_penalty
 from dynamask.mixers.dma import bounded_layer
 from dynamask.ops import attend
 

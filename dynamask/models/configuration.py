@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from dynamask.errors import InvalidInputError
-from dynamask.expiry import check_window
+from dynamask.ops.expiry import check_window
 from dynamask.models.layer_windows import resolved_windows
 from dynamask.models.rope_layers import resolved_rope_layers
 

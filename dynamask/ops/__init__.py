@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.expiry import key_expiry
+from dynamask.ops.expiry import key_expiry
 from dynamask.ops.autocast import autocast_dtype
-from dynamask.ops.operators import interval_attention_op, triton_available
-from dynamask.ops.reference import interval_attention_reference
+from dynamask.ops.interval.operators import interval_attention_op, triton_available
+from dynamask.ops.interval.reference import interval_attention_reference
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 

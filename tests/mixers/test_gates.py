@@ -7,9 +7,9 @@ import torch
 
 from dynamask import BoundedCache
 from dynamask.errors import InvalidInputError
-from dynamask.expiry import key_expiry
+from dynamask.ops.expiry import key_expiry
 from dynamask.mixers import DynamicMaskGate
-from dynamask.mixers.distance import DistancePenalty, slopes
+from dynamask.mixers.alibi import DistancePenalty, slopes
 from dynamask.models import DynamaskForCausalLM, new_cache
 from tests.conftest import tiny_config, tiny_model
 

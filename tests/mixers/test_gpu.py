@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dynamask.mixers import SequenceInfo
 from dynamask.mixers.mha import dense_attention
 from dynamask.models import DynamaskForCausalLM, preset
-from dynamask.ops.nsa import block_layout, nsa_attention
-from dynamask.ops.nsa_selected import kernels_take
+from dynamask.ops.nsa.blocks import block_layout, nsa_attention
+from dynamask.ops.nsa.selected import kernels_take
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

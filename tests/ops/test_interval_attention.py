@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dynamask import InvalidInputError, dynamic_mask_attention, interval_attention, key_expiry
 from dynamask.ops import blocked
-from dynamask.ops.operators import interval_attention_op
+from dynamask.ops.interval.operators import interval_attention_op
 
 
 def inputs(batch=2, heads=4, groups=2, queries=None, length=40, dim=4, dtype=torch.float64, seed=0):

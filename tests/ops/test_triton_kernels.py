@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from dynamask import key_expiry
 from dynamask.cache import BoundedLayer
-from dynamask.expiry import key_expiry_by_definition
+from dynamask.ops.expiry import key_expiry_by_definition
 from dynamask.ops import attend
-from dynamask.ops.reference import interval_attention_reference
-from dynamask.ops.triton.replace import replace_lowest_kernel
+from dynamask.ops.interval.reference import interval_attention_reference
+from dynamask.ops.triton.cache_insert import replace_lowest_kernel
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -430,7 +430,7 @@ def test_hopper_walk_of_rows_without_living_keys(dead: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (16, 4), (6, 2), (8, 1), (64, 1)])
 def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -> None:
     """Many blocks, lists of several tiles that no tile divides, each score pattern."""
-    from dynamask.ops.triton.gluon import hopper
+    from dynamask.ops.hopper.dispatch import hopper
 
     batch = 1 if heads == 64 else 2  # the reference takes gigabytes, in as many processes as run tests
     for kind, length, queries in (("random", 1100, 1100), ("rising", 515, 300), ("falling", 700, 700)):

@@ -29,7 +29,7 @@ from torch import Tensor
 from dynamask.ops.triton.backward import backward_kernel_launch
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
-from dynamask.ops.triton.gluon import hopper
+from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.lists import KeyLists, block_of, build_lists, rows_of
 
 
@@ -41,7 +41,7 @@ def is_available() -> bool:
 def interval_forward(
     query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, max_live: int
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; shapes as in `dynamask.ops.blocked.forward`.
+    """Output and log-sum-exp; shapes as in `dynamask.ops.interval.blocked.forward`.
 
     Args:
         max_live: no query sees more keys than this; 0 if unknown, which costs one look at the data.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, row_of
-from dynamask.ops.triton.gluon import hopper
+from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.lists import block_of, build_lists, rows_of
 
 

@@ -1,0 +1,335 @@
+"""dQ on Hopper, warp-specialised in Gluon: the pass of `backward.py` over the forward's lists, gathered as it gathers.
+
+The producer is the forward's. A consumer holds 64 rows of queries and output gradients in shared memory and its part of
+dQ in registers. The product that adds one tile to dQ runs while the next tile's scores are computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import next_power_of_2
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dynamask.ops.triton.lists import KeyLists
+from dynamask.ops.hopper.producer import produce, work
+
+_LOG2E = gl.constexpr(1.4426950408889634)
+
+_ROWS = 64
+"""Rows of a consumer's tile, the least that Hopper's matrix instruction takes."""
+
+_CONSUMERS = 2
+"""Consumers of a program; a third would leave too few registers for two tiles of scores."""
+
+
+def query_kernel_launch(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,
+    lists: KeyLists,
+    scale: float,
+) -> Tensor:
+    """dQ in the query's dtype.
+
+    Args:
+        lse, delta: as `backward.prepare` gives them.
+        lists: of blocks of `block_of` queries.
+
+    The others as in `backward.backward_kernel_launch`; inputs that `gluon.hopper` lets through.
+    """
+    batch, heads, num_queries, dim = query.shape
+    groups, length, value_dim = value.shape[1:]
+    ratio = heads // groups
+    blocks, capacity = lists.index.shape[1:]
+    d_query = torch.empty_like(query)
+    items = blocks * batch * groups
+    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    _backward_query[(programs,)](
+        grad_output,
+        query,
+        key,
+        value,
+        expiry,
+        expiry if bias is None else bias * _LOG2E.value,
+        lse,
+        delta,
+        lists.index,
+        lists.whole,
+        lists.partial,
+        d_query,
+        scale * _LOG2E.value,
+        scale,
+        items,
+        batch * groups,
+        heads,
+        num_queries,
+        length,
+        blocks,
+        capacity,
+        GROUPS=groups,
+        RATIO=ratio,
+        RATIO_PAD=next_power_of_2(ratio),
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        ROWS=_ROWS,
+        N=64,
+        STAGES=4 if max(dim, value_dim) > 64 else 8,
+        CONSUMERS=_CONSUMERS,
+        PRODUCER_REGISTERS=72,
+        CONSUMER_REGISTERS=216,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+    )
+    return d_query
+
+
+def block_of(ratio: int) -> int:
+    """Queries per block for H / G query heads on one key/value head."""
+    return _CONSUMERS * _ROWS // next_power_of_2(ratio)
+
+
+@gluon.jit
+def _weights(s, row_lse, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr):
+    """Attention weights of one tile of scores, from the forward's log-sum-exp."""
+    columns: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    s = s * factor
+    if HAS_BIAS:
+        s += biases.index(stage).load(columns)[None, :]
+    p = gl.exp2(s - row_lse[:, None])
+    if tested:
+        born = places.index(stage).load(columns)
+        dies = deaths.index(stage).load(columns)
+        p = gl.where((born[None, :] <= position[:, None]) & (position[:, None] < dies[None, :]), p, 0.0)
+    return p
+
+
+@gluon.jit
+def _consume(
+    query,
+    grad_output,
+    lse,
+    delta,
+    d_query,
+    whole,
+    partial,
+    items,
+    rows,
+    heads,
+    num_queries,
+    length,
+    blocks,
+    factor,
+    scale,
+    all_queries,
+    all_grads,
+    keys,
+    values,
+    biases,
+    deaths,
+    places,
+    key_full,
+    value_full,
+    empty,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):
+    """dQ of the query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block."""
+    dtype: gl.constexpr = query.dtype.element_ty
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    d_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    g_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    QUERIES: gl.constexpr = ROWS // RATIO_PAD
+    M: gl.constexpr = QUERIES * CONSUMERS
+    q_tile = gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    g_tile = gl.arange(0, ROWS, gl.SliceLayout(1, g_layout))
+    s_tile = gl.arange(0, ROWS, s_rows)
+    d_tile = gl.arange(0, ROWS, gl.SliceLayout(1, d_layout))
+    q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
+    g_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, g_layout))
+    d_columns = gl.arange(0, DIM, gl.SliceLayout(0, d_layout))
+    queries, grads = all_queries.index(CONSUMER), all_grads.index(CONSUMER)
+    nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, row, num_whole, listed = work(item, rows, blocks, whole, partial)
+        first_head = row // GROUPS * heads + row % GROUPS * RATIO
+        first_place = block * M + CONSUMER * QUERIES
+        q_place = first_place + q_tile % QUERIES
+        q_row = (first_head + q_tile // QUERIES).to(gl.int64) * num_queries + q_place
+        q_real = (q_tile // QUERIES < RATIO) & (q_place < num_queries)
+        queries.store(gl.load(query + (q_row * DIM)[:, None] + q_columns[None, :], mask=q_real[:, None], other=0.0))
+        g_place = first_place + g_tile % QUERIES
+        g_row = (first_head + g_tile // QUERIES).to(gl.int64) * num_queries + g_place
+        g_real = (g_tile // QUERIES < RATIO) & (g_place < num_queries)
+        grads.store(
+            gl.load(grad_output + (g_row * VALUE_DIM)[:, None] + g_columns[None, :], mask=g_real[:, None], other=0.0)
+        )
+        fence_async_shared()
+        s_place = first_place + s_tile % QUERIES
+        s_row = (first_head + s_tile // QUERIES).to(gl.int64) * num_queries + s_place
+        s_real = (s_tile // QUERIES < RATIO) & (s_place < num_queries)
+        # A row of no query weighs nothing: exp2(s - inf) = 0.
+        row_lse = gl.load(lse + s_row, mask=s_real, other=float("inf"))
+        row_delta = gl.load(delta + s_row, mask=s_real, other=0.0)
+        position = length - num_queries + s_place
+        mixed = gl.full([ROWS, DIM], 0.0, gl.float32, d_layout)
+        if listed > 0:
+            stage = step % STAGES
+            phase = (step // STAGES) & 1
+            mbarrier.wait(key_full.index(stage), phase)
+            mbarrier.wait(value_full.index(stage), phase)
+            fence_async_shared()
+            s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            dp = warpgroup_mma(grads, values.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+            p = _weights(s, row_lse, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
+            dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
+            # One arrival a tile, for its values and for the keys of the tile before, of an earlier item if need be.
+            mbarrier.arrive(empty.index(stage), count=1)
+            slopes = gl.convert_layout((p * (dp - row_delta[:, None])).to(dtype), p_layout)
+            for begin in range(N, listed, N):
+                mixed = warpgroup_mma(slopes, keys.index(stage), mixed, is_async=True)
+                following = (step + 1) % STAGES
+                phase = ((step + 1) // STAGES) & 1
+                mbarrier.wait(key_full.index(following), phase)
+                fence_async_shared()
+                s = warpgroup_mma(queries, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                mbarrier.wait(value_full.index(following), phase)
+                fence_async_shared()
+                dp = warpgroup_mma(
+                    grads, values.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True
+                )
+                s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+                p = _weights(
+                    s, row_lse, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
+                )
+                dp, mixed = warpgroup_mma_wait(num_outstanding=0, deps=(dp, mixed))
+                mbarrier.arrive(empty.index(following), count=1)
+                slopes = gl.convert_layout((p * (dp - row_delta[:, None])).to(dtype), p_layout)
+                step += 1
+                stage = following
+            mixed = warpgroup_mma(slopes, keys.index(stage), mixed, is_async=True)
+            mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
+            step += 1
+        d_place = first_place + d_tile % QUERIES
+        d_row = (first_head + d_tile // QUERIES).to(gl.int64) * num_queries + d_place
+        d_real = (d_tile // QUERIES < RATIO) & (d_place < num_queries)
+        gl.store(d_query + (d_row * DIM)[:, None] + d_columns[None, :], (mixed * scale).to(dtype), mask=d_real[:, None])
+
+
+@gluon.jit
+def _backward_query(
+    grad_output,
+    query,
+    key,
+    value,
+    expiry,
+    bias,
+    lse,
+    delta,
+    index,
+    whole,
+    partial,
+    d_query,
+    factor,
+    scale,
+    items,
+    rows,
+    heads,
+    num_queries,
+    length,
+    blocks,
+    capacity,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    dtype: gl.constexpr = query.dtype.element_ty
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
+    g_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, VALUE_DIM], dtype)
+    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, DIM], dtype)
+    v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, VALUE_DIM], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    queries = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], q_shared)
+    grads = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, VALUE_DIM], g_shared)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, N, DIM], k_shared)
+    values = gl.allocate_shared_memory(dtype, [STAGES, N, VALUE_DIM], v_shared)
+    biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
+    deaths = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    places = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    for stage in gl.static_range(STAGES):
+        # See `forward_hopper._forward`.
+        mbarrier.init(key_full.index(stage), count=128)
+        mbarrier.init(value_full.index(stage), count=128)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    query, grad_output, lse, delta, d_query, whole, partial, items, rows, heads, num_queries, length,
+                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full,
+                    value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    query, grad_output, lse, delta, d_query, whole, partial, items, rows, heads, num_queries, length,
+                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full,
+                    value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
+                ),
+            ),
+            (
+                produce,
+                (
+                    key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
+                    keys, values, biases, deaths, places, key_full, value_full, empty,
+                    1, 0, DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
+                ),
+            ),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

@@ -1,0 +1,326 @@
+"""Forward for Hopper, warp-specialised in Gluon: the arithmetic of `forward.py`, with gathering and multiplying apart.
+
+One group of four warps (the producer) copies the listed keys and values to shared memory; three others (the consumers)
+multiply 64 rows of the query tile each. A consumer starts the product of one tile's weights and values before it takes
+the softmax of the next, so the tensor cores work through the exponentials, and the three fill each other's gaps. The
+programs are persistent: the producer is already gathering for the next tile while the consumers write the last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton import next_power_of_2
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from dynamask.ops.triton.lists import KeyLists
+from dynamask.ops.hopper.producer import by_lane, hold, produce, work
+
+_LOG2E = gl.constexpr(1.4426950408889634)
+_LN2 = gl.constexpr(0.6931471805599453)
+
+_ROWS = 64
+"""Rows of a consumer's tile, the least that Hopper's matrix instruction takes."""
+
+_CONSUMERS = 3
+"""Consumers of a program. With two, keys are read from L2 half as often again; four leave too few registers."""
+
+
+def forward_kernel_launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    lists: KeyLists,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """As `forward.forward_kernel_launch`; inputs that `gluon.hopper` lets through."""
+    batch, heads, num_queries, dim = query.shape
+    groups, length, value_dim = value.shape[1:]
+    ratio = heads // groups
+    blocks, capacity = lists.index.shape[1:]
+    output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
+    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    items = blocks * batch * groups
+    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    _forward[(programs,)](
+        query,
+        key,
+        value,
+        expiry,
+        expiry if bias is None else bias * _LOG2E.value,
+        lists.index,
+        lists.whole,
+        lists.partial,
+        output,
+        lse,
+        scale * _LOG2E.value,
+        items,
+        batch * groups,
+        heads,
+        num_queries,
+        length,
+        blocks,
+        capacity,
+        GROUPS=groups,
+        RATIO=ratio,
+        RATIO_PAD=next_power_of_2(ratio),
+        DIM=dim,
+        VALUE_DIM=value_dim,
+        ROWS=_ROWS,
+        CONSUMERS=_CONSUMERS,
+        HAS_BIAS=bias is not None,
+        num_warps=4,
+        **tiles(max(dim, value_dim)),
+    )
+    return output, lse
+
+
+def block_of(ratio: int) -> int:
+    """Queries per block for H / G query heads on one key/value head."""
+    return _CONSUMERS * _ROWS // next_power_of_2(ratio)
+
+
+def tiles(dim: int) -> dict[str, int]:
+    """Keys per stage, stages and registers of the warps' roles for a head width."""
+    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md). All of a multiprocessor's registers are given out.
+    return {"N": 64, "STAGES": 4 if dim > 64 else 8, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 152}
+
+
+@gluon.jit
+def _softmax(s, top, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr):
+    """Weights of one tile of scores, by how much to shrink what was summed before, and the new running maximum."""
+    columns: gl.constexpr = gl.SliceLayout(0, s.type.layout)
+    s = s * factor
+    if HAS_BIAS:
+        s += biases.index(stage).load(columns)[None, :]
+    if tested:
+        born = places.index(stage).load(columns)
+        dies = deaths.index(stage).load(columns)
+        seen = (born[None, :] <= position[:, None]) & (position[:, None] < dies[None, :])
+        s = gl.where(seen, s, float("-inf"))
+    new_top = gl.maximum(top, gl.max(s, 1))
+    # A row that has seen nothing yet has top -inf; -inf - -inf would be NaN.
+    base = gl.where(new_top == float("-inf"), 0.0, new_top)
+    return gl.exp2(s - base[:, None]), gl.exp2(top - base), new_top
+
+
+@gluon.jit
+def _consume(
+    query,
+    output,
+    lse,
+    whole,
+    partial,
+    items,
+    rows,
+    heads,
+    num_queries,
+    length,
+    blocks,
+    factor,
+    all_queries,
+    keys,
+    values,
+    biases,
+    deaths,
+    places,
+    key_full,
+    value_full,
+    empty,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):
+    """The query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block, against every stage."""
+    dtype: gl.constexpr = query.dtype.element_ty
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE_DIM, 16]
+    )
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
+    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    QUERIES: gl.constexpr = ROWS // RATIO_PAD
+    M: gl.constexpr = QUERIES * CONSUMERS
+    q_tile = gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
+    s_tile = gl.arange(0, ROWS, s_rows)
+    o_tile = gl.arange(0, ROWS, o_rows)
+    q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
+    o_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, o_layout))
+    queries = all_queries.index(CONSUMER)
+    nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        block, row, num_whole, listed = work(item, rows, blocks, whole, partial)
+        first_head = row // GROUPS * heads + row % GROUPS * RATIO
+        first_place = block * M + CONSUMER * QUERIES
+        q_place = first_place + q_tile % QUERIES
+        q_row = (first_head + q_tile // QUERIES).to(gl.int64) * num_queries + q_place
+        q_real = (q_tile // QUERIES < RATIO) & (q_place < num_queries)
+        q = gl.load(query + (q_row * DIM)[:, None] + q_columns[None, :], mask=q_real[:, None], other=0.0)
+        queries.store(q)
+        fence_async_shared()
+        position = length - num_queries + first_place + s_tile % QUERIES
+        top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
+        total = by_lane(nothing)
+        lane_rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+        mixed = gl.full([ROWS, VALUE_DIM], 0.0, gl.float32, o_layout)
+        if listed > 0:
+            stage = step % STAGES
+            mbarrier.wait(key_full.index(stage), (step // STAGES) & 1)
+            fence_async_shared()
+            s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
+            p, shrink, top = _softmax(s, top, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
+            # One arrival a tile, for its keys and for the values of the tile before, of an earlier item if need be.
+            mbarrier.arrive(empty.index(stage), count=1)
+            total += by_lane(p)
+            weights = gl.convert_layout(p.to(dtype), p_layout)
+            for begin in range(N, listed, N):
+                following = (step + 1) % STAGES
+                # A barrier of the producer completes when all its earlier copies have: the values of the stage
+                # before are there too.
+                mbarrier.wait(key_full.index(following), ((step + 1) // STAGES) & 1)
+                fence_async_shared()
+                s = warpgroup_mma(queries, keys.index(following).permute((1, 0)), nothing, use_acc=False, is_async=True)
+                stage = step % STAGES
+                mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
+                s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
+                p, shrink, top = _softmax(
+                    s, top, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
+                )
+                sums = hold(by_lane(p))
+                mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
+                mbarrier.arrive(empty.index(following), count=1)
+                total = total * gl.convert_layout(shrink, lane_rows)[:, None] + sums
+                mixed = mixed * gl.convert_layout(shrink, o_rows)[:, None]
+                weights = gl.convert_layout(p.to(dtype), p_layout)
+                step += 1
+            stage = step % STAGES
+            mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
+            fence_async_shared()
+            mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
+            mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
+            step += 1
+        o_place = first_place + o_tile % QUERIES
+        o_row = (first_head + o_tile // QUERIES).to(gl.int64) * num_queries + o_place
+        o_real = (o_tile // QUERIES < RATIO) & (o_place < num_queries)
+        summed = gl.convert_layout(gl.sum(total, 1), o_rows)
+        gl.store(
+            output + (o_row * VALUE_DIM)[:, None] + o_columns[None, :],
+            (mixed / gl.where(summed == 0.0, 1.0, summed)[:, None]).to(dtype),
+            mask=o_real[:, None],
+        )
+        gl.store(lse + o_row, (gl.convert_layout(top, o_rows) + gl.log2(summed)) * _LN2, mask=o_real)
+
+
+@gluon.jit
+def _forward(
+    query,
+    key,
+    value,
+    expiry,
+    bias,
+    index,
+    whole,
+    partial,
+    output,
+    lse,
+    factor,
+    items,
+    rows,
+    heads,
+    num_queries,
+    length,
+    blocks,
+    capacity,
+    GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
+    DIM: gl.constexpr,
+    VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
+    N: gl.constexpr,
+    STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+):
+    dtype: gl.constexpr = query.dtype.element_ty
+    q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
+    k_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, DIM], dtype)
+    v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, VALUE_DIM], dtype)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    queries = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], q_shared)
+    keys = gl.allocate_shared_memory(dtype, [STAGES, N, DIM], k_shared)
+    values = gl.allocate_shared_memory(dtype, [STAGES, N, VALUE_DIM], v_shared)
+    biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
+    deaths = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    places = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    for stage in gl.static_range(STAGES):
+        # Every producing thread arrives once its copies have landed; each consumer arrives once.
+        mbarrier.init(key_full.index(stage), count=128)
+        mbarrier.init(value_full.index(stage), count=128)
+        mbarrier.init(empty.index(stage), count=CONSUMERS)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
+                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 2,
+                ),
+            ),
+            (
+                produce,
+                (
+                    key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
+                    keys, values, biases, deaths, places, key_full, value_full, empty,
+                    0, 1, DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
+                ),
+            ),
+        ],
+        [4, 4, 4],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )  # fmt: skip

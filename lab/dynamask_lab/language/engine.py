@@ -1,0 +1,785 @@
+"""Small language models, one engine for every experiment that compares mixers by their loss.
+
+A run is its `LanguageConfig`, plain JSON; two runs that differ in the mixer alone see the same tokens in the same order
+and start from the same seed. The loop is made for throughput on one device: the corpus lies in its memory, layers are
+compiled, and nothing is read back between two looks at the validation split. A run stops whenever its caller raises
+from `progress`, and the next call with the same config continues it from the state it left, to the same numbers.
+
+Documents stand end to end and attention crosses their bounds, for every mixer alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dynamask.errors import InvalidInputError
+from dynamask_lab.sweeps.kept_models import keep
+from dynamask_lab.language.data import token_streams
+from dynamask_lab.sweeps.registry import Config, Progress
+from dynamask_lab.sweeps.results import run_key
+from dynamask_lab.sweeps.settings import WINDOWLESS, plain_settings, read_settings
+from dynamask.mixers import get_mixer
+from dynamask.models import DynamaskConfig, DynamaskForCausalLM
+from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
+
+TokenLosses = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Output layer, states (n, hidden), targets (n,) -> losses (n,)."""
+
+SCHEDULES = ("cosine", "wsd")
+STATE_FOLDER = "DYNAMASK_STATE"
+"""Environment variable: where unfinished runs and kept models lie. Default: runs/experiments."""
+
+_GATES = (".gate.", ".penalty.")
+_RANKS = ("gate.delta.weight", "gate.log_rank_recency")
+"""Of a gate with ranking="attention": they have a loss of their own, so nothing that they do shakes the logits."""
+
+_FIRST_LOOK = 25
+_LOGITS = 1 << 30
+"""Logits that exist at a time; more positions go through the output layer in parts, recomputed backward."""
+_PROGRESS_EVERY = 10
+_SAVE_SECONDS = 120.0
+_TIMED_FROM = 5
+"""Steps before the clock of tokens/s starts: they compile."""
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """One run.
+
+    Attributes:
+        attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
+            rank_power, distance_penalty, layer_attention, layer_windows, rope_layers: of the model, see
+            `DynamaskConfig`. A window only for mixers that choose.
+        gate_rate: learning rate of what is added to logits (Delta, A and slopes) over that of the other weights.
+        rank_rate: the same of ranks with ranking="attention".
+        window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
+            is so many times the config's, until the next. The validation loss is always at the config's window.
+        layers, width, heads, groups, feed_forward: decoder layers, hidden size, query heads, key/value heads, width of
+            the feed-forward. A head has width / heads dimensions.
+        corpus: see `token_streams`.
+        length: tokens of a sequence.
+        steps: optimizer steps, or None: as many as `tokens_per_parameter` asks for.
+        tokens_per_parameter: training tokens per non-embedding parameter of the mha model of this shape, the same
+            number for every mixer.
+        batch_tokens: tokens of a step, a multiple of `length`.
+        learning_rate, weight_decay, beta2, clip: AdamW's, and the norm that gradients are clipped to.
+        warmup: share of the steps in which the rate rises.
+        schedule: "cosine" (to a tenth) or "wsd" (constant, then linear to zero over the last fifth).
+        validation_tokens: so many of the held-out split, spread over it, the same for every run.
+        compile: compile the layers (on a GPU).
+        keep_model: save the trained model, for a look at its masks.
+        seed: of the weights and the order of the data.
+
+    Raises:
+        InvalidInputError: values no model can be built or trained from.
+    """
+
+    attention: str
+    window: int | None = None
+    local: int | None = None
+    recency: float | None = None
+    recency_spread: float = 1.0
+    score_form: str = "exp"
+    gate_init: str = "gate"
+    rank_noise: float = 0.0
+    rank_recency: float | None = None
+    ranking: str = "score"
+    rank_rate: float = 1.0
+    rank_power: float = 1.0
+    distance_penalty: float = 0.0
+    layer_attention: list[str] | None = None
+    layer_windows: list[int] | None = None
+    rope_layers: list[bool] | None = None
+    gate_rate: float = 1.0
+    window_schedule: list[list[float]] = field(default_factory=list)
+    layers: int = 6
+    width: int = 256
+    heads: int = 4
+    groups: int = 2
+    feed_forward: int = 704
+    corpus: str = "code"
+    length: int = 2048
+    steps: int | None = None
+    tokens_per_parameter: float = 20.0
+    batch_tokens: int = 65_536
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    clip: float = 1.0
+    warmup: float = 0.02
+    schedule: str = "cosine"
+    validation_tokens: int = 524_288
+    compile: bool = True
+    keep_model: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "groups", "length", "batch_tokens", "validation_tokens"):
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise InvalidInputError(f"steps must be at least 1, or None to follow the parameters; got {self.steps}")
+        if self.batch_tokens % self.length:
+            raise InvalidInputError(
+                f"batch_tokens must be a multiple of length={self.length}: whole sequences; got {self.batch_tokens}"
+            )
+        if self.width % (2 * self.heads):
+            raise InvalidInputError(
+                f"width must be a multiple of twice the heads, for rotary embeddings; got {self.width} and {self.heads}"
+            )
+        if self.schedule not in SCHEDULES:
+            raise InvalidInputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
+        if not 0 <= self.warmup < 1:
+            raise InvalidInputError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
+        check_window_schedule(self.window_schedule)
+        if self.layer_windows is not None and (len(self.layer_windows) != self.layers or self.window is None):
+            raise InvalidInputError(
+                f"layer_windows gives the window of each of the {self.layers} layers, beside `window`; got "
+                f"{self.layer_windows} and window={self.window}"
+            )
+        for name in self.mixers:
+            get_mixer(name)
+            if self.window is None and name not in WINDOWLESS:
+                raise InvalidInputError(f"attention={name!r} chooses among keys: give it a window")
+
+    @classmethod
+    def of(cls, config: Config) -> LanguageConfig:
+        """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
+        return read_settings(cls, config, "a language run")
+
+    def plain(self) -> Config:
+        """As plain JSON, from which `of` reads it."""
+        return plain_settings(self, ("ranking", "rank_rate", "rank_power", "layer_windows", "rope_layers"))
+
+    @property
+    def mixers(self) -> list[str]:
+        """The attention of each layer."""
+        return self.layer_attention or [self.attention] * self.layers
+
+    @property
+    def parameters(self) -> int:
+        """Non-embedding parameters of the mha model of this shape, norms left out: what runs are matched by."""
+        dim = self.width // self.heads
+        return self.layers * self.width * (2 * dim * (self.heads + self.groups) + 3 * self.feed_forward)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps."""
+        if self.steps is not None:
+            return self.steps
+        return max(1, round(self.tokens_per_parameter * self.parameters / self.batch_tokens))
+
+    def window_at(self, step: int) -> int | None:
+        """Keys per query in that step, the first being 0."""
+        if self.window is None:
+            return None
+        return min(self.length, scheduled_window(self.window, self.window_schedule, step, self.total_steps))
+
+    def looks(self) -> set[int]:
+        """After how many steps the validation loss is taken: 25, 50, 100, ... and the last."""
+        steps = self.total_steps
+        doubling = (_FIRST_LOOK << i for i in itertools.count())
+        return {steps, *itertools.takewhile(lambda look: look < steps, doubling)}
+
+
+def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalLM:
+    """The model of a run, initialised from the CPU's generator, tied embeddings."""
+    own = {
+        name: getattr(settings, name)
+        for name in (
+            *("window", "local", "recency", "recency_spread", "score_form", "gate_init", "rank_noise"),
+            *("rank_recency", "ranking", "rank_power", "distance_penalty", "layer_attention", "layer_windows"),
+            "rope_layers",
+        )
+        if getattr(settings, name) is not None
+    }
+    return DynamaskForCausalLM(
+        DynamaskConfig(
+            attention=settings.attention,
+            vocab_size=vocab_size,
+            hidden_size=settings.width,
+            intermediate_size=settings.feed_forward,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.groups,
+            head_dim=settings.width // settings.heads,
+            max_position_embeddings=settings.length,
+            rope_theta=10_000.0,
+            **own,
+        )
+    )
+
+
+def learning_rate_at(settings: LanguageConfig, step: int) -> float:
+    """The rate of a step, the first being 0."""
+    steps = settings.total_steps
+    warm = max(1, round(settings.warmup * steps))
+    if step < warm:
+        return settings.learning_rate * (step + 1) / warm
+    if settings.schedule == "wsd":
+        decay = max(1, steps // 5)
+        return settings.learning_rate * min(1.0, (steps - step) / decay)
+    share = (step - warm) / max(1, steps - warm)
+    return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def training_flops(settings: LanguageConfig, model: DynamaskForCausalLM) -> float:
+    """Useful floating-point operations of the whole run: weights, output layer, attention over the keys that are seen.
+
+    Forward and twice that backward. What a mixer spends on choosing keys (dma's sort, nsa's block scores) is left out;
+    nsa's compressed branch, which every query reads, is counted.
+    """
+    counts = parameter_counts(model)
+    weights = 6.0 * (counts["non_embedding"] + counts["embedding"])  # the tied embedding multiplies as output layer
+    total = 0.0
+    for step in range(settings.total_steps):
+        windows = _windows(settings, settings.window_at(step))
+        layers = zip(settings.mixers, windows, strict=True)
+        pairs = sum(_pairs(settings, model.config, name, window) for name, window in layers) / settings.length
+        per_token = weights + 12.0 * settings.width * pairs
+        total += per_token * settings.batch_tokens
+    return total
+
+
+def _windows(settings: LanguageConfig, window: int | None) -> list[int | None]:
+    """Of each layer, where the config's own is `window` for the time being."""
+    if settings.layer_windows is None or window is None or settings.window is None:
+        return [window] * settings.layers
+    return [own * window // settings.window for own in settings.layer_windows]
+
+
+def _pairs(settings: LanguageConfig, config: DynamaskConfig, mixer: str, window: int | None) -> float:
+    """Query-key pairs of one sequence in one head."""
+    length = settings.length
+
+    def seen(keys: float) -> float:
+        keys = min(keys, length)
+        return keys * (keys + 1) / 2 + (length - keys) * keys
+
+    if mixer == "nsa":
+        block = config.nsa_block_size or 1
+        chosen = (config.nsa_block_counts or 0) * block
+        return length * length / (2 * block) + seen(chosen) + seen(config.nsa_window or 0)
+    return seen(length if window is None or mixer in WINDOWLESS else window)
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """ "embedding" (shared with the output layer), "non_embedding", and of the latter "gates"."""
+    embedding = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" in name)
+    rest = sum(p.numel() for name, p in model.named_parameters()) - embedding
+    gates = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in _GATES))
+    return {"embedding": embedding, "non_embedding": rest, "gates": gates}
+
+
+def run_language(config: Config, progress: Progress, initial: Path | None = None) -> dict[str, Any]:
+    """Train one model, or go on training it, and measure it.
+
+    Args:
+        config: fields of `LanguageConfig`, as plain JSON.
+        progress: told every few steps. What it raises ends the call after the state has been saved.
+        initial: folder of a kept model of this shape whose weights the training begins with; gates that it lacks keep
+            their own initial values, which is how a dense model is upcycled.
+
+    Returns:
+        "loss": final validation loss, nats per token; "curve": validation loss after so many steps and tokens;
+        "positions": final loss by position in the sequence; "training": loss of the batches, thinned; "diverged": the
+        step at which the loss was found not to be a number, or None; "tokens_per_second" (training alone, without
+        compilation), "peak_memory" (bytes; None on a CPU), "parameters", "flops", "precision", "corpus_content" (digest
+        of the tokens), "corpus_tokens" (to train on; where the run takes more, they are read again), "gates" (A, slopes
+        and norms of Delta at the end, per layer), "seconds" of all calls.
+
+    Raises:
+        InvalidInputError: settings that do not fit together.
+        UsageError: a corpus that is not there.
+    """
+    run = _Run(LanguageConfig.of(config), state_folder(config))
+    try:
+        if initial is not None:
+            run.begin_with(initial)
+        run.resume()
+        return run.train(progress)
+    finally:
+        run.close()
+
+
+def kept_run(config: Config, progress: Progress, initial: Path | None = None) -> tuple[dict[str, Any], Path]:
+    """`run_language` with `keep_model`, at most once: its result waits beside the model for whoever needs both.
+
+    Args:
+        config, progress, initial: see `run_language`.
+
+    Returns:
+        The result, and the model's folder; delete the folder around it when both have served.
+
+    Raises:
+        InvalidInputError: without keep_model, or if the run diverged, which leaves no model.
+    """
+    if not config["keep_model"]:
+        raise InvalidInputError("a run whose model is needed afterwards must have keep_model=True")
+    folder = state_folder(config)
+    kept = folder / "result.json"
+    if not kept.exists():
+        result = run_language(config, progress, initial)
+        if result["diverged"] is not None:
+            raise InvalidInputError(
+                f"the run diverged at step {result['diverged']}, so there is no model: lower learning_rate"
+            )
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps(result))
+        partial.rename(kept)
+    return json.loads(kept.read_text()), folder / "model"
+
+
+def evaluate_language(config: Config, folder: Path) -> float:
+    """Validation loss of a kept model, nats per token, under the attention of another config of its shape.
+
+    Args:
+        config: fields of `LanguageConfig`.
+        folder: of the model.
+
+    Raises:
+        InvalidInputError: a model of another shape.
+    """
+    run = _Run(LanguageConfig.of(config), state_folder(config))
+    try:
+        run.begin_with(folder)
+        return float(run._validate().mean())
+    finally:
+        run.close()
+
+
+def language_cost(config: Config) -> float:
+    """Operations of a run as a GPU's time goes: with something for starting the kernels of each step."""
+    settings = LanguageConfig.of(config)
+    seen = settings.length if settings.window is None else min(settings.window, settings.length)
+    if settings.layer_windows:
+        seen = sum(settings.layer_windows) // settings.layers
+    if set(settings.mixers) & {*WINDOWLESS, "nsa"}:
+        seen = settings.length // 2
+    per_token = 6.0 * settings.parameters + 6.0 * settings.width * 8192 + 12.0 * settings.layers * settings.width * seen
+    launches = 2e11 * settings.layers
+    return settings.total_steps * (per_token * settings.batch_tokens + launches)
+
+
+def language_kind(config: Config) -> str:
+    """Mixer and shape: what runs of one speed share."""
+    settings = LanguageConfig.of(config)
+    mixers = "+".join(dict.fromkeys(settings.mixers))
+    bias = " biased" if settings.distance_penalty else ""
+    uneven = " uneven" if settings.layer_windows else ""
+    return f"{mixers}{bias} {settings.layers}x{settings.width} {settings.length} {settings.window}{uneven}"
+
+
+class _Run:
+    """A training run: what changes from step to step, and how to keep it."""
+
+    def __init__(self, settings: LanguageConfig, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.streams = token_streams(settings.corpus)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.model = build_model(settings, self.streams.vocab_size).to(self.device)
+        self.generators = _Generators(settings.seed, self.device)
+        self.optimizer = _optimizer(self.model, settings, fused=self.device.type == "cuda")
+        steps = settings.total_steps
+        # Filled on the device and read at looks alone: reading a number every step would stop the device every step.
+        self.losses = torch.zeros(steps, device=self.device)
+        self.step = 0
+        self.curve: list[dict[str, Any]] = []
+        self.by_position: Tensor | None = None
+        self.diverged: int | None = None
+        self.seconds, self._began = 0.0, time.perf_counter()
+        self.timed_steps, self.timed_seconds = 0, 0.0
+        self.peak = 0
+        self.token_losses: TokenLosses = plain_losses
+
+    @property
+    def state_file(self) -> Path:
+        return self.folder / "state.pt"
+
+    def save(self) -> None:
+        """Write the state beside its file and rename it: a kill leaves the old state or the new one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.state_file.with_suffix(".partial")
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generators": self.generators.state(),
+            "losses": self.losses,
+            "step": self.step,
+            "curve": self.curve,
+            "diverged": self.diverged,
+            "timing": (self.timed_steps, self.timed_seconds, self.peak),
+            "seconds": self.seconds + time.perf_counter() - self._began,
+            "content": self.streams.content,
+        }
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.state_file)
+
+    def resume(self) -> None:
+        """Take up the state that an earlier call left, if it did and the corpus is still the same."""
+        if not self.state_file.exists():
+            return
+        state = torch.load(self.state_file, map_location=self.device, weights_only=True)
+        if state["content"] != self.streams.content:
+            raise InvalidInputError(
+                f"{self.folder} holds a run on another version of the corpus {self.settings.corpus!r}: delete that "
+                "folder to start the run anew"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generators.restore(state["generators"])
+        self.losses = state["losses"]
+        self.step, self.curve = state["step"], state["curve"]
+        self.diverged, self.seconds = state["diverged"], state["seconds"]
+        self.timed_steps, self.timed_seconds, self.peak = state["timing"]
+
+    def begin_with(self, folder: Path) -> None:
+        """Take the weights of another run's kept model; only gates may be missing in it."""
+        weights = DynamaskForCausalLM.from_pretrained(folder).state_dict()
+        missing, unexpected = self.model.load_state_dict(weights, strict=False)
+        left = unexpected + [name for name in missing if not any(part in name for part in _GATES)]
+        if left:
+            raise InvalidInputError(f"{folder} holds a model of another shape: {', '.join(left[:5])} do not fit")
+
+    def close(self) -> None:
+        """Free the device: the next run of a sweep needs it."""
+        del self.model, self.optimizer, self.losses, self.token_losses
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def train(self, progress: Progress) -> dict[str, Any]:
+        settings = self.settings
+        steps, looks = settings.total_steps, settings.looks()
+        compiled = settings.compile and self.device.type == "cuda"
+        if compiled:
+            self.token_losses = compile_training(self.model)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        batches = _Batches(settings, self.streams.train, self.device)
+        saved = time.monotonic()
+        begun: tuple[int, float] | None = None  # step and time since which the clock has run undisturbed
+        first = self.step
+        with self.generators:
+            while self.step < steps and self.diverged is None:
+                if begun is None and self.step >= first + _TIMED_FROM:
+                    self._synchronize()
+                    begun = (self.step, time.perf_counter())
+                self._train_step(batches)
+                look = self.step in looks
+                if look or self.step % _PROGRESS_EVERY == 0:
+                    pause = look or time.monotonic() - saved > _SAVE_SECONDS
+                    if pause and begun is not None:
+                        self._synchronize()
+                        self.timed_steps += self.step - begun[0]
+                        self.timed_seconds += time.perf_counter() - begun[1]
+                        begun = None
+                        first = self.step - _TIMED_FROM
+                    if look:
+                        self._look()
+                    if time.monotonic() - saved > _SAVE_SECONDS:
+                        self.save()
+                        saved = time.monotonic()
+                    try:
+                        progress(self.step / steps, f"loss {self.curve[-1]['loss']:.3f}" if self.curve else "")
+                    except BaseException:
+                        self._note_peak()
+                        self.save()
+                        raise
+        return self._result()
+
+    def _train_step(self, batches: _Batches) -> None:
+        settings, step = self.settings, self.step
+        set_window(self.model, settings.window_at(step))
+        self.model.train()
+        rate = learning_rate_at(settings, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        tokens = batches(step)
+        with self._autocast():
+            loss = next_token_loss(self.model, tokens, self.token_losses).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses[step] = loss.detach()
+        self.step += 1
+
+    def _look(self) -> None:
+        """Take the validation loss, at the config's own window."""
+        by_position = self._validate()
+        loss = float(by_position.mean())
+        entry = {"step": self.step, "tokens": self.step * self.settings.batch_tokens, "loss": loss}
+        self.curve.append(entry)
+        if not math.isfinite(loss):
+            self.diverged = self.step
+        self.by_position = by_position
+
+    @torch.no_grad()
+    def _validate(self) -> Tensor:
+        """(length,) mean loss at each position."""
+        settings = self.settings
+        set_window(self.model, settings.window)
+        self.model.eval()
+        stream = self.streams.validation
+        count = min(len(stream) - 1, settings.validation_tokens) // settings.length
+        if count < 1:
+            raise InvalidInputError(
+                f"the validation split has {len(stream)} tokens and validation_tokens={settings.validation_tokens}: "
+                f"both must be at least length={settings.length}"
+            )
+        # Spread over the split, which may hold one corpus after another.
+        starts = np.arange(count) * ((len(stream) - 1) // settings.length) // count * settings.length
+        blocks = np.stack([stream[start : start + settings.length + 1] for start in starts]).astype(np.int64)
+        rows = torch.from_numpy(blocks).to(self.device)
+        total = torch.zeros(settings.length, dtype=torch.float64, device=self.device)
+        # Batches of one size, that of training: another size would compile another graph.
+        size = settings.batch_tokens // settings.length
+        for start in range(0, count, size):
+            part = rows[start : start + size]
+            padded = F.pad(part, (0, 0, 0, size - len(part)))
+            with self._autocast():
+                total += next_token_loss(self.model, padded, self.token_losses)[: len(part)].double().sum(0)
+        return (total / count).cpu()
+
+    def _result(self) -> dict[str, Any]:
+        settings = self.settings
+        self._note_peak()
+        if settings.keep_model and self.diverged is None:
+            self.model.save_pretrained(self.folder / "model")
+        if self.diverged is None:
+            keep(self.model, settings.plain(), self.curve[-1]["loss"])
+        counts = parameter_counts(self.model)
+        by_position = self._validate() if self.by_position is None else self.by_position
+        result = {
+            "loss": self.curve[-1]["loss"],
+            "diverged": self.diverged,
+            "curve": self.curve,
+            "positions": position_buckets(by_position),
+            "training": _thinned(self.losses[: self.step].cpu().tolist()),
+            "tokens_per_second": self.timed_steps * settings.batch_tokens / self.timed_seconds
+            if self.timed_seconds
+            else None,
+            "peak_memory": self.peak or None,
+            "parameters": counts,
+            "flops": training_flops(settings, self.model),
+            "precision": "bf16" if self.device.type == "cuda" else "fp32",
+            "corpus_content": self.streams.content,
+            "corpus_tokens": len(self.streams.train),
+            "gates": _gates(self.model),
+            "seconds": self.seconds + time.perf_counter() - self._began,
+        }
+        self.state_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a kept model stays
+            self.folder.rmdir()
+        return result
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def _note_peak(self) -> None:
+        if self.device.type == "cuda":
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class _Generators:
+    """The random state of a run (rank noise draws from it): its own inside `with`, the caller's outside."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.devices = [device] if device.type == "cuda" else []
+        with self._forked():
+            torch.manual_seed(seed + 1)
+            self._cpu, self._cuda = torch.get_rng_state(), self._device_state()
+
+    def _forked(self) -> Any:
+        return torch.random.fork_rng(devices=self.devices)
+
+    def _device_state(self) -> Tensor | None:
+        return torch.cuda.get_rng_state(self.devices[0]) if self.devices else None
+
+    def state(self) -> dict[str, Tensor | None]:
+        """The state now, inside `with`."""
+        return {"cpu": torch.get_rng_state(), "cuda": self._device_state()}
+
+    def restore(self, state: dict[str, Tensor | None]) -> None:
+        """The state to enter the next `with` with."""
+        cpu, cuda = state["cpu"], state["cuda"]
+        assert cpu is not None
+        self._cpu, self._cuda = cpu.cpu(), None if cuda is None else cuda.cpu()
+
+    def __enter__(self) -> _Generators:
+        self._fork = self._forked()
+        self._fork.__enter__()
+        torch.set_rng_state(self._cpu)
+        if self.devices and self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self.devices[0])
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+
+
+class _Batches:
+    """Sequences of a stream by step number, in an order that the seed alone decides, epoch after epoch.
+
+    Neighbouring sequences share one token, the last target of one and the first input of the next.
+    """
+
+    def __init__(self, settings: LanguageConfig, stream: np.ndarray, device: torch.device) -> None:
+        self.length, self.seed = settings.length, settings.seed
+        self.size = settings.batch_tokens // settings.length
+        self.count = (len(stream) - 1) // settings.length
+        if self.count < 1:
+            raise InvalidInputError(f"the training split has {len(stream)} tokens, less than length={settings.length}")
+        self.tokens = torch.from_numpy(np.asarray(stream, dtype=np.int32)).to(device)
+        self.offset = torch.arange(settings.length + 1, device=device)
+        self._epoch = -1
+        self._order: Tensor
+
+    def __call__(self, step: int) -> Tensor:
+        """(batch, length + 1) int64."""
+        places = range(step * self.size, (step + 1) * self.size)
+        starts = torch.cat([self._starts(epoch, part) for epoch, part in _by_epoch(places, self.count)])
+        return self.tokens[starts[:, None] + self.offset].long()
+
+    def _starts(self, epoch: int, part: slice) -> Tensor:
+        if epoch != self._epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.count) * self.length
+            self._order, self._epoch = torch.from_numpy(order).to(self.tokens.device), epoch
+        return self._order[part]
+
+
+def _by_epoch(places: range, count: int) -> list[tuple[int, slice]]:
+    """Consecutive places of an endless stream as slices of its epochs of `count`."""
+    parts, place = [], places.start
+    while place < places.stop:
+        epoch, inside = divmod(place, count)
+        taken = min(places.stop - place, count - inside)
+        parts.append((epoch, slice(inside, inside + taken)))
+        place += taken
+    return parts
+
+
+def plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """(n, hidden), (n,) -> (n,) float32, nats."""
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+def compile_training(model: DynamaskForCausalLM) -> TokenLosses:
+    """Compile the layers, and losses for `next_token_loss`: eager, float32 logits cost more than several layers."""
+    torch._dynamo.reset()  # a sweep of many mixers would run into dynamo's limit of graphs per function
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    return torch.compile(plain_losses, dynamic=False)
+
+
+def next_token_loss(model: DynamaskForCausalLM, tokens: Tensor, token_losses: TokenLosses = plain_losses) -> Tensor:
+    """Cross-entropy of every next token, in parts where all logits at once would be too many.
+
+    Args:
+        model: the model.
+        tokens: (B, N + 1) int64.
+        token_losses: of the output layer, states (n, hidden) and targets (n,): (n,); a compiled one is faster.
+
+    Returns:
+        (B, N) float32, nats.
+    """
+    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
+    targets = tokens[:, 1:]
+    flat, wanted = hidden.flatten(0, 1), targets.flatten()
+    part = max(1, _LOGITS // model.config.vocab_size)
+    if len(wanted) <= part:
+        return token_losses(model.lm_head, flat, wanted).view(targets.shape)
+    pieces = zip(flat.split(part), wanted.split(part), strict=True)
+    losses = [checkpoint(token_losses, model.lm_head, states, goal, use_reentrant=False) for states, goal in pieces]
+    return torch.cat(losses).view(targets.shape)
+
+
+def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:
+    """Mean loss in buckets of positions that double: 0 to 63, 64 to 127, 128 to 255, ..."""
+    buckets, start, size = [], 0, 64
+    while start < len(by_position):
+        stop = min(len(by_position), start + size)
+        buckets.append({"from": start, "to": stop, "loss": float(by_position[start:stop].mean())})
+        start, size = stop, stop
+    return buckets
+
+
+def _optimizer(model: nn.Module, settings: LanguageConfig, *, fused: bool) -> torch.optim.AdamW:
+    """AdamW; norms, gates' scalars and slopes are not decayed, and gates have a rate of their own."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        factor = settings.gate_rate if any(part in name for part in _GATES) else 1.0
+        if settings.ranking == "attention" and name.endswith(_RANKS):
+            factor = settings.rank_rate
+        groups.setdefault((factor, parameter.dim() >= 2), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": settings.weight_decay if decayed else 0.0,
+                "factor": factor,
+            }
+            for (factor, decayed), parameters in groups.items()
+        ],
+        lr=settings.learning_rate,
+        betas=(0.9, settings.beta2),
+        fused=fused,
+    )
+
+
+def _gates(model: DynamaskForCausalLM) -> list[dict[str, list[float]]]:
+    """What the gates became: A and slopes of each layer that has them."""
+    found = []
+    for number, layer in enumerate(model.model.layers):
+        values = {}
+        for name, parameter in layer.named_parameters():
+            last = name.rsplit(".", 1)[-1]
+            if last in ("log_recency", "log_slope"):
+                values["slope"] = parameter.detach().exp().tolist()
+            elif last == "log_rank_recency":
+                values["rank_slope"] = parameter.detach().exp().tolist()
+            elif name.endswith("gate.gate"):
+                values["gate"] = parameter.detach().tolist()
+            elif name.endswith("gate.own_delta"):
+                values["own_delta_norm"] = parameter.detach().norm(dim=-1).tolist()
+            elif name.endswith("gate.delta.weight"):
+                values["delta_norm"] = parameter.detach().norm(dim=-1).tolist()
+        if values:
+            found.append({"layer": [float(number)], **values})
+    return found
+
+
+def _thinned(losses: list[float], points: int = 200) -> list[float]:
+    """Means of at most `points` equal stretches."""
+    if not losses:
+        return []
+    return [float(np.mean(part)) for part in np.array_split(np.asarray(losses), min(points, len(losses)))]
+
+
+def state_folder(config: Config) -> Path:
+    """Where the run's state lies until it is done, and its model after that if `keep_model` is set."""
+    return Path(os.environ.get(STATE_FOLDER, "runs/experiments")) / run_key("language", config)

@@ -1,0 +1,103 @@
+"""The ablation in the report: a table per question, the window sweep drawn, the gradient claim judged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynamask_lab.studies.ablation.study import LEAKY, ablation_summary, grouped, mean_loss
+from dynamask_lab.sweeps.results import Record
+from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section, gains_hold
+
+_TRAINED, _CUT = "dma-random-start", ("dma-detached-scores", "dma-unbiased-logits")
+
+
+def report_ablation(records: Sequence[Record], folder: Path) -> Section:
+    """See `Experiment.report`."""
+    groups = grouped(records)
+    seeds = len({record.seed for record in records})
+    exhibits = [
+        Exhibit(
+            "variants",
+            "Every variant",
+            [record.key for record in records],
+            f"Validation loss, nats per token, {seeds} seed{'s' if seeds > 1 else ''}; `exact` and `leaky`: the same "
+            "weights under the selection of each query's prefix, and under the best keys of the whole sequence. Rows "
+            "of different numbers of runs do not compare: seeds differ, too.",
+            ablation_summary(records),
+        )
+    ]
+    leak = {name: runs for (name, _), runs in groups.items() if "exact_loss" in runs[0].result}
+    if leak:
+        rows: list[Row] = [
+            {
+                "trained with": name,
+                "read exactly": f"{mean_loss(runs, 'exact_loss'):.4f}",
+                "read leakily": f"{mean_loss(runs, 'leaky_loss'):.4f}",
+                "flattered by": f"{mean_loss(runs, 'exact_loss') - mean_loss(runs, 'leaky_loss'):+.4f}",
+            }
+            for name, runs in leak.items()
+        ]
+        keys = [run.key for runs in leak.values() for run in runs]
+        text = (
+            f"`{LEAKY}` chooses by looking at the future. It is wrong on purpose, and exists in this experiment alone."
+        )
+        exhibits.append(Exhibit("leak", "How much the leak flatters the loss", keys, text, rows))
+    sweep = {key: runs for key, runs in groups.items() if key[0] in ("dma", "sliding window")}
+    common = set.intersection(*({run.seed for run in runs} for runs in sweep.values())) if sweep else set()
+    sweep = {key: own for key, runs in sweep.items() if (own := [run for run in runs if run.seed in common])}
+    if len({window for _, window in sweep}) > 1:
+        rows = []
+        for window in sorted({window for _, window in sweep}):
+            row = {"window": str(window)}
+            for name in ("dma", "sliding window"):
+                if (name, window) in sweep:
+                    row[name] = f"{mean_loss(sweep[name, window]):.4f}"
+            rows.append(row)
+        keys = [run.key for runs in sweep.values() for run in runs]
+        picture = _draw_windows({key: mean_loss(runs) for key, runs in sweep.items()}, folder / "windows.svg")
+        exhibits.append(Exhibit("windows", "Loss by window", keys, table=rows, picture=picture))
+    return Section("", exhibits, _findings(records))
+
+
+def _findings(records: Sequence[Record]) -> list[Finding]:
+    """Gates that start alike, with and without the gradient, seed by seed."""
+    losses: dict[str, dict[tuple[int, int], Record]] = {}
+    for (name, window), runs in grouped(records).items():
+        losses.setdefault(name, {}).update({(window, run.seed): run for run in runs})
+    found = []
+    for cut in _CUT:
+        both = sorted(losses.get(_TRAINED, {}).keys() & losses.get(cut, {}).keys())
+        if not both:
+            continue
+        keys = [losses[name][place].key for place in both for name in (_TRAINED, cut)]
+        pairs = [(losses[_TRAINED][place].result["loss"], losses[cut][place].result["loss"]) for place in both]
+        subject = f"gates from a random start, against {cut}"
+        if any(loss is None for pair in pairs for loss in pair):
+            found.append(Finding("gradients", subject, "a run diverged", None, keys))
+            continue
+        gains = [without - trained for trained, without in pairs]
+        measured = (
+            f"{sum(gains) / len(gains):+.4f} nats per token gained by the gradient, {min(gains):+.4f} to "
+            f"{max(gains):+.4f} over {len(gains)} seed{'s' if len(gains) > 1 else ''}"
+        )
+        found.append(Finding("gradients", subject, measured, gains_hold(gains), keys))
+    return found
+
+
+def _draw_windows(losses: dict[tuple[str, int], float], picture: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    from dynamask.inspect.style import line_style, save_figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axes = figure.add_subplot()
+    for name, style in (("dma", line_style("dma")), ("sliding window", line_style("swa"))):
+        points = sorted((window, loss) for (own, window), loss in losses.items() if own == name)
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="window, keys per query", ylabel="validation loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return save_figure(figure, picture)

@@ -1,0 +1,443 @@
+"""Needles in a haystack: models trained on a mixture with retrieval examples, asked at up to eight times that length.
+
+Dense attention, dynamic mask attention trained from the start, and dynamic mask attention upcycled: the dense run's
+weights with untrained gates, fine-tuned. Tasks are RULER's definitions (`dynamask.evaluation.retrieval`); the answers
+are decoded greedily, from the bounded cache where the mask has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dynamask.errors import InvalidInputError
+from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
+from dynamask.evaluation.retrieval.tasks import check_task
+from dynamask_lab.language.engine import LanguageConfig, kept_run, language_cost
+from dynamask_lab.studies.locality.study import GENTLE, named_rope, named_windows, one_dense_in_four, wide_with_dense
+from dynamask_lab.studies.needle.data import MixtureSettings, mixture_tokenizer, prepare_mixture
+from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
+from dynamask_lab.sweeps.results import Record
+from dynamask_lab.sweeps.section import Section
+from dynamask_lab.sweeps.settings import SHARP, WIDE_FIRST, plain_settings, ranked_by, read_settings
+from dynamask.models import DynamaskForCausalLM
+
+TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
+_TRAINED = 0.8
+"""Share of a run's progress bar that training takes."""
+
+
+@dataclass(frozen=True)
+class NeedleConfig:
+    """One run: a model, and, for dense attention with `upcycle_steps`, the dynamic mask models made of it.
+
+    Attributes:
+        attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, rank_power,
+            window_schedule, layer_attention, layer_windows, rope_layers: see `LanguageConfig`.
+        upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
+        upcycle_window: keys per query of the upcycled model.
+        upcycle_rankings: its `ranking`, one model for each.
+        upcycle_spread: of the slopes that ranks with ranking="attention" start from, see `recency_spread`.
+        layers, width, heads, groups, feed_forward, steps, batch_tokens, learning_rate, compile: see `LanguageConfig`.
+        source, vocab_size, share: see `MixtureSettings`.
+        text_tokens: of plain text in the mixture, which is read as often as the steps ask for.
+        shortest: tokens of the shortest retrieval example.
+        context: tokens of a training sequence; the longest example takes half of it, so that most are not cut.
+        tasks: trained on and tested.
+        lengths: tested, in tokens of prompt and answer.
+        depths: tested, shares of the haystack.
+        samples: per task, length and depth.
+        prompt_tokens: of the prompts decoded together, at most, and one prompt at least.
+        seed: of weights, data order, examples.
+
+    Raises:
+        InvalidInputError: settings that do not fit together.
+    """
+
+    attention: str
+    window: int | None = None
+    local: int | None = None
+    recency: float | None = None
+    recency_spread: float = 1.0
+    score_form: str = "exp"
+    gate_init: str = "gate"
+    gate_rate: float = 1.0
+    ranking: str = "score"
+    rank_power: float = 1.0
+    window_schedule: list[list[float]] = field(default_factory=list)
+    layer_attention: list[str] | None = None
+    layer_windows: list[int] | None = None
+    rope_layers: list[bool] | None = None
+    upcycle_steps: int = 0
+    upcycle_window: int | None = None
+    upcycle_rankings: list[str] = field(default_factory=lambda: ["score"])
+    upcycle_spread: float = 1.0
+    layers: int = 6
+    width: int = 384
+    heads: int = 6
+    groups: int = 3
+    feed_forward: int = 1024
+    source: str = "stdlib"
+    vocab_size: int = 4096
+    text_tokens: int = 4_000_000
+    share: float = 0.5
+    shortest: int = 400
+    context: int = 1024
+    steps: int = 3000
+    batch_tokens: int = 32_768
+    learning_rate: float = 2e-3
+    compile: bool = True
+    tasks: list[str] = field(default_factory=lambda: list(TASKS))
+    lengths: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096, 8192])
+    depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    samples: int = 8
+    prompt_tokens: int = 65_536
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            check_task(task)
+        if not (self.tasks and self.lengths and self.depths) or self.samples < 1:
+            raise InvalidInputError("give at least one task, length, depth and sample to test")
+        if self.upcycle_steps and (self.attention != "mha" or self.upcycle_window is None):
+            raise InvalidInputError(
+                f"upcycling starts from attention='mha' and needs an upcycle_window; got {self.attention!r} and "
+                f"{self.upcycle_window}"
+            )
+        if not 0 < self.shortest <= self.context // 2:
+            raise InvalidInputError(
+                f"examples take from {self.shortest} tokens to half of the context, {self.context // 2}: make the "
+                "context longer or the shortest example shorter"
+            )
+        self.language("")
+
+    @classmethod
+    def of(cls, config: Config) -> NeedleConfig:
+        """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
+        return read_settings(cls, config, "needle")
+
+    def plain(self) -> Config:
+        """As plain JSON, from which `of` reads it."""
+        younger = ("ranking", "rank_power", "window_schedule", "layer_attention", "layer_windows", "rope_layers")
+        return plain_settings(self, (*younger, "upcycle_rankings", "upcycle_spread"))
+
+    @property
+    def mixture(self) -> MixtureSettings:
+        """What it trains on. All runs of a seed read the same."""
+        return MixtureSettings(
+            source=self.source,
+            tokens=self.text_tokens,
+            vocab_size=self.vocab_size,
+            share=self.share,
+            shortest=self.shortest,
+            longest=self.context // 2,
+            tasks=tuple(self.tasks),
+            seed=self.seed,
+        )
+
+    def language(self, corpus: str) -> LanguageConfig:
+        """The training run."""
+        shared = {entry.name for entry in dataclasses.fields(self)} & {
+            entry.name for entry in dataclasses.fields(LanguageConfig)
+        }
+        return LanguageConfig(
+            **{name: getattr(self, name) for name in shared},
+            corpus=corpus,
+            length=self.context,
+            validation_tokens=32 * self.context,
+            keep_model=True,
+        )
+
+    def upcycled(self, corpus: str, ranking: str) -> LanguageConfig:
+        """The fine-tuning run of the dense model with gates, at a tenth of the rate the dense one peaked at.
+
+        Without recency, as `convert.upcycle`: up to `upcycle_window` tokens it starts as exactly the dense model.
+        """
+        return dataclasses.replace(
+            self.language(corpus),
+            attention="dma",
+            layer_attention=None,
+            layer_windows=None,
+            window=self.upcycle_window,
+            local=None if self.upcycle_window is None else self.upcycle_window // 2,
+            recency=0.0,
+            steps=self.upcycle_steps,
+            learning_rate=self.learning_rate / 10,
+            gate_rate=10.0 * self.gate_rate,
+            rank_rate=10.0,
+            ranking=ranking,
+            rank_recency=1.0 / (self.upcycle_window or 1) if ranking == "attention" else None,
+            recency_spread=self.upcycle_spread if ranking == "attention" else 1.0,
+        )
+
+
+def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
+    """Train, upcycle if asked to, and test.
+
+    Args:
+        config: fields of `NeedleConfig`, as plain JSON.
+        progress: see `run_language`: what it raises during training ends the call with the state saved; during testing,
+            with the trained models kept.
+
+    Returns:
+        "scores": `RetrievalScore` as dictionaries, the model named by `needle_name`; "loss": by model; "exact": mean
+        exact match by model, over all that was tested; "parameters"; "corpus" and its "corpus_content"; "seconds".
+
+    Raises:
+        InvalidInputError, UsageError: see `NeedleConfig`, `prepare_mixture`.
+    """
+    settings = NeedleConfig.of(config)
+    corpus = prepare_mixture(settings.mixture)
+    stages = [(needle_name(config), settings.language(corpus))]
+    if settings.upcycle_steps:
+        stages += [
+            (upcycled_name(each, settings.rank_power), settings.upcycled(corpus, each))
+            for each in settings.upcycle_rankings
+        ]
+    part = 1.0 / len(stages)
+    scores: list[RetrievalScore] = []
+    losses: dict[str, float | None] = {}
+    seconds, parameters = 0.0, 0
+    trained: dict[str, Any] = {}
+    models: list[Path] = []
+    for number, (name, language) in enumerate(stages):
+        begun = number * part
+        trained, model = kept_run(
+            language.plain(),
+            lambda share, note, begun=begun: progress(begun + part * _TRAINED * share, note),  # type: ignore[misc]
+            models[0] if models else None,  # what is upcycled is upcycled from the dense one
+        )
+        models.append(model)
+        losses[name] = trained["loss"]
+        seconds += trained["seconds"]
+        parameters = parameters or sum(trained["parameters"][kind] for kind in ("embedding", "non_embedding"))
+        start = time.perf_counter()
+        scores += _test(settings, model, corpus, name, progress, begun + part * _TRAINED, part * (1 - _TRAINED))
+        seconds += time.perf_counter() - start
+    for model in models:
+        shutil.rmtree(model.parent, ignore_errors=True)
+    return {
+        "scores": [dataclasses.asdict(score) for score in scores],
+        "loss": losses,
+        "exact": {name: float(np.mean([s.exact for s in scores if s.model == name])) for name in losses},
+        "parameters": parameters,
+        "corpus": corpus,
+        "corpus_content": trained["corpus_content"],
+        "seconds": seconds,
+    }
+
+
+def _test(
+    settings: NeedleConfig, folder: Path, corpus: str, name: str, progress: Progress, begun: float, share: float
+) -> list[RetrievalScore]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = DynamaskForCausalLM.from_pretrained(folder).to(device).eval()
+    tokenizer = mixture_tokenizer(corpus)
+    scores: list[RetrievalScore] = []
+    cells = [(task, length) for task in settings.tasks for length in settings.lengths]
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        for number, (task, length) in enumerate(cells):
+            scores += evaluate_retrieval(
+                model,
+                tokenizer,
+                [length],
+                settings.depths,
+                settings.samples,
+                tasks=[task],
+                seed=settings.seed,
+                # A dense model's cache of the longest prompts is what memory runs out of.
+                batch_size=max(1, settings.prompt_tokens // length),
+                name=name,
+            )
+            # Not "done" before the result is returned: whoever listens may stop a run that is not.
+            progress(begun + share * (number + 1) / (len(cells) + 1), f"{name}: {task} at {length}")
+    return scores
+
+
+def needle_name(config: Config) -> str:
+    """The model as tables and pictures show it: dma's forms apart."""
+    parts = [str(config["attention"])]
+    if config.get("layer_attention"):
+        parts.append("one layer in four dense")
+    parts += named_windows(config.get("layer_windows"), config["window"])
+    parts += named_rope(config.get("rope_layers"))
+    if config["attention"] != "dma":
+        return ", ".join(parts)
+    if config.get("local") == 0 and config.get("recency") == 0:
+        parts.append("paper")
+    if config.get("gate_init") == "delta":
+        parts.append("gentle")
+    if config.get("window_schedule"):
+        parts.append("from dense")
+    return ", ".join([*parts, *ranked_by(config.get("ranking", "score"), config.get("rank_power", 1.0))])
+
+
+def upcycled_name(ranking: str, power: float) -> str:
+    """The model made of a dense one."""
+    return ", ".join(["dma, upcycled", *ranked_by(ranking, power)])
+
+
+def needle_cost(config: Config) -> float:
+    """Operations of training and of reading the prompts."""
+    settings = NeedleConfig.of(config)
+    training = language_cost(settings.language("").plain())
+    upcycled = settings.upcycle_rankings if settings.upcycle_steps else []
+    training += sum(language_cost(settings.upcycled("", each).plain()) for each in upcycled)
+    prompts = len(settings.tasks) * len(settings.depths) * settings.samples * sum(settings.lengths)
+    return training + (1 + len(upcycled)) * 2.0 * settings.language("").parameters * prompts
+
+
+def needle_kind(config: Config) -> str:
+    """Mechanism and shape."""
+    settings = NeedleConfig.of(config)
+    return f"{needle_name(config)} {settings.layers}x{settings.width} {settings.context} {settings.window}"
+
+
+def mean_scores(records: Sequence[Record]) -> list[RetrievalScore]:
+    """The runs' scores, those of several seeds as one."""
+    found: dict[tuple[str, str, int, float], list[RetrievalScore]] = defaultdict(list)
+    for record in records:
+        for row in record.result["scores"]:
+            score = RetrievalScore(**row)
+            found[score.model, score.task, score.length, score.depth].append(score)
+    return [
+        RetrievalScore(
+            *cell,
+            exact=float(np.mean([score.exact for score in scores])),
+            recall=float(np.mean([score.recall for score in scores])),
+            samples=sum(score.samples for score in scores),
+        )
+        for cell, scores in found.items()
+    ]
+
+
+def needle_summary(records: Sequence[Record]) -> list[dict[str, str]]:
+    """One row per model and task: exact match by length, mean over depths and seeds."""
+    cells: dict[tuple[str, str], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for score in mean_scores(records):
+        cells[score.model, score.task][score.length].append(score.exact)
+    return [
+        {"model": model, "task": task}
+        | {str(length): f"{np.mean(by_length[length]):.1%}" for length in sorted(by_length)}
+        for (model, task), by_length in cells.items()
+    ]
+
+
+def _report(records: Sequence[Record], folder: Path) -> Section:
+    from dynamask_lab.studies.needle.report import report_needle
+
+    return report_needle(records, folder)
+
+
+def _forms(window: int, upcycle_steps: int) -> tuple[Config, Config, Config]:
+    """Dense attention and, made of it, dma whose ranks learn who is looked at sharply; dma by default; the paper's."""
+    default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
+    dense = {"attention": "mha", "upcycle_steps": upcycle_steps, "upcycle_window": window}
+    dense |= {"upcycle_rankings": ["attention"], "upcycle_spread": 8.0, "rank_power": 4.0}
+    return dense, default, {**default, "local": 0, "recency": 0.0}
+
+
+def _sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
+    """Dense attention and what is upcycled from it; dma by default, with gentle gates, in the paper's form, and with
+    ranks that learn from attention, windows that shrink, dense layers between, or windows wider in some layers."""
+    dense, default, paper = _forms(window, upcycle_steps)
+    ranked = {**default, "ranking": "attention"}
+    layers = common.get("layers", NeedleConfig.layers)
+    mixed = {"layer_attention": one_dense_in_four("dma", layers)}
+    uneven = {"layer_windows": wide_with_dense(layers, window)}
+    models: list[dict[str, Any]] = [
+        {**dense, "upcycle_rankings": ["score", "attention"]},
+        *(default, {**default, **GENTLE}, paper),
+        *({**default, **WIDE_FIRST}, {**ranked, **WIDE_FIRST}, ranked, {**ranked, **GENTLE}),
+        {**default, **SHARP, **WIDE_FIRST},
+        *({**default, **mixed}, {**ranked, **GENTLE, **mixed}),
+        {"attention": "swa", "window": window, "layer_attention": one_dense_in_four("swa", layers)},
+        {**default, **SHARP, **WIDE_FIRST, **uneven},
+        {"attention": "swa", "window": window, **uneven},
+    ]
+    return _runs(models, seeds, common)
+
+
+def _far_sweep(seeds: Sequence[int], window: int, upcycle_steps: int, **common: Any) -> list[Config]:
+    """What may carry beyond the training length: the forms that find needles within it, with rotary embeddings in all
+    layers and without them where a layer looks far; dense attention and what is upcycled from it; dma by default and in
+    the paper's form."""
+    dense, default, paper = _forms(window, upcycle_steps)
+    layers = common.get("layers", NeedleConfig.layers)
+    windows = wide_with_dense(layers, window)
+    uneven = {"layer_windows": windows}
+    near = {"rope_layers": [own <= window for own in windows]}
+    found = {**default, **SHARP, **WIDE_FIRST}
+    sliding = {"attention": "swa", "window": window, **uneven}
+    models: list[dict[str, Any]] = [
+        dense,
+        *({**found, **uneven, **near}, {**found, **uneven}, found),
+        *({"attention": "mha", **near}, {**sliding, **near}, sliding),
+        *(default, paper),
+    ]
+    return _runs(models, seeds, common)
+
+
+def _runs(models: Sequence[dict[str, Any]], seeds: Sequence[int], common: dict[str, Any]) -> list[Config]:
+    return [NeedleConfig(**{**common, **model, "seed": seed}).plain() for seed in seeds for model in models]
+
+
+def _smoke() -> list[Config]:
+    """Everything once, in seconds on a CPU: shows that it runs, not what it learns."""
+    shape = {"layers": 1, "width": 32, "heads": 2, "groups": 1, "feed_forward": 48, "vocab_size": 1024}
+    data = {"text_tokens": 20_000, "shortest": 220, "context": 440, "tasks": ["passkey"], "batch_tokens": 440}
+    test = {"lengths": [256, 512], "depths": [0.0, 1.0], "samples": 1}
+    common = {"steps": 2, **shape, **data, **test}
+    far = _far_sweep([0], 32, 2, **{**common, "layers": 2})  # one layer alone could not be of two kinds
+    return [*_sweep([0], 32, 2, **common), *(config for config in far if config.get("rope_layers"))]
+
+
+def _quick() -> list[Config]:
+    """As "small", half the steps, three tasks, to 4096 tokens: minutes of a large GPU."""
+    tasks = ["passkey", "single_needle", "multi_key"]
+    test = {"tasks": tasks, "lengths": [512, 1024, 2048, 4096], "depths": [0.0, 0.5, 1.0]}
+    return _sweep([0], 128, 300, steps=1500, shortest=300, **test)
+
+
+def _small() -> list[Config]:
+    """12M parameters at 1024 tokens, tested to 8192; window 128."""
+    return _sweep([0], 128, 600)
+
+
+def _long() -> list[Config]:
+    """10M parameters, 20 tokens each, at 4096 tokens, tested to 32768; window 512; real corpora."""
+    data = {"source": "code+text", "text_tokens": 16_000_000, "context": 4096, "steps": 1500, "batch_tokens": 131_072}
+    tasks = ["passkey", "single_needle", "multi_key", "variable_tracking"]
+    return _far_sweep([0], 512, 500, **data, tasks=tasks, lengths=[1024, 2048, 4096, 8192, 16384, 32768])
+
+
+def _paper() -> list[Config]:
+    """25M parameters at 4096 tokens, tested to 32768; window 512, two seeds, corpora of `benchmarks/corpora.py`."""
+    shape = {"layers": 8, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "batch_tokens": 131_072}
+    data = {"source": "code+text", "text_tokens": 100_000_000, "context": 4096, "steps": 8000, "learning_rate": 1.5e-3}
+    test = {"lengths": [1024, 2048, 4096, 8192, 16384, 32768], "depths": [i / 8 for i in range(9)], "samples": 20}
+    return _sweep([0, 1], 512, 1500, **shape, **data, **test)
+
+
+NEEDLE = Experiment(
+    name="needle",
+    description="retrieval by length and depth, to eight times the training length: mha, dma, dma upcycled",
+    run=run_needle,
+    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "long": _long, "paper": _paper},
+    cost=needle_cost,
+    kind=needle_kind,
+    summary=needle_summary,
+    report=_report,
+    interruptible=True,
+    trains_language_models=True,
+)
+register(NEEDLE)

@@ -1,0 +1,152 @@
+"""The needle experiment: its sweep end to end, resuming, upcycling, and what its figures say."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dynamask.errors import InvalidInputError
+from dynamask_lab.studies import NEEDLE, Record, language, run_key, run_sweep
+from dynamask_lab.language.engine import STATE_FOLDER, run_language
+from dynamask_lab.language.data import CORPORA_FOLDER, token_streams
+from dynamask_lab.studies.needle.study import NeedleConfig, needle_name, run_needle
+from dynamask_lab.studies.needle.data import mixture_tokenizer, prepare_mixture
+from dynamask_lab.studies.needle.report import report_needle
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("corpora")
+
+
+@pytest.fixture(autouse=True)
+def _folders(corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CORPORA_FOLDER, str(corpora))
+    monkeypatch.setenv(STATE_FOLDER, str(tmp_path / "state"))
+
+
+def _smoke(name: str) -> dict[str, Any]:
+    return next(config for config in NEEDLE.configs("smoke") if needle_name(config) == name)
+
+
+def _quiet(share: float, note: str) -> None:
+    pass
+
+
+def test_the_smoke_sweep_tests_every_model_at_every_cell(tmp_path: Path) -> None:
+    configs = NEEDLE.configs("smoke")
+    report = run_sweep("needle", configs, tmp_path / "needle.jsonl")
+    assert not report.failed
+    settings = NeedleConfig.of(configs[0])
+    cells = len(settings.tasks) * len(settings.lengths) * len(settings.depths)
+    scores = [score for record in report.records for score in record.result["scores"]]
+    models = {score["model"] for score in scores}
+    ranked = {"dma, ranked by attention", "dma, gentle, ranked by attention", "dma, upcycled, ranked by attention^4"}
+    from_dense = {f"dma, from dense{ranks}" for ranks in ("", ", ranked by attention", ", ranked by attention^4")}
+    mixed = {f"{name}, one layer in four dense" for name in ("dma", "swa")}
+    mixed.add("dma, one layer in four dense, gentle, ranked by attention")
+    mixed |= {"swa, windows 32", "dma, windows 32, from dense, ranked by attention^4"}
+    far = {"mha, no RoPE in 1 of 2 layers", "swa, windows 8/56, no RoPE in 1 of 2 layers"}
+    far.add("dma, windows 8/56, no RoPE in 1 of 2 layers, from dense, ranked by attention^4")
+    assert models == {"mha", "dma, upcycled", "dma", "dma, gentle", "dma, paper", *ranked, *from_dense, *mixed, *far}
+    assert len(scores) == cells * len(models)
+    assert not list((tmp_path / "state").glob("*")), "trained models are deleted after the test"
+    section = report_needle(report.records, tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "needle.svg").exists()
+    assert len(section.exhibits[0].table) == len(models)
+    assert all(finding.held is None for finding in section.findings)  # two steps teach nobody to retrieve
+
+
+def test_a_run_stopped_while_it_is_tested_does_not_train_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _smoke("dma")
+    shares: list[float] = []
+
+    def stop(share: float, note: str) -> None:
+        shares.append(share)
+        if "passkey" in note:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_needle(config, stop)
+    assert 0.8 < shares[-1] < 1
+    monkeypatch.setattr(language, "run_language", lambda *_: pytest.fail("trained again"))
+    result = run_needle(config, _quiet)
+    assert result["loss"]["dma"] > 0
+    assert result["seconds"] > 0
+
+
+def test_the_mixture_is_made_once_and_holds_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = NeedleConfig.of(_smoke("mha")).mixture
+    name = prepare_mixture(settings)
+    text = mixture_tokenizer(name).decode(token_streams(name).train)
+    assert text.count("What is the pass key? The pass key is") > 5
+    monkeypatch.setattr("dynamask_lab.studies.needle.data.prepare", lambda *_, **__: pytest.fail("prepared again"))
+    assert prepare_mixture(settings) == name
+    assert dataclasses.replace(settings, seed=1).name != name
+
+
+def test_an_upcycled_model_starts_as_the_dense_one() -> None:
+    settings = NeedleConfig.of({**_smoke("mha"), "upcycle_window": 440})
+    corpus = prepare_mixture(settings.mixture)
+    dense = dataclasses.asdict(settings.language(corpus))
+    expected = run_language(dense, _quiet)["loss"]
+    still = dataclasses.replace(settings.upcycled(corpus, "score"), learning_rate=1e-12, steps=1)
+    folder = language.state_folder(dense) / "model"
+    assert run_language(dataclasses.asdict(still), _quiet, folder)["loss"] == pytest.approx(expected, abs=1e-5)
+    other = dataclasses.replace(still, width=64)
+    with pytest.raises((InvalidInputError, RuntimeError), match=r"shape|size mismatch"):
+        run_language(dataclasses.asdict(other), _quiet, folder)
+
+
+def _record(model: str, exact: dict[int, float]) -> Record:
+    config = _smoke(model)
+    common = {"model": model, "task": "passkey", "recall": 0.0, "samples": 20}
+    scores = [common | {"length": n, "depth": d, "exact": value} for n, value in exact.items() for d in (0.0, 0.5)]
+    scores += [common | {"length": n, "depth": 1.0, "exact": 1.0} for n in exact]
+    result = {"scores": scores, "loss": {model: 1.0}}
+    return Record("needle", run_key("needle", config), config, 0, result, 1.0, "a GPU", {}, None)
+
+
+def test_verdicts_follow_the_scores(tmp_path: Path) -> None:
+    """Trained at 440 tokens: level inside, ahead beyond. What is next to the question, anybody finds."""
+    mha, dma = _record("mha", {256: 0.9, 512: 0.2}), _record("dma", {256: 0.9, 512: 0.6})
+    found = {f.subject: f for f in report_needle([mha, dma], tmp_path).findings}
+    assert found["dma, to 440 tokens, trained for"].held is False
+    assert found["dma, beyond 440 tokens"].held is True
+    assert "60.0% of the answers exact, mha 20.0%" in found["dma, beyond 440 tokens"].measured
+    close = [_record("mha", {512: 0.25}), _record("dma", {512: 0.3})]
+    (noise,) = report_needle(close, tmp_path).findings
+    assert (noise.held, noise.measured.split(": ")[1]) == (False, "within the noise of ±19.9%")
+    assert all(f.held is None for f in report_needle([dma], tmp_path).findings)
+    poor = [_record("mha", {256: 0.0}), _record("dma", {256: 0.05})]
+    assert [f.held for f in report_needle(poor, tmp_path).findings] == [None]
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(InvalidInputError, match="did you mean 'samples'"):
+        NeedleConfig.of({"attention": "mha", "sample": 3})
+    with pytest.raises(InvalidInputError, match="upcycling starts from attention='mha'"):
+        NeedleConfig("dma", window=8, upcycle_steps=3, upcycle_window=8)
+    with pytest.raises(InvalidInputError, match="half of the context"):
+        NeedleConfig("mha", context=512)
+    with pytest.raises(InvalidInputError, match="unknown retrieval task"):
+        NeedleConfig("mha", tasks=["needles"])
+
+
+def _scored(model: str, exact: float) -> Record:
+    record = _record("mha", {256: exact, 512: exact})
+    scores = [score | {"model": model} for score in record.result["scores"]]
+    return dataclasses.replace(record, key=model, result={"scores": scores, "loss": {model: 1.0}})
+
+
+def test_a_choice_of_keys_is_held_against_what_keeps_as_many_without(tmp_path: Path) -> None:
+    """Ranks that learn against the paper's in models made of a dense one, and against sliding windows just as wide."""
+    upcycled = [_scored("dma, upcycled", 0.3), _scored("dma, upcycled, ranked by attention^4", 0.8)]
+    uneven = [_scored("swa, windows 8/56", 0.6), _scored("dma, windows 8/56, ranked by attention", 0.62)]
+    others = [_scored("dma, windows 8/40, ranked by attention", 0.9), _scored("dma, ranked by attention", 0.9)]
+    findings = report_needle([*upcycled, *uneven, *others], tmp_path).findings
+    verdicts = {f.subject: f.held for f in findings if f.claim == "retrieval"}
+    assert verdicts == {upcycled[1].key: True, uneven[1].key: False}
