@@ -1,13 +1,34 @@
 """Dynamic Mask Attention: trainable, content-aware sparse attention (arXiv 2508.02124)."""
 
-from dynamask import convert
-from dynamask.cache import BoundedCache
-from dynamask.errors import CacheRollbackError, InvalidInputError
-from dynamask.ops.expiry import key_expiry
-from dynamask.models import DynamaskConfig, DynamaskForCausalLM, DynamaskModel
-from dynamask.ops import dynamic_mask_attention, interval_attention
+from __future__ import annotations
 
-__version__ = "0.1.0"
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from dynamask import registration
+
+if TYPE_CHECKING:
+    from dynamask import convert
+    from dynamask.cache import BoundedCache
+    from dynamask.errors import CacheRollbackError, InvalidInputError
+    from dynamask.models import DynamaskConfig, DynamaskForCausalLM, DynamaskModel
+    from dynamask.ops import dynamic_mask_attention, interval_attention, key_expiry
+
+__version__ = "0.2.0"
+
+_HOME = {
+    "BoundedCache": "dynamask.cache",
+    "CacheRollbackError": "dynamask.errors",
+    "DynamaskConfig": "dynamask.models",
+    "DynamaskForCausalLM": "dynamask.models",
+    "DynamaskModel": "dynamask.models",
+    "InvalidInputError": "dynamask.errors",
+    "dynamic_mask_attention": "dynamask.ops",
+    "interval_attention": "dynamask.ops",
+    "key_expiry": "dynamask.ops",
+}
+"""Public name -> the module that defines it, imported on first use so that `import dynamask` stays cheap."""
+
 __all__ = [
     "BoundedCache",
     "CacheRollbackError",
@@ -20,3 +41,20 @@ __all__ = [
     "interval_attention",
     "key_expiry",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "convert":
+        return importlib.import_module("dynamask.convert")
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'dynamask' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+registration.register()

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
 from dynamask.ops.expiry import check_window, key_expiry, sortable_scores
-from dynamask.ops import triton_available
+from dynamask.ops.interval.operators import triton_available
 
 _PER_KEY = ("keys", "values", "scores", "positions")
 
@@ -199,7 +199,7 @@ class BoundedLayer(CacheLayerMixin):
         """Not how this layer is fed: a layer that does not know the scores cannot know what to keep."""
         raise InvalidInputError(
             "BoundedCache serves dynamic-mask and sliding-window attention of dynamask models; this layer called "
-            "Cache.update, which carries no scores. Convert the model first (dynamask.convert.upcycle), or give it a "
+            "Cache.update, which carries no scores. Convert the model first (dynamask.convert), or give it a "
             "DynamicCache."
         )
 
@@ -371,6 +371,12 @@ def cache_bytes(cache: Cache) -> int:
             held = sum(t.numel() * t.element_size() for t in tensors)
         total += held
     return total
+
+
+def bounded_layer(cache: Cache, layer_idx: int) -> BoundedLayer | None:
+    """The cache's layer if it is a bounded one."""
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    return layer if isinstance(layer, BoundedLayer) else None
 
 
 @lru_cache(maxsize=8)

@@ -22,9 +22,9 @@ from transformers import set_seed
 from dynamask.cache import cache_bytes
 from dynamask.data import PackedDataset
 from dynamask.evaluation import perplexity_by_position
+from dynamask.inspect import draw_curves, draw_live_keys, layer_expiry
 from dynamask.mixers import DynamicMaskGate
 from dynamask.models import new_cache
-from dynamask.inspect import draw_curves, draw_live_keys, layer_expiry
 from dynamask.training import TrainConfig, open_corpus, open_run, train
 
 console = Console(width=100)

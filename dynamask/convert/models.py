@@ -37,7 +37,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from dynamask.cache import BoundedCache, BoundedLayer
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import SequenceInfo, cached_rows, packed_segments
-from dynamask.mixers.dma import DynamicMaskGate, dynamic_mask_mix
+from dynamask.mixers.dma import dynamic_mask_mix
+from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.mha import dense_attention
 from dynamask.models.generation import OwnCacheGeneration
 
@@ -51,7 +52,7 @@ def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor
 
 
 def _never_called(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("attention 'dynamask' belongs to converted models; use dynamask.convert.upcycle to make one")
+    raise RuntimeError("attention 'dynamask' belongs to converted models; use dynamask.convert to make one")
 
 
 AttentionInterface.register("dynamask", _never_called)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamask.mixers.dma import DynamicMaskGate
+from dynamask.mixers.gate import DynamicMaskGate
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.expiry import key_expiry
 from dynamask.inspect.gate_scores import gate_scores
+from dynamask.ops.expiry import key_expiry
 
 _LINE = 88  # characters of text per line of a panel
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import GroupedQueryMixer, Mixer, RMSNorm, SequenceInfo
-from dynamask.mixers.dma import DynamicMaskAttention, DynamicMaskGate
+from dynamask.mixers.dma import DynamicMaskAttention
+from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.mha import MultiHeadAttention
 from dynamask.mixers.mla import MultiHeadLatentAttention
 from dynamask.mixers.nsa import NativeSparseAttention

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dynamask.ops.expiry import key_expiry
 from dynamask.mixers.rotary import rotary_angles, rotate
+from dynamask.ops.expiry import key_expiry
 from dynamask.ops.nsa.blocks import BlockLayout
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
 from dynamask.mixers.alibi import distance_penalty
-from dynamask.ops import attend, interval_attention
+from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
 from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.interval.api import attend, interval_attention
 
 
 class MultiHeadAttention(GroupedQueryMixer):

@@ -7,11 +7,10 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dynamask.cache import BoundedLayer
-from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
+from dynamask.cache import BoundedLayer, bounded_layer
 from dynamask.mixers.alibi import distance_penalty
-from dynamask.mixers.dma import bounded_layer
-from dynamask.ops import attend
+from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
+from dynamask.ops.interval.api import attend
 
 
 class SlidingWindowAttention(GroupedQueryMixer):

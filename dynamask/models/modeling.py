@@ -16,12 +16,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from dynamask.cache import BoundedCache
 from dynamask.errors import InvalidInputError
-from dynamask.ops.expiry import check_segment_ids
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.generation import OwnCacheGeneration
+from dynamask.ops.expiry import check_segment_ids
 
 
 def new_cache(config: DynamaskConfig) -> Cache:

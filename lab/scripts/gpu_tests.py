@@ -1,6 +1,6 @@
 """The tests that need a GPU, in several processes, since most of their time is compilation.
 
-    python benchmarks/gpu_tests.py --processes 8 --seconds 300
+    python lab/scripts/gpu_tests.py --processes 8 --seconds 300
 
 Exit code 0 only if every test of every process ran and passed. Needs pytest alone beside the package; fla's tests are
 skipped where fla is not installed.

@@ -1,8 +1,8 @@
 """Multiple-choice tasks over local data, through lm-evaluation-harness, on a tiny model of every mechanism.
 
-    python benchmarks/local_tasks.py                           # all six models; lines that are there are not made again
-    python benchmarks/local_tasks.py --only mha --steps 50     # one of them, trained more briefly
-    python benchmarks/local_tasks.py --output other.jsonl      # lines to another file
+    python lab/scripts/local_tasks.py                           # all six models; finished lines are kept
+    python lab/scripts/local_tasks.py --only mha --steps 50     # one of them, trained more briefly
+    python lab/scripts/local_tasks.py --output other.jsonl      # lines to another file
 
 Trains dma, mha, swa, mla, nsa and dma with uneven windows (one wide layer, the same keys in all) on the sources of
 Python's standard library without the modules that the task `next_line` asks about: same tokenizer, seed, order of the
@@ -27,10 +27,10 @@ from types import ModuleType
 from typing import Any
 
 from dynamask.data.sources import source_files
-from dynamask_lab.studies import provenance
 from dynamask.training import TrainConfig, open_run, train
+from dynamask_lab.sweeps import provenance
 
-TASK_FOLDER = Path(__file__).parents[1] / "examples" / "multiple_choice"
+TASK_FOLDER = Path(__file__).parents[2] / "examples" / "multiple_choice"
 TASKS = ("next_line", "plurals")
 MODELS: dict[str, dict[str, Any]] = {
     "dma": {"attention": "dma"},
@@ -58,9 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="training steps of each model, of 2048 tokens")
     parser.add_argument("--only", choices=list(MODELS), action="append", help="only this model; repeatable")
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results/tasks/local.jsonl"), help="lines go here"
-    )
+    parser.add_argument("--output", type=Path, default=Path("lab/results/tasks/local.jsonl"), help="lines go here")
     parser.add_argument("--work", type=Path, default=Path("runs/local_tasks"), help="folder for the texts and the runs")
     chosen = parser.parse_args(arguments)
 

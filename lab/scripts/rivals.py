@@ -1,8 +1,8 @@
 """Training speed and memory of the five mixers at a size of the scaling experiment, as that experiment trains them.
 
-    python benchmarks/rivals.py                        # every mixer at 4M parameters, N = 4096
-    python benchmarks/rivals.py --size 20M --only nsa  # one mixer, another size
-    python benchmarks/rivals.py --eager --only nsa     # without torch.compile
+    python lab/scripts/rivals.py                        # every mixer at 4M parameters, N = 4096
+    python lab/scripts/rivals.py --size 20M --only nsa  # one mixer, another size
+    python lab/scripts/rivals.py --eager --only nsa     # without torch.compile
 
 Random tokens, whole steps (forward, backward, clipping, AdamW) in bf16 autocast at the experiment's batch; memory is
 the most that was allocated during the timed steps. One JSON line per mixer.
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynamask_lab.studies import provenance
 from dynamask_lab.language.engine import LanguageConfig, build_model, compile_training, next_token_loss, plain_losses
 from dynamask_lab.studies.scaling.study import PLANS, SHAPES
+from dynamask_lab.sweeps import provenance
 
 MIXERS = ("dma", "swa", "mha", "mla", "nsa")
 VOCABULARY = 8192

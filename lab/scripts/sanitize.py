@@ -1,7 +1,7 @@
 """Every kernel family once, on short uneven rows, to be run under compute-sanitizer on a GPU.
 
-    python benchmarks/sanitize.py                        # compiles everything, outside the sanitizer
-    compute-sanitizer --tool memcheck --error-exitcode 3 python benchmarks/sanitize.py
+    python lab/scripts/sanitize.py                        # compiles everything, outside the sanitizer
+    compute-sanitizer --tool memcheck --error-exitcode 3 python lab/scripts/sanitize.py
 
 Every tensor gets an allocation of its own, so that what runs over its end is seen. One line per stage, as it is done:
 a run that is cut short says how far it came. Results are compared with the definition, too.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dynamask import key_expiry
 from dynamask.cache import BoundedLayer
-from dynamask.ops import attend
+from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.reference import interval_attention_reference
 
 # Neither a multiple of a tile nor of 16: the last tile of everything is partly filled.
@@ -93,7 +93,8 @@ def decoding(device: str, backend: str) -> float:
 @contextmanager
 def walking() -> Any:
     """The Hopper walk for dK and dV, which rows this short would not take."""
-    from dynamask.ops.triton import backward, backward_hopper
+    from dynamask.ops.hopper import backward_dkv as backward_hopper
+    from dynamask.ops.triton import backward
 
     chosen = backward._walk_kernel
     backward._walk_kernel = lambda *_: backward_hopper.walk_kernel_launch

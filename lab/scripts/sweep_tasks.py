@@ -1,14 +1,14 @@
 """Tasks over local data, through lm-evaluation-harness, on models that a sweep has kept.
 
     dynamask experiment scaling --size small --results scaling.jsonl --where width=512 --keep-models models
-    python benchmarks/sweep_tasks.py models/* --output benchmarks/results/tasks/scaling.jsonl
+    python lab/scripts/sweep_tasks.py models/* --output lab/results/tasks/scaling.jsonl
 
 Asks every model `next_line` and `plurals` of examples/multiple_choice, and `near_word` and `far_word` of
-benchmarks/tasks over what the corpora hold out, and writes one JSON line per model. A model's answers to a task are on
+lab/scripts/tasks over what the corpora hold out, and writes one JSON line per model. A model's answers to a task are on
 the disk when they are complete, so a killed run goes on there. It needs dynamask[eval], and the corpora that the models
 were trained on where DYNAMASK_CORPORA says; about half an hour per model of 20M parameters on two cores.
 
-Python's standard library, which `next_line` asks about, is not among the sources of benchmarks/corpora.py, but its
+Python's standard library, which `next_line` asks about, is not among the sources of lab/scripts/corpora.py, but its
 documentation is, for every model alike.
 """
 
@@ -22,16 +22,16 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
-from dynamask_lab.studies import provenance
-from dynamask_lab.sweeps.kept_models import kept
 from dynamask_lab.studies.locality.study import variant_name
+from dynamask_lab.sweeps import provenance
+from dynamask_lab.sweeps.kept_models import kept
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TASKS = {
     "next_line": ROOT / "examples" / "multiple_choice",
     "plurals": ROOT / "examples" / "multiple_choice",
-    "near_word": ROOT / "benchmarks" / "tasks",
-    "far_word": ROOT / "benchmarks" / "tasks",
+    "near_word": ROOT / "lab" / "scripts" / "tasks",
+    "far_word": ROOT / "lab" / "scripts" / "tasks",
 }
 """Task -> folder that defines it."""
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from rich.console import Console
 
-from dynamask import cli
+from dynamask.cli import common, main
 from dynamask_lab.studies import MQAR, Record, read_results, run_key
 from dynamask_lab.sweeps.provenance import device_name
 from dynamask_lab.sweeps.results import ResultsFile
@@ -31,10 +30,10 @@ def dynamask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
     def run(*arguments: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["dynamask", "experiment", *arguments])
-        monkeypatch.setattr(cli, "console", Console(width=200))
-        monkeypatch.setattr(cli, "errors", Console(stderr=True, width=200))
+        monkeypatch.setattr(common.console, "_width", 200)
+        monkeypatch.setattr(common.errors, "_width", 200)
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         return Done(int(ended.value.code or 0), *capsys.readouterr())
 
     return run

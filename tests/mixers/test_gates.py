@@ -7,10 +7,10 @@ import torch
 
 from dynamask import BoundedCache
 from dynamask.errors import InvalidInputError
-from dynamask.ops.expiry import key_expiry
 from dynamask.mixers import DynamicMaskGate
 from dynamask.mixers.alibi import DistancePenalty, slopes
 from dynamask.models import DynamaskForCausalLM, new_cache
+from dynamask.ops.expiry import key_expiry
 from tests.conftest import tiny_config, tiny_model
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dynamask_lab.language.engine import LanguageConfig, build_model
-from dynamask_lab.studies.scaling.study import PLANS
 from dynamask.mixers import SequenceInfo, mha
 from dynamask.mixers import nsa as nsa_mixer
 from dynamask.models import DynamaskForCausalLM
 from dynamask.ops.nsa.blocks import block_layout
+from dynamask_lab.language.engine import LanguageConfig, build_model
+from dynamask_lab.studies.scaling.study import PLANS
 from tests.conftest import tiny_config, tiny_model
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynamask import BoundedCache, DynamaskForCausalLM
-from dynamask.models import decoding
+from dynamask.models import cuda_graph
 from tests.conftest import tiny_config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
@@ -54,7 +54,7 @@ def test_same_logits_with_and_without_a_graph(fields: dict) -> None:
     tokens = torch.randint(0, 50, (2, 120), device="cuda")
     expected, _ = logits_of(model, tokens, graphs=False)
     actual, cache = logits_of(model, tokens, graphs=True)
-    assert cache in decoding._GRAPHS, "no graph was recorded, so nothing was compared"
+    assert cache in cuda_graph._GRAPHS, "no graph was recorded, so nothing was compared"
     assert torch.equal(actual, expected)
     # The prefill's own arithmetic differs in bfloat16, and a key near the threshold may be another one.
     whole = model(tokens, use_cache=False).logits
@@ -69,7 +69,7 @@ def test_a_left_padded_batch_decodes_by_graph() -> None:
     mask[1, :10] = 0
     expected, _ = logits_of(model, tokens, graphs=False, mask=mask)
     actual, cache = logits_of(model, tokens, graphs=True, mask=mask)
-    assert cache in decoding._GRAPHS
+    assert cache in cuda_graph._GRAPHS
     assert torch.equal(actual, expected)
 
 

@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCach
 
 from dynamask import DynamaskConfig, DynamaskForCausalLM, InvalidInputError
 from dynamask.errors import UsageError
+from dynamask.inspect import parameter_counts
 from dynamask.mixers import MIXERS
 from dynamask.models import PRESETS, preset
-from dynamask.inspect import parameter_counts
 from tests.conftest import tiny_config, tiny_model
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))

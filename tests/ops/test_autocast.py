@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch._dynamo
 
-from dynamask.ops import attend
 from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.interval.api import attend
 
 
 def test_the_dtype_is_that_of_the_tensors_own_device() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamask import InvalidInputError, dynamic_mask_attention, interval_attention, key_expiry
-from dynamask.ops import blocked
+from dynamask.ops.interval import blocked
 from dynamask.ops.interval.operators import interval_attention_op
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dynamask import key_expiry
 from dynamask.cache import BoundedLayer
 from dynamask.ops.expiry import key_expiry_by_definition
-from dynamask.ops import attend
+from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.reference import interval_attention_reference
 from dynamask.ops.triton.cache_insert import replace_lowest_kernel
 
@@ -358,7 +358,8 @@ def test_hopper_backward(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, heads: int, groups: int
 ) -> None:
     """The walk, which short rows would not take by themselves."""
-    from dynamask.ops.triton import backward, backward_hopper
+    from dynamask.ops.hopper import backward_dkv as backward_hopper
+    from dynamask.ops.triton import backward
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_CHUNK", 8)
@@ -385,7 +386,8 @@ def test_hopper_backward_in_odd_pieces(
     monkeypatch: pytest.MonkeyPatch, programs: int, chunk: int, span: int, overhead: int, fanout: int
 ) -> None:
     """Every way for a chunk and a leg to meet, searches of one level and of many."""
-    from dynamask.ops.triton import backward, backward_hopper
+    from dynamask.ops.hopper import backward_dkv as backward_hopper
+    from dynamask.ops.triton import backward
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_programs", lambda device: programs)
@@ -403,7 +405,7 @@ def test_hopper_backward_in_odd_pieces(
 @pytest.mark.parametrize("dead", [(), (0,), (3,), (1, 2), (0, 1, 2, 3)])
 def test_hopper_walk_of_rows_without_living_keys(dead: tuple[int, ...]) -> None:
     """They get zeros, and the rows beside them what they get without them."""
-    from dynamask.ops.triton import backward_hopper
+    from dynamask.ops.hopper import backward_dkv as backward_hopper
 
     torch.manual_seed(0)
     query, grad = (torch.randn(2, 8, 400, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -436,7 +438,7 @@ def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -
     for kind, length, queries in (("random", 1100, 1100), ("rising", 515, 300), ("falling", 700, 700)):
         query = torch.randn(batch, heads, queries, dim, device=DEVICE, dtype=dtype)
         key, value = (torch.randn(batch, groups, length, dim, device=DEVICE, dtype=dtype) for _ in range(2))
-        assert hopper("forward_hopper", query, value) is not None
+        assert hopper("forward", query, value) is not None
         scores = scores_of(kind, (batch, groups, length), torch.Generator().manual_seed(1)).to(DEVICE)
         expiry = key_expiry(scores, 200)
         actual = attend(query, key, value, expiry, bias=scores, backend="triton", max_live=200)

@@ -91,7 +91,7 @@ def test_a_schedule_is_read_from_the_command_line() -> None:
 
 
 def test_an_upcycled_model_is_refused() -> None:
-    from tests.test_convert import DENSE
+    from tests.convert.test_upcycle import DENSE
 
     callback = ScheduledWindow(SCHEDULE)
     with pytest.raises(InvalidInputError, match="scheduled for dynamask models; got a DynamaskLlamaConfig"):

@@ -23,9 +23,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.triton.backward_walk import walk_steps, walking_order
 from dynamask.ops.hopper.producer import by_lane
 from dynamask.ops.hopper.tile_scheduler import chunk_steps, leg_of, own_queries, piece_queries, proceed, search_levels
+from dynamask.ops.triton.backward_walk import walk_steps, walking_order
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 

@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.triton.lists import KeyLists
 from dynamask.ops.hopper.producer import produce, work
+from dynamask.ops.triton.lists import KeyLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 

@@ -13,7 +13,7 @@ def hopper(module: str, query: Tensor, value: Tensor) -> ModuleType | None:
     """Module `module` of this package if its kernel can run on these inputs, else None.
 
     Args:
-        module: "forward_hopper", "backward_hopper" or "backward_query_hopper".
+        module: "forward", "backward_dkv" or "backward_dq".
         query, value: as the kernel would get them. It takes 16-bit numbers, widths of 32, 64 or 128, and up to 64
             query heads per key/value head, on a Hopper GPU, under a Triton that has Gluon.
     """
@@ -26,6 +26,6 @@ def hopper(module: str, query: Tensor, value: Tensor) -> ModuleType | None:
     if any(width not in (32, 64, 128) for width in widths):
         return None
     try:
-        return importlib.import_module(f"dynamask.ops.triton.{module}")
+        return importlib.import_module(f"dynamask.ops.hopper.{module}")
     except ImportError:
         return None

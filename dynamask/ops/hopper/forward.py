@@ -20,8 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.triton.lists import KeyLists
 from dynamask.ops.hopper.producer import by_lane, hold, produce, work
+from dynamask.ops.triton.lists import KeyLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -91,7 +91,7 @@ def block_of(ratio: int) -> int:
 
 def tiles(dim: int) -> dict[str, int]:
     """Keys per stage, stages and registers of the warps' roles for a head width."""
-    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md). All of a multiprocessor's registers are given out.
+    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md). All of a multiprocessor's registers are given out.
     return {"N": 64, "STAGES": 4 if dim > 64 else 8, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 152}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynamask.ops import blocked
+from dynamask.ops.interval import blocked
 
 
 def triton_available() -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops import attend
 from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.interval.api import attend
 from dynamask.ops.nsa.selected import kernels_take, selected_attention
 
 TILE_ELEMENTS = 1 << 25

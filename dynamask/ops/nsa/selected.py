@@ -2,8 +2,8 @@
 
 The kernels work on one query and all the query heads of its group, which their tile wants to be at least 16. A group
 with fewer is filled up with zero queries inside the operators below. That changes nothing: which blocks a query reads
-is decided before (`dynamask.ops.nsa.blocks`), heads do not meet in the softmax, and a filler's query and incoming gradient
-are zero, so that it adds exact zeros to the gradients of key and value. Nothing padded outlives a call.
+is decided before (`dynamask.ops.nsa.blocks`), heads do not meet in the softmax, and a filler's query and incoming
+gradient are zero, so that it adds exact zeros to the gradients of key and value. Nothing padded outlives a call.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ import os
 import torch
 from torch import Tensor
 
+from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.backward import backward_kernel_launch
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
-from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.lists import KeyLists, block_of, build_lists, rows_of
 
 
@@ -51,14 +51,14 @@ def interval_forward(
     if query.shape[2] <= MAX_QUERIES:
         return decode(query, key, value, expiry, bias, scale)
     lists = forward_lists(query, value, expiry, max_live)
-    forward_hopper = hopper("forward_hopper", query, value)
+    forward_hopper = hopper("forward", query, value)
     launch = forward_kernel_launch if forward_hopper is None else forward_hopper.forward_kernel_launch
     return launch(query, key, value, expiry, bias, lists, scale)
 
 
 def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
     """The lists that `interval_forward` takes on these inputs, whose kernel decides the queries of a block."""
-    forward_hopper = hopper("forward_hopper", query, value)
+    forward_hopper = hopper("forward", query, value)
     ratio = query.shape[1] // value.shape[1]
     if forward_hopper is None:
         block = block_of(ratio, rows_of(max(query.shape[3], value.shape[3]), query.element_size()))

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, row_of
-from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.lists import block_of, build_lists, rows_of
 
 
@@ -45,7 +45,7 @@ def backward_kernel_launch(
     walk = _walk_kernel(query, value, deterministic)
     if walk is not None:
         d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, lse, delta, scale)
-        query_hopper = hopper("backward_query_hopper", query, value)
+        query_hopper = hopper("backward_dq", query, value)
         if query_hopper is not None:
             lists = build_lists(expiry, num_queries, query_hopper.block_of(ratio), max_live)
             d_query = query_hopper.query_kernel_launch(
@@ -130,8 +130,8 @@ def _walk_kernel(query: Tensor, value: Tensor, deterministic: bool) -> Callable[
     """What gives dK, dV and dbias: a walk over each key's queries, or None for atomic sums in the pass for dQ."""
     if deterministic:
         return walk_kernel_launch
-    backward_hopper = hopper("backward_hopper", query, value)
-    # Measured on an H100 (benchmarks/kernels.md): ordering the keys costs more than it saves on short rows.
+    backward_hopper = hopper("backward_dkv", query, value)
+    # Measured on an H100 (lab/kernels.md): ordering the keys costs more than it saves on short rows.
     if backward_hopper is None or query.shape[2] < 8192:
         return None
     return backward_hopper.walk_kernel_launch
@@ -141,7 +141,7 @@ def tiles(dim: int, narrow: bool) -> dict[str, int]:
     """Keys per tile, warps and pipeline stages for a head width; `narrow` for 16-bit inputs."""
     if not narrow or dim > 128:
         return {"N": 32, "num_warps": 8, "num_stages": 1}
-    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md).
+    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md).
     return {"N": 64, "num_warps": 8, "num_stages": 2} if dim > 64 else {"N": 32, "num_warps": 4, "num_stages": 2}
 
 

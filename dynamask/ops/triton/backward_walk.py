@@ -233,7 +233,7 @@ def tiles(dim: int, narrow: bool) -> dict[str, int]:
         return {"N": 32, "rows": 32 if dim > 128 else 64, "num_warps": 4, "num_stages": 1}
     if dim > 128:
         return {"N": 32, "rows": 64, "num_warps": 8, "num_stages": 1}
-    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md).
+    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md).
     return {"N": 64, "rows": 64 if dim > 64 else 128, "num_warps": 4, "num_stages": 2}
 
 

@@ -1,4 +1,4 @@
-"""Expiry on a GPU: `dynamask.ops.expiry` in four launches (one more per factor of 16 beyond 32K keys), packed rows or not.
+"""Expiry on a GPU: `dynamask.ops.expiry` in four launches (one more per factor of 16 beyond 32K keys).
 
 Rank the keys of a row by (segment, score, position). Keys of later segments then outrank a key, but stand after its
 segment, where its expiry is cut off: one order of the row serves all of its segments, and nothing below knows of them

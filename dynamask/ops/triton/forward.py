@@ -67,7 +67,7 @@ def tiles(dim: int, narrow: bool) -> dict[str, int]:
         return {"N": 32, "num_warps": 8, "num_stages": 2}
     if dim > 128:
         return {"N": 32, "num_warps": 8, "num_stages": 2}
-    # Swept on an H100 at N = 32K, w = 2048 (benchmarks/kernels.md).
+    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md).
     return {"N": 64 if dim > 64 else 128, "num_warps": 4, "num_stages": 2}
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask import interval_attention, key_expiry
-from dynamask_lab.sweeps.provenance import processor_name
 from dynamask.ops.interval.reference import visible
+from dynamask_lab.sweeps.provenance import processor_name
 
 
 def environment() -> dict[str, Any]:

@@ -26,15 +26,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dynamask.cache import BoundedCache, BoundedLayer, cache_bytes
+from dynamask.errors import UsageError
+from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
+from dynamask.models.cuda_graph import StepGraph
 from dynamask_lab.benchmarks.gpu import check
 from dynamask_lab.benchmarks.gpu.apart import Task, run_apart
 from dynamask_lab.benchmarks.gpu.measure import whole
 from dynamask_lab.benchmarks.gpu.run import write_rendered
-from dynamask.cache import BoundedCache, BoundedLayer, cache_bytes
-from dynamask.errors import UsageError
-from dynamask_lab.studies import provenance
-from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
-from dynamask.models.cuda_graph import StepGraph
+from dynamask_lab.sweeps import provenance
 
 # In order of importance: a budget that ends early cuts from the end.
 LENGTHS = (32768, 8192, 65536)

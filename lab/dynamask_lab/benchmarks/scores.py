@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import UsageError
-from dynamask.mixers import DynamicMaskGate
 from dynamask.inspect.gate_scores import gate_scores
+from dynamask.mixers import DynamicMaskGate
 
 
 def layer_scores(model: Any, input_ids: Tensor) -> Tensor:

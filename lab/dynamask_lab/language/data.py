@@ -1,8 +1,8 @@
 """The token streams that language runs read, by name.
 
-A corpus is a folder made by `dynamask.data.prepare` (`benchmarks/corpora.py` makes "code" and "text") inside the folder
-that the environment variable DYNAMASK_CORPORA names, by default `corpora`. "code+text" is both, end to end, and "bytes"
-the sources of Python's standard library as bytes, which every machine has.
+A corpus is a folder made by `dynamask.data.prepare` (`lab/scripts/corpora.py` makes "code" and "text") inside the
+folder that the environment variable DYNAMASK_CORPORA names, by default `corpora`. "code+text" is both, end to end,
+and "bytes" the sources of Python's standard library as bytes, which every machine has.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _parts(corpus: str, folder: Path) -> list[Corpus]:
 def _open(folder: Path) -> Corpus:
     if not (folder / "index.json").exists():
         raise UsageError(
-            f"there is no corpus {folder}: make it with `python benchmarks/corpora.py {folder.parent}`, or name the "
+            f"there is no corpus {folder}: make it with `python lab/scripts/corpora.py {folder.parent}`, or name the "
             f"folder that holds it in the environment variable {CORPORA_FOLDER}"
         )
     return Corpus.open(folder)

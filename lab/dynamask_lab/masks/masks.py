@@ -16,9 +16,9 @@ from torch import Tensor
 
 from dynamask.data import documents
 from dynamask.errors import InvalidInputError, UsageError
-from dynamask_lab.masks.token_kinds import KINDS, token_kinds
-from dynamask.ops.expiry import key_expiry
 from dynamask.mixers import DynamicMaskGate, dma
+from dynamask.ops.expiry import key_expiry
+from dynamask_lab.masks.token_kinds import KINDS, token_kinds
 
 QUANTILES = (0.5, 0.9, 0.99)
 _QUERIES = 256  # rows of attention weights that exist at a time

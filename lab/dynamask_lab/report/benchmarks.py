@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, RED, SKY, save_figure
 from dynamask_lab.report.masks import masks_section
 from dynamask_lab.report.masks_over_training import masks_over_training_section
-from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, RED, SKY, save_figure
 from dynamask_lab.report.tasks import tasks_section
+from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
 
 Sectioned = tuple[Section, dict[str, Any], str]
 """The section, the raw rows it may name by key, and where they were measured."""
@@ -243,35 +243,35 @@ BENCHMARKS: dict[str, Benchmark] = {
         "Attention on a GPU",
         "One layer's attention, each kernel correct first, then timed against its peers.",
         "*attention.json",
-        "dynamask benchmark gpu --output benchmarks/results/h100-attention",
+        "dynamask benchmark gpu --output lab/results/h100-attention",
         attention_section,
     ),
     "cpu": Benchmark(
         "Attention on a CPU",
         "The blocked path that needs no GPU.",
         "cpu.json",
-        "dynamask benchmark cpu --output benchmarks/results/cpu.json",
+        "dynamask benchmark cpu --output lab/results/cpu.json",
         cpu_section,
     ),
     "model": Benchmark(
         "Whole models",
         "Training steps and decoding of a whole model, dynamic mask against dense attention.",
         "*/model.json",
-        "dynamask benchmark model --output benchmarks/results/h100-model",
+        "dynamask benchmark model --output lab/results/h100-model",
         model_section,
     ),
     "masks": Benchmark(
         "Does the mask learn?",
         "Trained models: how long keys live, which of them, how far back heads read.",
         "masks/*.jsonl",
-        "dynamask report masks RUN --line benchmarks/results/masks/RUN.jsonl",
+        "dynamask report masks RUN --line lab/results/masks/RUN.jsonl",
         masks_section,
     ),
     "masks-over-training": Benchmark(
         "Masks over training",
         "The checkpoints of a run: when a model begins to choose, and whether it comes to need the choice.",
         "masks-over-training/*.jsonl",
-        "dynamask report masks RUN --over-training --line benchmarks/results/masks-over-training/RUN.jsonl",
+        "dynamask report masks RUN --over-training --line lab/results/masks-over-training/RUN.jsonl",
         masks_over_training_section,
     ),
     "tasks": Benchmark(
@@ -279,8 +279,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         "lm-evaluation-harness on small models of every mechanism, with data that every machine has or the corpora "
         "hold out: that all of them run through it, and what models of this size get.",
         "tasks/*.jsonl",
-        "python benchmarks/local_tasks.py; python benchmarks/sweep_tasks.py MODELS --output "
-        "benchmarks/results/tasks/scaling.jsonl",
+        "python lab/scripts/local_tasks.py; python lab/scripts/sweep_tasks.py MODELS --output "
+        "lab/results/tasks/scaling.jsonl",
         tasks_section,
         together=True,
     ),

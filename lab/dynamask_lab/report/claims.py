@@ -25,7 +25,7 @@ _V6 = "arXiv 2508.02124v6, abstract"
 
 
 def _experiment(name: str) -> str:
-    return f"dynamask experiment {name} --size paper --results benchmarks/results/{name}.jsonl"
+    return f"dynamask experiment {name} --size paper --results lab/results/{name}.jsonl"
 
 
 CLAIMS: dict[str, Claim] = {
@@ -48,7 +48,7 @@ CLAIMS: dict[str, Claim] = {
     "speed": Claim(
         "Up to 10 times as fast as dense attention",
         _V6,
-        "dynamask benchmark gpu --output benchmarks/results/h100-attention",
+        "dynamask benchmark gpu --output lab/results/h100-attention",
     ),
     "gradients": Claim(
         "Mask and sparse weights do not obstruct gradients: the score is trained end to end, and gains from it",
@@ -58,7 +58,7 @@ CLAIMS: dict[str, Claim] = {
     "content": Claim(
         "The mask follows content: which keys are kept is learned, and the model uses the choice",
         _V6,
-        "dynamask report masks RUN --line benchmarks/results/masks/RUN.jsonl",
+        "dynamask report masks RUN --line lab/results/masks/RUN.jsonl",
     ),
     "locality": Claim(
         "At a window of a sixteenth of the context, on average over layers, no worse than SWA after a hundred steps, "

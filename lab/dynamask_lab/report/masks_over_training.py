@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dynamask_lab.sweeps.section import Exhibit, Row, Section
-from dynamask_lab.report.masks import lifts, measured_on, span, with_error
 from dynamask.inspect.style import save_figure
+from dynamask_lab.report.masks import lifts, measured_on, span, with_error
+from dynamask_lab.sweeps.section import Exhibit, Row, Section
 
 
 def masks_over_training_section(figures: dict[str, Any], folder: Path) -> tuple[Section, dict[str, Any], str]:

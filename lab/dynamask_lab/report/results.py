@@ -1,4 +1,4 @@
-"""`docs/results`: every table, picture and verdict drawn anew from the raw lines in `benchmarks/results`."""
+"""`docs/results`: every table, picture and verdict drawn anew from the raw lines in `lab/results`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dynamask.errors import UsageError, did_you_mean
+from dynamask_lab.report.benchmarks import BENCHMARKS
+from dynamask_lab.report.claims import CLAIMS
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
-from dynamask_lab.report.benchmarks import BENCHMARKS
-from dynamask_lab.report.claims import CLAIMS
 
-RESULTS, OUTPUT = Path("benchmarks/results"), Path("docs/results")
+RESULTS, OUTPUT = Path("lab/results"), Path("docs/results")
 COMMAND = "dynamask report results"
 _KEYS_SHOWN = 12
 _BUILD = "-"

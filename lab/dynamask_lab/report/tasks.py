@@ -18,7 +18,7 @@ _QUESTIONS = {
 
 
 def tasks_section(lines: Sequence[Any], folder: Path) -> tuple[Section, dict[str, Any], str]:
-    """What `benchmarks/local_tasks.py` and `benchmarks/sweep_tasks.py` wrote, one line per model.
+    """What `lab/scripts/local_tasks.py` and `lab/scripts/sweep_tasks.py` wrote, one line per model.
 
     Args:
         lines: their JSON lines.

@@ -22,9 +22,9 @@ from dynamask_lab.studies.ablation.study import ABLATION
 from dynamask_lab.studies.locality.study import LOCALITY
 from dynamask_lab.studies.mqar.study import MQAR
 from dynamask_lab.studies.needle.study import NEEDLE
+from dynamask_lab.studies.scaling.study import SCALING
 from dynamask_lab.sweeps.registry import EXPERIMENTS, Experiment, get_experiment, register
 from dynamask_lab.sweeps.results import Record, read_results, run_key
-from dynamask_lab.studies.scaling.study import SCALING
 from dynamask_lab.sweeps.schedule import Observer
 from dynamask_lab.sweeps.sweep import SweepReport, run_sweep
 

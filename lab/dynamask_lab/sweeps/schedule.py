@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies import provenance
+from dynamask_lab.sweeps import provenance
 from dynamask_lab.sweeps.registry import Config, Experiment
 from dynamask_lab.sweeps.results import Record, ResultsFile, run_key
 

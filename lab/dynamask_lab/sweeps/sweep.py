@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies import provenance
+from dynamask_lab.sweeps import provenance
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, get_experiment
 from dynamask_lab.sweeps.results import Record, ResultsFile, run_key
 from dynamask_lab.sweeps.schedule import FollowUp, Observer, OutOfBudget, Run, Schedule

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from dynamask.errors import InvalidInputError, UsageError
-from dynamask_lab.studies import provenance
+from dynamask_lab.sweeps import provenance
 from dynamask_lab.sweeps.registry import Config, Progress
 from dynamask_lab.sweeps.schedule import OutOfBudget, Run, Schedule
 

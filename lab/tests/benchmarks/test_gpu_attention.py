@@ -13,14 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 from dynamask import key_expiry
-from dynamask_lab.benchmarks import gpu as bench
-from dynamask_lab.benchmarks import scores as trained
-from dynamask_lab.benchmarks.gpu import apart, check, peers, plots, report, run
-from dynamask_lab.benchmarks.gpu.problem import KINDS, Shape, scores_like
 from dynamask.cli.main import app
 from dynamask.errors import UsageError
 from dynamask.models import DynamaskForCausalLM, preset
 from dynamask.ops.interval.reference import visible
+from dynamask_lab.benchmarks import gpu as bench
+from dynamask_lab.benchmarks import scores as trained
+from dynamask_lab.benchmarks.gpu import apart, check, peers, plots, report, run
+from dynamask_lab.benchmarks.gpu.problem import KINDS, Shape, scores_like
 
 
 def row(n: int, forward: float, backward: float, **more: Any) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def test_markdown_holds_every_part_and_whole_errors(results: dict[str, Any]) -> 
 
 
 def test_results_of_earlier_versions_can_be_rendered() -> None:
-    committed = Path(__file__).parents[2] / "benchmarks" / "results" / "h100-attention.json"
+    committed = Path(__file__).parents[2] / "results" / "h100-attention.json"
     results = json.loads(committed.read_text())
     assert "## Targets" in bench.markdown(results)
     assert plots.curves(results, 128, 4)["both"]["peers"]["fa3 + cudnn"]
@@ -443,7 +443,7 @@ def test_a_model_without_gates_has_no_scores() -> None:
 
 
 def test_committed_scores_are_read() -> None:
-    folder = Path(__file__).parents[2] / "benchmarks" / "data"
+    folder = Path(__file__).parents[2] / "data"
     files = sorted(folder.glob("scores-*.npz"))
     assert files
     for file in files:
@@ -543,13 +543,13 @@ def test_redraw_renders_a_committed_file_again(results: dict[str, Any], tmp_path
     ("arguments", "message"),
     [
         (["gpu", "--redraw", "nowhere.json"], "cannot read results from nowhere.json"),
-        (["gpu", "--redraw", "benchmarks/results/cpu.json"], "holds no results of"),
+        (["gpu", "--redraw", "lab/results/cpu.json"], "holds no results of"),
         (["scores", "nowhere", "x.txt"], "scores are written as .npz"),
         (["scores", "nowhere", "x.npz", "--length", "0"], "--length must be at least 1"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
+    monkeypatch.chdir(Path(__file__).parents[3])
     done = CliRunner().invoke(app, ["benchmark", *arguments])
     assert isinstance(done.exception, UsageError)
     assert message in str(done.exception)

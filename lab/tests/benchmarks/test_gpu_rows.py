@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dynamask import key_expiry
+from dynamask.ops.interval.api import attend
+from dynamask.ops.interval.reference import interval_attention_reference
 from dynamask_lab.benchmarks.gpu import check, measure, peers, timing
 from dynamask_lab.benchmarks.gpu.problem import Problem, Shape
 from dynamask_lab.benchmarks.scores import save_scores
-from dynamask.ops import attend
-from dynamask.ops.interval.reference import interval_attention_reference
 
 SHAPE = Shape(96, 24, dim=16, heads=4, groups=2)
 

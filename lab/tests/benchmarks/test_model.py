@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dynamask_lab.benchmarks import model as bench
 from dynamask.cache import cache_bytes
 from dynamask.cli.main import app
 from dynamask.models import preset
+from dynamask_lab.benchmarks import model as bench
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 1000])

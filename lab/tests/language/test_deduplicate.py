@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamask.data import Document
-from dynamask_lab.language.deduplicate import Deduplicator, deduplicated
 from dynamask.errors import InvalidInputError
+from dynamask_lab.language.deduplicate import Deduplicator, deduplicated
 
 
 def text(seed: int, words: int = 400) -> str:

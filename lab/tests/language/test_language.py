@@ -13,7 +13,8 @@ import torch
 
 from dynamask import DynamaskForCausalLM
 from dynamask.errors import InvalidInputError, UsageError
-from dynamask_lab.studies import language
+from dynamask_lab.language import engine as language
+from dynamask_lab.language.data import TokenStreams, token_streams
 from dynamask_lab.language.engine import (
     LanguageConfig,
     _Batches,
@@ -24,7 +25,6 @@ from dynamask_lab.language.engine import (
     run_language,
     training_flops,
 )
-from dynamask_lab.language.data import TokenStreams, token_streams
 
 VOCABULARY = 20
 

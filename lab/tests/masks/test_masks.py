@@ -11,11 +11,11 @@ import torch
 
 from dynamask.data import train_tokenizer
 from dynamask.errors import InvalidInputError, UsageError
-from dynamask_lab.masks.masks import mask_texts, measure_masks
-from dynamask_lab.masks.token_kinds import KINDS, token_kinds
+from dynamask.inspect import layer_expiry
 from dynamask.mixers import DynamicMaskGate
 from dynamask.models import DynamaskForCausalLM
-from dynamask.inspect import layer_expiry
+from dynamask_lab.masks.masks import mask_texts, measure_masks
+from dynamask_lab.masks.token_kinds import KINDS, token_kinds
 from dynamask_lab.report.masks import lifts
 from dynamask_lab.report.results import render_results
 from tests.conftest import tiny_model

@@ -9,11 +9,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from dynamask.errors import UsageError
+from dynamask.training import open_run, train
 from dynamask_lab.masks.masks import mask_texts, measure_masks
 from dynamask_lab.masks.masks_over_training import measure_masks_over_training
 from dynamask_lab.report.masks_over_training import masks_over_training_section
 from dynamask_lab.report.results import render_results
-from dynamask.training import open_run, train
 from tests.training.test_training import settings, text  # noqa: F401 -- a fixture
 
 

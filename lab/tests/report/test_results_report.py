@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from dynamask.errors import UsageError
+from dynamask_lab.report.claims import CLAIMS
+from dynamask_lab.report.results import render_results, trace
 from dynamask_lab.studies import EXPERIMENTS, LOCALITY, MQAR, Record, run_key
 from dynamask_lab.studies.mqar.report import report_mqar
 from dynamask_lab.sweeps.section import Finding
-from dynamask_lab.report.claims import CLAIMS
-from dynamask_lab.report.results import render_results, trace
 
-ROOT = Path(__file__).parents[2]
-RAW, COMMITTED = ROOT / "benchmarks" / "results", ROOT / "docs" / "results"
+ROOT = Path(__file__).parents[3]
+RAW, COMMITTED = ROOT / "lab" / "results", ROOT / "docs" / "results"
 _DRAWN_WITH = re.compile(rb"Matplotlib v[0-9.]+")
 
 
@@ -116,13 +116,13 @@ def test_every_exhibit_leads_back_to_its_lines(tmp_path: Path) -> None:
     raw = json.loads((RAW / "h100-attention.json").read_text())
     # Alone: to trace a row, the whole report is made, pictures and all.
     (tmp_path / "pyproject.toml").touch()
-    folder = tmp_path / "benchmarks" / "results"
+    folder = tmp_path / "lab" / "results"
     folder.mkdir(parents=True)
     shutil.copy(RAW / "h100-attention.json", folder)
     lines = trace("h100-attention-decode", folder)
     assert len(lines) == len(raw["decode"])
     file, key, row = lines[1].split(" ", 2)
-    assert (file, key) == ("benchmarks/results/h100-attention.json", "decode[1]")
+    assert (file, key) == ("lab/results/h100-attention.json", "decode[1]")
     assert json.loads(row) == raw["decode"][1]
     with pytest.raises(UsageError, match="did you mean 'h100-attention-decode'"):
         trace("h100-attention-decod", folder)

@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-RECIPE = Path(__file__).parent.parent / "benchmarks" / "corpora.py"
+RECIPE = Path(__file__).parents[2] / "scripts" / "corpora.py"
 
 
 @pytest.fixture(scope="module")

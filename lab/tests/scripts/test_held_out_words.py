@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamask_lab.report.tasks import tasks_section
-from tests.evaluation.test_local_tasks import ROOT, _by_path
+from lab.tests.scripts.test_local_tasks import ROOT, _by_path
 
 NEAR, FAR = (4, 64), (400, 950)
 
 
 def _module() -> ModuleType:
-    return _by_path(ROOT / "benchmarks" / "tasks" / "held_out_words.py")
+    return _by_path(ROOT / "lab" / "scripts" / "tasks" / "held_out_words.py")
 
 
 def _document(distance: int, word: str = "xylophone") -> str:
@@ -63,8 +63,8 @@ def test_answers_are_asked_for_once_and_a_line_names_its_model(
     """The whole path from a kept model to the report, with the harness's answers put in their place."""
     pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
     from dynamask.evaluation import harness
-    from dynamask_lab.sweeps.kept_models import KEPT_FOLDER, keep
     from dynamask_lab.language.engine import LanguageConfig, build_model
+    from dynamask_lab.sweeps.kept_models import KEPT_FOLDER, keep
 
     config = LanguageConfig("mha", layers=1, width=16, heads=2, groups=1, feed_forward=16, corpus="bytes").plain()
     monkeypatch.setenv(KEPT_FOLDER, str(tmp_path / "kept"))
@@ -79,7 +79,7 @@ def test_answers_are_asked_for_once_and_a_line_names_its_model(
         return {"results": {tasks[0]: metrics}, "n-samples": {tasks[0]: {"effective": 8}}}
 
     monkeypatch.setattr(harness, "evaluate_tasks", evaluate)
-    benchmark = _by_path(ROOT / "benchmarks" / "sweep_tasks.py")
+    benchmark = _by_path(ROOT / "lab" / "scripts" / "sweep_tasks.py")
     output = tmp_path / "lines.jsonl"
     command = [str(folder), "--output", str(output), "--work", str(tmp_path / "work"), "--note", "Told so."]
     benchmark.main(command)
@@ -105,10 +105,10 @@ def test_the_harness_asks_for_the_word_after_its_space(task: str, monkeypatch: p
     pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
     from lm_eval.tasks import TaskManager
 
-    from dynamask_lab.studies import language_data
+    from dynamask_lab.language import data as language_data
 
     monkeypatch.setattr(language_data, "held_out_documents", lambda corpus: [_document(20), _document(500, "marimba")])
-    manager = TaskManager(include_path=str(ROOT / "benchmarks" / "tasks"))
+    manager = TaskManager(include_path=str(ROOT / "lab" / "scripts" / "tasks"))
     (loaded,) = manager.load_task_or_group([task]).values()
     loaded.build_all_requests()
     (request,) = loaded.instances

@@ -13,7 +13,7 @@ import pytest
 from dynamask.data import train_tokenizer
 from tests.conftest import tiny_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "multiple_choice"
 
 
@@ -33,7 +33,7 @@ def task() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    return _by_path(ROOT / "benchmarks" / "local_tasks.py")
+    return _by_path(ROOT / "lab" / "scripts" / "local_tasks.py")
 
 
 @pytest.fixture(scope="module")

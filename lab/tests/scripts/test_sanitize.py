@@ -1,4 +1,4 @@
-"""`benchmarks/sanitize.py` on a CPU: every stage runs, and a wrong result ends it."""
+"""`lab/scripts/sanitize.py` on a CPU: every stage runs, and a wrong result ends it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @pytest.fixture
 def sanitize(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "sanitize.py"
+    path = Path(__file__).parents[2] / "scripts" / "sanitize.py"
     spec = importlib.util.spec_from_file_location("sanitize", path)
     assert spec is not None
     assert spec.loader is not None

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies import ABLATION, Record, run_key, run_sweep
-from dynamask_lab.studies.ablation.study import LEAKY, ablation_name, run_ablation
-from dynamask_lab.studies.ablation.mixers import ABLATIONS, ablation_mixers
-from dynamask_lab.studies.ablation.report import report_ablation
-from dynamask_lab.language.engine import STATE_FOLDER
 from dynamask.mixers import MIXERS, get_mixer
 from dynamask.models import DynamaskForCausalLM
+from dynamask_lab.language.engine import STATE_FOLDER
+from dynamask_lab.studies import ABLATION, Record, run_key, run_sweep
+from dynamask_lab.studies.ablation.mixers import ABLATIONS, ablation_mixers
+from dynamask_lab.studies.ablation.report import report_ablation
+from dynamask_lab.studies.ablation.study import LEAKY, ablation_name, run_ablation
 from tests.conftest import tiny_config, tiny_model
 
 LENGTH = 40

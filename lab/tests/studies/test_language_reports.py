@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dynamask_lab.studies import LOCALITY, SCALING, Record, run_key
-from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.studies.locality.report import report_locality
+from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.studies.scaling.report import report_scaling
 
 Loss = Callable[[str, int], float | None]

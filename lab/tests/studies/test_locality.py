@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies import LOCALITY, SCALING, Experiment, Record, run_key, run_sweep
 from dynamask_lab.language.engine import (
     STATE_FOLDER,
     LanguageConfig,
@@ -19,6 +18,7 @@ from dynamask_lab.language.engine import (
     parameter_counts,
     training_flops,
 )
+from dynamask_lab.studies import LOCALITY, SCALING, Experiment, Record, run_key, run_sweep
 from dynamask_lab.studies.locality.study import locality_summary, variant_name
 from dynamask_lab.studies.scaling.study import PLANS, SHAPES, scaling_summary
 

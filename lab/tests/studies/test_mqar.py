@@ -11,6 +11,7 @@ import torch
 
 from dynamask.errors import InvalidInputError
 from dynamask_lab.studies import MQAR, Record
+from dynamask_lab.studies.mqar.data import mqar_examples
 from dynamask_lab.studies.mqar.study import (
     LEARNING_RATES,
     MqarConfig,
@@ -21,7 +22,6 @@ from dynamask_lab.studies.mqar.study import (
     mqar_summary,
     run_mqar,
 )
-from dynamask_lab.studies.mqar.data import mqar_examples
 
 MIXERS: list[dict[str, Any]] = [
     {"attention": "mha"},

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies import NEEDLE, Record, language, run_key, run_sweep
-from dynamask_lab.language.engine import STATE_FOLDER, run_language
+from dynamask_lab.language import engine as language
 from dynamask_lab.language.data import CORPORA_FOLDER, token_streams
-from dynamask_lab.studies.needle.study import NeedleConfig, needle_name, run_needle
+from dynamask_lab.language.engine import STATE_FOLDER, run_language
+from dynamask_lab.studies import NEEDLE, Record, run_key, run_sweep
 from dynamask_lab.studies.needle.data import mixture_tokenizer, prepare_mixture
 from dynamask_lab.studies.needle.report import report_needle
+from dynamask_lab.studies.needle.study import NeedleConfig, needle_name, run_needle
 
 
 @pytest.fixture(scope="module")

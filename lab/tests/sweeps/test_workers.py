@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies import SCALING, Experiment, Observer, Record, read_results, run_sweep
 from dynamask_lab.language.engine import STATE_FOLDER
+from dynamask_lab.studies import SCALING, Experiment, Observer, Record, read_results, run_sweep
 from dynamask_lab.sweeps.provenance import device_name
 from dynamask_lab.sweeps.results import ResultsFile
 from dynamask_lab.sweeps.schedule import OutOfBudget, Schedule

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dynamask import InvalidInputError
-from dynamask.ops import nsa
+from dynamask.ops.nsa import blocks as nsa
 from dynamask.ops.nsa.blocks import block_layout, nsa_attention
 
 naive = pytest.importorskip("fla.ops.nsa.naive", reason="flash-linear-attention is not installed")

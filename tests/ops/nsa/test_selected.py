@@ -10,7 +10,8 @@ import os
 import pytest
 import torch
 
-from dynamask.ops import nsa, nsa_selected
+from dynamask.ops.nsa import blocks as nsa
+from dynamask.ops.nsa import selected as nsa_selected
 from dynamask.ops.nsa.selected import kernels_take, selected_attention
 
 parallel = pytest.importorskip("fla.ops.nsa.parallel", reason="flash-linear-attention is not installed")

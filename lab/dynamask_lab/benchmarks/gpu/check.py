@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynamask import key_expiry
-from dynamask_lab.benchmarks.gpu.problem import KINDS, scores_like
-from dynamask.ops import attend
+from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.operators import interval_attention_op
 from dynamask.ops.interval.reference import interval_attention_reference
+from dynamask_lab.benchmarks.gpu.problem import KINDS, scores_like
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DIMS = (64, 96, 128, 192, 256)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask import key_expiry
+from dynamask.cache import BoundedLayer
+from dynamask.ops.interval.api import attend
 from dynamask_lab.benchmarks.gpu.check import kept_wrongly, sampled_errors
 from dynamask_lab.benchmarks.gpu.peers import PEERS
 from dynamask_lab.benchmarks.gpu.problem import Problem, Shape
 from dynamask_lab.benchmarks.gpu.timing import extra_memory, graph_milliseconds, milliseconds
-from dynamask.cache import BoundedLayer
-from dynamask.ops import attend
 
 
 def time_attention(

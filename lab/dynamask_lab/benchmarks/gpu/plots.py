@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dynamask.errors import UsageError
 from dynamask_lab.benchmarks.gpu.peers import DENSE, PEERS
 from dynamask_lab.benchmarks.gpu.report import rows_at
-from dynamask.errors import UsageError
 
 # Okabe and Ito's palette, told apart with any colour vision; marks and dashes say the same a second time.
 _OURS = (("#000000", "o", "-"), ("#666666", "s", "--"))

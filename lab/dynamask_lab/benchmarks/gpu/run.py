@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
+from dynamask.errors import UsageError
 from dynamask_lab.benchmarks.gpu import check, peers
 from dynamask_lab.benchmarks.gpu.apart import Task, run_apart
 from dynamask_lab.benchmarks.gpu.measure import attempt, time_attention, time_decode, time_peer, time_prefill, whole
 from dynamask_lab.benchmarks.gpu.problem import Shape
 from dynamask_lab.benchmarks.gpu.report import markdown
-from dynamask.errors import UsageError
-from dynamask_lab.studies import provenance
+from dynamask_lab.sweeps import provenance
 
 PARTS = ("attention", "peers", "decode", "prefill")
 LONGEST_BACKWARD = 1 << 17

@@ -12,10 +12,10 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.expiry import key_expiry
 from dynamask.mixers import MIXERS, DynamicMaskAttention, DynamicMaskGate, SequenceInfo, register
 from dynamask.mixers.alibi import slopes
-from dynamask.ops import attend
+from dynamask.ops.expiry import key_expiry
+from dynamask.ops.interval.api import attend
 
 
 class _RandomGate(DynamicMaskGate):

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies.ablation.mixers import ABLATIONS, ablation_mixers
 from dynamask_lab.language.engine import (
     LanguageConfig,
     evaluate_language,
@@ -32,6 +31,7 @@ from dynamask_lab.language.engine import (
     language_kind,
     run_language,
 )
+from dynamask_lab.studies.ablation.mixers import ABLATIONS, ablation_mixers
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Section

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from dynamask.models import uneven_windows
 from dynamask_lab.language.engine import LanguageConfig, language_cost, language_kind, run_language
 from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import CPU_SHAPE, ranked_by
-from dynamask.models import uneven_windows
 
 _SHARE = 16
 """Context over window."""

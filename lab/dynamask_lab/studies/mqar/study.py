@@ -24,15 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
+from dynamask.mixers import get_mixer
+from dynamask.models import DynamaskConfig, DynamaskForCausalLM
+from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
 from dynamask_lab.studies.locality.study import wide_with_dense
 from dynamask_lab.studies.mqar.data import MqarExamples, mqar_examples
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import SHARP, WIDE_FIRST, WINDOWLESS, plain_settings, ranked_by, read_settings
-from dynamask.mixers import get_mixer
-from dynamask.models import DynamaskConfig, DynamaskForCausalLM
-from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
 
 Segment = list[int]
 """[length, pairs, examples]"""

@@ -22,6 +22,7 @@ import torch
 from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval import RetrievalScore, evaluate_retrieval
 from dynamask.evaluation.retrieval.tasks import check_task
+from dynamask.models import DynamaskForCausalLM
 from dynamask_lab.language.engine import LanguageConfig, kept_run, language_cost
 from dynamask_lab.studies.locality.study import GENTLE, named_rope, named_windows, one_dense_in_four, wide_with_dense
 from dynamask_lab.studies.needle.data import MixtureSettings, mixture_tokenizer, prepare_mixture
@@ -29,7 +30,6 @@ from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import SHARP, WIDE_FIRST, plain_settings, ranked_by, read_settings
-from dynamask.models import DynamaskForCausalLM
 
 TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
 _TRAINED = 0.8
@@ -421,7 +421,7 @@ def _long() -> list[Config]:
 
 
 def _paper() -> list[Config]:
-    """25M parameters at 4096 tokens, tested to 32768; window 512, two seeds, corpora of `benchmarks/corpora.py`."""
+    """25M parameters at 4096 tokens, tested to 32768; window 512, two seeds, corpora of `lab/scripts/corpora.py`."""
     shape = {"layers": 8, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "batch_tokens": 131_072}
     data = {"source": "code+text", "text_tokens": 100_000_000, "context": 4096, "steps": 8000, "learning_rate": 1.5e-3}
     test = {"lengths": [1024, 2048, 4096, 8192, 16384, 32768], "depths": [i / 8 for i in range(9)], "samples": 20}

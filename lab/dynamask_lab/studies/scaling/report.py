@@ -14,9 +14,9 @@ import numpy as np
 from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.studies.locality.study import GENTLE_MEANS, variant_name
 from dynamask_lab.studies.scaling.power_law import fit_power_law
+from dynamask_lab.studies.scaling.study import scaling_summary
 from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.studies.scaling.study import scaling_summary
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
 
 RIVALS = ("mha", "swa", "mla", "nsa")

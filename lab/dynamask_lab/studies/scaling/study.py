@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from dynamask.models import uneven_windows
 from dynamask_lab.language.engine import LanguageConfig, language_cost, language_kind, run_language
 from dynamask_lab.studies.locality.study import GENTLE, one_dense_in_four, variant_name
 from dynamask_lab.studies.scaling.power_law import fit_power_law
@@ -22,7 +23,6 @@ from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record, run_key
 from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import WINDOWLESS
-from dynamask.models import uneven_windows
 
 SHAPES: dict[str, dict[str, int]] = {
     "4M": {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "batch_tokens": 65_536},

@@ -1,0 +1,217 @@
+"""`dynamask evaluate | retrieval | generate`."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from dynamask.cli.common import Model, console, errors, progress
+from dynamask.errors import UsageError
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Sources to evaluate on; default: the run's own held-out split.")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Evaluate at most so many sequences, or questions.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead: benchmark tasks of lm-evaluation-harness, separated by commas.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(help="With --tasks: worked examples before each question.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="With --tasks: folder with task definitions of your own.")
+    ] = None,
+) -> None:
+    """Perplexity, overall and by position in the document: does the model use what it can see? Or benchmark tasks.
+
+    **Examples**
+
+    - `dynamask evaluate runs/tiny`
+
+    - `dynamask evaluate runs/tiny --data notes/ --context 1024 --output figures.json`
+
+    - `dynamask evaluate runs/tiny --tasks piqa,arc_easy` — needs `pip install 'dynamask[eval]'`
+
+    - `dynamask evaluate runs/tiny --tasks plurals --include-path examples/multiple_choice` — a task of your own
+    """
+    import tempfile
+
+    from dynamask.data import PackedDataset, prepare
+    from dynamask.evaluation import perplexity_by_position
+    from dynamask.training import open_corpus, open_run
+
+    for name, value, least in (("context", context, 2), ("batch-size", batch_size, 1), ("limit", limit, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"--{name} must be at least {least}; got {value}")
+    if output and not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} to write {output.name} to: create it first")
+    if tasks is not None:
+        if data:
+            raise UsageError("--tasks bring their own data: give either --tasks or --data")
+        _evaluate_tasks(model, tasks, include_path, fewshot, limit, batch_size, output)
+        return
+    if fewshot is not None or include_path is not None:
+        raise UsageError("--fewshot and --include-path belong to --tasks: name the tasks to run")
+    loaded, tokenizer = open_run(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        if data:
+            tokenizer.save_pretrained(f"{scratch}/tokenizer")
+            corpus = prepare(
+                data,
+                f"{scratch}/corpus",
+                vocab_size=len(tokenizer),
+                tokenizer=f"{scratch}/tokenizer",
+                validation=0.0,
+                progress=progress,
+            )
+            blocks = PackedDataset(corpus, "train", context)
+        else:
+            blocks = PackedDataset(open_corpus(model), "validation", context)
+        result = perplexity_by_position(loaded, blocks, batch_size=batch_size, limit=limit, progress=progress)
+    table = Table("position in document", "tokens", "perplexity", title=f"perplexity {result.perplexity:.2f}")
+    for row in result.to_dict()["buckets"]:
+        shown = f"{row['perplexity']:.2f}" if row["perplexity"] else "-"
+        table.add_row(f"{row['from']} to {row['to'] - 1}", str(row["tokens"]), shown)
+    console.print(table)
+    if output:
+        output.write_text(json.dumps(result.to_dict(), indent=1))
+
+
+def _evaluate_tasks(
+    model: str,
+    tasks: str,
+    include_path: Path | None,
+    fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+    output: Path | None,
+) -> None:
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UsageError("--tasks names no task: give some, separated by commas, such as piqa,arc_easy")
+    try:
+        from dynamask.evaluation.harness import evaluate_tasks
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    results = evaluate_tasks(
+        model, names, include_path=include_path, num_fewshot=fewshot, limit=limit, batch_size=batch_size
+    )
+    table = Table("task", "metric", "value", "± standard error")
+    for task, metrics in results["results"].items():
+        for name, value in metrics.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, float) and kind and not metric.endswith("_stderr"):
+                deviation = metrics.get(f"{metric}_stderr,{kind}")
+                shown = f"{deviation:.4f}" if isinstance(deviation, float) else "-"
+                table.add_row(escape(task), metric, f"{value:.4f}", shown)
+    console.print(table)
+    if output:
+        kept = {key: results.get(key) for key in ("results", "n-shot", "n-samples", "versions")}
+        output.write_text(json.dumps(kept, indent=1, default=str))
+
+
+def retrieval(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="JSON lines to write, for `dynamask report needle`.")],
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of prompt and answer; repeatable.")] = None,
+    depths: Annotated[int, typer.Option(help="Depths, evenly from the beginning to the end.")] = 5,
+    samples: Annotated[int, typer.Option(help="Examples per task, length and depth.")] = 10,
+    task: Annotated[list[str] | None, typer.Option(help="Task; repeatable; default: all of them.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Sources of the haystack; default: RULER's noise.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name in pictures; default: the folder's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts per call of generate().")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
+) -> None:
+    """Does the model find what was said far back? Needles, a passkey, variable tracking, after RULER.
+
+    **Tasks**: single_needle, multi_key, multi_value, multi_query, passkey, variable_tracking.
+
+    **Example**: `dynamask retrieval runs/tiny --length 512 --length 1024 --task passkey --output tiny.jsonl`, then
+    `dynamask report needle tiny.jsonl dense.jsonl`
+    """
+    import torch
+
+    from dynamask.data import documents
+    from dynamask.evaluation.retrieval import TASKS, evaluate_retrieval, write_scores
+    from dynamask.training import open_run
+
+    if depths < 1:
+        raise UsageError(f"--depths must be at least 1; got {depths}")
+    if not output.parent.is_dir():
+        raise UsageError(f"there is no folder {output.parent} to write {output.name} to: create it first")
+    loaded, tokenizer = open_run(model)
+    scores = evaluate_retrieval(
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
+        tokenizer,
+        length or [512, 1024],
+        [i / max(1, depths - 1) for i in range(depths)],
+        samples,
+        tasks=task or list(TASKS),
+        documents=(document.text for document in documents(data)) if data else None,
+        seed=seed,
+        batch_size=batch_size,
+        name=name or Path(model).name,
+        progress=progress,
+    )
+    table = Table("task", "length", "exact match", "values found")
+    for kind in dict.fromkeys((score.task, score.length) for score in scores):
+        rows = [score for score in scores if (score.task, score.length) == kind]
+        means = [sum(getattr(score, metric) for score in rows) / len(rows) for metric in ("exact", "recall")]
+        table.add_row(kind[0], str(kind[1]), *(f"{mean:.1%}" for mean in means))
+    console.print(table)
+    write_scores(scores, output)
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a text, from the model's own cache: bounded, for dynamic mask and sliding-window attention.
+
+    **Example**: `dynamask generate runs/tiny "def main():" --max-new-tokens 200`
+    """
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from dynamask.cache import cache_bytes
+    from dynamask.training import open_run
+
+    if max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UsageError(f"temperature must be >= 0 and top-p in (0, 1]; got {temperature} and {top_p}")
+    loaded, tokenizer = open_run(model)
+    loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(loaded.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise UsageError("the prompt is empty: give at least one character to continue")
+    set_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    start = time.perf_counter()
+    output = loaded.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer),
+        return_dict_in_generate=True,
+        **sampling,
+    )
+    seconds = time.perf_counter() - start
+    made = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    held = cache_bytes(output.past_key_values)
+    errors.print(f"{made} tokens, {made / seconds:.1f} tokens/s, cache {held / 1024:.0f} KiB", highlight=False)

@@ -1,0 +1,75 @@
+"""`dynamask report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from dynamask.cli.common import Model, console
+from dynamask.errors import UsageError
+
+app = typer.Typer(help="Tables and pictures about models and runs.", no_args_is_help=True)
+
+
+@app.command("parameters")
+def report_parameters(
+    preset: Annotated[str | None, typer.Option(help="One preset; default: all of them.")] = None,
+) -> None:
+    """Parameter counts of every preset with every mixer, and how far each is from dense attention's."""
+    from dynamask.inspect import parameter_counts
+    from dynamask.models import PRESETS
+    from dynamask.models import preset as make
+
+    names = [preset] if preset else list(PRESETS)
+    make(names[0])  # names an unknown preset before anything is printed
+    table: Table | None = None
+    for name in names:
+        counts = parameter_counts(name)
+        table = table or Table("preset", *counts)
+        cells = [f"{n / 1e6:.2f}M ({n / counts['mha'] - 1:+.2%})" for n in counts.values()]
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+@app.command("curves")
+def report_curves(
+    runs: Annotated[list[str], typer.Argument(help="Folders of finished runs.")],
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("curves.png"),
+) -> None:
+    """Draw the training and validation curves of runs side by side."""
+    from dynamask.inspect import draw_curves
+
+    console.print(f"written {draw_curves(runs, output)}")
+
+
+@app.command("mask")
+def report_mask(
+    model: Model,
+    text: Annotated[Path, typer.Argument(help="Text file to read.")],
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("live_keys.png"),
+) -> None:
+    """Draw which keys stay alive in which head, over the text itself."""
+    from dynamask.inspect import draw_live_keys
+    from dynamask.training import open_run
+
+    try:
+        content = text.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from error
+    loaded, tokenizer = open_run(model)
+    console.print(f"written {draw_live_keys(loaded, tokenizer, content, output)}")
+
+
+@app.command("needle")
+def report_needle(
+    scores: Annotated[list[Path], typer.Argument(help="JSON lines that `dynamask retrieval` wrote.")],
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("needle.png"),
+    metric: Annotated[str, typer.Option(help="exact or recall.")] = "exact",
+) -> None:
+    """Draw retrieval by depth and length, models side by side."""
+    from dynamask.inspect import draw_needle
+
+    console.print(f"written {draw_needle(scores, output, metric=metric)}")

@@ -1,0 +1,92 @@
+"""Registration with transformers' Auto classes, done when those classes are first used.
+
+`import dynamask` must stay cheap, and transformers takes seconds to import. A small import hook therefore waits for
+transformers' registry of configurations and adds an entry that imports dynamask's models on the first use of their
+`model_type`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+_REGISTRY = "transformers.models.auto.configuration_auto"
+_NATIVE, _CONVERTED = "dynamask", "dynamask_"
+
+
+def _module_of(model_type: Any) -> str | None:
+    """Return the module that registers a `model_type`, or None for one that is not of dynamask."""
+    if model_type == _NATIVE:
+        return "dynamask.models"
+    if isinstance(model_type, str) and model_type.startswith(_CONVERTED):
+        return "dynamask.convert"
+    return None
+
+
+class _OnDemand(dict[str, Any]):
+    """The registry's table of added configurations; dynamask's are imported when first looked up."""
+
+    def __missing__(self, key: str) -> Any:
+        module = _module_of(key)
+        if module is not None:
+            importlib.import_module(module)  # registers its configurations here
+            if dict.__contains__(self, key):
+                return dict.__getitem__(self, key)
+        raise KeyError(key)
+
+    def __contains__(self, key: object) -> bool:
+        if dict.__contains__(self, key):
+            return True
+        try:
+            self[key]  # type: ignore[index]
+        except KeyError:
+            return False
+        return True
+
+
+def _attach(registry: ModuleType) -> None:
+    mapping: Any = registry.CONFIG_MAPPING
+    known = getattr(mapping, "_extra_content", None)
+    if isinstance(known, dict):
+        mapping._extra_content = _OnDemand(known)
+    else:  # another transformers: register at once, at the price of the import
+        importlib.import_module("dynamask.models")
+        importlib.import_module("dynamask.convert")
+
+
+class _AfterImport(MetaPathFinder):
+    """Runs `_attach` as soon as transformers' registry has been imported."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _REGISTRY:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return None
+        loader: Any = spec.loader
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _attach(module)
+
+        loader.exec_module = exec_module
+        return spec
+
+
+def register() -> None:
+    """Make transformers' Auto classes know dynamask's models, now or when transformers is imported."""
+    registry = sys.modules.get(_REGISTRY)
+    if registry is not None and hasattr(registry, "CONFIG_MAPPING"):
+        _attach(registry)
+    else:
+        sys.meta_path.insert(0, _AfterImport())

@@ -1,0 +1,1 @@
+"""What the masks of a trained model look like."""

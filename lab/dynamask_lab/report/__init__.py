@@ -1,0 +1,1 @@
+"""`docs/results`, drawn from the raw lines."""

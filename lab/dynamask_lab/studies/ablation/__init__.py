@@ -1,0 +1,1 @@
+"""DMA with one thing changed at a time."""

@@ -1,0 +1,1 @@
+"""Forms of DMA and rivals at a small window."""

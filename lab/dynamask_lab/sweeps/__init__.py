@@ -1,0 +1,1 @@
+"""The runner of sweeps: schedule, workers, results, provenance."""
