@@ -120,7 +120,7 @@ def _(
 
 
 def _choose(backend: str, query: Tensor) -> str:
-    from dynamask.ops.operators import triton_available
+    from dynamask.ops.interval.operators import triton_available
 
     if backend not in _BACKENDS:
         raise InvalidInputError(f"backend must be one of {', '.join(_BACKENDS)}; got {backend!r}")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamask import InvalidInputError, key_expiry
-from dynamask.expiry import _key_expiry_op, key_expiry_by_definition, key_rank
+from dynamask.ops.expiry import _key_expiry_op, key_expiry_by_definition, key_rank
 
 SPECIAL = [float("nan"), float("inf"), float("-inf"), -0.0, 0.0]
 
