@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from dynamask.mixers.alibi import slopes
+from dynamask.mixers.rank_predictor import settle
 
 
 class DynamicMaskGate(nn.Module):
@@ -121,8 +122,8 @@ class DynamicMaskGate(nn.Module):
             z = F.linear(rows, self.delta.weight.to(wide), bias)
             place = position_ids.unsqueeze(1).to(wide)
             if self.ranking == "attention":
-                return _settle(z).transpose(1, 2) + self.log_rank_recency.to(wide).exp()[:, None] * place
-            score = _settle(self._form(z, self.gate.to(wide))).transpose(1, 2)
+                return settle(z).transpose(1, 2) + self.log_rank_recency.to(wide).exp()[:, None] * place
+            score = settle(self._form(z, self.gate.to(wide))).transpose(1, 2)
             if self.rank_recency is not None:
                 return score + self.rank_recency * place
             return score + self._slope(wide) * place if self.recency else score
@@ -165,16 +166,3 @@ class DynamicMaskGate(nn.Module):
     def _slope(self, dtype: torch.dtype) -> Tensor:
         """(G, 1) λ."""
         return self.log_recency.to(dtype).exp()[:, None]
-
-
-def _settle(score: Tensor) -> Tensor:
-    """Round off a score's last bits (8 of float32, 12 of float64), passing gradients straight through.
-
-    Equal tokens have equal values in the first layer, so their scores tie and recency decides. A matrix
-    product over another chunk of the sequence sums in another order, and its last bits would break such ties
-    differently in cached and uncached runs; rounding them off keeps the two alike.
-    """
-    integer, dropped = (torch.int64, 12) if score.dtype == torch.float64 else (torch.int32, 8)
-    bits = score.detach().contiguous().view(integer)
-    rounded = ((bits + (1 << (dropped - 1))) & -(1 << dropped)).view(score.dtype)
-    return score + (rounded - score).detach()

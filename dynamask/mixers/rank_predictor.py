@@ -1,0 +1,76 @@
+"""Learned ranks: a small network predicts, from a layer's hidden state, how much each key will matter later."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+
+class RankPredictor(nn.Module):
+    """Predicts one rank per position and key/value head from the hidden state that the attention layer reads.
+
+        rank = W_down · silu( W_up · rmsnorm(x) ) + b
+
+    The target is the logarithm of the largest attention weight that any later query gives the key
+    (`dynamask.future_attention`), so ranks of different heads and layers are on one scale. The last product is
+    computed in float32 whatever the model's dtype, because ranks only serve to be compared.
+
+    Args:
+        hidden_size: width of the hidden state.
+        num_key_value_heads: G, ranks per position.
+        width: hidden units; None: a quarter of `hidden_size`, at least 64. 0: a linear predictor.
+
+    Source: design of KVzap (arXiv 2601.07891) and Locret (arXiv 2410.01805), with the maximum over all later queries
+    as the target.
+    """
+
+    def __init__(self, hidden_size: int, num_key_value_heads: int, *, width: int | None = None) -> None:
+        super().__init__()
+        self.width = max(64, hidden_size // 4) if width is None else width
+        self.up = nn.Linear(hidden_size, self.width, bias=False) if self.width else None
+        self.down = Float32Linear(self.width or hidden_size, num_key_value_heads)
+
+    def initialize_parameters(self) -> None:
+        """Set the last layer to zero: all ranks are equal, so the mask is a sliding window with sinks."""
+        init.zeros_(self.down.weight)
+        init.zeros_(self.down.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the ranks of the given positions.
+
+        Args:
+            hidden_states: (B, N, hidden_size).
+
+        Returns:
+            (B, G, N) float32 (float64 for float64 hidden states).
+        """
+        hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:])
+        if self.up is not None:
+            hidden_states = F.silu(self.up(hidden_states))
+        return settle(self.down(hidden_states)).transpose(1, 2)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that multiplies and returns in float32 (float64 for float64 inputs), whatever its dtype."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        wide = torch.promote_types(input.dtype, torch.float32)
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(wide)
+            return F.linear(input.to(wide), self.weight.to(wide), bias)
+
+
+def settle(score: Tensor) -> Tensor:
+    """Round off a score's last bits (8 of float32, 12 of float64), passing gradients straight through.
+
+    Equal tokens have equal hidden states in the first layer, so their scores tie and the later position wins. A matrix
+    product over another chunk of the sequence sums in another order, and its last bits would break such ties
+    differently in cached and uncached runs; rounding them off keeps the two alike.
+    """
+    integer, dropped = (torch.int64, 12) if score.dtype == torch.float64 else (torch.int32, 8)
+    bits = score.detach().contiguous().view(integer)
+    rounded = ((bits + (1 << (dropped - 1))) & -(1 << dropped)).view(score.dtype)
+    return score + (rounded - score).detach()
