@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dynamask.cache import BoundedCache
     from dynamask.errors import CacheRollbackError, InvalidInputError
     from dynamask.models import DynamaskConfig, DynamaskForCausalLM, DynamaskModel
-    from dynamask.ops import dynamic_mask_attention, interval_attention, key_expiry
+    from dynamask.ops import dynamic_mask_attention, future_attention, interval_attention, key_expiry
 
 __version__ = "0.2.0"
 
@@ -24,6 +24,7 @@ _HOME = {
     "DynamaskModel": "dynamask.models",
     "InvalidInputError": "dynamask.errors",
     "dynamic_mask_attention": "dynamask.ops",
+    "future_attention": "dynamask.ops",
     "interval_attention": "dynamask.ops",
     "key_expiry": "dynamask.ops",
 }
@@ -38,6 +39,7 @@ __all__ = [
     "InvalidInputError",
     "convert",
     "dynamic_mask_attention",
+    "future_attention",
     "interval_attention",
     "key_expiry",
 ]

@@ -4,6 +4,7 @@
 | --- | --- |
 | `expiry.py` | which queries see which key |
 | `interval/` | attention over intervals: interface, definition, CPU path, `torch.library` operators |
+| `future_attention.py` | the largest weight that a later query gives each key: what learned ranks predict |
 | `triton/` | the GPU kernels, in Triton |
 | `hopper/` | the same passes for Hopper GPUs, in Gluon |
 | `ragged_decode.py` | a few queries over a ragged cache: one pool of keys, a length per head |
@@ -11,7 +12,16 @@
 """
 
 from dynamask.ops.expiry import key_expiry
+from dynamask.ops.future_attention import future_attention
 from dynamask.ops.interval.api import BACKENDS, attend, dynamic_mask_attention, interval_attention
 from dynamask.ops.interval.operators import triton_available
 
-__all__ = ["BACKENDS", "attend", "dynamic_mask_attention", "interval_attention", "key_expiry", "triton_available"]
+__all__ = [
+    "BACKENDS",
+    "attend",
+    "dynamic_mask_attention",
+    "future_attention",
+    "interval_attention",
+    "key_expiry",
+    "triton_available",
+]

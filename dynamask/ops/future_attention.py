@@ -8,15 +8,17 @@ and serves reading and tests; the CPU path walks blocks of queries; the GPU path
 from __future__ import annotations
 
 import math
+import operator
+from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.expiry import check_key_mask, check_segment_ids, segment_bounds
 from dynamask.ops.autocast import autocast_dtype
-
-FUTURE_BACKENDS = ("auto", "reference", "torch", "triton")
+from dynamask.ops.expiry import check_key_mask, check_segment_ids, check_tensor, segment_bounds
+from dynamask.ops.interval.api import BACKENDS
+from dynamask.ops.interval.operators import triton_available
 
 _TILE_ELEMENTS = 1 << 24
 """Logits that the CPU path holds at once: 64 MB of float32."""
@@ -64,8 +66,7 @@ def future_attention(
 
     Cost: two matrix products per visible pair on a GPU, one on a CPU; memory O(N) beyond the inputs.
 
-    Source: dynamask's; the target of the learned ranks. Locret (arXiv 2410.01805) trains on a related quantity, the
-    largest logit.
+    Source: dynamask's; the target of the learned ranks.
     """
     return future_attention_with_lse(
         query,
@@ -100,7 +101,9 @@ def future_attention_with_lse(
 
     The rest as in `future_attention`.
     """
-    narrow = autocast_dtype(query) if isinstance(query, Tensor) else None
+    check_tensor("query", query, "(batch, heads, length, head_dim)")
+    check_tensor("key", key, "(batch, num_key_value_heads, length, head_dim)")
+    narrow = autocast_dtype(query)
     if narrow is not None:
         query, key = (t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (query, key))
         with torch.autocast(query.device.type, enabled=False):
@@ -115,11 +118,12 @@ def future_attention_with_lse(
                 scale=scale,
                 backend=backend,
             )
-    _check_arguments(query, key, lse, local, first_query, segment_ids, key_mask)
+    _check_arguments(query, key, lse, segment_ids, key_mask)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _finite(scale)
     backend = _choose_backend(backend, query)
     # Larger numbers mean the same, and the kernels count in 32 bits.
-    local, first_query = min(local, query.shape[2]), min(first_query, query.shape[2])
+    local = min(_position(local, "local"), query.shape[2])
+    first_query = min(_position(first_query, "first_query"), query.shape[2])
     query, key = query.detach(), key.detach()
     lse = None if lse is None else lse.detach()
     return future_attention_op(query, key, lse, local, first_query, segment_ids, key_mask, scale, backend)
@@ -248,13 +252,13 @@ def _blocked(
 
 
 def _choose_backend(backend: str, query: Tensor) -> str:
-    if backend not in FUTURE_BACKENDS:
-        raise InvalidInputError(f"backend must be one of {', '.join(FUTURE_BACKENDS)}; got {backend!r}")
+    if backend not in BACKENDS:
+        raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend in ("reference", "torch"):
         return backend
     if backend == "auto":
-        return "triton" if query.is_cuda and query.dtype != torch.float64 and _triton_available() else "torch"
-    if not _triton_available():
+        return "triton" if query.is_cuda and query.dtype != torch.float64 and triton_available() else "torch"
+    if not triton_available():
         raise InvalidInputError(
             "backend='triton' needs a CUDA device and the triton package (or TRITON_INTERPRET=1 for tests on a "
             "CPU); use backend='torch' here"
@@ -266,37 +270,34 @@ def _choose_backend(backend: str, query: Tensor) -> str:
     return backend
 
 
-def _triton_available() -> bool:
+def _finite(scale: object) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, SupportsFloat) or not math.isfinite(float(scale)):
+        raise InvalidInputError(f"scale must be a finite number; got {scale!r}")
+    return float(scale)
+
+
+def _position(value: object, name: str) -> int:
     try:
-        from dynamask.ops import triton as kernels
-    except ImportError:
-        return False
-    return kernels.is_available()
-
-
-def _finite(scale: float) -> float:
-    scale = float(scale)
-    if not math.isfinite(scale):
-        raise InvalidInputError(f"scale must be a finite number; got {scale}")
-    return scale
+        number = -1 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise InvalidInputError(f"{name} must be an integer of at least 0; got {value!r}")
+    return number
 
 
 def _check_arguments(
     query: Tensor,
     key: Tensor,
     lse: Tensor | None,
-    local: int,
-    first_query: int,
     segment_ids: Tensor | None,
     key_mask: Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("key", key)):
-        if not isinstance(tensor, Tensor) or tensor.dim() != 4 or not tensor.is_floating_point():
-            given = (
-                f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            )
+        if tensor.dim() != 4 or not tensor.is_floating_point():
             raise InvalidInputError(
-                f"{name} must be a float tensor of shape (batch, heads, length, head_dim); got {given}"
+                f"{name} must be a float tensor of shape (batch, heads, length, head_dim); "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
             )
     batch, heads, length, dim = query.shape
     groups = key.shape[1]
@@ -314,9 +315,6 @@ def _check_arguments(
         )
     if query.dtype != key.dtype:
         raise InvalidInputError(f"query and key must share one dtype; got {query.dtype} and {key.dtype}")
-    for name, number in (("local", local), ("first_query", first_query)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-            raise InvalidInputError(f"{name} must be an integer of at least 0; got {number!r}")
     if lse is not None and (lse.shape != (batch, heads, length) or not lse.is_floating_point()):
         raise InvalidInputError(
             f"lse must be a float tensor of shape {(batch, heads, length)}; got {lse.dtype} of shape {tuple(lse.shape)}"
@@ -329,4 +327,4 @@ def _check_arguments(
     check_key_mask(key_mask, batch, length, query.device)
 
 
-__all__ = ["FUTURE_BACKENDS", "future_attention", "future_attention_by_definition", "future_attention_with_lse"]
+__all__ = ["future_attention", "future_attention_by_definition", "future_attention_with_lse"]

@@ -12,6 +12,7 @@
 | `backward.py` | gradients over the same lists |
 | `expiry.py` | scores to intervals |
 | `backward_walk.py` | the order of a walk over each key's queries, and the walk itself for deterministic mode |
+| `future_attention.py` | the largest weight that a later query gives each key |
 | `decode.py` | a few queries over many keys, split along the keys |
 | `ragged_decode.py` | a few queries over a pool of keys with a length per head, split in proportion |
 | `replace.py` | a new key into a full bounded cache |
