@@ -18,6 +18,7 @@ from pathlib import Path
 
 FILES = [
     "tests/ops/test_triton_kernels.py",
+    "tests/ops/test_future_attention_kernels.py",
     "tests/ops/test_nsa_selected.py",
     "tests/mixers/test_gpu.py",
     "tests/models/test_decoding_gpu.py",

@@ -69,11 +69,11 @@ def future_attention_launch(
         lse = log_sum_exp_launch(query, key, bounds, max(local, first_query), scale, sum_tiles)
     else:
         lse = (lse.float() * LOG2E).contiguous()
-    return _largest_launch(query, key, lse, bounds, local, first_query, scale, max_tiles)
+    return largest_launch(query, key, lse, bounds, local, first_query, scale, max_tiles)
 
 
 @dataclass(frozen=True)
-class _Bounds:
+class Bounds:
     """What each position sees, beside causality.
 
     Attributes:
@@ -90,12 +90,12 @@ class _Bounds:
 
 def _bounds(
     segment_ids: Tensor | None, key_mask: Tensor | None, batch: int, length: int, device: torch.device
-) -> _Bounds:
+) -> Bounds:
     if segment_ids is None and key_mask is None:
-        return _Bounds()
+        return Bounds()
     start, end = segment_bounds(segment_ids, batch, length, device)
     if key_mask is None:
-        return _Bounds(start.int().contiguous(), end.int().contiguous())
+        return Bounds(start.int().contiguous(), end.int().contiguous())
     # Padding at the ends of a segment is cut off here, so that only padding inside one slows the kernels down.
     position = torch.arange(length, device=device)
     following = torch.where(key_mask, position, length).flip(-1).cummin(-1).values.flip(-1)
@@ -103,7 +103,7 @@ def _bounds(
     first = torch.minimum(following.gather(-1, start), end)
     last = torch.maximum(preceding.gather(-1, end - 1) + 1, start)
     padding = torch.nn.functional.pad((~key_mask).int().cumsum(-1, dtype=torch.int32), (1, 0))
-    return _Bounds(
+    return Bounds(
         first.int().contiguous(), last.int().contiguous(), key_mask.to(torch.uint8).contiguous(), padding.contiguous()
     )
 
@@ -139,7 +139,7 @@ def _hopper(device: torch.device) -> bool:
 
 
 def log_sum_exp_launch(
-    query: Tensor, key: Tensor, bounds: _Bounds, first: int, scale: float, tiles: Tiles | None = None
+    query: Tensor, key: Tensor, bounds: Bounds, first: int, scale: float, tiles: Tiles | None = None
 ) -> Tensor:
     """Compute log2 of the sum of exp2 of the logits (in units of log2) of the queries from `first` on: (B, H, N)."""
     batch, heads, length, dim = query.shape
@@ -173,11 +173,11 @@ def log_sum_exp_launch(
     return lse
 
 
-def _largest_launch(
+def largest_launch(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
-    bounds: _Bounds,
+    bounds: Bounds,
     local: int,
     first_query: int,
     scale: float,
