@@ -1,0 +1,63 @@
+"""The loss of learned ranks: a regression on the logarithm of future attention.
+
+Shared by models that train from scratch (`dynamask.mixers.dma`) and by converted models
+(`dynamask.convert.learn_ranks`).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamask.ops.future_attention import future_attention
+
+_FLOOR = 1e-6
+"""Weights below this count as this: keys that no query attends to need no order among themselves."""
+
+
+@torch.no_grad()
+def rank_target(
+    query: Tensor,
+    key: Tensor,
+    local: int = 0,
+    segment_ids: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what the ranks of a layer should be: the log of the largest attention weight of any later query.
+
+    Args:
+        query: (B, H, N, D), rotated.
+        key: (B, G, N, D), rotated.
+        local: newest positions that are kept anyway; only queries at least so many positions later count.
+        segment_ids: (B, N) non-decreasing integers of packed documents, or None.
+        key_mask: (B, N) bool, True for a real token, or None.
+        scale: factor on the query-key products, default D**-0.5.
+
+    Returns:
+        target: (B, G, N) float32 (float64 for float64 queries), at most 0. No gradient.
+        valid: (B, G, N) bool, False for a key that no later query of its document can attend to (near the end of a
+            document, padding): it has no target.
+    """
+    weight = future_attention(
+        query.detach(), key.detach(), local=local, segment_ids=segment_ids, key_mask=key_mask, scale=scale
+    )
+    return weight.clamp(min=_FLOOR).log(), weight > 0
+
+
+def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+    """Compute the mean distance of ranks from their targets: squared when small, absolute when large (Huber).
+
+    Args:
+        ranks: (B, G, N) float, differentiable.
+        target: (B, G, N) float, as `rank_target` returns it.
+        valid_mask: (B, G, N) bool, or a shape that broadcasts to it: the keys that count.
+
+    Returns:
+        () in the target's dtype, the mean over the valid keys; 0 where there are none.
+    """
+    valid = valid_mask.expand_as(target)
+    # Before the loss: a NaN behind the mask would have a NaN gradient, times zero.
+    ranks, target = ranks.to(target.dtype).masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0)
+    return F.smooth_l1_loss(ranks, target, reduction="sum") / valid.sum().clamp(min=1)

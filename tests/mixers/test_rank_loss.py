@@ -1,0 +1,25 @@
+"""The loss that teaches ranks."""
+
+from __future__ import annotations
+
+import torch
+
+from dynamask.mixers.rank_loss import rank_loss
+
+
+def test_is_zero_at_the_target_and_ignores_invalid_keys() -> None:
+    target = torch.randn(2, 3, 5, dtype=torch.float64)
+    valid = torch.rand(2, 3, 5) > 0.3
+    ranks = torch.where(valid, target, torch.full_like(target, float("nan"))).requires_grad_()
+    loss = rank_loss(ranks, target, valid)
+    assert loss == 0
+    loss.backward()
+    assert torch.equal(ranks.grad, torch.zeros_like(target))
+
+
+def test_is_a_mean_over_valid_keys() -> None:
+    ranks, target = torch.zeros(1, 1, 4, requires_grad=True), torch.tensor([[[0.5, -3.0, 9.0, 1.0]]])
+    valid = torch.tensor([[[True, True, False, False]]])
+    loss = rank_loss(ranks, target, valid)
+    torch.testing.assert_close(loss, torch.tensor((0.5 * 0.25 + 2.5) / 2))
+    assert rank_loss(ranks, target, torch.zeros_like(valid)) == 0
