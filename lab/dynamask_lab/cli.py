@@ -71,10 +71,10 @@ def experiment(
 
     - `dynamask experiment scaling --results scaling.jsonl --keep-models models` — and its models, for `evaluate`
     """
+    from dynamask_lab.language.kept_models import KEPT_FOLDER
     from dynamask_lab.studies import EXPERIMENTS, get_experiment, read_results, run_sweep
     from dynamask_lab.sweeps.budget import parse_seconds
     from dynamask_lab.sweeps.display import SweepDisplay, runs_table, summary_table
-    from dynamask_lab.sweeps.kept_models import KEPT_FOLDER
     from dynamask_lab.sweeps.results import corpora_of_several_builds
     from dynamask_lab.sweeps.selection import parse_conditions, select
     from dynamask_lab.sweeps.workers import visible_gpus

@@ -22,9 +22,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 
+from dynamask_lab.language.kept_models import kept
 from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.sweeps import provenance
-from dynamask_lab.sweeps.kept_models import kept
 
 ROOT = Path(__file__).parents[2]
 TASKS = {

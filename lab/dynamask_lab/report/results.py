@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import dynamask_lab.studies.reports  # noqa: F401 -- registers them
 from dynamask.errors import UsageError, did_you_mean
 from dynamask_lab.report.benchmarks import BENCHMARKS
 from dynamask_lab.report.claims import CLAIMS
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
 from dynamask_lab.sweeps.provenance import short_commit
+from dynamask_lab.sweeps.registry import REPORTS
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
 
 RESULTS, OUTPUT = Path("lab/results"), Path("docs/results")
@@ -190,8 +192,9 @@ def _experiment_part(
     experiment: Experiment, name: str, title: str, chosen: Mapping[str, tuple[str, Record]], output: Path
 ) -> _Part:
     runs = [record for _, record in sorted(chosen.values(), key=lambda found: found[1].key)]
-    if experiment.report is not None:
-        section = experiment.report(runs, output / name)
+    report = REPORTS.get(experiment.name)
+    if report is not None:
+        section = report(runs, output / name)
     else:
         table = experiment.summary(runs)
         section = Section("", [Exhibit("summary", "What the runs found", [run.key for run in runs], table=table)])

@@ -36,8 +36,6 @@ class Experiment:
         trains_language_models: its runs are `run_language`'s, whose models `kept_models` can keep.
         follow_up: runs of a sweep that earlier ones decide: given its name and what is finished, the configs known by
             now, none as long as something is missing.
-        report: the finished runs of one sweep, at least one -> their section of `dynamask report results`; pictures
-            go to the folder given. None: the summary's table is the section.
     """
 
     name: str
@@ -50,7 +48,6 @@ class Experiment:
     interruptible: bool = False
     trains_language_models: bool = False
     follow_up: Callable[[str, Sequence[Record]], list[Config]] | None = None
-    report: Callable[[Sequence[Record], Path], Section] | None = None
 
     def configs(self, size: str, finished: Sequence[Record] = ()) -> list[Config]:
         """The configs of a named sweep, as far as the finished runs decide them.
@@ -82,3 +79,20 @@ def get_experiment(name: str) -> Experiment:
             f"unknown experiment {name!r}{did_you_mean(name, EXPERIMENTS)}; there are {', '.join(EXPERIMENTS)}"
         )
     return EXPERIMENTS[name]
+
+
+Report = Callable[[Sequence[Record], Path], Section]
+"""Turns the finished runs of one sweep, at least one, into their section of `dynamask report results`."""
+
+REPORTS: dict[str, Report] = {}
+"""Experiment -> its report. An experiment without one is shown as the table of its summary."""
+
+
+def reports(name: str) -> Callable[[Report], Report]:
+    """Register the decorated function as the report of experiment `name`. It writes its pictures to the folder."""
+
+    def register_report(report: Report) -> Report:
+        REPORTS[name] = report
+        return report
+
+    return register_report

@@ -20,7 +20,6 @@ from dynamask_lab.sweeps.section import Finding
 
 ROOT = Path(__file__).parents[3]
 RAW, COMMITTED = ROOT / "lab" / "results", ROOT / "docs" / "results"
-_DRAWN_WITH = re.compile(rb"Matplotlib v[0-9.]+")
 
 
 def test_the_committed_report_is_that_of_the_committed_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,10 +31,6 @@ def test_the_committed_report_is_that_of_the_committed_lines(tmp_path: Path, mon
         assert (tmp_path / page).read_text() == (COMMITTED / page).read_text(), f"{page}: run dynamask report results"
     drawn = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.svg"))
     assert drawn == sorted(path.relative_to(COMMITTED) for path in COMMITTED.rglob("*.svg"))
-    for picture in drawn:
-        new, old = (tmp_path / picture).read_bytes(), (COMMITTED / picture).read_bytes()
-        if _DRAWN_WITH.findall(new) == _DRAWN_WITH.findall(old):  # other versions draw other paths
-            assert new == old, f"{picture}: run dynamask report results"
     for page in pages:
         for linked in re.findall(r"\]\(([^)]+\.(?:svg|md))\)", (tmp_path / page).read_text()):
             assert (tmp_path / linked).exists(), f"{page} links to {linked}"

@@ -64,7 +64,7 @@ def test_answers_are_asked_for_once_and_a_line_names_its_model(
     pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
     from dynamask.evaluation import harness
     from dynamask_lab.language.engine import LanguageConfig, build_model
-    from dynamask_lab.sweeps.kept_models import KEPT_FOLDER, keep
+    from dynamask_lab.language.kept_models import KEPT_FOLDER, keep
 
     config = LanguageConfig("mha", layers=1, width=16, heads=2, groups=1, feed_forward=16, corpus="bytes").plain()
     monkeypatch.setenv(KEPT_FOLDER, str(tmp_path / "kept"))

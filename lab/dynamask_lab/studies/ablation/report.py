@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamask_lab.studies.ablation.study import LEAKY, ablation_summary, grouped, mean_loss
+from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section, gains_hold
 
 _TRAINED, _CUT = "dma-random-start", ("dma-detached-scores", "dma-unbiased-logits")
 
 
+@reports("ablation")
 def report_ablation(records: Sequence[Record], folder: Path) -> Section:
     """See `Experiment.report`."""
     groups = grouped(records)

@@ -17,7 +17,6 @@ import dataclasses
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,6 @@ from dynamask_lab.language.engine import (
 from dynamask_lab.studies.ablation.mixers import ABLATIONS, ablation_mixers
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import CPU_SHAPE
 
 LEAKY = "dma-LEAKY-whole-sequence"
@@ -153,12 +151,6 @@ def ablation_summary(records: Sequence[Record]) -> list[dict[str, str]]:
     return rows
 
 
-def _report(records: Sequence[Record], folder: Path) -> Section:
-    from dynamask_lab.studies.ablation.report import report_ablation
-
-    return report_ablation(records, folder)
-
-
 def _sweep(seeds: Sequence[int], windows: Sequence[int], window: int, **shape: Any) -> list[Config]:
     """Every variant at `window`; dma and swa at every window."""
     default = {"attention": "dma", "local": window // 2, "recency": 1.0 / window}
@@ -221,7 +213,6 @@ ABLATION = Experiment(
     cost=ablation_cost,
     kind=ablation_kind,
     summary=ablation_summary,
-    report=_report,
     interruptible=True,
     trains_language_models=True,
 )

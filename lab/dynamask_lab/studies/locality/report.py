@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dynamask_lab.studies.locality.study import GENTLE_MEANS, locality_summary, variant_name
+from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Section, gains_hold, judged_forms
 
@@ -28,6 +29,7 @@ _WINDOWS = ", windows "
 _Losses = dict[str, dict[tuple[str, int, int, float], Record]]
 
 
+@reports("locality")
 def report_locality(records: Sequence[Record], folder: Path) -> Section:
     """See `Experiment.report`."""
     keys = [record.key for record in records]

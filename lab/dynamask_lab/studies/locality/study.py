@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from dynamask.models import uneven_windows
 from dynamask_lab.language.engine import LanguageConfig, language_cost, language_kind, run_language
 from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import CPU_SHAPE, ranked_by
 
 _SHARE = 16
@@ -309,12 +307,6 @@ def _paper() -> list[Config]:
     return configs([*RIVALS, CONTROL, *FORMS, *hybrids(7)], ["code", "text"], [0, 1], [1.5e-3, 3e-3], **shape)
 
 
-def _report(records: Sequence[Record], folder: Path) -> Section:
-    from dynamask_lab.studies.locality.report import report_locality
-
-    return report_locality(records, folder)
-
-
 LOCALITY = Experiment(
     name="locality",
     description="validation loss of dma's forms and rivals at a window of a sixteenth of the context",
@@ -330,7 +322,6 @@ LOCALITY = Experiment(
     cost=language_cost,
     kind=language_kind,
     summary=locality_summary,
-    report=_report,
     interruptible=True,
     trains_language_models=True,
 )

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.studies.mqar.study import BestRuns, MqarConfig, best_runs
+from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section, judged_forms
 
 RIVALS = ("mha", "swa", "mla", "nsa")
 
 
+@reports("mqar")
 def report_mqar(records: Sequence[Record], folder: Path) -> Section:
     """See `Experiment.report`."""
     found = best_runs(records)

@@ -15,7 +15,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from dynamask_lab.studies.locality.study import wide_with_dense
 from dynamask_lab.studies.mqar.data import MqarExamples, mqar_examples
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import SHARP, WIDE_FIRST, WINDOWLESS, plain_settings, ranked_by, read_settings
 
 Segment = list[int]
@@ -383,12 +381,6 @@ def mqar_summary(records: Sequence[Record]) -> list[dict[str, str]]:
     return rows
 
 
-def _report(records: Sequence[Record], folder: Path) -> Section:
-    from dynamask_lab.studies.mqar.report import report_mqar
-
-    return report_mqar(records, folder)
-
-
 def _sweep(widths: list[int], windows: list[int], rates: list[float], **common: Any) -> list[Config]:
     """Every mixer, dma in five forms and swa in two, at every width, window (where it has one) and learning rate."""
     mixers: list[dict[str, Any]] = [
@@ -475,6 +467,5 @@ MQAR = Experiment(
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,
-    report=_report,
 )
 register(MQAR)

@@ -10,6 +10,7 @@ import numpy as np
 
 from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_summary
+from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section, judged_forms
 
@@ -19,6 +20,7 @@ _LEARNT = 0.1
 """Exact match below which neither of two models has learnt to retrieve, and nothing is to be compared."""
 
 
+@reports("needle")
 def report_needle(records: Sequence[Record], folder: Path) -> Section:
     """See `Experiment.report`."""
     from dynamask.inspect.retrieval import draw_scores

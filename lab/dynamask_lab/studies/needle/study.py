@@ -28,7 +28,6 @@ from dynamask_lab.studies.locality.study import GENTLE, named_rope, named_window
 from dynamask_lab.studies.needle.data import MixtureSettings, mixture_tokenizer, prepare_mixture
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import SHARP, WIDE_FIRST, plain_settings, ranked_by, read_settings
 
 TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
@@ -332,12 +331,6 @@ def needle_summary(records: Sequence[Record]) -> list[dict[str, str]]:
     ]
 
 
-def _report(records: Sequence[Record], folder: Path) -> Section:
-    from dynamask_lab.studies.needle.report import report_needle
-
-    return report_needle(records, folder)
-
-
 def _forms(window: int, upcycle_steps: int) -> tuple[Config, Config, Config]:
     """Dense attention and, made of it, dma whose ranks learn who is looked at sharply; dma by default; the paper's."""
     default = {"attention": "dma", "window": window, "local": window // 2, "recency": 1.0 / window}
@@ -436,7 +429,6 @@ NEEDLE = Experiment(
     cost=needle_cost,
     kind=needle_kind,
     summary=needle_summary,
-    report=_report,
     interruptible=True,
     trains_language_models=True,
 )

@@ -16,6 +16,7 @@ from dynamask_lab.studies.locality.study import GENTLE_MEANS, variant_name
 from dynamask_lab.studies.scaling.power_law import fit_power_law
 from dynamask_lab.studies.scaling.study import scaling_summary
 from dynamask_lab.sweeps.provenance import shared
+from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
 
@@ -41,6 +42,7 @@ class _Best:
         return {run.seed for run in self.runs}
 
 
+@reports("scaling")
 def report_scaling(records: Sequence[Record], folder: Path) -> Section:
     """See `Experiment.report`."""
     best = _best(records)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from dynamask_lab.studies.scaling.power_law import fit_power_law
 from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record, run_key
-from dynamask_lab.sweeps.section import Section
 from dynamask_lab.sweeps.settings import WINDOWLESS
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -202,12 +200,6 @@ def _mean_loss(group: Sequence[Record]) -> float:
     return float(np.mean([np.inf if run.result["loss"] is None else run.result["loss"] for run in group]))
 
 
-def _report(records: Sequence[Record], folder: Path) -> Section:
-    from dynamask_lab.studies.scaling.report import report_scaling
-
-    return report_scaling(records, folder)
-
-
 SCALING = Experiment(
     name="scaling",
     description="loss against compute for the five mixers, parameter-matched, with power laws",
@@ -216,7 +208,6 @@ SCALING = Experiment(
     cost=language_cost,
     kind=language_kind,
     summary=scaling_summary,
-    report=_report,
     interruptible=True,
     trains_language_models=True,
     follow_up=lambda size, finished: PLANS[size].follow_up(finished),

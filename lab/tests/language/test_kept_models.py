@@ -13,8 +13,8 @@ from dynamask.data import prepare
 from dynamask.errors import UsageError
 from dynamask_lab.language.data import held_out_documents, token_streams
 from dynamask_lab.language.engine import STATE_FOLDER, LanguageConfig, build_model, run_language
+from dynamask_lab.language.kept_models import KEPT_FOLDER, keep, kept
 from dynamask_lab.studies import SCALING, run_key, run_sweep
-from dynamask_lab.sweeps.kept_models import KEPT_FOLDER, keep, kept
 from lab.tests.language.test_language import quiet
 from lab.tests.test_cli import Command, dynamask  # noqa: F401 -- a fixture
 

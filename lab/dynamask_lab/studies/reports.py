@@ -1,0 +1,9 @@
+"""The reports of all studies; importing this module registers them."""
+
+from dynamask_lab.studies.ablation.report import report_ablation
+from dynamask_lab.studies.locality.report import report_locality
+from dynamask_lab.studies.mqar.report import report_mqar
+from dynamask_lab.studies.needle.report import report_needle
+from dynamask_lab.studies.scaling.report import report_scaling
+
+__all__ = ["report_ablation", "report_locality", "report_mqar", "report_needle", "report_scaling"]
