@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
-from dynamask.ops.expiry import check_window, key_expiry, sortable_scores
+from dynamask.ops.checks import check_window
+from dynamask.ops.expiry import key_expiry, sortable_scores
 from dynamask.ops.interval.operators import triton_available
 
 _PER_KEY = ("keys", "values", "scores", "positions")

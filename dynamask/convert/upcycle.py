@@ -17,7 +17,7 @@ from dynamask.convert.models import CONVERTED
 from dynamask.errors import InvalidInputError
 from dynamask.models.configuration import RANKINGS
 from dynamask.models.layer_windows import resolved_windows
-from dynamask.ops.expiry import check_window
+from dynamask.ops.checks import check_window
 
 _POWER = 4.0
 """`rank_power` of upcycled models, which attend already."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from dynamask.errors import InvalidInputError
 from dynamask.models.layer_windows import resolved_windows
 from dynamask.models.rope_layers import resolved_rope_layers
-from dynamask.ops.expiry import check_window
+from dynamask.ops.checks import check_window
 
 SCORE_FORMS = ("exp", "linear")
 GATE_INITS = ("gate", "delta")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.expiry import check_window
+from dynamask.ops.checks import check_window
 
 UNEVEN = "uneven"
 """Value of `layer_windows` that stands for `uneven_windows` of a model's layers and window."""

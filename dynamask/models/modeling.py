@@ -21,7 +21,7 @@ from dynamask.mixers.base import packed_segments
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.generation import OwnCacheGeneration
-from dynamask.ops.expiry import check_segment_ids
+from dynamask.ops.checks import check_segment_ids
 
 
 def new_cache(config: DynamaskConfig) -> Cache:

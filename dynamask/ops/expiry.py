@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-
-Window = SupportsIndex | Sequence[int] | Tensor
-"""Keys each query keeps: an integer, or one per key/value head."""
+from dynamask.ops.checks import Window, check_key_mask, check_segment_ids, check_tensor, check_window
+from dynamask.ops.positions import later_positions, real_positions, segment_bounds, sink_keys
 
 _INT_OF_FLOAT = {torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -231,84 +229,6 @@ def sortable_scores(scores: Tensor, key_mask: Tensor | None = None, sink: Tensor
     return ordered
 
 
-def sink_keys(sinks: int, before: Tensor, nth: Tensor, segment_ids: Tensor | None = None) -> Tensor | None:
-    """Mark the first `sinks` real positions of each segment.
-
-    Args:
-        sinks: how many, 0 to N.
-        before, nth: as `real_positions` returns them.
-        segment_ids: (B, N) non-decreasing integers, or None for one segment.
-
-    Returns:
-        (B, N) bool, of no meaning at padding; None for no sinks.
-    """
-    if sinks == 0:
-        return None
-    sink = before < sinks
-    if segment_ids is not None:
-        # A key is a sink where the real token `sinks` places earlier belongs to another segment.
-        earlier = nth.gather(-1, (before - sinks).clamp(min=0)).clamp(max=before.shape[-1] - 1)
-        sink = sink | (segment_ids.gather(-1, earlier) != segment_ids)
-    return sink
-
-
-def later_positions(local: int, before: Tensor, nth: Tensor) -> Tensor:
-    """Find the real token that stands `local` real tokens after each position.
-
-    Args:
-        local: at least 0.
-        before, nth: as `real_positions` returns them.
-
-    Returns:
-        (B, N) int64 positions; N where there is no such token.
-    """
-    return nth.gather(-1, (before + local).clamp(max=before.shape[-1]))
-
-
-def real_positions(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Count the real tokens before each position, and find the position of each real token.
-
-    Args:
-        key_mask: (B, N) bool, True for a real token, or None where all are.
-        batch, length, device: shape and place of the result.
-
-    Returns:
-        before: (B, N) int64, the number of real tokens before each position.
-        nth: (B, N + 1) int64, the positions of the real tokens in order, then N to the end of the row.
-    """
-    position = torch.arange(length + 1, device=device).expand(batch, length + 1)
-    if key_mask is None:
-        return position[:, :length], position
-    before = key_mask.cumsum(-1) - key_mask.long()
-    nth = before.new_full((batch, length + 1), length)
-    # Padding is written to the last place, which then is made N again.
-    nth.scatter_(-1, torch.where(key_mask, before, length), position[:, :length])
-    nth[:, length] = length
-    return before, nth
-
-
-def segment_bounds(segment_ids: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First position and one past the last position of each position's segment.
-
-    Args:
-        segment_ids: (B, N) non-decreasing integers, or None for one segment.
-        batch, length, device: shape and place of the result.
-
-    Returns:
-        Two (B, N) int64 tensors.
-    """
-    position = torch.arange(length, device=device)
-    if segment_ids is None:
-        return position.new_zeros(batch, length), position.new_full((batch, length), length)
-    opens = torch.ones_like(segment_ids, dtype=torch.bool)
-    opens[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    start = torch.where(opens, position, 0).cummax(-1).values
-    closes = torch.ones_like(opens)
-    closes[:, :-1] = opens[:, 1:]
-    end = torch.where(closes, position + 1, length).flip(-1).cummin(-1).values.flip(-1)
-    return start, end
-
-
 def _contested_expiry(rank: Tensor, start: Tensor, count: Tensor) -> Tensor:
     """Where `count` keys of the segment's prefix first outrank each key: (B, G, N), never before the key itself.
 
@@ -385,100 +305,3 @@ def _check_expiry_arguments(
     check_segment_ids(segment_ids, batch, length, scores.device)
     check_key_mask(key_mask, batch, length, scores.device)
     return windows, operator.index(local), operator.index(sinks)
-
-
-def check_tensor(name: str, value: object, shape: str) -> None:
-    """Raise `InvalidInputError` unless `value` is a tensor; `name` and `shape` describe it in the message."""
-    if not isinstance(value, Tensor):
-        raise InvalidInputError(f"{name} must be a torch.Tensor of shape {shape}; got {type(value).__name__}")
-
-
-def check_window(window: Window, local: int = 0, sinks: int = 0, *, groups: int | None = None) -> tuple[int, ...]:
-    """Check a window, or the windows of the key/value heads, and what they must hold.
-
-    Args:
-        window: an integer, or one integer per key/value head (a sequence, a 1-D integer array or tensor).
-        local: newest keys that are always kept.
-        sinks: first keys of a segment that are always kept.
-        groups: number of key/value heads, where it is known.
-
-    Returns:
-        The windows as Python integers: one per head where `groups` is known, else as many as `window` holds.
-
-    Raises:
-        InvalidInputError: a window below 1 or not an integer, a sequence that is empty or not of `groups`
-            windows, local or sinks below 0, or local + sinks above the smallest window.
-    """
-    if not isinstance(window, (int, list, tuple)) and hasattr(window, "tolist"):
-        window = window.tolist()  # tensors, arrays and numpy's integers
-    if isinstance(window, Sequence) and not isinstance(window, str):
-        if not window and groups != 0:
-            raise InvalidInputError("window must hold one integer per key/value head; got none")
-        if groups is not None and len(window) != groups:
-            raise InvalidInputError(
-                f"window must be one integer or one per key/value head ({groups}); got {len(window)} windows"
-            )
-        windows = tuple(_whole(each, f"window[{head}]", 1, "keys kept per query") for head, each in enumerate(window))
-    else:
-        one = _whole(window, "window", 1, "keys kept per query, or one such integer per key/value head")
-        windows = (one,) if groups is None else (one,) * groups
-    local = _whole(local, "local", 0, "newest keys that are always kept")
-    sinks = _whole(sinks, "sinks", 0, "first keys of a segment that are always kept")
-    if windows and local + sinks > min(windows):
-        which = f"{'window' if min(windows) == max(windows) else 'the smallest window'} = {min(windows)}"
-        raise InvalidInputError(
-            f"local + sinks must be at most {which}, because both count towards it; got local = {local}, "
-            f"sinks = {sinks}: lower them or raise the window"
-        )
-    return windows
-
-
-def _whole(value: object, name: str, least: int, what: str) -> int:
-    """`value` as a Python integer of at least `least`; numpy's integers pass, bools and floats do not."""
-    number = value
-    if not isinstance(number, int) and isinstance(number, SupportsIndex):
-        try:
-            number = operator.index(number)
-        except TypeError:
-            number = None
-    if isinstance(value, bool) or not isinstance(number, int) or number < least:
-        raise InvalidInputError(f"{name} must be an integer of at least {least} ({what}); got {value!r}")
-    return number
-
-
-def check_segment_ids(segment_ids: Tensor | None, batch: int, length: int, device: torch.device) -> None:
-    """Raise `InvalidInputError` unless segment_ids is None or (B, N) non-decreasing integers on `device`."""
-    if segment_ids is None:
-        return
-    check_tensor("segment_ids", segment_ids, str((batch, length)))
-    if segment_ids.shape != (batch, length) or segment_ids.is_floating_point():
-        raise InvalidInputError(
-            f"segment_ids must be integers of shape {(batch, length)}; "
-            f"got {segment_ids.dtype} of shape {tuple(segment_ids.shape)}"
-        )
-    if segment_ids.device != device:
-        raise InvalidInputError(f"segment_ids is on {segment_ids.device}, the scores on {device}: move one of them")
-    # On a GPU the look at the data would stall the stream; there the caller's word is taken while compiling
-    # or capturing, and checked otherwise.
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return
-    if length > 1 and bool((segment_ids[:, 1:] < segment_ids[:, :-1]).any()):
-        row = int((segment_ids[:, 1:] < segment_ids[:, :-1]).any(-1).nonzero()[0])
-        raise InvalidInputError(
-            f"segment_ids must not decrease along the sequence (row {row} does): number the packed documents "
-            "in the order in which they stand"
-        )
-
-
-def check_key_mask(key_mask: Tensor | None, batch: int, length: int, device: torch.device) -> None:
-    """Raise `InvalidInputError` unless key_mask is None or a (B, N) bool tensor on `device`."""
-    if key_mask is None:
-        return
-    check_tensor("key_mask", key_mask, str((batch, length)))
-    if key_mask.dtype != torch.bool or key_mask.shape != (batch, length):
-        raise InvalidInputError(
-            f"key_mask must be a bool tensor of shape {(batch, length)}, True for a real token; "
-            f"got {key_mask.dtype} of shape {tuple(key_mask.shape)} (an attention_mask becomes one with .bool())"
-        )
-    if key_mask.device != device:
-        raise InvalidInputError(f"key_mask is on {key_mask.device}, the scores on {device}: move one of them")

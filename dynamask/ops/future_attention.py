@@ -16,9 +16,10 @@ from torch import Tensor
 
 from dynamask.errors import InvalidInputError
 from dynamask.ops.autocast import autocast_dtype
-from dynamask.ops.expiry import check_key_mask, check_segment_ids, check_tensor, segment_bounds
+from dynamask.ops.checks import check_key_mask, check_segment_ids, check_tensor
 from dynamask.ops.interval.api import BACKENDS
 from dynamask.ops.interval.operators import triton_available
+from dynamask.ops.positions import segment_bounds
 
 _TILE_ELEMENTS = 1 << 24
 """Logits that the CPU path holds at once: 64 MB of float32."""

@@ -195,7 +195,7 @@ def _of_padding(key_mask: Tensor, segment_ids: Tensor | None, local: int, sinks:
         mask: (B, N) uint8: 0 at padding, 2 at a sink, 1 at every other real token.
         later: (B, N) int32: the position `local` real tokens after each position, N where there is none.
     """
-    from dynamask.ops.expiry import later_positions, real_positions, sink_keys
+    from dynamask.ops.positions import later_positions, real_positions, sink_keys
 
     batch, length = key_mask.shape
     key_mask = key_mask.contiguous()

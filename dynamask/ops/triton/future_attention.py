@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.expiry import segment_bounds
+from dynamask.ops.positions import segment_bounds
 
 LOG2E = 1.4426950408889634
 _NAN = tl.constexpr(0x7FC00000)
