@@ -20,8 +20,8 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         length: tokens per block.
 
     Items:
-        input_ids (length,) int64; labels (length,) int64, -100 at a document's first token, which nothing before
-        it should predict; position_ids (length,) int64, starting over at each document, which is how the model
+        input_ids (length,) int64; labels (length,) int64, -100 at the block's and at a document's first
+        token, which nothing before them predicts; position_ids (length,) int64, starting over at each document, which is how the model
         keeps attention inside it.
 
     Raises:
@@ -51,6 +51,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         document = np.searchsorted(self.starts, place, side="right") - 1
         begins = np.maximum(self.starts[document], first)
         labels = np.where(place == self.starts[document], -100, tokens)
+        labels[0] = -100  # nothing in the block predicts it, so no count of predictions may include it
         return {
             "input_ids": torch.from_numpy(tokens),
             "labels": torch.from_numpy(labels),

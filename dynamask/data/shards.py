@@ -25,8 +25,9 @@ from typing import Any
 import numpy as np
 
 from dynamask.data.sources import Document, documents, source_files
-from dynamask.data.tokenizer import load_tokenizer, train_tokenizer
+from dynamask.data.tokenizer import encode_text, load_tokenizer, train_tokenizer
 from dynamask.errors import UsageError
+from dynamask.lock import locked
 
 SPLITS = ("train", "validation")
 _OWN_NAME = re.compile(r"index\.json|tokenizer|(train|validation)-(\d{5}\.bin|documents\.npy)")
@@ -44,15 +45,37 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | Path) -> Corpus:
-        """Open a prepared folder. Raises UsageError if it is not one."""
+        """Open a prepared folder. Raises UsageError if it is not one, or damaged."""
         folder = Path(folder)
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a prepared corpus: there is no such folder")
+        damaged = f"the corpus {folder} is damaged ({{}}): delete the folder, and it is prepared again"
         try:
-            return cls(folder, json.loads((folder / "index.json").read_text()))
-        except (OSError, json.JSONDecodeError) as error:
-            raise UsageError(f"{folder} is not a prepared corpus ({error}); delete it and prepare again") from error
+            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            if not isinstance(index, dict) or not {"fingerprint", "splits", "dtype"} <= set(index):
+                raise UsageError(f"{folder} is not a prepared corpus: its index.json is not one of dynamask's")
+            sizes = {
+                folder / f"{split}-{i:05d}.bin": length * np.dtype(index["dtype"]).itemsize
+                for split in SPLITS
+                for i, length in enumerate(index["splits"][split]["shards"])
+            }
+            wrong = [file.name for file, size in sizes.items() if file.stat().st_size != size]
+            corpus = cls(folder, index)
+            for split in SPLITS:
+                if len(corpus.document_starts(split)) != index["splits"][split]["documents"]:
+                    wrong.append(f"{split}-documents.npy")
+        except FileNotFoundError as error:
+            if not (folder / "index.json").exists():
+                raise UsageError(f"{folder} is not a prepared corpus: it has no index.json") from error
+            raise UsageError(damaged.format(f"{Path(error.filename).name} is missing")) from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            raise UsageError(damaged.format(f"{type(error).__name__}: {error}")) from error
+        if wrong:
+            raise UsageError(damaged.format(f"{wrong[0]} has another size than the index gives it"))
+        return corpus
 
     def tokens(self, split: str) -> list[np.ndarray]:
-        """The split's shards, memory-mapped, in order."""
+        """Open the split's shards, memory-mapped, in order."""
         lengths = self.index["splits"][split]["shards"]
         return [
             np.memmap(self.folder / f"{split}-{i:05d}.bin", dtype=self.index["dtype"], mode="r", shape=(length,))
@@ -76,6 +99,7 @@ def prepare(
     vocab_size: int,
     tokenizer: str | None = None,
     validation: float = 0.02,
+    block: int = 1,
     errors: str = "fail",
     progress: Callable[[Iterable[Document], str], Iterable[Document]] | None = None,
 ) -> Corpus:
@@ -87,7 +111,9 @@ def prepare(
         vocab_size: tokens of the tokenizer trained on the spot, and the most a given one may have.
         tokenizer: folder or hub name of a given tokenizer; None trains one on the documents.
         validation: share of the documents held out, chosen by a hash of their names; 0: all of them are "train".
-        errors: "fail" or "skip", for files that cannot be read.
+        block: tokens that the held-out documents must have in all, where there are that many: where the hash holds out
+            fewer, the first documents join them.
+        errors: "fail" or "skip", for files, lines and rows that cannot be read.
         progress: wraps the documents as they are read, given a description.
 
     Raises:
@@ -97,9 +123,39 @@ def prepare(
         raise UsageError(f"validation is a share of the documents, between 0 and 1; got {validation}")
     folder = Path(folder)
     fingerprint = _fingerprint(sources, tokenizer, vocab_size, validation, errors)
-    existing = _existing_corpus(folder)
-    if existing is not None and existing.index["fingerprint"] == fingerprint:
+
+    def finished() -> Corpus | None:
+        existing = _existing_corpus(folder)
+        if existing is None or existing.index["fingerprint"] != fingerprint:
+            return None
+        return existing if not validation or _holds_block(existing, block) else None
+
+    if (existing := finished()) is not None:
         return existing
+    new_parents = [parent for parent in folder.parents if not parent.exists()]
+    try:
+        # Runs that share a corpus wait for the one that prepares it.
+        with locked(folder.with_name(f".{folder.name}.lock"), f"the preparation of {folder}", wait=True):
+            return finished() or _prepare(
+                sources, folder, fingerprint, vocab_size, tokenizer, validation, block, errors, progress
+            )
+    finally:
+        for parent in new_parents:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _prepare(
+    sources: list[str],
+    folder: Path,
+    fingerprint: str,
+    vocab_size: int,
+    tokenizer: str | None,
+    validation: float,
+    block: int,
+    errors: str,
+    progress: Callable[[Iterable[Document], str], Iterable[Document]] | None,
+) -> Corpus:
     follow = progress or (lambda stream, _: stream)
     skipped: list[str] = []
     if tokenizer is None:
@@ -112,32 +168,35 @@ def prepare(
             f"the tokenizer has {len(trained)} tokens and the model {vocab_size}: set model.vocab_size={len(trained)}"
         )
     stream = follow(documents(sources, errors=errors, skipped=skipped), "tokenising")
-    parent_is_new = not folder.parent.exists()
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        splits, content = _write(stream, trained, partial, validation, sources)
+        splits, content = _write(stream, trained, partial, validation, block, sources)
         trained.save_pretrained(partial / "tokenizer")
         index = {
             "dtype": _dtype(trained).name,
             "splits": splits,
+            "block": block,
             "fingerprint": fingerprint,
             "content": content,
             "skipped": skipped,
         }
-        (partial / "index.json").write_text(json.dumps(index, indent=1))
+        (partial / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise UsageError(f"the disk is full: no room for the corpus in {folder.parent}; free some space") from error
-        raise
+        raise UsageError(f"cannot write the corpus to {folder.parent}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        if parent_is_new and folder.parent.is_dir() and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
     return Corpus.open(folder)
+
+
+def _holds_block(corpus: Corpus, block: int) -> bool:
+    """Whether the held-out split has `block` tokens, or was prepared for as many and could not have them."""
+    return corpus.index["splits"]["validation"]["tokens"] >= block or corpus.index.get("block", 1) >= block
 
 
 def _existing_corpus(folder: Path) -> Corpus | None:
@@ -158,9 +217,7 @@ def _existing_corpus(folder: Path) -> Corpus | None:
         if not entries:
             return None
         if not strange and "index.json" in entries:
-            corpus = Corpus.open(folder)
-            if {"fingerprint", "splits"} <= set(corpus.index):
-                return corpus
+            return Corpus.open(folder)
         found = f"it holds {', '.join((strange or entries)[:3])}"
     raise UsageError(
         f"{folder} exists and is not a prepared corpus and nothing else ({found}): name a new folder (corpus=FOLDER); "
@@ -197,31 +254,38 @@ class _SplitWriter:
 
 
 def _write(
-    stream: Iterable[Document], tokenizer: Any, folder: Path, validation: float, sources: list[str]
+    stream: Iterable[Document], tokenizer: Any, folder: Path, validation: float, block: int, sources: list[str]
 ) -> tuple[dict[str, Any], str]:
     """Write the shards. Returns the index of each split, and a digest of the vocabulary and of every token."""
     dtype = _dtype(tokenizer)
     writers = {split: _SplitWriter(folder, split, dtype) for split in SPLITS}
-    first: np.ndarray | None = None
-    for document in stream:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        tokens = np.asarray([*ids, tokenizer.eos_token_id], dtype=np.int64)
-        if first is None and validation:
-            # Where it goes waits for the end: a corpus needs at least one document in each split.
-            first = tokens
-            continue
-        held_out = int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:4], "big") / 2**32 < validation
-        writers["validation" if held_out else "train"].append(tokens)
     train, held = writers["train"], writers["validation"]
-    if first is None and not train.total:
+    # The first documents wait for the end: some join the held-out ones where the hash of the names chose too few.
+    waiting: list[tuple[bool, np.ndarray]] = []
+    waiting_tokens = 0
+    for document in stream:
+        tokens = np.asarray([*encode_text(tokenizer, document.text), tokenizer.eos_token_id], dtype=np.int64)
+        name = document.name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
+        held_out = int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2**32 < validation
+        if validation and waiting_tokens < block:
+            waiting.append((held_out, tokens))
+            waiting_tokens += len(tokens)
+        else:
+            (held if held_out else train).append(tokens)
+    if not (waiting or train.total or held.total):
         raise UsageError(f"no text in {', '.join(sources)}: there is nothing to train on")
-    if first is not None:
-        if train.total or held.total:
-            (held if not held.total else train).append(first)
-        else:  # the only document: its end is held out
-            cut = max(1, int(len(first) * (1 - max(validation, 0.05))))
-            train.append(first[:cut])
-            held.append(first[cut:] if cut < len(first) else first)
+    waiting.sort(key=lambda entry: not entry[0])
+    for number, (held_out, tokens) in enumerate(waiting):
+        needed = block - held.total
+        remaining = train.total + sum(len(later) for _, later in waiting[number + 1 :])
+        if needed <= 0:
+            (held if held_out else train).append(tokens)
+        elif remaining >= block:
+            held.append(tokens)
+        else:  # training needs this document, too: its end is held out
+            cut = max(1, len(tokens) - max(needed, int(len(tokens) * max(validation, 0.05))))
+            train.append(tokens[:cut])
+            held.append(tokens[cut:] if cut < len(tokens) else tokens)
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     for writer in writers.values():
         digest.update(writer.digest.digest())
@@ -243,7 +307,7 @@ def _limited(stream: Iterable[Document]) -> Iterable[str]:
 
 def _fingerprint(sources: list[str], tokenizer: str | None, vocab_size: int, validation: float, errors: str) -> str:
     """What the corpus depends on; files by name, size and time of change."""
-    facts: list[Any] = ["dynamask-corpus-2", tokenizer, vocab_size, validation, errors]
+    facts: list[Any] = ["dynamask-corpus-3", tokenizer, vocab_size, validation, errors]
     for source in sources:
         files = source_files(source)
         facts.append([source, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]])

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynamask.errors import UsageError
+from dynamask.hub import check_local_or_hub
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".parquet")
 ERROR_POLICIES = ("fail", "skip")
+
+_Problem = Callable[[str], None]
+"""Takes the description of something unreadable; raises UsageError, or records it and returns."""
 
 
 class Document(NamedTuple):
@@ -23,17 +27,17 @@ class Document(NamedTuple):
 
 
 def documents(sources: Iterable[str], *, errors: str = "fail", skipped: list[str] | None = None) -> Iterator[Document]:
-    """All documents of all sources, in a fixed order.
+    """Read all documents of all sources, in a fixed order.
 
     Args:
         sources: each a text file, a `.jsonl` or `.parquet` table with a `text` column, a folder of such files
             (searched deeply, in alphabetical order), "stdlib" (the sources of Python's standard library, real
-            text that every machine has), or the name of a data set on the hub.
-        errors: "fail" to stop at a file that cannot be read or decoded, "skip" to leave it out.
+            text that every machine has), or the name of a data set on the hub, `owner/name`.
+        errors: "fail" to stop at a file, line or row that cannot be read or decoded, "skip" to leave it out.
         skipped: where "skip" lists what it left out, and why.
 
     Yields:
-        Documents that hold more than white space.
+        Documents that hold more than white space. A byte-order mark is removed, and a lone surrogate becomes U+FFFD.
 
     Raises:
         UsageError: a source that does not exist, cannot be read or is not UTF-8 (naming file and byte), a table
@@ -41,23 +45,24 @@ def documents(sources: Iterable[str], *, errors: str = "fail", skipped: list[str
     """
     if errors not in ERROR_POLICIES:
         raise UsageError(f"errors must be one of {', '.join(ERROR_POLICIES)}; got {errors!r}")
+
+    def problem(message: str) -> None:
+        if errors == "fail":
+            raise UsageError(f"{message}. Repair it, or leave it out with errors=skip")
+        if skipped is not None:
+            skipped.append(message)
+
     for source in sources:
         if not isinstance(source, str) or not source.strip():
             raise UsageError(f"a source is a file, a folder, 'stdlib' or the name of a data set; got {source!r}")
         for path_or_name in _expand(source):
-            try:
-                for document in _read(path_or_name):
-                    if document.text.strip():
-                        yield document
-            except UsageError as error:
-                if errors == "fail":
-                    raise
-                if skipped is not None:
-                    skipped.append(str(error))
+            for document in _read(path_or_name, problem):
+                if document.text.strip():
+                    yield document
 
 
 def source_files(source: str) -> list[Path]:
-    """The files a local source stands for; none for a data set on the hub."""
+    """List the files that a local source stands for; none for a data set on the hub."""
     return [item for item in _expand(source) if isinstance(item, Path)]
 
 
@@ -78,73 +83,106 @@ def _expand(source: str) -> list[Path | str]:
         return [path]
     if path.suffix in TEXT_SUFFIXES + TABLE_SUFFIXES or source.startswith((".", "/", "~")):
         raise UsageError(f"no such file or folder: {source}")
+    check_local_or_hub(source, "file or folder")
     return [source]
 
 
-def _read(source: Path | str) -> Iterator[Document]:
+def _read(source: Path | str, problem: _Problem) -> Iterator[Document]:
     if isinstance(source, str):
-        yield from _read_hub(source)
-    elif source.suffix == ".jsonl":
-        yield from _read_jsonl(source)
-    elif source.suffix == ".parquet":
-        yield from _read_parquet(source)
-    else:
-        yield Document(str(source), _decode(source))
-
-
-def _decode(path: Path) -> str:
+        yield from _read_hub(source, problem)
+        return
     try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not UTF-8 (byte {error.start}: 0x{error.object[error.start]:02x}). Convert it "
-            "(iconv -t UTF-8), or leave such files out with errors=skip"
-        ) from error
+        if source.suffix == ".jsonl":
+            yield from _read_jsonl(source, problem)
+        elif source.suffix == ".parquet":
+            yield from _read_parquet(source, problem)
+        else:
+            text = _decode(source.read_bytes(), str(source), problem)
+            if text is not None:
+                yield Document(str(source), text)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}. Mend it, or leave it out with errors=skip") from error
+        problem(f"cannot read {source}: {error.strerror or error}")
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    # Not splitlines(): JSON strings may hold U+2028 and U+0085 as they are, which it takes for line ends.
-    for number, line in enumerate(_decode(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(
-                f'{path}, line {number}: expected a JSON object with a "text" field ({type(error).__name__}: {error})'
-            ) from error
-        _check_text(text, f"{path}, line {number}")
-        yield Document(f"{path}:{number}", text)
+def _decode(data: bytes, place: str, problem: _Problem) -> str | None:
+    """Decode UTF-8 with or without a byte-order mark; None after a problem."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        problem(f"{place} is not UTF-8 (byte {error.start}: 0x{data[error.start]:02x}); iconv -t UTF-8 converts files")
+        return None
 
 
-def _check_text(text: object, place: str) -> None:
+def _read_jsonl(path: Path, problem: _Problem) -> Iterator[Document]:
+    with open(path, "rb") as file:
+        # Bytes end a line at \n alone: JSON strings may hold U+2028 and U+0085 as they are.
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
+            content = _decode(line, place, problem)
+            if content is None or not content.strip():
+                continue
+            try:
+                row = json.loads(content)
+            except (ValueError, RecursionError) as error:  # ValueError: bad JSON, or a number of too many digits
+                problem(f'{place}: expected a JSON object with a "text" field ({type(error).__name__}: {error})')
+                continue
+            if not isinstance(row, dict) or "text" not in row:
+                shape = f"fields {', '.join(map(repr, row))}" if isinstance(row, dict) else type(row).__name__
+                problem(f'{place}: expected a JSON object with a "text" field; got {shape}')
+                continue
+            text = _checked(row["text"], place, problem)
+            if text is not None:
+                yield Document(f"{path}:{number}", text)
+
+
+def _checked(text: Any, place: str, problem: _Problem) -> str | None:
+    """Return the text without lone surrogates; None after a problem."""
     if not isinstance(text, str):
-        raise UsageError(f'{place}: "text" must be a string; got {type(text).__name__}')
+        problem(f'{place}: "text" must be a string; got {type(text).__name__}')
+        return None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return "".join("\ufffd" if "\ud800" <= character <= "\udfff" else character for character in text)
+    return text
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
+def _read_parquet(path: Path, problem: _Problem) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(f"reading {path} needs pyarrow ({error}): pip install 'dynamask-attention[train]'") from error
 
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             if "text" not in table.schema_arrow.names:
-                raise UsageError(f"{path} has no column 'text'; it has {', '.join(table.schema_arrow.names)}")
+                problem(f"{path} has no column 'text'; it has {', '.join(table.schema_arrow.names)}")
+                return
             number = 0
             for batch in table.iter_batches(columns=["text"]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     number += 1
+                    place = f"{path}, row {number}"
+                    try:
+                        content = value.as_py()
+                    except UnicodeDecodeError as error:
+                        problem(f"{place} is not UTF-8 ({error})")
+                        continue
+                    text = None if content is None else _checked(content, place, problem)
                     if text is not None:
-                        _check_text(text, f"{path}, row {number}")
                         yield Document(f"{path}:{number}", text)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UsageError(f"cannot read {path} as parquet: {error}") from error
+    except pyarrow.ArrowException as error:
+        problem(f"cannot read {path} as parquet: {error}")
 
 
-def _read_hub(name: str) -> Iterator[Document]:
-    import datasets
+def _read_hub(name: str, problem: _Problem) -> Iterator[Document]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(
+            f"the data set {name!r} needs the package datasets ({error}): pip install 'dynamask-attention[train]'"
+        ) from error
 
     try:
         rows = datasets.load_dataset(name, split="train")
@@ -154,10 +192,9 @@ def _read_hub(name: str) -> Iterator[Document]:
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Check the "
             "spelling and the connection, then run the same command again: finished downloads are kept"
         ) from error
-    column = "text" if "text" in rows.column_names else None
-    if column is None:
+    if "text" not in rows.column_names:
         raise UsageError(f"the data set {name!r} has no column 'text'; it has {', '.join(rows.column_names)}")
     for number, row in enumerate(rows):
-        if row[column] is not None:
-            _check_text(row[column], f"{name}, row {number}")
-            yield Document(f"{name}:{number}", row[column])
+        text = None if row["text"] is None else _checked(row["text"], f"{name}, row {number}", problem)
+        if text is not None:
+            yield Document(f"{name}:{number}", text)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynamask.errors import UsageError
+from dynamask.hub import check_local_or_hub
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -40,15 +41,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
-    """A tokenizer from a folder or the hub.
+    """Load a tokenizer from a folder or the hub.
 
     Raises:
         UsageError: it cannot be loaded, or has no end-of-text token to separate documents with.
     """
+    if not isinstance(name_or_path, Path):
+        check_local_or_hub(name_or_path, "tokenizer folder")
+    if Path(name_or_path).is_dir() and not any(Path(name_or_path).glob("*token*")):
+        raise UsageError(f"{name_or_path} holds no tokenizer (no tokenizer.json or tokenizer_config.json)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot load the tokenizer {str(name_or_path)!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged tokenizer.json raises a bare Exception of the tokenizers library
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"cannot load the tokenizer {str(name_or_path)!r}: {message}") from error
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer {str(name_or_path)!r} has no eos token, which separates the documents")
     return tokenizer
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Encode a text in which a special token that is spelled out stays text.
+
+    Args:
+        tokenizer: of transformers.
+        text: any text; "<|endoftext|>" inside it becomes the tokens of these characters.
+
+    Returns:
+        Token ids, without special tokens.
+    """
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])

@@ -53,7 +53,9 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :360].to(model.device)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, split_special_tokens=True)["input_ids"][
+        :, :360
+    ].to(model.device)
     if ids.shape[1] == 0:
         raise InvalidInputError("the text is empty: there is no key to draw")
     expiry = layer_expiry(model, ids)

@@ -127,7 +127,7 @@ def test_blocks_mark_where_documents_begin(folder, tmp_path) -> None:
             begins = number * 50 + place in starts
             position = 0 if begins or place == 0 else position + 1
             assert block["position_ids"][place] == position
-            assert (block["labels"][place] == -100) == begins
+            assert (block["labels"][place] == -100) == (begins or place == 0)
 
 
 def test_an_unchanged_corpus_is_reused_and_a_changed_one_made_again(folder, tmp_path) -> None:
@@ -236,3 +236,90 @@ def test_a_failed_corpus_leaves_no_folder_above_it(tmp_path) -> None:
     with pytest.raises(UsageError, match="nothing to train on"):
         prepare([str(tmp_path / "blank.txt")], tmp_path / "run" / "corpus", vocab_size=300)
     assert [p.name for p in tmp_path.iterdir()] == ["blank.txt"]
+
+
+BAD_LINES = [
+    b"null",
+    b"[1, 2]",
+    b'"text"',
+    b'{"text": null}',
+    b'{"text": ' + b"9" * 5000 + b"}",
+    b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    b'{"text": "caf\xe9"}',
+    b'{"text": "cut',
+]
+
+
+def test_a_bad_line_of_a_table_is_skipped_alone_and_counted(tmp_path) -> None:
+    good = [json.dumps({"text": f"good {i}"}).encode() for i in range(len(BAD_LINES) + 1)]
+    lines = [line for pair in itertools.zip_longest(good, BAD_LINES) for line in pair if line is not None]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    skipped: list[str] = []
+    read = [d.text for d in documents([str(tmp_path / "a.jsonl")], errors="skip", skipped=skipped)]
+    assert read == [f"good {i}" for i in range(len(good))]
+    assert [message.split(", line ")[1].split()[0].rstrip(":") for message in skipped] == [
+        str(2 * i) for i in range(1, len(BAD_LINES) + 1)
+    ]
+    for bad in BAD_LINES:
+        (tmp_path / "one.jsonl").write_bytes(bad)
+        with pytest.raises(UsageError, match="errors=skip"):
+            list(documents([str(tmp_path / "one.jsonl")]))
+
+
+def test_marks_and_surrogates_do_not_cost_a_text(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x\\ud800y"}\n{"text": "\\ud83d\\ude00"}')
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfmarked")
+    assert [d.text for d in documents([str(tmp_path)])] == ["x\ufffdy", "\U0001f600", "marked"]
+
+
+def test_a_special_token_spelled_out_stays_text(tmp_path) -> None:
+    text = "one <|endoftext|> two <|endoftext|>"
+    (tmp_path / "a.txt").write_text(text)
+    corpus = prepare([str(tmp_path / "a.txt")], tmp_path / "corpus", vocab_size=300, validation=0.0)
+    stream = np.concatenate(corpus.tokens("train"))
+    tokenizer = corpus.tokenizer
+    assert (stream == tokenizer.eos_token_id).sum() == 1
+    assert tokenizer.decode(stream[:-1]) == text
+
+
+@pytest.mark.parametrize("held_first", [True, False])
+@pytest.mark.parametrize("large", [1, 2])
+def test_validation_holds_a_block(tmp_path, monkeypatch, held_first: bool, large: int) -> None:
+    """Whatever the hash of the names chooses: a short document alone must not be the whole held-out split."""
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "__init__.py").write_text("x=1")
+    for i in range(large):
+        (source / f"large{i}.py").write_text("def f(x):\n    return x + 1\n" * 400)
+    digest = (b"\x00" if held_first else b"\xff") * 32
+    real = shards.hashlib.sha256
+
+    def chosen(data=b""):
+        return type("Digest", (), {"digest": lambda self: digest})() if data.endswith(b"__init__.py") else real(data)
+
+    monkeypatch.setattr(shards.hashlib, "sha256", chosen)
+    corpus = prepare([str(source)], tmp_path / "corpus", vocab_size=300, block=128)
+    for split in ("train", "validation"):
+        assert len(PackedDataset(corpus, split, 128)) >= 1
+    assert corpus.index["splits"]["train"]["tokens"] > corpus.index["splits"]["validation"]["tokens"] / 2
+    wider = prepare([str(source)], tmp_path / "corpus", vocab_size=300, block=512)
+    assert len(PackedDataset(wider, "validation", 512)) >= 1
+
+
+@pytest.mark.parametrize("file", ["index.json", "train-00000.bin", "train-documents.npy", "tokenizer/tokenizer.json"])
+def test_a_damaged_corpus_is_named(folder, tmp_path, file: str) -> None:
+    corpus = prepare([str(folder)], tmp_path / "corpus", vocab_size=300)
+    damaged = corpus.folder / file
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pytest.raises(UsageError, match=r"is damaged|cannot load the tokenizer"):
+        _ = Corpus.open(corpus.folder).tokenizer
+
+
+def test_a_mistyped_source_is_not_looked_up_on_the_hub(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts" / "essays").mkdir(parents=True)
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(UsageError, match=r"no file or folder texts/esays; texts/ holds essays"):
+        list(documents(["texts/esays"]))
+    with pytest.raises(UsageError, match=r"no file or folder texst; a name on the hub is written owner/name"):
+        list(documents(["texst"]))

@@ -60,9 +60,11 @@ class Haystack:
 def _words(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """The tokens of a text, and the indices of those that begin a word."""
     if not getattr(tokenizer, "is_fast", False):  # no offsets: a needle may then stand between any two tokens
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
         return ids, list(range(len(ids)))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     begins = [begin for begin, _ in encoded["offset_mapping"]]
     words = [
         index

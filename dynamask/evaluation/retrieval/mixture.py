@@ -86,7 +86,9 @@ def _mixed(
     for document in documents:
         yield document
         recent.append(document.text)
-        tokens = len(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = len(
+            tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        )
         owed += tokens * share / (1 - share)
         texts: Haystack | None = None  # tokenised once per document, and only where an example is due
         while owed >= length:

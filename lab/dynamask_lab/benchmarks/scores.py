@@ -103,7 +103,9 @@ def extract_scores(run: str, text: str, length: int, path: Path) -> dict[str, An
     from dynamask.training import open_run
 
     model, tokenizer = open_run(run)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :length]
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, split_special_tokens=True)["input_ids"][
+        :, :length
+    ]
     if ids.shape[1] < length:
         raise UsageError(f"the text has {ids.shape[1]} tokens and {length} are asked for: give more text")
     scores = layer_scores(model.eval(), ids)

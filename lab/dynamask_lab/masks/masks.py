@@ -69,7 +69,11 @@ def mask_texts(run: str | Path, tokenizer: Any, data: Sequence[str] | None, leng
     """
     if data:
         streams: Iterable[list[int]] = (
-            list(tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"])
+            list(
+                tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+                    "input_ids"
+                ]
+            )
             for document in documents(data)
         )
     else:
