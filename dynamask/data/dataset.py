@@ -20,9 +20,9 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         length: tokens per block.
 
     Items:
-        input_ids (length,) int64; labels (length,) int64, -100 at the block's and at a document's first
-        token, which nothing before them predicts; position_ids (length,) int64, starting over at each document, which is how the model
-        keeps attention inside it.
+        input_ids (length,) int64; labels (length,) int64, -100 at the block's and at a document's first token, which
+        nothing before them predicts; position_ids (length,) int64, starting over at each document, which is how the
+        model keeps attention inside it.
 
     Raises:
         UsageError: the split is shorter than one block.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dynamask.data.tokenizer import encode_text
 from dynamask.errors import InvalidInputError
 from dynamask.inspect.gate_scores import gate_scores
 from dynamask.ops.expiry import key_expiry
@@ -53,9 +54,7 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, split_special_tokens=True)["input_ids"][
-        :, :360
-    ].to(model.device)
+    ids = torch.tensor([encode_text(tokenizer, text)[:360]], dtype=torch.long, device=model.device)
     if ids.shape[1] == 0:
         raise InvalidInputError("the text is empty: there is no key to draw")
     expiry = layer_expiry(model, ids)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import repeat
 from typing import Any
 
+from dynamask.data.tokenizer import encode_text
 from dynamask.errors import InvalidInputError
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -60,7 +61,7 @@ class Haystack:
 def _words(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """The tokens of a text, and the indices of those that begin a word."""
     if not getattr(tokenizer, "is_fast", False):  # no offsets: a needle may then stand between any two tokens
-        ids = list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+        ids = encode_text(tokenizer, text)
         return ids, list(range(len(ids)))
     encoded = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False

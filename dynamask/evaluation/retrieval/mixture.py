@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dynamask.data.sources import Document
+from dynamask.data.tokenizer import encode_text
 from dynamask.errors import InvalidInputError
 from dynamask.evaluation.retrieval.haystack import Haystack
 from dynamask.evaluation.retrieval.tasks import TASKS, least_length, make_example
@@ -86,9 +87,7 @@ def _mixed(
     for document in documents:
         yield document
         recent.append(document.text)
-        tokens = len(
-            tokenizer(document.text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        )
+        tokens = len(encode_text(tokenizer, document.text))
         owed += tokens * share / (1 - share)
         texts: Haystack | None = None  # tokenised once per document, and only where an example is due
         while owed >= length:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamask.data.tokenizer import encode_text
 from dynamask.errors import UsageError
 from dynamask.inspect.gate_scores import gate_scores
 from dynamask.mixers import DynamicMaskGate
@@ -103,9 +104,7 @@ def extract_scores(run: str, text: str, length: int, path: Path) -> dict[str, An
     from dynamask.training import open_run
 
     model, tokenizer = open_run(run)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, split_special_tokens=True)["input_ids"][
-        :, :length
-    ]
+    ids = torch.tensor([encode_text(tokenizer, text)[:length]], dtype=torch.long)
     if ids.shape[1] < length:
         raise UsageError(f"the text has {ids.shape[1]} tokens and {length} are asked for: give more text")
     scores = layer_scores(model.eval(), ids)
