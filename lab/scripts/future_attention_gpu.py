@@ -46,6 +46,7 @@ MAX_TILES = {
     64: [
         Tiles(64, 128, 4, 3, tma=True, registers=168),
         Tiles(64, 128, 4, 3, tma=True),
+        Tiles(64, 128, 8, 3, tma=True),
         Tiles(128, 64, 4, 3, tma=True, registers=168),
         Tiles(128, 128, 8, 3, tma=True),
         Tiles(64, 128, 4, 3, registers=168),
@@ -53,8 +54,8 @@ MAX_TILES = {
     128: [
         Tiles(64, 128, 4, 2, tma=True, registers=168),
         Tiles(64, 128, 4, 3, tma=True),
+        Tiles(64, 128, 8, 2, tma=True),
         Tiles(128, 64, 4, 2, tma=True, registers=168),
-        Tiles(128, 128, 8, 2, tma=True),
         Tiles(64, 128, 4, 3, registers=168),
     ],
 }

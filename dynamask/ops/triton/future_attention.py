@@ -111,7 +111,7 @@ def _bounds(
 def sum_tiles_of(dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Work of the log-sum-exp kernel for a head width."""
     if dtype == torch.float32:
-        return Tiles(64, 32 if dim <= 128 else 16, 4, 1)
+        return Tiles(64 if dim <= 128 else 32, 32 if dim <= 128 else 16, 4, 1)
     if not _hopper(device):
         return Tiles(128 if dim <= 128 else 64, 64 if dim <= 64 else 32, 4, 2)
     if dim <= 64:
@@ -124,7 +124,7 @@ def sum_tiles_of(dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
 def max_tiles_of(dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
     """Work of the maximum kernel for a head width."""
     if dtype == torch.float32:
-        return Tiles(64, 32 if dim <= 128 else 16, 4, 1)
+        return Tiles(64 if dim <= 128 else 32, 32 if dim <= 128 else 16, 4, 1)
     if not _hopper(device):
         return Tiles(64 if dim <= 128 else 32, 64, 4, 2)
     if dim <= 64:
@@ -138,6 +138,10 @@ def _hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
 def log_sum_exp_launch(
     query: Tensor, key: Tensor, bounds: Bounds, first: int, scale: float, tiles: Tiles | None = None
 ) -> Tensor:
@@ -147,17 +151,20 @@ def log_sum_exp_launch(
     tiles = tiles or sum_tiles_of(dim, query.dtype, query.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
     width = max(16, triton.next_power_of_2(dim))
-    block = first // tiles.queries
+    items = (triton.cdiv(length, tiles.queries) - first // tiles.queries) * batch * heads
     tma = tiles.tma and _fits_tma(key)
-    _log_sum_exp[(triton.cdiv(length, tiles.queries) - block, batch * heads)](
+    _log_sum_exp[(items,)](
         query,
         _descriptor(key, tiles.keys, width) if tma else key,
         *_given(bounds.start, bounds.real, bounds.padding, instead=lse),
         lse,
         scale * LOG2E,
         length,
+        batch * heads,
         heads,
         heads // groups,
+        items,
+        _processors(query.device),
         DIM=dim,
         WIDTH=width,
         M=tiles.queries,
@@ -191,7 +198,8 @@ def largest_launch(
     largest = torch.zeros(batch, groups, length, dtype=torch.float32, device=query.device)
     width = max(16, triton.next_power_of_2(dim))
     tma = tiles.tma and _fits_tma(query)
-    _largest[(triton.cdiv(length - local, tiles.keys), batch * heads)](
+    items = triton.cdiv(length - local, tiles.keys) * batch * heads
+    _largest[(items,)](
         _descriptor(query, tiles.queries, width) if tma else query,
         key,
         *_given(bounds.end, bounds.real, bounds.padding, instead=lse),
@@ -201,8 +209,11 @@ def largest_launch(
         length,
         local,
         first_query,
+        batch * heads,
         heads,
         heads // groups,
+        items,
+        _processors(query.device),
         DIM=dim,
         WIDTH=width,
         M=tiles.queries,
@@ -271,7 +282,21 @@ def _tile(
     return tile
 
 
-@triton.jit(do_not_specialize=["length", "heads", "ratio"])
+@triton.jit
+def _item(rows, items, processors):
+    """Block, counted from the longest walk, and head of this program.
+
+    Long walks come first, so that no straggler is left at the end. Every other round over the multiprocessors runs
+    backwards: where all programs run at once, each multiprocessor then has long and short walks.
+    """
+    item = tl.program_id(0)
+    turn = item // processors
+    backwards = turn * processors + tl.minimum((turn + 1) * processors, items) - 1 - item
+    item = tl.where(turn % 2 == 1, backwards, item)
+    return item // rows, item % rows
+
+
+@triton.jit(do_not_specialize=["length", "rows", "heads", "ratio", "items", "processors"])
 def _log_sum_exp(
     query,
     key,
@@ -281,8 +306,11 @@ def _log_sum_exp(
     lse,
     factor,
     length,
+    rows,
     heads,
     ratio,
+    items,
+    processors,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     M: tl.constexpr,
@@ -293,10 +321,9 @@ def _log_sum_exp(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The last blocks have the longest walks; starting with them leaves no straggler at the end.
-    blocks = tl.cdiv(length, M)
-    first = (blocks - 1 - tl.program_id(0)) * M
-    head = tl.program_id(1)
+    # The last queries have the longest walks.
+    place, head = _item(rows, items, processors)
+    first = (tl.cdiv(length, M) - 1 - place) * M
     key_head = head // ratio
     row = (head // heads).to(tl.int64) * length
     i = first + tl.arange(0, M)
@@ -357,7 +384,7 @@ def _log_sum_exp(
     tl.store(lse + head.to(tl.int64) * length + i, top + tl.log2(total), mask=i < length)
 
 
-@triton.jit(do_not_specialize=["length", "local", "first_query", "heads", "ratio"])
+@triton.jit(do_not_specialize=["length", "local", "first_query", "rows", "heads", "ratio", "items", "processors"])
 def _largest(
     query,
     key,
@@ -370,8 +397,11 @@ def _largest(
     length,
     local,
     first_query,
+    rows,
     heads,
     ratio,
+    items,
+    processors,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     M: tl.constexpr,
@@ -382,8 +412,9 @@ def _largest(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    first = tl.program_id(0) * N
-    head = tl.program_id(1)
+    # The first keys have the longest walks.
+    place, head = _item(rows, items, processors)
+    first = place * N
     key_head = head // ratio
     row = (head // heads).to(tl.int64) * length
     lse += head.to(tl.int64) * length
