@@ -21,8 +21,8 @@ from dynamask.ops.interval.api import BACKENDS
 from dynamask.ops.interval.operators import triton_available
 from dynamask.ops.positions import segment_bounds
 
-_TILE_ELEMENTS = 1 << 24
-"""Logits that the CPU path holds at once: 64 MB of float32."""
+_TILE_ELEMENTS = 1 << 22
+"""Logits that the CPU path holds at once: few enough to stay near the caches, enough for whole products."""
 
 
 def future_attention(
@@ -237,18 +237,24 @@ def _blocked(
         low = 0 if start is None else int(start[:, begin].min())
         block = grouped[:, :, :, begin:end].to(wide).reshape(batch, groups, ratio * (end - begin), dim)
         logits = torch.matmul(block * scale, keys[..., low:end]).view(batch, groups, ratio, end - begin, end - low)
+        # Without segments and padding the masks are needed near the diagonal only.
+        plain = start is None and key_mask is None
+        near, late = (begin, max(begin - local + 1, 0)) if plain else (low, low)
         i, j = position[begin:end, None], position[low:end]
-        hidden = (j > i)[None]
+        hidden = (j[near - low :] > i)[None]
         if start is not None:
             hidden = hidden | (j < start[:, begin:end, None])
         if key_mask is not None:
             hidden = hidden | ~key_mask[:, None, low:end]
-        weights = logits.masked_fill_(hidden[:, None, None], -math.inf).softmax(-1)
-        ignored = hidden | (j + local > i)
+        logits[..., near - low :].masked_fill_(hidden[:, None, None], -math.inf)
+        weights = logits.softmax(-1)
+        ignored = (j[late - low :] + local > i)[None]
+        if not plain:
+            ignored = ignored | hidden
         if key_mask is not None:
             ignored = ignored | ~key_mask[:, begin:end, None]
-        largest = weights.masked_fill_(ignored[:, None, None], 0.0).amax((2, 3))
-        result[:, :, low:end] = torch.maximum(result[:, :, low:end], largest)
+        weights[..., late - low :].masked_fill_(ignored[:, None, None], 0.0)
+        result[:, :, low:end] = torch.maximum(result[:, :, low:end], weights.amax((2, 3)))
     return result
 
 
