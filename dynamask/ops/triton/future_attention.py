@@ -135,7 +135,8 @@ def max_tiles_of(dim: int, dtype: torch.dtype, device: torch.device) -> Tiles:
 
 
 def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+    # Or a data-centre Blackwell: the others have too little shared memory.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def _processors(device: torch.device) -> int:
