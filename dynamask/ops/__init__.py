@@ -3,6 +3,7 @@
 | folder or file | holds |
 | --- | --- |
 | `expiry.py` | which queries see which key |
+| `bias.py` | scores as biases on logits |
 | `interval/` | attention over intervals: interface, definition, CPU path, `torch.library` operators |
 | `future_attention.py` | the largest weight that a later query gives each key: what learned ranks predict |
 | `triton/` | the GPU kernels, in Triton |
@@ -11,6 +12,7 @@
 | `nsa/` | Native Sparse Attention, a rival |
 """
 
+from dynamask.ops.bias import finite_bias
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.future_attention import future_attention
 from dynamask.ops.interval.api import BACKENDS, attend, dynamic_mask_attention, interval_attention
@@ -20,6 +22,7 @@ __all__ = [
     "BACKENDS",
     "attend",
     "dynamic_mask_attention",
+    "finite_bias",
     "future_attention",
     "interval_attention",
     "key_expiry",

@@ -11,21 +11,7 @@ from hypothesis import strategies as st
 from dynamask import InvalidInputError, dynamic_mask_attention, interval_attention, key_expiry
 from dynamask.ops.interval import blocked
 from dynamask.ops.interval.operators import interval_attention_op
-
-
-def inputs(batch=2, heads=4, groups=2, queries=None, length=40, dim=4, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    queries = length if queries is None else queries
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-
-    return (
-        draw(batch, heads, queries, dim),
-        draw(batch, groups, length, dim),
-        draw(batch, groups, length, dim),
-        draw(batch, groups, length),
-    )
+from tests.ops.checks import LOWEST, inputs, spoilt_reaches_only_its_queries, weights_sum_to_one
 
 
 @settings(max_examples=60, deadline=None)
@@ -52,9 +38,9 @@ def test_lean_path_is_the_reference(length: int, window: int, data: st.DataObjec
     grad = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     expected_grads = torch.autograd.grad(expected, (query, key, value, scores), grad)
     arguments = [t.detach() for t in (query, key, value)]
-    output, lse = blocked.forward(*arguments, expiry, scores.detach(), 0.5, block=block)
+    output, *parts = blocked.forward(*arguments, expiry, scores.detach(), 0.5, block=block)
     torch.testing.assert_close(output, expected.detach())
-    grads = blocked.backward(grad, *arguments, expiry, scores.detach(), output, lse, 0.5, block=block)
+    grads = blocked.backward(grad, *arguments, expiry, scores.detach(), output, *parts, 0.5, block=block)
     for actual, wanted in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, wanted)
 
@@ -174,6 +160,11 @@ def _change(index: int, tensor: torch.Tensor) -> list:
         (_change(0, torch.zeros(2, 4, 9, 4, dtype=torch.float64)), "9 queries but only 8 keys"),
         (_change(0, torch.zeros(2, 4, 8, 4)), "must share one dtype"),
         (_change(0, torch.zeros(4, 8, 4)), "query must be a float tensor"),
+        (_change(0, None), "query must be a torch.Tensor"),
+        (_change(1, [[1.0]]), "key must be a torch.Tensor"),
+        (_change(3, [8, 8]), "expiry must be a torch.Tensor"),
+        (_change(4, [0.0]), "bias must be a torch.Tensor"),
+        (_change(4, torch.zeros(2, 4, 8)), r"one number per key and key/value head \(2\), not per query head \(4\)"),
         (_change(1, torch.zeros(2, 2, 8, 5, dtype=torch.float64)), "key must be"),
         (_change(2, torch.zeros(2, 2, 7, 4, dtype=torch.float64)), "value must agree"),
         (_change(3, torch.zeros(2, 2, 8)), "expiry must be int32"),
@@ -185,6 +176,125 @@ def test_bad_input_is_named(arguments: list, message: str) -> None:
     *tensors, bias = arguments
     with pytest.raises(InvalidInputError, match=message):
         interval_attention(*tensors, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "turned", "message"),
+    [
+        (4, 2, "qkv", "query, key and value seem to be in the layout .batch, length, heads, head_dim."),
+        (4, 4, "qkv", r"scores must be .*if query, key and value are in the layout"),
+        (3, 2, "qkv", "layout"),
+        (6, 2, "q", r"query seems to be in the layout .* call query.transpose\(1, 2\)"),
+    ],
+)
+def test_a_layout_with_the_length_first_is_named(heads: int, groups: int, turned: str, message: str) -> None:
+    heads = heads if turned == "q" or heads % groups == 0 else 4
+    tensors = {
+        name: torch.zeros(2, count, 9 if name != "q" or turned == "qkv" else 5, 8)
+        for name, count in (("q", heads), ("k", groups), ("v", groups))
+    }
+    tensors = {name: t.transpose(1, 2) if name in turned else t for name, t in tensors.items()}
+    with pytest.raises(InvalidInputError, match=message):
+        dynamic_mask_attention(*tensors.values(), torch.zeros(2, groups, 9), 4)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.zeros(2, 4, 8), r"scores must be .* = \(2, 2, 8\).*not per query head \(4\)"),
+        (torch.zeros(2, 8, 2), r"scores must be .*transpose scores"),
+        (torch.zeros(2, 2, 7), r"scores must be a float tensor of shape"),
+        (torch.zeros(2, 2, 8, dtype=torch.int32), r"scores must be a float tensor"),
+        (None, r"scores must be a torch.Tensor"),
+    ],
+)
+def test_bad_scores_are_named(scores: object, message: str) -> None:
+    query, key, value, _ = inputs(length=8)
+    with pytest.raises(InvalidInputError, match=message):
+        dynamic_mask_attention(query, key, value, scores, 4)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch"])
+@pytest.mark.parametrize(("batch", "queries", "length"), [(0, 5, 5), (2, 0, 0), (2, 0, 5), (0, 0, 0)])
+def test_empty_tensors_give_an_empty_result(backend: str, batch: int, queries: int, length: int) -> None:
+    query, key, value, scores = inputs(batch=batch, queries=queries, length=length)
+    output = dynamic_mask_attention(query, key, value, scores, [3, 4], sinks=1, backend=backend)
+    assert output.shape == (batch, 4, queries, 4)
+    for grad, tensor in zip(torch.autograd.grad(output.sum(), (query, key, value)), (query, key, value), strict=True):
+        assert grad.shape == tensor.shape
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_windows_of_heads_and_sinks_reach_the_operator(backend: str) -> None:
+    query, key, value, scores = inputs()
+    actual = dynamic_mask_attention(query, key, value, scores, [4, 30], local=1, sinks=2, backend=backend)
+    expiry = key_expiry(scores, [4, 30], local=1, sinks=2)
+    expected = interval_attention(query, key, value, expiry, bias=scores, backend="reference")
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_score_that_is_not_finite_ranks_but_is_not_added(backend: str) -> None:
+    query, key, value, scores = inputs()
+    special = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    with torch.no_grad():
+        scores[:, :, 3:6] = special
+    output = dynamic_mask_attention(query, key, value, scores, 8, backend=backend)
+    expiry, bias = key_expiry(scores, 8), scores.detach().clone()
+    bias[:, :, 3:6] = 0
+    assert (expiry[:, :, 4] == 40).all()
+    torch.testing.assert_close(output, interval_attention(query, key, value, expiry, bias=bias, backend="reference"))
+    for grad in torch.autograd.grad(output.square().sum(), (query, key, value, scores)):
+        assert grad.isfinite().all()
+    assert (grad[:, :, 3:6] == 0).all()
+    assert (grad[:, :, 6:].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("level", [1e5, -1e7, 1e30, LOWEST, -LOWEST])
+@pytest.mark.parametrize("queries", [40, 3])
+def test_weights_sum_to_one_under_large_biases(backend: str, level: float, queries: int) -> None:
+    weights_sum_to_one(backend, level, queries, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_bias_of_minus_infinity_takes_a_key_out(backend: str) -> None:
+    query, key, value, scores = inputs()
+    with torch.no_grad():
+        scores[0, :, 5:9] = float("-inf")
+        scores[1] = float("-inf")
+    expiry = key_expiry(torch.zeros(2, 2, 40), 4)  # query 8 of the first row sees keys at -inf alone
+    output = interval_attention(query, key, value, expiry, bias=scores, backend=backend)
+    assert (output[1] == 0).all()
+    assert (output[0, :, 8] == 0).all()
+    seen = (torch.arange(40)[:, None] >= torch.arange(40)) & (torch.arange(40)[:, None] < torch.arange(40) + 4)
+    mask = scores.detach()[:1].repeat_interleave(2, 1)[:, :, None].masked_fill(~seen, float("-inf"))
+    mask[:, :, 8] = 0
+    repeat = [t.detach()[:1].repeat_interleave(2, 1) for t in (key, value)]
+    expected = F.scaled_dot_product_attention(query.detach()[:1], *repeat, attn_mask=mask)
+    rows = torch.arange(40) != 8
+    torch.testing.assert_close(output[:1, :, rows], expected[:, :, rows])
+    for grad in torch.autograd.grad(output.square().sum(), (query, key, value, scores)):
+        assert grad.isfinite().all()
+        assert (grad[1] == 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_a_steep_slope_drifts_at_no_position(backend: str) -> None:
+    query, key, value, _ = (t.detach().float() for t in inputs())
+    expiry = key_expiry(torch.zeros(2, 2, 40), 9)
+    near = 0.5 * torch.arange(40.0).expand(2, 2, 40)
+    far = near + 2.0**20
+    outputs = [interval_attention(query, key, value, expiry, bias=b, backend=backend) for b in (near, far)]
+    torch.testing.assert_close(*outputs, atol=4e-6, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("which", ["value", "key", "padding"])
+def test_what_a_query_does_not_see_cannot_reach_it(backend: str, number: float, which: str) -> None:
+    spoilt_reaches_only_its_queries(backend, number, which, "cpu", torch.float64, 1e-9)
 
 
 def test_unknown_or_unavailable_backend_is_named() -> None:

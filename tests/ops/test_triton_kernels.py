@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import numpy as np
@@ -20,8 +21,10 @@ from dynamask.ops.expiry import key_expiry_by_definition
 from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.reference import interval_attention_reference
 from dynamask.ops.triton.cache_insert import replace_lowest_kernel
+from tests.ops.checks import LOWEST, spoilt_reaches_only_its_queries, weights_sum_to_one
 
 GPU = torch.cuda.is_available()
+NAN = math.nan
 DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.skipif(
     not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
@@ -177,6 +180,48 @@ def test_deterministic_mode_is_bitwise() -> None:
             grads.append([t.grad for t in inputs])
         for other in grads[1:]:
             assert all(torch.equal(a, b) for a, b in zip(grads[0], other, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("level", "queries"), [(-1e7, 40), (1e30, 40), (LOWEST, 40), (-LOWEST, 3), (LOWEST, 3)])
+def test_weights_sum_to_one_under_large_biases(level: float, queries: int, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        weights_sum_to_one("triton", level, queries, DEVICE)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("queries", [40, 2])
+def test_keys_at_minus_infinity_alone_give_zeros(queries: int) -> None:
+    query, key, value, bias = (torch.randn(1, 2, n, 16, device=DEVICE) for n in (queries, 40, 40, 40))
+    bias = bias[..., 0].clone()
+    bias[:, 0] = float("-inf")
+    bias[:, 1, 5:] = float("-inf")
+    leaves = [t.requires_grad_() for t in (query, key, value, bias)]
+    output = attend(*leaves[:3], key_expiry(torch.zeros(1, 2, 40, device=DEVICE), 4), bias=bias, backend="triton")
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    expected = interval_attention_reference(*wide[:3], key_expiry(torch.zeros(1, 2, 40), 4).to(DEVICE), wide[3], 0.25)
+    assert (expected[:, 1, 8:] == 0).all()
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+    grads = (torch.autograd.grad(o.square().sum(), t) for o, t in ((output, leaves), (expected, wide)))
+    for actual, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(actual.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("which", "number", "queries"),
+    [("value", NAN, 40), ("key", NAN, 40), ("padding", NAN, 40), ("value", math.inf, 3), ("padding", NAN, 3)],
+)
+def test_what_a_query_does_not_see_cannot_reach_it(
+    which: str, number: float, queries: int, deterministic: bool
+) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        spoilt_reaches_only_its_queries("triton", number, which, DEVICE, torch.float32, 1e-4, queries)
     finally:
         torch.use_deterministic_algorithms(False)
 

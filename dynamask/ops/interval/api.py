@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
 from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.bias import finite_bias
+from dynamask.ops.checks import Window, check_tensor, check_window
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.operators import interval_attention_op, triton_available
 from dynamask.ops.interval.reference import interval_attention_reference
@@ -26,7 +29,7 @@ def interval_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention in which key j is visible exactly to the queries `j <= i < expiry[j]`.
+    """Compute attention in which key j is visible exactly to the queries `j <= i < expiry[j]`.
 
         out[i] = softmax_j( scale · query[i]·key[j] + bias[j] ) value[j]   over the visible j
 
@@ -40,12 +43,14 @@ def interval_attention(
         value: (B, G, N, Dv), dtype and device of the query.
         expiry: (B, G, N) int32.
         bias: (B, G, N) float, added to the logits of key j for every query, kept in its own dtype. None: zero.
+            A key with the bias -inf has no weight.
         scale: factor on the query-key products, default D**-0.5.
         backend: "reference" (materialised mask), "torch" (O(N·w), memory-lean), "triton" (GPU kernels) or
             "auto": triton for CUDA tensors where Triton is installed, torch otherwise.
 
     Returns:
-        (B, H, Nq, Dv) in the query's dtype. A query that sees no key gets zeros and zero gradients.
+        (B, H, Nq, Dv) in the query's dtype. A query that sees no key, or keys of bias -inf alone, gets zeros and
+        zero gradients. A NaN reaches the queries that see it and no others. Empty tensors give an empty result.
         Differentiable in query, key, value and bias (once; the reference backend any number of times).
 
     Raises:
@@ -67,7 +72,7 @@ def attend(
     backend: str = "auto",
     max_live: int = 0,
 ) -> Tensor:
-    """`interval_attention` for callers who know how many keys a query sees at most.
+    """Compute `interval_attention` for callers who know how many keys a query sees at most.
 
     Args:
         max_live: that number, or 0 if unknown. It spares the GPU path a look at the data, and must be right: a
@@ -75,16 +80,19 @@ def attend(
 
     The rest as in `interval_attention`. Under autocast query, key and value take its dtype, as in SDPA.
     """
-    narrow = autocast_dtype(query)
+    narrow = autocast_dtype(query) if isinstance(query, Tensor) else None
     if narrow is not None:
         # Norms with float32 weights leave query and key wider than value. Autocast is off inside: sums stay float32.
         inputs = (query, key, value)
-        query, key, value = [t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in inputs]
+        query, key, value = [_narrowed(t, narrow) for t in inputs]
         with torch.autocast(query.device.type, enabled=False):
             return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
     _check_attention_arguments(query, key, value, expiry, bias)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     backend = _choose_backend(backend, query)
+    if query.shape[0] == 0 or query.shape[2] == 0:
+        empty = query.new_zeros(*query.shape[:3], value.shape[3])
+        return empty + 0 * (query.sum() + key.sum() + value.sum())  # no number, but autograd finds the inputs
     if backend == "reference":
         return interval_attention_reference(query, key, value, expiry, bias, scale)
     return interval_attention_op(query, key, value, expiry, bias, scale, backend, max_live)[0]
@@ -95,24 +103,27 @@ def dynamic_mask_attention(
     key: Tensor,
     value: Tensor,
     scores: Tensor,
-    window: int,
+    window: Window,
     *,
     local: int = 0,
+    sinks: int = 0,
     segment_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Dynamic mask attention: each query keeps the `window` best-scored keys of its prefix.
+    """Compute dynamic mask attention: each query keeps the `window` best-scored keys of its prefix.
 
     The scores rank the keys (`key_expiry`, not differentiated) and are added to the logits of the kept keys,
-    which is how they get their gradient.
+    which is how they get their gradient. A score that is NaN or infinite ranks its key (NaN lowest), but is not
+    added to a logit (`finite_bias`).
 
     Args:
         query: (B, H, Nq, D); key (B, G, N, D); value (B, G, N, Dv). The queries are the last Nq positions.
         scores: (B, G, N) float, one score per key.
-        window: keys each query keeps.
+        window: keys each query keeps: an integer, or G integers, one per key/value head.
         local: how many of them are the newest positions.
+        sinks: how many of them are the first positions of the segment. local + sinks <= min(window).
         segment_ids: (B, N) non-decreasing integers of packed documents.
         key_mask: (B, N) bool, True for a real token.
         scale: factor on the query-key products, default D**-0.5.
@@ -126,8 +137,18 @@ def dynamic_mask_attention(
 
     Source: arXiv 2508.02124, equations (5) to (9).
     """
-    expiry = key_expiry(scores.detach(), window, local=local, segment_ids=segment_ids, key_mask=key_mask)
-    return attend(query, key, value, expiry, bias=scores, scale=scale, backend=backend, max_live=window)
+    _check_inputs(query, key, value)
+    _check_per_key("scores", scores, query, key, value)
+    windows = check_window(window, local, sinks, groups=key.shape[1])
+    expiry = key_expiry(scores, windows, local=local, sinks=sinks, segment_ids=segment_ids, key_mask=key_mask)
+    bias = finite_bias(scores)
+    return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max(windows))
+
+
+def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
 
 
 def _choose_backend(backend: str, query: Tensor) -> str:
@@ -144,7 +165,24 @@ def _choose_backend(backend: str, query: Tensor) -> str:
 
 
 def _check_attention_arguments(query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None) -> None:
+    _check_inputs(query, key, value)
+    if not query.dtype == key.dtype == value.dtype:
+        raise InvalidInputError(
+            f"query, key and value must share one dtype; got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
+    _check_per_key("expiry", expiry, query, key, value)
+    if bias is not None:
+        _check_per_key("bias", bias, query, key, value)
+    tensors = {"query": query, "key": key, "value": value, "expiry": expiry, "bias": bias}
+    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise InvalidInputError(f"all tensors must be on one device; got {devices}")
+
+
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise `InvalidInputError` unless the shapes of query, key and value fit each other."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor, "(batch, heads, length, head_dim)")
         if tensor.dim() != 4 or not tensor.is_floating_point():
             raise InvalidInputError(
                 f"{name} must be a float tensor of shape (batch, heads, length, head_dim); "
@@ -152,37 +190,71 @@ def _check_attention_arguments(query: Tensor, key: Tensor, value: Tensor, expiry
             )
     batch, heads, num_queries, dim = query.shape
     groups, length = key.shape[1:3]
+    problem = None
     if key.shape[0] != batch or key.shape[3] != dim:
-        raise InvalidInputError(
-            f"key must be (batch={batch}, num_key_value_heads, length, head_dim={dim}); got {tuple(key.shape)}"
-        )
-    if value.shape[:3] != key.shape[:3]:
-        raise InvalidInputError(
+        problem = f"key must be (batch={batch}, num_key_value_heads, length, head_dim={dim}); got {tuple(key.shape)}"
+    elif value.shape[:3] != key.shape[:3]:
+        problem = (
             f"value must agree with key in batch, heads and length {tuple(key.shape[:3])}; got {tuple(value.shape)}"
         )
-    if groups == 0 or heads % groups:
-        raise InvalidInputError(
-            f"the number of query heads ({heads}) must be a multiple of the number of key/value heads ({groups})"
-        )
-    if num_queries > length:
-        raise InvalidInputError(
+    elif groups == 0 or heads % groups:
+        problem = f"the number of query heads ({heads}) must be a multiple of the number of key/value heads ({groups})"
+    elif num_queries > length:
+        problem = (
             f"there are {num_queries} queries but only {length} keys: the queries are the last positions of the keys"
         )
-    if not query.dtype == key.dtype == value.dtype:
-        raise InvalidInputError(
-            f"query, key and value must share one dtype; got {query.dtype}, {key.dtype}, {value.dtype}"
+    if problem is not None:
+        raise InvalidInputError(problem + _layout_hint(query, key, value))
+
+
+def _check_per_key(name: str, tensor: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise `InvalidInputError` unless `tensor` holds one number per key: expiry, bias or scores."""
+    batch, groups, length = key.shape[:3]
+    expected = (batch, groups, length)
+    kind = "int32" if name == "expiry" else "a float tensor"
+    check_tensor(name, tensor, str(expected))
+    fits = tensor.dtype == torch.int32 if name == "expiry" else tensor.is_floating_point()
+    if tensor.shape == expected and fits:
+        return
+    hint = ""
+    if tensor.shape == (batch, query.shape[1], length) and tensor.shape != expected:
+        hint = f": one number per key and key/value head ({groups}), not per query head ({query.shape[1]})"
+    elif tensor.shape == (batch, length, groups) and tensor.shape != expected:
+        # Either this tensor or all of the others have the length before the heads.
+        hint = f"; if query, key and value are {_FOREIGN_LAYOUT}: {_TRANSPOSE}; if they are not, transpose {name}"
+    raise InvalidInputError(
+        f"{name} must be {kind} of shape (batch, num_key_value_heads, length) = {expected}; "
+        f"got {tensor.dtype} of shape {tuple(tensor.shape)}{hint}"
+    )
+
+
+_FOREIGN_LAYOUT = "in the layout (batch, length, heads, head_dim) of flash-attention"
+_TRANSPOSE = "dynamask takes (batch, heads, length, head_dim), so call .transpose(1, 2) on them"
+
+
+def _layout_hint(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Name the layout (batch, length, heads, head_dim) where the shapes fit once it is transposed, else nothing."""
+
+    def fit(query_shape: Sequence[int], key_shape: Sequence[int], value_shape: Sequence[int]) -> bool:
+        batch, heads, num_queries, dim = query_shape
+        key_batch, groups, length, key_dim = key_shape
+        return (
+            (batch, dim) == (key_batch, key_dim)
+            and tuple(value_shape[:3]) == (batch, groups, length)
+            and groups > 0
+            and heads % groups == 0
+            and 0 < num_queries <= length
         )
-    if expiry.shape != (batch, groups, length) or expiry.dtype != torch.int32:
-        raise InvalidInputError(
-            f"expiry must be int32 of shape {(batch, groups, length)}; got {expiry.dtype} of shape "
-            f"{tuple(expiry.shape)}"
+
+    def turned(tensor: Tensor) -> tuple[int, ...]:
+        batch, second, third, dim = tensor.shape
+        return (batch, third, second, dim)
+
+    if fit(turned(query), turned(key), turned(value)):
+        return f". query, key and value seem to be {_FOREIGN_LAYOUT}: {_TRANSPOSE}"
+    if fit(turned(query), key.shape, value.shape):
+        return (
+            f". query seems to be {_FOREIGN_LAYOUT}: dynamask takes (batch, heads, length, head_dim), so call "
+            "query.transpose(1, 2)"
         )
-    if bias is not None and (bias.shape != (batch, groups, length) or not bias.is_floating_point()):
-        raise InvalidInputError(
-            f"bias must be a float tensor of shape {(batch, groups, length)}; got {bias.dtype} of shape "
-            f"{tuple(bias.shape)}"
-        )
-    tensors = {"query": query, "key": key, "value": value, "expiry": expiry, "bias": bias}
-    devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
-    if len(set(devices.values())) > 1:
-        raise InvalidInputError(f"all tensors must be on one device; got {devices}")
+    return ""

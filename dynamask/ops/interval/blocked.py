@@ -13,8 +13,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dynamask.ops.interval.weighted_sum import weighted_sum
+
 DEFAULT_BLOCK = 256
 """Queries per block: a small multiple of what fills a core's vector units, well under a typical window."""
+
+_STEEP = 64.0
+"""Biases above this are subtracted from each other before anything is added to them."""
 
 
 def key_lists(expiry: Tensor, num_queries: int, block: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -55,23 +60,38 @@ def _gather(rows: Tensor, index: Tensor) -> Tensor:
 
 
 def _tile(
-    grouped: Tensor, key: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, block: tuple
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One block: its queries (B, G, R·M, D), gathered keys (B, G, L, D) and masked logits (B, G, R, M, L)."""
-    start, stop, index, listed, first = block
+    grouped: Tensor, key: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, block: tuple, top: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """One block: its queries (B, G, R·M, D), gathered keys (B, G, L, D), logits (B, G, R, M, L), what is seen
+    (B, G, 1, M, L), and the bias (B, G, 1, M) that the logits count from.
+
+    Args:
+        top: that bias, (B, G, 1, M). None: the largest bias that each query sees, if any bias of the call is steep.
+    """
+    start, stop, index, listed, first, steep = block
     batch, groups, ratio, _, dim = grouped.shape
     rows = stop - start
     q = grouped[:, :, :, start - first : stop - first].reshape(batch, groups, ratio * rows, dim)
     k = _gather(key, index).to(q.dtype)
-    logits = torch.matmul(q * scale, k.transpose(-1, -2))
-    if bias is not None:
-        logits += bias.gather(-1, index).to(q.dtype).unsqueeze(2)
+    logits = torch.matmul(q * scale, k.transpose(-1, -2)).view(batch, groups, ratio, rows, -1)
     query_position = torch.arange(start, stop, device=index.device)[:, None]
     alive = expiry.gather(-1, index)[:, :, None, :]
     seen = (index[:, :, None, :] <= query_position) & (query_position < alive) & listed[:, :, None, :]
     seen = seen.unsqueeze(2)
-    logits = logits.view(batch, groups, ratio, rows, -1).masked_fill_(~seen, float("-inf"))
-    return q, k, logits
+    if bias is not None:
+        relative = bias.gather(-1, index)[:, :, None, None, :]
+        if steep:
+            # Differences of large biases are exact, their sums with the products are not.
+            relative = relative.to(torch.promote_types(bias.dtype, q.dtype))
+            if top is None:
+                top = _finite(relative.masked_fill(~seen, float("-inf")).amax(-1))
+            relative = relative - top.unsqueeze(-1)
+        logits += relative.to(q.dtype)
+    return q, k, logits.masked_fill_(~seen, float("-inf")), seen, top if steep else None
+
+
+def _is_steep(bias: Tensor | None) -> bool:
+    return bias is not None and bool((bias.abs() > _STEEP).any())
 
 
 def forward(
@@ -82,8 +102,8 @@ def forward(
     bias: Tensor | None,
     scale: float,
     block: int = DEFAULT_BLOCK,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of interval attention.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the output of interval attention, and its log-sum-exp in two parts.
 
     Args:
         query: (B, H, Nq, D); key (B, G, N, D); value (B, G, N, Dv); expiry (B, G, N); bias (B, G, N) or None.
@@ -91,8 +111,9 @@ def forward(
         block: queries per tile.
 
     Returns:
-        output (B, H, Nq, Dv) in the query's dtype and lse (B, H, Nq) in float32 (float64 for float64), -inf
-        where a query sees no key.
+        output (B, H, Nq, Dv) in the query's dtype; top and rest (B, H, Nq) in float32 (float64 for float64), whose
+        sum is the log-sum-exp of a query's logits. top is 0, or the largest bias that the query sees where biases
+        are steep: in the sum, large biases would round the rest away. rest is -inf where a query sees no key.
     """
     batch, heads, num_queries, dim = query.shape
     groups, length = key.shape[1], key.shape[2]
@@ -100,21 +121,29 @@ def forward(
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).view(batch, groups, ratio, num_queries, dim)
     output = torch.zeros(batch, groups, ratio, num_queries, value.shape[-1], dtype=wide, device=query.device)
-    lse = torch.full((batch, groups, ratio, num_queries), float("-inf"), dtype=wide, device=query.device)
+    top = torch.zeros((batch, groups, ratio, num_queries), dtype=wide, device=query.device)
+    rest = torch.full_like(top, float("-inf"))
+    steep = _is_steep(bias)
     for start, stop, index, listed in key_lists(expiry, num_queries, block):
         if index.shape[-1] == 0:
             continue
-        _, _, logits = _tile(grouped, key, expiry, bias, scale, (start, stop, index, listed, first))
-        row_lse = torch.logsumexp(logits, dim=-1)
+        tile = (start, stop, index, listed, first, steep)
+        _, _, logits, seen, block_top = _tile(grouped, key, expiry, bias, scale, tile, None)
+        largest = logits.amax(-1)
         # exp(-inf - finite) = 0 is what a row without keys needs; -inf - -inf would be NaN.
-        weights = logits.sub_(_finite(row_lse).unsqueeze(-1)).exp_()
-        v = _gather(value, index).to(wide).unsqueeze(2)
+        weights = logits.sub_(_finite(largest).unsqueeze(-1)).exp_()
+        total = weights.sum(-1)
+        v = _gather(value, index).to(wide)
+        mixed = torch.matmul(weights.view(batch, groups, ratio * (stop - start), -1), v).view(*total.shape, -1)
+        if not bool(mixed.isfinite().all()):
+            mixed = weighted_sum(weights, v.unsqueeze(2), seen)
         rows = slice(start - first, stop - first)
-        shape = (batch, groups, 1, ratio * (stop - start), -1)
-        tile = torch.matmul(weights.reshape(shape), v)
-        output[:, :, :, rows] = tile.view(batch, groups, ratio, stop - start, -1)
-        lse[:, :, :, rows] = row_lse
-    return output.view(batch, heads, num_queries, -1).to(query.dtype), lse.view(batch, heads, num_queries)
+        output[:, :, :, rows] = mixed / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
+        rest[:, :, :, rows] = largest + total.log()
+        if block_top is not None:
+            top[:, :, :, rows] = block_top.to(wide)
+    shape = (batch, heads, num_queries)
+    return output.view(*shape, -1).to(query.dtype), top.view(shape), rest.view(shape)
 
 
 def backward(
@@ -125,15 +154,39 @@ def backward(
     expiry: Tensor,
     bias: Tensor | None,
     output: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    rest: Tensor,
     scale: float,
     block: int = DEFAULT_BLOCK,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward` to query, key, value and bias; each tile of weights is computed again from lse.
+    """Compute the gradients of `forward` to query, key, value and bias; tiles of weights are computed again.
 
-    Shapes as in `forward`; `grad_output` has the output's. Returns gradients in the inputs' dtypes; that of
-    the bias is float32 (float64) zeros-shaped (B, G, N) even where bias is None.
+    Shapes as in `forward`; `grad_output` has the output's; `top` and `rest` are those of `forward`. Returns
+    gradients in the inputs' dtypes; that of the bias is float32 (float64) zeros-shaped (B, G, N) even where bias is
+    None.
     """
+    arguments = (grad_output, query, key, value, expiry, bias, output, top, rest, scale, block)
+    gradients = _gradients(*arguments, careful=False)
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        gradients = _gradients(*arguments, careful=True)
+    return gradients
+
+
+def _gradients(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    scale: float,
+    block: int,
+    careful: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward`; `careful` keeps numbers that are not finite out of the gradients of what does not see them."""
     batch, heads, num_queries, dim = query.shape
     groups, length = key.shape[1], key.shape[2]
     ratio, first = heads // groups, length - num_queries
@@ -142,27 +195,38 @@ def backward(
     grad = grad_output.to(wide).view(batch, groups, ratio, num_queries, -1)
     # sum_j p_ij · dp_ij = do_i · o_i, the same identity FlashAttention uses.
     delta = (grad * output.to(wide).view_as(grad)).sum(-1)
-    row_lse = _finite(lse).view(batch, groups, ratio, num_queries)
+    rest = _finite(rest).view(batch, groups, ratio, num_queries)
+    top = top.view(batch, groups, ratio, num_queries)[:, :, :1]
     dq = torch.zeros_like(grouped)
     dk = torch.zeros(key.shape, dtype=wide, device=key.device)
     dv = torch.zeros(value.shape, dtype=wide, device=key.device)
     dbias = torch.zeros(expiry.shape, dtype=wide, device=key.device)
+    steep = _is_steep(bias)
+
+    def product(weights: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+        return weighted_sum(weights, values, seen) if careful else torch.matmul(weights, values)
+
     for start, stop, index, listed in key_lists(expiry, num_queries, block):
         if index.shape[-1] == 0:
             continue
-        tile = (start, stop, index, listed, first)
-        q, k, logits = _tile(grouped, key, expiry, bias, scale, tile)
+        tile = (start, stop, index, listed, first, steep)
         rows = slice(start - first, stop - first)
-        weights = logits.sub_(row_lse[:, :, :, rows].unsqueeze(-1)).exp_()
+        q, k, logits, seen, _ = _tile(grouped, key, expiry, bias, scale, tile, top[:, :, :, rows])
+        weights = logits.sub_(rest[:, :, :, rows].unsqueeze(-1)).exp_()
         flat = (batch, groups, ratio * (stop - start), -1)
         weights = weights.reshape(flat)
         do = grad[:, :, :, rows].reshape(flat)
         v = _gather(value, index).to(wide)
         dlogits = torch.matmul(do, v.transpose(-1, -2))
         dlogits.sub_(delta[:, :, :, rows].reshape(flat)).mul_(weights)
-        dq[:, :, :, rows] = (torch.matmul(dlogits, k) * scale).view(batch, groups, ratio, stop - start, dim)
-        _scatter_add(dv, index, torch.matmul(weights.transpose(-1, -2), do))
-        _scatter_add(dk, index, torch.matmul(dlogits.transpose(-1, -2), q) * scale)
+        if careful:
+            seen = seen.expand(batch, groups, ratio, stop - start, -1).reshape(flat)
+            weights.masked_fill_(~seen, 0.0)
+            dlogits.masked_fill_(~seen, 0.0)
+        seen_by = seen.transpose(-1, -2)
+        dq[:, :, :, rows] = (product(dlogits, k, seen) * scale).view(batch, groups, ratio, stop - start, dim)
+        _scatter_add(dv, index, product(weights.transpose(-1, -2), do, seen_by))
+        _scatter_add(dk, index, product(dlogits.transpose(-1, -2), q, seen_by) * scale)
         dbias.scatter_add_(-1, index, dlogits.sum(2))
     return dq.view_as(query).to(query.dtype), dk.to(key.dtype), dv.to(value.dtype), dbias
 
@@ -171,5 +235,5 @@ def _scatter_add(total: Tensor, index: Tensor, rows: Tensor) -> None:
     total.scatter_add_(2, index.unsqueeze(-1).expand_as(rows), rows)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    return lse.masked_fill(lse == float("-inf"), 0.0)
+def _finite(logits: Tensor) -> Tensor:
+    return logits.masked_fill(logits == float("-inf"), 0.0)

@@ -31,16 +31,16 @@ def interval_attention_op(
     scale: float,
     backend: str,
     max_live: int,
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; see `dynamask.ops.interval.blocked.forward` for shapes."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the output and the log-sum-exp in two parts; see `dynamask.ops.interval.blocked.forward`."""
     if backend == "triton":
         from dynamask.ops import triton as kernels
 
-        output, lse = kernels.interval_forward(query, key, value, expiry, bias, scale, max_live)
+        output, top, rest = kernels.interval_forward(query, key, value, expiry, bias, scale, max_live)
     else:
-        output, lse = blocked.forward(query, key, value, expiry, bias, scale)
+        output, top, rest = blocked.forward(query, key, value, expiry, bias, scale)
     # Compiled code believes the strides below, whatever those of the inputs.
-    return output.contiguous(), lse.contiguous()
+    return output.contiguous(), top.contiguous(), rest.contiguous()
 
 
 @interval_attention_op.register_fake
@@ -53,10 +53,11 @@ def _(
     scale: float,
     backend: str,
     max_live: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
-    return output, query.new_empty(query.shape[:-1], dtype=wide)
+    top, rest = (query.new_empty(query.shape[:-1], dtype=wide) for _ in range(2))
+    return output, top, rest
 
 
 @torch.library.custom_op("dynamask::interval_attention_backward", mutates_args=())
@@ -68,7 +69,8 @@ def interval_attention_backward_op(
     expiry: Tensor,
     bias: Tensor | None,
     output: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    rest: Tensor,
     scale: float,
     backend: str,
     max_live: int,
@@ -79,10 +81,10 @@ def interval_attention_backward_op(
 
         deterministic = torch.are_deterministic_algorithms_enabled()
         gradients = kernels.interval_backward(
-            grad_output, query, key, value, expiry, bias, output, lse, scale, max_live, deterministic
+            grad_output, query, key, value, expiry, bias, output, top, rest, scale, max_live, deterministic
         )
     else:
-        gradients = blocked.backward(grad_output, query, key, value, expiry, bias, output, lse, scale)
+        gradients = blocked.backward(grad_output, query, key, value, expiry, bias, output, top, rest, scale)
     dq, dk, dv, dbias = (gradient.contiguous() for gradient in gradients)
     return dq, dk, dv, dbias
 
@@ -96,7 +98,8 @@ def _(
     expiry: Tensor,
     bias: Tensor | None,
     output: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    rest: Tensor,
     scale: float,
     backend: str,
     max_live: int,
@@ -114,13 +117,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, expiry, bias, scale, backend, max_live = inputs
     ctx.save_for_backward(query, key, value, expiry, bias, *output)
     ctx.scale, ctx.backend, ctx.max_live = scale, backend, max_live
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward(ctx, grad_output, _grad_lse):  # type: ignore[no-untyped-def]
-    query, key, value, expiry, bias, output, lse = ctx.saved_tensors
+def _backward(ctx, grad_output, *_):  # type: ignore[no-untyped-def]
+    query, key, value, expiry, bias, *parts = ctx.saved_tensors
     dq, dk, dv, dbias = interval_attention_backward_op(
-        grad_output.contiguous(), query, key, value, expiry, bias, output, lse, ctx.scale, ctx.backend, ctx.max_live
+        grad_output.contiguous(), query, key, value, expiry, bias, *parts, ctx.scale, ctx.backend, ctx.max_live
     )
     return dq, dk, dv, None, None if bias is None else dbias.to(bias.dtype), None, None, None
 

@@ -41,8 +41,8 @@ def is_available() -> bool:
 
 def interval_forward(
     query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, max_live: int
-) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp; shapes as in `dynamask.ops.interval.blocked.forward`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the output and the log-sum-exp in two parts; shapes as in `dynamask.ops.interval.blocked.forward`.
 
     Args:
         max_live: no query sees more keys than this; 0 if unknown, which costs one look at the data.
@@ -53,8 +53,10 @@ def interval_forward(
         return decode(query, key, value, expiry, bias, scale)
     lists = forward_lists(query, value, expiry, max_live)
     forward_hopper = hopper("forward", query, value)
-    launch = forward_kernel_launch if forward_hopper is None else forward_hopper.forward_kernel_launch
-    return launch(query, key, value, expiry, bias, lists, scale)
+    if forward_hopper is None:
+        return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+    output, lse = forward_hopper.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+    return output, lse, torch.zeros_like(lse)
 
 
 def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
@@ -76,7 +78,8 @@ def interval_backward(
     expiry: Tensor,
     bias: Tensor | None,
     output: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    rest: Tensor,
     scale: float,
     max_live: int,
     deterministic: bool,
@@ -84,7 +87,7 @@ def interval_backward(
     """Gradients to query, key, value (their dtypes) and bias (float32); `deterministic`: the same bits every time."""
     query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
     bias = None if bias is None else bias.float().contiguous()
-    saved = (output.contiguous(), lse.contiguous())
+    saved = (output.contiguous(), top.contiguous(), rest.contiguous())
     return backward_kernel_launch(
         grad_output.contiguous(), query, key, value, expiry, bias, *saved, scale, max_live, deterministic
     )

@@ -1,6 +1,6 @@
 """Backward over the forward's lists: one pass gives dQ directly, and dK, dV, dbias by atomic sums in float32.
 
-Where a walk over each key's queries gives the others (`_walk_kernel`: in deterministic mode `backward_walk.py`, on
+Where a walk over each key's queries gives the others (in deterministic mode `backward_walk.py`, `_walk_kernel` on
 long rows on Hopper `backward_hopper.py`), it gives dQ alone, on Hopper in `backward_query_hopper.py`.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
-from dynamask.ops.triton.forward import LOG2E, row_of
+from dynamask.ops.triton.forward import LOG2E, load_row_sums, row_of
 from dynamask.ops.triton.lists import block_of, build_lists, rows_of
 
 
@@ -27,7 +27,8 @@ def backward_kernel_launch(
     expiry: Tensor,
     bias: Tensor | None,
     output: Tensor,
-    lse: Tensor,
+    top: Tensor,
+    rest: Tensor,
     scale: float,
     max_live: int,
     deterministic: bool,
@@ -35,26 +36,32 @@ def backward_kernel_launch(
     """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous.
 
     Args:
+        top, rest: two parts of the log-sum-exp, as the forward pass gives them.
         max_live: no query sees more keys than this; 0 if unknown.
         deterministic: bitwise the same on every run, in some more time.
     """
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
-    lse, delta = prepare(grad_output, output, lse)
-    walk = _walk_kernel(query, value, deterministic)
-    if walk is not None:
+    lse, delta = prepare(grad_output, output, top, rest)
+    walk = _walk_kernel(query, value)
+    if deterministic:
+        d_key, d_value, d_bias = walk_kernel_launch(
+            grad_output, query, key, value, expiry, bias, top, rest, delta, scale
+        )
+    elif walk is not None:
         d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, lse, delta, scale)
-        query_hopper = hopper("backward_dq", query, value)
-        if query_hopper is not None:
-            lists = build_lists(expiry, num_queries, query_hopper.block_of(ratio), max_live)
-            d_query = query_hopper.query_kernel_launch(
-                grad_output, query, key, value, expiry, bias, lse, delta, lists, scale
-            )
-            return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
     else:
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
+    scatter = not deterministic and walk is None
+    query_hopper = None if scatter else hopper("backward_dq", query, value)
+    if query_hopper is not None:
+        lists = build_lists(expiry, num_queries, query_hopper.block_of(ratio), max_live)
+        d_query = query_hopper.query_kernel_launch(
+            grad_output, query, key, value, expiry, bias, lse, delta, lists, scale
+        )
+        return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
     d_query = torch.empty_like(query)
     narrow = query.element_size() == 2
     rows = rows_of(max(dim, value_dim), query.element_size())
@@ -66,7 +73,8 @@ def backward_kernel_launch(
         value,
         expiry,
         expiry if bias is None else bias,
-        lse,
+        top,
+        rest,
         delta,
         lists.index,
         lists.whole,
@@ -90,34 +98,36 @@ def backward_kernel_launch(
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
         HAS_BIAS=bias is not None,
-        SCATTER=walk is None,
+        SCATTER=scatter,
         PRECISION="tf32" if narrow else "ieee",
         **tiles(max(dim, value_dim), narrow),
     )
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
 
 
-def prepare(grad_output: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def prepare(grad_output: Tensor, output: Tensor, top: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     """What every step needs of a query row, in one pass over it.
 
     Args:
         grad_output, output: (B, H, Nq, Dv), contiguous.
-        lse: (B, H, Nq) float32.
+        top, rest: (B, H, Nq) float32, two parts of the log-sum-exp.
 
     Returns:
         The log-sum-exp to base 2, +inf where the query saw no key, so that exp2(s - it) is 0 there; and
-        do_i · o_i = sum_j p_ij · dp_ij (FlashAttention's identity). Both (B, H, Nq) float32.
+        do_i · o_i = sum_j p_ij · dp_ij (FlashAttention's identity), 0 where the query saw no key. Both (B, H, Nq)
+        float32.
     """
     value_dim = output.shape[-1]
-    lse_2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse_2, delta = torch.empty_like(top), torch.empty_like(top)
     rows = 32
-    _prepare[(triton.cdiv(lse.numel(), rows),)](
+    _prepare[(triton.cdiv(top.numel(), rows),)](
         grad_output,
         output,
-        lse,
+        top,
+        rest,
         lse_2,
         delta,
-        lse.numel(),
+        top.numel(),
         ROWS=rows,
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
@@ -126,10 +136,8 @@ def prepare(grad_output: Tensor, output: Tensor, lse: Tensor) -> tuple[Tensor, T
     return lse_2, delta
 
 
-def _walk_kernel(query: Tensor, value: Tensor, deterministic: bool) -> Callable[..., tuple[Tensor, ...]] | None:
-    """What gives dK, dV and dbias: a walk over each key's queries, or None for atomic sums in the pass for dQ."""
-    if deterministic:
-        return walk_kernel_launch
+def _walk_kernel(query: Tensor, value: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
+    """The walk over each key's queries on Hopper; None where atomic sums in the pass for dQ give dK, dV and dbias."""
     backward_hopper = hopper("backward_dkv", query, value)
     # Measured on an H100 (lab/kernels.md): ordering the keys costs more than it saves on short rows.
     if backward_hopper is None or query.shape[2] < 8192:
@@ -147,7 +155,16 @@ def tiles(dim: int, narrow: bool) -> dict[str, int]:
 
 @triton.jit
 def _prepare(
-    grad_output, output, lse, lse_2, delta, rows, ROWS: tl.constexpr, VALUE_DIM: tl.constexpr, VALUE_PAD: tl.constexpr
+    grad_output,
+    output,
+    top,
+    rest,
+    lse_2,
+    delta,
+    rows,
+    ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < rows
@@ -156,16 +173,18 @@ def _prepare(
     mask = real[:, None] & (dv < VALUE_DIM)[None, :]
     do = tl.load(grad_output + place, mask=mask, other=0.0).to(tl.float32)
     o = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(do * o, 1), mask=real)
-    own = tl.load(lse + row, mask=real, other=0.0)
-    tl.store(lse_2 + row, tl.where(own == float("-inf"), float("inf"), own * LOG2E), mask=real)
+    lse = tl.load(top + row, mask=real, other=0.0) + tl.load(rest + row, mask=real, other=0.0)
+    dead = lse == float("-inf")
+    tl.store(delta + row, tl.where(dead, 0.0, tl.sum(do * o, 1)), mask=real)
+    tl.store(lse_2 + row, tl.where(dead, float("inf"), lse * LOG2E), mask=real)
 
 
 @triton.jit
 def _tile(
     q,
     do,
-    row_lse,
+    row_top,
+    row_rest,
     row_delta,
     dq,
     position,
@@ -193,10 +212,11 @@ def _tile(
     v_place = wide[:, None] * VALUE_DIM + dv[None, :]
     k = tl.load(key + k_place, mask=(d < DIM)[None, :], other=0.0)
     v = tl.load(value + v_place, mask=(dv < VALUE_DIM)[None, :], other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if HAS_BIAS:
-        s += (tl.load(bias + wide) * LOG2E)[None, :]
-    p = tl.exp2(s - row_lse[:, None])
+        s += tl.load(bias + wide)[None, :]
+    # Differences first, as in the forward pass.
+    p = tl.exp2((s - row_top[:, None]) * LOG2E - row_rest[:, None])
     if TEST:
         dies = tl.load(expiry + wide, mask=listed, other=0)
         p = tl.where((j[None, :] <= position[:, None]) & (position[:, None] < dies[None, :]), p, 0.0)
@@ -224,7 +244,8 @@ def _backward(
     value,
     expiry,
     bias,
-    lse,
+    top,
+    rest,
     delta,
     index,
     whole,
@@ -269,8 +290,10 @@ def _backward(
         mask=real[:, None] & (dv < VALUE_DIM)[None, :],
         other=0.0,
     )
-    # A row of no query weighs nothing: exp2(s - inf) = 0.
-    row_lse = tl.load(lse + q_row, mask=real, other=float("inf"))
+    row_top, row_rest = load_row_sums(top, rest, q_row, real)
+    # Its query and gradient may be NaN, which a weight of zero would pass on.
+    weighs = (row_rest != float("inf"))[:, None]
+    q, do = tl.where(weighs, q, 0.0), tl.where(weighs, do, 0.0)
     row_delta = tl.load(delta + q_row, mask=real, other=0.0)
     base = row.to(tl.int64) * length
     key += base * DIM
@@ -289,13 +312,28 @@ def _backward(
     for begin in range(0, whole_tiles, N):
         j = tl.load(list_row + begin + n)
         dq = _tile(
-            q, do, row_lse, row_delta, dq, position, j, n >= 0, key, value, expiry, bias, d_key, d_value, d_bias,
-            scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, SCATTER, False, PRECISION,
+            q, do, row_top, row_rest, row_delta, dq, position, j, n >= 0, key, value, expiry, bias, d_key, d_value,
+            d_bias, scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, SCATTER, False, PRECISION,
         )  # fmt: skip
     for begin in range(0, tested, N):
         j = row_of(list_row, begin + n, whole_tiles, num_whole, tested, capacity)
         dq = _tile(
-            q, do, row_lse, row_delta, dq, position, j, begin + n < tested, key, value, expiry, bias, d_key, d_value,
-            d_bias, scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, SCATTER, True, PRECISION,
+            q, do, row_top, row_rest, row_delta, dq, position, j, begin + n < tested, key, value, expiry, bias, d_key,
+            d_value, d_bias, scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, SCATTER, True, PRECISION,
         )  # fmt: skip
+    if tl.sum(tl.sum((dq != dq).to(tl.int32), 1), 0) > 0:
+        # A key that is not finite reached rows that do not see it: 0 · NaN is NaN. Once more, key by key.
+        dq = tl.zeros([RATIO_PAD * M, DIM_PAD], tl.float32)
+        for entry in range(0, whole_tiles + tested):
+            j = tl.load(list_row + tl.where(entry < num_whole, entry, capacity - 1 - (entry - num_whole)))
+            seen = (j <= position) & (position < tl.load(expiry + j))
+            wide = j.to(tl.int64)
+            k = tl.load(key + wide * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+            v = tl.load(value + wide * VALUE_DIM + dv, mask=dv < VALUE_DIM, other=0.0).to(tl.float32)
+            s = tl.sum(q.to(tl.float32) * k[None, :], 1) * scale
+            if HAS_BIAS:
+                s += tl.load(bias + wide)
+            p = tl.exp2((s - row_top) * LOG2E - row_rest)
+            ds = p * (tl.sum(do.to(tl.float32) * v[None, :], 1) - row_delta)
+            dq += tl.where(seen[:, None], ds[:, None] * k[None, :], 0.0)
     tl.store(d_query + q_row[:, None] * DIM + d[None, :], (dq * scale).to(d_query.dtype.element_ty), mask=q_mask)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.triton.forward import LOG2E
+from dynamask.ops.triton.forward import LOG2E, load_row_sums
 
 _SLAB = 1024
 """Keys ordered by expiry at a time; between 512 and 2048 makes little difference."""
@@ -177,14 +177,16 @@ def walk_kernel_launch(
     value: Tensor,
     expiry: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
+    top: Tensor,
+    rest: Tensor,
     delta: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to key and value in their dtypes and bias in float32; arguments contiguous.
 
     Args:
-        lse, delta: as `backward.prepare` gives them.
+        top, rest: two parts of the log-sum-exp, as the forward pass gives them.
+        delta: as `backward.prepare` gives it.
     """
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
@@ -202,7 +204,8 @@ def walk_kernel_launch(
         value,
         expiry,
         expiry if bias is None else bias,
-        lse,
+        top,
+        rest,
         delta,
         walking_order(expiry),
         d_key,
@@ -245,7 +248,8 @@ def _walk(
     value,
     expiry,
     bias,
-    lse,
+    top,
+    rest,
     delta,
     order,
     d_key,
@@ -284,7 +288,7 @@ def _walk(
     k = tl.load(key + k_place, mask=k_mask, other=0.0)
     v = tl.load(value + v_place, mask=v_mask, other=0.0)
     if HAS_BIAS:
-        own = tl.load(bias + wide, mask=listed, other=0.0) * LOG2E
+        own = tl.load(bias + wide, mask=listed, other=0.0)
     first_query = length - num_queries
     alive = dies > tl.maximum(j, first_query)
     low = tl.min(tl.where(alive, tl.maximum(j, first_query), length), 0)
@@ -306,14 +310,16 @@ def _walk(
             mask=real[:, None] & (dv < VALUE_DIM)[None, :],
             other=0.0,
         )
-        # A row of no query weighs nothing: exp2(s - inf) = 0.
-        row_lse = tl.load(lse + q_row, mask=real, other=float("inf"))
+        row_top, row_rest = load_row_sums(top, rest, q_row, real)
+        # A row without keys may hold NaN, which a weight of zero would pass on.
+        weighs = (row_rest != float("inf"))[:, None]
+        q, do = tl.where(weighs, q, 0.0), tl.where(weighs, do, 0.0)
         row_delta = tl.load(delta + q_row, mask=real, other=0.0)
         seen = (j[:, None] <= position[None, :]) & (position[None, :] < dies[:, None])
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         if HAS_BIAS:
             s += own[:, None]
-        p = tl.where(seen, tl.exp2(s - row_lse[None, :]), 0.0)
+        p = tl.where(seen, tl.exp2((s - row_top[None, :]) * LOG2E - row_rest[None, :]), 0.0)
         d_v = tl.dot(p.to(do.dtype), do, d_v, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = tl.where(seen, p * (dp - row_delta[None, :]), 0.0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.triton.forward import LN2, LOG2E
+from dynamask.ops.triton.forward import LOG2E, attend_key
 
 MAX_QUERIES = 8
 _SPLIT = 256
@@ -16,8 +16,8 @@ _SPLIT = 256
 
 def decode(
     query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, Nq, Dv) and lse (B, H, Nq) float32, Nq <= MAX_QUERIES; shapes as in `blocked.forward`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, H, Nq, Dv), largest logit and rest (B, H, Nq) as `forward.forward_kernel_launch`, Nq <= MAX_QUERIES.
 
     Every key is read once, in order, and tested: from a bounded cache nearly all of them are seen.
     """
@@ -30,7 +30,7 @@ def decode(
     splits = max(1, triton.cdiv(length, part))
     rows = max(16, triton.next_power_of_2(ratio * num_queries))
     outputs = torch.empty(splits, batch, heads, num_queries, value_dim, dtype=torch.float32, device=query.device)
-    lses = torch.empty(splits, batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    tops, totals = (torch.empty(outputs.shape[:4], dtype=torch.float32, device=query.device) for _ in range(2))
     _decode[(splits, batch * groups)](
         query,
         key,
@@ -38,7 +38,8 @@ def decode(
         expiry,
         expiry if bias is None else bias,
         outputs,
-        lses,
+        tops,
+        totals,
         scale,
         batch * heads * num_queries,
         length,
@@ -57,19 +58,21 @@ def decode(
         num_stages=2,
     )
     output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
     _merge[(batch * heads * num_queries,)](
         outputs,
-        lses,
+        tops,
+        totals,
         output,
-        lse,
+        largest,
+        rest,
         splits,
         SPLITS_PAD=triton.next_power_of_2(splits),
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
         num_warps=4,
     )
-    return output, lse
+    return output, largest, rest
 
 
 @triton.jit
@@ -80,7 +83,8 @@ def _decode(
     expiry,
     bias,
     outputs,
-    lses,
+    tops,
+    totals,
     scale,
     total_rows,
     length,
@@ -122,17 +126,31 @@ def _decode(
             mask=there[:, None] & (dv < VALUE_DIM)[None, :],
             other=0.0,
         )
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        # What a key holds that no query sees may be NaN, which a weight of zero would pass on.
+        v = tl.where((dies > tl.maximum(j, length - NUM_QUERIES))[:, None], v, 0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_BIAS:
-            s += (tl.load(bias + place, mask=there, other=0.0) * LOG2E)[None, :]
+            s += tl.load(bias + place, mask=there, other=0.0)[None, :]
         s = tl.where((j[None, :] <= position[:, None]) & (position[:, None] < dies[None, :]), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - shift[:, None])
-        shrink = tl.exp2(top - shift)
+        # Differences first: a large bias times log2(e) may be infinite.
+        p = tl.exp2((s - shift[:, None]) * LOG2E)
+        shrink = tl.exp2((top - shift) * LOG2E)
         total = total * shrink + tl.sum(p, 1)
         mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
         top = new_top
+    if NUM_QUERIES > 1:  # noqa: SIM102
+        if tl.sum(tl.sum((mixed != mixed).to(tl.int32), 1), 0) > 0:
+            # A value that is not finite reached queries that do not see it: 0 · NaN is NaN. Once more, key by key.
+            top = tl.full([ROWS], float("-inf"), tl.float32)
+            total = tl.zeros([ROWS], tl.float32)
+            mixed = tl.zeros([ROWS, VALUE_PAD], tl.float32)
+            for j in range(split * part, stop):
+                seen = (j <= position) & (position < tl.load(expiry + base + j))
+                top, total, mixed = attend_key(
+                    q, seen, base + j, key, value, bias, d, dv, scale, top, total, mixed, DIM, VALUE_DIM, HAS_BIAS
+                )
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = split.to(tl.int64) * total_rows + q_row
     tl.store(
@@ -140,15 +158,18 @@ def _decode(
         mixed,
         mask=real[:, None] & (dv < VALUE_DIM)[None, :],
     )
-    tl.store(lses + out_row, (top + tl.log2(total)) * LN2, mask=real)
+    tl.store(tops + out_row, top, mask=real)
+    tl.store(totals + out_row, total, mask=real)
 
 
 @triton.jit
 def _merge(
     outputs,
-    lses,
+    tops,
+    totals,
     output,
-    lse,
+    largest,
+    rest,
     splits,
     SPLITS_PAD: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -158,10 +179,11 @@ def _merge(
     rows = tl.num_programs(0).to(tl.int64)
     s = tl.arange(0, SPLITS_PAD)
     dv = tl.arange(0, VALUE_PAD)
-    part = tl.load(lses + s * rows + row, mask=s < splits, other=float("-inf"))
-    top = tl.max(part, 0)
-    base = tl.where(top == float("-inf"), 0.0, top)
-    weight = tl.exp2((part - base) * LOG2E)
+    there = s < splits
+    top = tl.load(tops + s * rows + row, mask=there, other=float("-inf"))
+    highest = tl.max(top, 0)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp2((top - shift) * LOG2E) * tl.load(totals + s * rows + row, mask=there, other=0.0)
     total = tl.sum(weight, 0)
     tile = tl.load(
         outputs + (s[:, None] * rows + row) * VALUE_DIM + dv[None, :],
@@ -170,4 +192,5 @@ def _merge(
     )
     mixed = tl.sum(tile * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(output + row * VALUE_DIM + dv, mixed.to(output.dtype.element_ty), mask=dv < VALUE_DIM)
-    tl.store(lse + row, base + tl.log(total))
+    tl.store(largest + row, highest)
+    tl.store(rest + row, tl.log(total))

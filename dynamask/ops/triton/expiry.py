@@ -205,9 +205,19 @@ def _of_padding(key_mask: Tensor, segment_ids: Tensor | None, local: int, sinks:
     return mask if sink is None else mask + (sink & key_mask), later
 
 
-@functools.lru_cache(maxsize=256)
 def _on_device(counts: tuple[int, ...], device: torch.device) -> Tensor:
     """The counts of the heads on the device. Kept, because a copy to it would stall the stream in every call."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Memory of a graph is not for others to use, and a graph takes no copies from the host.
+        filled = torch.empty(len(counts), dtype=torch.int32, device=device)
+        for head, count in enumerate(counts):
+            filled[head].fill_(count)
+        return filled
+    return _copied(counts, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _copied(counts: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(counts, dtype=torch.int32, device=device)
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from dynamask.ops.triton.lists import KeyLists
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 def forward_kernel_launch(
@@ -21,13 +20,14 @@ def forward_kernel_launch(
     bias: Tensor | None,
     lists: KeyLists,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Output (B, H, Nq, Dv) and lse (B, H, Nq) float32; arguments contiguous, shapes as in `blocked.forward`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output (B, H, Nq, Dv), and float32 (B, H, Nq) each query's largest logit and the log of the sum of
+    exp(logit - largest); arguments contiguous, shapes as in `blocked.forward`."""
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
     output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
     narrow = query.element_size() == 2
     _forward[(lists.index.shape[1], batch * groups)](
         query,
@@ -39,7 +39,8 @@ def forward_kernel_launch(
         lists.whole,
         lists.partial,
         output,
-        lse,
+        largest,
+        rest,
         scale,
         heads,
         num_queries,
@@ -58,7 +59,7 @@ def forward_kernel_launch(
         PRECISION="tf32" if narrow else "ieee",
         **tiles(max(dim, value_dim), narrow),
     )
-    return output, lse
+    return output, largest, rest
 
 
 def tiles(dim: int, narrow: bool) -> dict[str, int]:
@@ -83,6 +84,51 @@ def row_of(list_row, place, whole_tiles, whole, total, capacity):
 
 
 @triton.jit
+def load_row_sums(top, rest, q_row, real):
+    """Of each query, what its logits count from and the rest of the log-sum-exp to base 2.
+
+    A row that sees nothing, or of no query, has the rest +inf: it weighs nothing, exp2(s - inf) = 0.
+    """
+    row_top = tl.load(top + q_row, mask=real, other=float("-inf"))
+    row_rest = tl.load(rest + q_row, mask=real, other=0.0)
+    dead = row_top + row_rest == float("-inf")
+    return tl.where(dead, 0.0, row_top), tl.where(dead, float("inf"), row_rest * LOG2E)
+
+
+@triton.jit
+def attend_key(
+    q,
+    seen,
+    j,
+    key,
+    value,
+    bias,
+    d,
+    dv,
+    scale,
+    top,
+    total,
+    mixed,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """One key at `j` of a row, for the queries that have `seen` it; the others keep their sums as they are."""
+    k = tl.load(key + j * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+    v = tl.load(value + j * VALUE_DIM + dv, mask=dv < VALUE_DIM, other=0.0).to(tl.float32)
+    s = tl.sum(q.to(tl.float32) * k[None, :], 1) * scale
+    if HAS_BIAS:
+        s += tl.load(bias + j)
+    s = tl.where(seen, s, float("-inf"))
+    new_top = tl.maximum(top, s)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2((s - base) * LOG2E)
+    shrink = tl.exp2((top - base) * LOG2E)
+    added = tl.where(seen[:, None], p[:, None] * v[None, :], 0.0)
+    return new_top, total * shrink + p, mixed * shrink[:, None] + added
+
+
+@triton.jit
 def _forward(
     query,
     key,
@@ -93,7 +139,8 @@ def _forward(
     whole,
     partial,
     output,
-    lse,
+    largest,
+    rest,
     scale,
     heads,
     num_queries,
@@ -133,7 +180,6 @@ def _forward(
     num_partial = tl.load(partial + row * blocks + block)
     whole_tiles = num_whole // N * N
 
-    factor = scale * LOG2E
     top = tl.full([RATIO_PAD * M], float("-inf"), tl.float32)
     total = tl.zeros([RATIO_PAD * M], tl.float32)
     mixed = tl.zeros([RATIO_PAD * M, VALUE_PAD], tl.float32)
@@ -142,12 +188,17 @@ def _forward(
         j = tl.load(list_row + begin + n).to(tl.int64)
         k = tl.load(key + j[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)
         v = tl.load(value + j[:, None] * VALUE_DIM + dv[None, :], mask=(dv < VALUE_DIM)[None, :], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_BIAS:
-            s += (tl.load(bias + j) * LOG2E)[None, :]
+            s += tl.load(bias + j)[None, :]
         new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])
-        shrink = tl.exp2(top - new_top)
+        base = new_top
+        if HAS_BIAS:
+            # A row whose biases so far are -inf has top -inf; -inf - -inf would be NaN.
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        # Differences first: a large bias times log2(e) may be infinite.
+        p = tl.exp2((s - base[:, None]) * LOG2E)
+        shrink = tl.exp2((top - base) * LOG2E)
         total = total * shrink + tl.sum(p, 1)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(p.to(v.dtype), v, mixed, input_precision=PRECISION)
@@ -162,19 +213,31 @@ def _forward(
         j = j.to(tl.int64)
         k = tl.load(key + j[:, None] * DIM + d[None, :], mask=(d < DIM)[None, :], other=0.0)
         v = tl.load(value + j[:, None] * VALUE_DIM + dv[None, :], mask=(dv < VALUE_DIM)[None, :], other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_BIAS:
-            s += (tl.load(bias + j) * LOG2E)[None, :]
+            s += tl.load(bias + j)[None, :]
         s = tl.where(seen, s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         # A row that has seen nothing yet has top -inf; -inf - -inf would be NaN.
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(top - base)
+        p = tl.exp2((s - base[:, None]) * LOG2E)
+        shrink = tl.exp2((top - base) * LOG2E)
         total = total * shrink + tl.sum(p, 1)
         mixed = mixed * shrink[:, None]
         mixed = tl.dot(p.to(v.dtype), v, mixed, input_precision=PRECISION)
         top = new_top
+
+    if tl.sum(tl.sum((mixed != mixed).to(tl.int32), 1), 0) > 0:
+        # A value that is not finite reached rows that do not see it: 0 · NaN is NaN. Once more, key by key.
+        top = tl.full([RATIO_PAD * M], float("-inf"), tl.float32)
+        total = tl.zeros([RATIO_PAD * M], tl.float32)
+        mixed = tl.zeros([RATIO_PAD * M, VALUE_PAD], tl.float32)
+        for entry in range(0, num_whole + num_partial):
+            j = tl.load(list_row + tl.where(entry < num_whole, entry, capacity - 1 - (entry - num_whole)))
+            seen = (j <= position) & (position < tl.load(expiry + j))
+            top, total, mixed = attend_key(
+                q, seen, j.to(tl.int64), key, value, bias, d, dv, scale, top, total, mixed, DIM, VALUE_DIM, HAS_BIAS
+            )
 
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(
@@ -182,4 +245,5 @@ def _forward(
         mixed.to(output.dtype.element_ty),
         mask=real[:, None] & (dv < VALUE_DIM)[None, :],
     )
-    tl.store(lse + q_row, (top + tl.log2(total)) * LN2, mask=real)
+    tl.store(largest + q_row, top, mask=real)
+    tl.store(rest + q_row, tl.log(total), mask=real)
