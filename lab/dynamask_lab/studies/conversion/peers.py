@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynamask.errors import UsageError
 
@@ -39,12 +40,16 @@ def load() -> Any:
             for member in members:
                 setattr(module, member, _missing)
             sys.modules[name] = module
+    functions = dict(ALL_ATTENTION_FUNCTIONS.items())
     try:
         import kvpress
     except ImportError as error:
         raise UsageError(f"kvpress cannot be imported ({error}): pip install --no-deps kvpress==0.5.5") from error
     from kvpress.presses import base_press
 
+    for name, function in functions.items():  # it wraps every attention function, in a way that fits dense ones alone
+        if name.startswith("dynamask"):
+            ALL_ATTENTION_FUNCTIONS[name] = function
     original = base_press.BasePress.forward_hook
 
     def forward_hook(self: Any, module: Any, given: Any, kwargs: dict[str, Any], output: Any) -> Any:

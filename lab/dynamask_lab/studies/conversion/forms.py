@@ -1,0 +1,349 @@
+"""The forms that the study compares, and the workshop that makes, trains and keeps them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dynamask.convert.calibration import CalibrationBlocks
+from dynamask.mixers.rank_predictor import Float32Linear, RankPredictor, settle
+from dynamask_lab.studies.conversion import peers
+from dynamask_lab.studies.conversion.distil import train
+from dynamask_lab.studies.conversion.measure import Form
+
+KINDS = ("dense", "dense trained", "converted", "peer")
+LOCAL, SINKS = 128, 4
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one form is.
+
+    Attributes:
+        kind: one of `KINDS`.
+        budget: mean keys per KV head; None for the dense model.
+        seed: of what is trained.
+        distilled: whether the model itself is trained after it has been converted.
+        windows: "heads" (allocated by calibration) or "equal".
+        ranks: "learned" or "newest".
+        predictor: "hidden" (one hidden layer on the hidden state), "linear" (on the hidden state), or "values" (one
+            hidden layer per head on its value vectors).
+        peer: name of a press, for peers.
+        rope: factor of YaRN; 1 leaves the positions alone.
+    """
+
+    kind: str
+    budget: int | None = None
+    seed: int = 0
+    distilled: bool = False
+    windows: str = "heads"
+    ranks: str = "learned"
+    predictor: str = "hidden"
+    peer: str = ""
+    rope: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the form is called in file names and tables."""
+        if self.kind == "peer":
+            return f"{self.peer}-{self.budget}"
+        parts = [self.kind.replace(" ", "-")]
+        if self.kind == "converted":
+            parts += [str(self.budget), self.windows, self.ranks]
+            parts += [] if self.predictor == "hidden" else [self.predictor]
+            parts += ["distilled" if self.distilled else "frozen"]
+        parts += [f"seed{self.seed}"] if self.seed else []
+        parts += [f"rope{self.rope}"] if self.rope != 1 else []
+        return "-".join(parts)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast things are trained.
+
+    Attributes:
+        block, batch: tokens of a block, and blocks of a batch.
+        rank_steps, rank_rate: of the predictors alone.
+        distil_steps, distil_rate: of the model.
+        calibration: blocks that windows are allocated by.
+    """
+
+    block: int = 8192
+    batch: int = 4
+    rank_steps: int = 300
+    rank_rate: float = 3e-3
+    distil_steps: int = 100
+    distil_rate: float = 5e-5
+    calibration: int = 8
+
+
+class ValueFed(nn.Module):
+    """Ranks from the value vectors of the layer, one small network per KV head: the ablation of what is read.
+
+    Args:
+        value: the layer's value projection, which stays the layer's.
+        heads, head_dim: G and D.
+        width: hidden units per head.
+    """
+
+    def __init__(self, value: nn.Linear, heads: int, head_dim: int, width: int = 64) -> None:
+        super().__init__()
+        self._value = [value]  # in a list: not a parameter of this module
+        self.heads = heads
+        self.up = nn.Parameter(torch.empty(heads, head_dim, width))
+        self.down = nn.Parameter(torch.zeros(heads, width))
+        self.bias = nn.Parameter(torch.zeros(heads, 1))
+        nn.init.normal_(self.up, std=head_dim**-0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, hidden) -> (B, G, N) float32."""
+        with torch.no_grad():
+            values = self._value[0](hidden_states)
+        values = values.unflatten(-1, (self.heads, -1)).transpose(1, 2).float()
+        values = torch.nn.functional.rms_norm(values, values.shape[-1:])
+        hidden = torch.nn.functional.silu(values @ self.up.float())
+        return settle(torch.einsum("bgnw,gw->bgn", hidden, self.down.float()) + self.bias.float())
+
+
+class Workshop:
+    """Makes forms from one pretrained model, and keeps what has been trained in a folder.
+
+    Args:
+        model: folder of the pretrained model.
+        data: folder that `lab/scripts/conversion_data.py` wrote.
+        state: folder for what is trained; a second run takes it from there.
+        schedule: how long things are trained.
+        device: where models live.
+        report: receives (spec, seconds and losses) of every training.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        data: Path,
+        state: Path,
+        schedule: Schedule,
+        device: str,
+        report: Callable[[Spec, str, dict[str, Any]], None],
+    ) -> None:
+        self.folder, self.state, self.schedule, self.device, self.report = model, state, schedule, device, report
+        self.train_tokens = np.load(data / "train.npy", mmap_mode="r")
+        self.calibration_tokens = np.load(data / "validation.npy").reshape(-1)
+        self._dense: dict[int, Any] = {}
+        self._kept: tuple[Spec, Any] | None = None
+        state.mkdir(parents=True, exist_ok=True)
+
+    def form(self, spec: Spec) -> Form:
+        """Make the form, training what it needs."""
+        if spec.kind == "dense":
+            return Form(spec.name, self.dense(spec.rope), settings=asdict(spec))
+        if spec.kind == "peer":
+            model = self.dense(spec.rope)
+            assert spec.budget is not None
+            return Form(spec.name, model, peers.compressing(model, spec.peer, spec.budget), asdict(spec))
+        if self._kept is None or self._kept[0] != spec:
+            self._kept = None
+            gc.collect()
+            self._kept = (spec, self._trained_dense(spec) if spec.kind == "dense trained" else self.converted(spec))
+        return Form(spec.name, self._kept[1], settings=asdict(spec))
+
+    def dense(self, rope: int = 1) -> Any:
+        """The pretrained model in bfloat16."""
+        if rope not in self._dense:
+            config = AutoConfig.from_pretrained(self.folder)
+            if rope != 1:
+                context = config.max_position_embeddings
+                config.rope_parameters = {
+                    **config.rope_parameters,
+                    "rope_type": "yarn",
+                    "factor": float(rope),
+                    "original_max_position_embeddings": context,
+                }
+                config.max_position_embeddings = context * rope
+            model = AutoModelForCausalLM.from_pretrained(self.folder, config=config, dtype=torch.bfloat16)
+            self._dense[rope] = model.to(self.device).eval()
+        return self._dense[rope]
+
+    def blocks(self, seed: int, step: int = 0) -> Iterator[Tensor]:
+        """Training batches (batch, block) on the device, half of them repeating their first half."""
+        schedule = self.schedule
+        made = CalibrationBlocks(self.train_tokens, schedule.block, batch=schedule.batch, seed=seed)
+        for batch in made.from_step(step):
+            yield batch.to(self.device)
+
+    def calibration(self) -> list[Tensor]:
+        """Blocks (1, block) of validation text and code, half of them repeating their first half."""
+        made = CalibrationBlocks(self.calibration_tokens, self.schedule.block, seed=1)
+        return [batch.to(self.device) for batch, _ in zip(made, range(self.schedule.calibration), strict=False)]
+
+    def converted(self, spec: Spec) -> Any:
+        """The converted model of that spec."""
+        assert spec.budget is not None
+        model = upcycled(self.dense(spec.rope), spec.budget, copy_weights=spec.distilled)
+        exchange_predictors(model, spec.predictor)
+        if spec.ranks == "learned" or spec.windows == "heads":
+            load_predictors(model, self.ranks(spec))
+        if spec.windows == "heads":
+            set_windows(model, self.windows(spec, model))
+        if spec.ranks == "newest":
+            silence_predictors(model)
+        if spec.distilled:
+            self._distil(spec, model)
+        return model.eval()
+
+    def ranks(self, spec: Spec) -> dict[str, Tensor]:
+        """The learned predictors of that seed and kind, trained with the model frozen."""
+        file = self.state / f"ranks-{spec.predictor}-seed{spec.seed}.pt"
+        if not file.exists():
+            from dynamask.convert import learn_ranks
+
+            model = upcycled(self.dense(), 512)
+            torch.manual_seed(spec.seed)
+            exchange_predictors(model, spec.predictor)
+            start = time.perf_counter()
+            history = learn_ranks(
+                model, self.blocks(spec.seed), steps=self.schedule.rank_steps, learning_rate=self.schedule.rank_rate
+            )
+            _synchronise(self.device)
+            seconds = time.perf_counter() - start
+            found = {name: p.detach().cpu() for name, p in predictor_parameters(model).items()}
+            _save(found, file)
+            told = Spec("converted", None, spec.seed, predictor=spec.predictor)
+            self.report(told, "learn_ranks", {"seconds": seconds, "history": _plain(history)})
+        return dict(torch.load(file, map_location=self.device, weights_only=True))
+
+    def windows(self, spec: Spec, model: Any) -> list[list[int]]:
+        """The windows per layer and KV head, `spec.budget` on the mean."""
+        file = self.state / f"windows-{spec.budget}-{spec.predictor}-seed{spec.seed}.json"
+        if not file.exists():
+            from dynamask.convert import allocate_windows
+
+            start = time.perf_counter()
+            made = allocate_windows(model, self.calibration(), spec.budget)
+            seconds = time.perf_counter() - start
+            windows = [[int(window) for window in layer] for layer in made]
+            file.write_text(json.dumps(windows))
+            told = Spec("converted", spec.budget, spec.seed, predictor=spec.predictor)
+            self.report(told, "allocate_windows", {"seconds": seconds, "windows": windows})
+        return list(json.loads(file.read_text()))
+
+    def _trained_dense(self, spec: Spec) -> Any:
+        model = copy.deepcopy(self.dense())
+        self._train(spec, model, None)
+        return model.eval()
+
+    def _distil(self, spec: Spec, model: Any) -> None:
+        self._train(spec, model, self.dense(spec.rope))
+
+    def _train(self, spec: Spec, model: Any, teacher: Any) -> None:
+        """Train the model, or load what an earlier run trained."""
+        file = self.state / f"model-{spec.name}.pt"
+        if file.exists():
+            model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True), strict=False)
+            return
+        schedule = self.schedule
+        start = time.perf_counter()
+        # Not the batches that the ranks were learned on.
+        batches = self.blocks(spec.seed + 1000)
+        history = train(model, batches, teacher=teacher, steps=schedule.distil_steps, rate=schedule.distil_rate)
+        _synchronise(self.device)
+        seconds = time.perf_counter() - start
+        _save(model.state_dict(), file)
+        tokens = schedule.distil_steps * schedule.batch * schedule.block
+        self.report(spec, "train", {"seconds": seconds, "tokens": tokens, "history": history})
+
+
+def upcycled(dense: Any, window: int, *, copy_weights: bool = False) -> Any:
+    """A converted model with equal windows and untrained ranks: a sliding window with sinks."""
+    from dynamask.convert import upcycle
+
+    return upcycle(dense, window, local=LOCAL, sinks=SINKS, copy_weights=copy_weights).eval()
+
+
+def set_windows(model: Any, windows: Sequence[Sequence[int]]) -> None:
+    """Give the converted model these windows per layer and KV head."""
+    from dynamask.convert import set_windows as setter
+
+    setter(model, windows)
+
+
+def predictors(model: Any) -> dict[str, nn.Module]:
+    """The rank predictors by name."""
+    kinds = (RankPredictor, ValueFed)
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def predictor_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of all rank predictors by name."""
+    return {
+        f"{name}.{inner}": p for name, module in predictors(model).items() for inner, p in module.named_parameters()
+    }
+
+
+def load_predictors(model: Any, parameters: dict[str, Tensor]) -> None:
+    """Copy parameters that `predictor_parameters` listed."""
+    own = predictor_parameters(model)
+    if own.keys() != parameters.keys():
+        raise ValueError(f"other predictors: {sorted(own.keys() ^ parameters.keys())[:4]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(parameters[name])
+    model.config.trained_ranks = True
+
+
+def silence_predictors(model: Any) -> None:
+    """Make all ranks equal: each head keeps its newest keys."""
+    with torch.no_grad():
+        for module in predictors(model).values():
+            for parameter in module.parameters():
+                parameter.zero_()
+
+
+def exchange_predictors(model: Any, kind: str) -> None:
+    """Replace the predictors of the layers that rank by another kind of network."""
+    if kind == "hidden":
+        return
+    for name, module in list(predictors(model).items()):
+        assert isinstance(module, RankPredictor)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        heads = module.down.out_features
+        source = module.up if module.up is not None else module.down
+        if kind == "linear":
+            new: nn.Module = RankPredictor(source.in_features, heads, width=0)
+            assert isinstance(new, RankPredictor)
+            new.initialize_parameters()
+        else:
+            new = ValueFed(parent.v_proj, heads, parent.v_proj.out_features // heads)
+        weight = source.weight if not isinstance(source, Float32Linear) else module.down.weight
+        setattr(parent, name.rpartition(".")[2], new.to(device=weight.device, dtype=weight.dtype))
+
+
+def _save(value: Any, file: Path) -> None:
+    """Save whole or not at all."""
+    partial = file.with_suffix(".partial")
+    torch.save(value, partial)
+    partial.replace(file)
+
+
+def _plain(history: Any) -> Any:
+    """What a training function returned, as far as JSON holds it."""
+    try:
+        return json.loads(json.dumps(history, default=lambda item: getattr(item, "__dict__", str(item))))
+    except (TypeError, ValueError):
+        return str(history)
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()

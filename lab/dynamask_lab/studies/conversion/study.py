@@ -1,0 +1,384 @@
+"""Run the study: jobs in the order of their worth, each line of results on the disk as soon as it exists.
+
+    python -m dynamask_lab.studies.conversion.study --model MODEL --data DATA --state STATE --out results.jsonl
+
+A job is a form and a measure. Whatever is in the results files already (`--out`, `--done`) is not run again, and what
+has been trained stays in STATE, so the same command continues a run that was killed or ran out of time. `--lane`
+splits the jobs between processes that share a GPU: decoding at small batches leaves most of it idle.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from dynamask_lab.studies.conversion import measure
+from dynamask_lab.studies.conversion.forms import Schedule, Spec, Workshop
+from dynamask_lab.studies.conversion.peers import PEERS
+from dynamask_lab.studies.conversion.tasks import NEEDLE_TASKS, TASKS, Example, Tasks
+from dynamask_lab.sweeps.provenance import commit, device_name, versions
+
+BUDGET = 512
+BUDGETS = (2048, 1024, 512, 256)
+LENGTHS = (1024, 2048, 4096, 8192)
+CONTEXT = 7680
+"""Tokens that are read, and compressed, before `continuation` measures the loss of the next 512."""
+LANES = ("all", "converted", "dense")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One form and one measure.
+
+    Attributes:
+        spec: the form.
+        measure: "loss", "continuation", "tasks", "benchmark", "long" or "speed".
+        settings: of the measure; decides, with form and measure, whether a job has been done.
+    """
+
+    spec: Spec
+    measure: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """16 hexadecimal digits that stand for the job."""
+        return _key(asdict(self.spec), self.measure, self.settings)
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def jobs() -> list[Job]:
+    """All jobs, the most telling first."""
+    dense = Spec("dense")
+    frozen, distilled = Spec("converted", BUDGET), Spec("converted", BUDGET, distilled=True)
+    newest = [Spec("converted", BUDGET, ranks="newest", distilled=d) for d in (False, True)]
+    sinks = [Spec("converted", BUDGET, windows="equal", ranks="newest", distilled=d) for d in (False, True)]
+    equal = Spec("converted", BUDGET, windows="equal")
+    rivals = [Spec("peer", BUDGET, peer=peer) for peer in PEERS]
+    other = [Spec("converted", b, distilled=d) for d in (False, True) for b in BUDGETS if b != BUDGET]
+    seeds = [Spec("converted", BUDGET, seed=s, distilled=d) for s in (1, 2) for d in (False, True)]
+    ablations = [Spec("converted", BUDGET, predictor=p) for p in ("linear", "values")]
+    adapted = Spec("dense trained")
+
+    first = range(0, 25), range(25, 100)
+    made = [*_losses(dense), *_losses(frozen), *_losses(distilled)]
+    made += [*_tasks(dense, first[0]), *_tasks(frozen, first[0]), *_tasks(distilled, first[0])]
+    for spec in rivals[:5]:
+        made += [*_tasks(spec, first[0]), *_continuations(spec)]
+    for spec in [newest[1], sinks[1], newest[0], sinks[0], equal]:
+        made += _losses(spec)
+    made += [*_losses(adapted)]
+    for spec in [newest[1], newest[0], sinks[0]]:
+        made += _tasks(spec, first[0])
+    for spec in [dense, distilled, frozen, adapted]:
+        made += [Job(spec, "benchmark", {"name": name, "limit": 1000}) for name in measure.BENCHMARKS]
+    for spec in [dense, frozen, distilled, sinks[0]]:
+        made += [Job(spec, "speed", {"batch": batch, "length": 8192}) for batch in (1, 16)]
+    for spec in rivals[5:]:  # they mask keys by a search that finds nothing for as many queries as a continuation has
+        made += _tasks(spec, first[0])
+    for spec in other:
+        made += _losses(spec)
+    for spec in other:
+        made += _tasks(spec, first[0])
+    made += [job for spec in [*seeds, *ablations] for job in _losses(spec)]
+    made += [job for spec in [*seeds, *ablations] for job in _tasks(spec, first[0])]
+    for spec in [dense, frozen, distilled, *rivals[:5]]:
+        made += [*_tasks(spec, first[1]), *_tasks(spec, first[0], "documents")]
+    for rope, length in ((2, 16384), (4, 32768)):
+        for spec in (Spec("dense", rope=rope), Spec("converted", BUDGET, rope=rope)):
+            made += [Job(spec, "long", {"corpus": corpus, "length": length}) for corpus in ("text", "code")]
+    return list({job.key: job for job in made}.values())
+
+
+def _losses(spec: Spec) -> list[Job]:
+    return [Job(spec, "loss", {"corpus": c, "blocks": 100}) for c in ("text", "code")] + _continuations(spec)
+
+
+def _continuations(spec: Spec) -> list[Job]:
+    return [Job(spec, "continuation", {"corpus": c, "blocks": 100, "context": CONTEXT}) for c in ("text", "code")]
+
+
+def _tasks(spec: Spec, indices: range, haystack: str = "essays") -> list[Job]:
+    tasks = [t for t in TASKS if haystack == "essays" or t in NEEDLE_TASKS[1:4] + NEEDLE_TASKS[6:]]
+    return [
+        Job(
+            spec, "tasks", {"task": t, "length": n, "haystack": haystack, "first": indices.start, "count": len(indices)}
+        )
+        for n in LENGTHS
+        for t in tasks
+    ]
+
+
+class Results:
+    """The results file, appended to; and what earlier files hold.
+
+    Args:
+        out: the file; every line is on the disk when `append` returns.
+        done: files of earlier runs.
+        facts: what every line says beside its own: commit, device, versions, digests.
+        copies: other files that receive the same lines.
+    """
+
+    def __init__(self, out: Path, done: Iterable[Path], facts: dict[str, Any], copies: Iterable[Path] = ()) -> None:
+        self.out, self.facts, self.copies = out, facts, tuple(copies)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        self.keys = {row["key"] for row in read_rows([out, *done])}
+
+    def append(self, key: str, row: dict[str, Any]) -> None:
+        """Write one line."""
+        line = json.dumps({"study": "conversion", "key": key, **row, **self.facts}) + "\n"
+        for path in (self.out, *self.copies):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        self.keys.add(key)
+
+
+def read_rows(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The rows of results files; a last line that a kill cut off is left out, missing files are empty."""
+    for path in files:
+        if not path.exists():
+            continue
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and row.get("study") == "conversion":
+                yield row
+
+
+class Examples:
+    """Makes the examples in processes of its own, ahead of the jobs that need them."""
+
+    def __init__(self, model: Path, data: Path, wanted: Iterable[dict[str, Any]], processes: int) -> None:
+        # Processes are forked before CUDA is initialised.
+        context = multiprocessing.get_context("fork")
+        self._pool = ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=(model, data))
+        self._made: dict[str, Future[list[Example]]] = {}
+        for settings in wanted:
+            key = _key(settings)
+            if key not in self._made:
+                self._made[key] = self._pool.submit(_make, settings)
+
+    def get(self, settings: dict[str, Any]) -> list[Example]:
+        """The examples of a job's settings."""
+        return self._made[_key(settings)].result()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+_tasks_of_process: Tasks | None = None
+
+
+def _prepare(model: Path, data: Path) -> None:
+    global _tasks_of_process
+    torch.set_num_threads(1)
+    essays = (data / "essays.txt").read_text(encoding="utf-8")
+    documents = np.load(data / "test-text.npy").reshape(-1)
+    _tasks_of_process = Tasks(AutoTokenizer.from_pretrained(model), essays, documents.tolist())
+
+
+def _make(settings: dict[str, Any]) -> list[Example]:
+    assert _tasks_of_process is not None
+    first = settings["first"]
+    return [
+        _tasks_of_process.make(settings["task"], settings["length"], index, settings["haystack"])
+        for index in range(first, first + settings["count"])
+    ]
+
+
+class Runner:
+    """Does jobs.
+
+    Args:
+        workshop: makes the forms.
+        data: folder of the token arrays.
+        benchmarks: folder of the benchmarks' JSON lines.
+        examples: makes the examples.
+        tokenizer: the model's.
+        device: of the tensors.
+        limit: at most so many blocks, examples and questions; for trials.
+    """
+
+    def __init__(
+        self,
+        workshop: Workshop,
+        data: Path,
+        benchmarks: Path,
+        examples: Examples,
+        tokenizer: Any,
+        device: str,
+        limit: int | None = None,
+    ) -> None:
+        self.workshop, self.data, self.benchmarks, self.examples = workshop, data, benchmarks, examples
+        self.tokenizer, self.device, self.limit = tokenizer, device, limit
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """The result of one job."""
+        form = self.workshop.form(job.spec)
+        settings = job.settings
+        if job.measure == "tasks":
+            examples = self.examples.get(settings)[: self.limit]
+            batch = max(1, min(len(examples), 25, 25 * 8192 // settings["length"]))
+            scores: list[list[float]] = []
+            for first in range(0, len(examples), batch):
+                scores += measure.answers(form, self.tokenizer, examples[first : first + batch])
+            return {"scores": scores, "depths": [round(e.depth, 4) for e in examples]}
+        if job.measure == "benchmark":
+            limit = min(settings["limit"], self.limit or settings["limit"])
+            choices = measure.read_benchmark(self.benchmarks, settings["name"], limit)
+            return dict(measure.benchmark(form, self.tokenizer, choices))
+        if job.measure == "speed":
+            context = self._blocks("test-text")[: settings["batch"], : settings["length"]]
+            return dict(measure.speed(form, context))
+        blocks = self._blocks(f"{'long' if job.measure == 'long' else 'test'}-{settings['corpus']}")
+        if job.measure == "long":
+            return {"losses": measure.loss_by_position(form, blocks[:, : settings["length"]], batch=1)}
+        if job.measure == "loss":
+            return {"losses": measure.loss_by_position(form, blocks[: settings["blocks"]])}
+        if job.measure == "continuation":
+            losses = measure.continuation_loss(form, blocks[: settings["blocks"]], settings["context"])
+            return {"losses": losses}
+        raise ValueError(f"unknown measure {job.measure!r}")
+
+    def _blocks(self, name: str) -> torch.Tensor:
+        array = np.load(self.data / f"{name}.npy").astype(np.int64)
+        return torch.from_numpy(array[: self.limit]).to(self.device)
+
+
+def lane_of(job: Job) -> str:
+    """The lane that a job belongs to."""
+    return "converted" if job.spec.kind in ("converted", "dense trained") else "dense"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of the pretrained model")
+    parser.add_argument("--data", type=Path, required=True, help="token arrays, and essays.txt")
+    parser.add_argument("--benchmarks", type=Path, help="JSON lines; without it, benchmarks are left out")
+    parser.add_argument("--state", type=Path, required=True, help="what is trained is kept here")
+    parser.add_argument("--out", type=Path, required=True, help="results file, appended to")
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="results of earlier runs")
+    parser.add_argument("--copy", type=Path, nargs="*", default=[], help="files that receive the same lines")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no job after so long")
+    parser.add_argument("--lane", choices=LANES, default="all")
+    parser.add_argument("--only", default="", help="only forms whose name holds this text")
+    parser.add_argument("--measure", nargs="*", help="only these measures")
+    parser.add_argument("--limit", type=int, help="blocks, examples and questions of each job; for trials")
+    parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--schedule", default="{}", help="JSON: fields of Schedule that differ")
+    parser.add_argument("--list", action="store_true", help="print the jobs instead of running them")
+    arguments = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    start = time.monotonic()
+    chosen = [
+        job
+        for job in jobs()
+        if arguments.lane in ("all", lane_of(job))
+        and arguments.only in job.spec.name
+        and (not arguments.measure or job.measure in arguments.measure)
+        and (arguments.benchmarks or job.measure != "benchmark")
+    ]
+    if arguments.list:
+        for job in chosen:
+            print(job.key, job.spec.name, job.measure, json.dumps(job.settings))
+        return 0
+    schedule = Schedule(**json.loads(arguments.schedule))
+    facts = {
+        "commit": commit(),
+        "versions": versions(),
+        "model": arguments.model.name,
+        "data": json.loads((arguments.data / "data.json").read_text())["arrays"],
+        "schedule": asdict(schedule),
+    }
+    facts["data"] = _key(facts["data"])
+    if arguments.limit:
+        facts["limit"] = arguments.limit
+    results = Results(arguments.out, arguments.done, facts, arguments.copy)
+    left = [job for job in chosen if job.key not in results.keys]
+    wanted = [job.settings for job in left if job.measure == "tasks"]
+    examples = Examples(arguments.model, arguments.data, wanted, arguments.processes)
+    # From here on the GPU may be initialised.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results.facts["device"] = device_name()
+
+    def report(spec: Spec, what: str, result: dict[str, Any]) -> None:
+        settings: dict[str, Any] = {"lane": arguments.lane}
+        row = {"form": spec.name, "spec": asdict(spec), "measure": what, "settings": settings, "result": result}
+        results.append(_key(asdict(spec), what, settings), row)
+        print(f"  {spec.name} {what}: {result['seconds']:.1f} s", flush=True)
+
+    workshop = Workshop(arguments.model, arguments.data, arguments.state, schedule, device, report)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    runner = Runner(workshop, arguments.data, arguments.benchmarks, examples, tokenizer, device, limit=arguments.limit)
+    broken: set[tuple[str, str]] = set()
+    done = 0
+    for job in left:
+        if time.monotonic() - start > arguments.seconds:
+            print(f"out of time: {done} of {len(left)} jobs done", flush=True)
+            break
+        if (job.spec.name, job.measure) in broken:
+            continue
+        began = time.monotonic()
+        try:
+            result = runner.run(job)
+        except Exception:
+            # One form that fails must not cost the others their time on the machine.
+            print(f"{job.spec.name} {job.measure} {job.settings} failed:\n{traceback.format_exc()}", flush=True)
+            broken.add((job.spec.name, job.measure))
+            torch.cuda.empty_cache()
+            continue
+        seconds = time.monotonic() - began
+        row = {
+            "form": job.spec.name,
+            "spec": asdict(job.spec),
+            "measure": job.measure,
+            "settings": job.settings,
+            "seconds": round(seconds, 3),
+            "result": result,
+        }
+        results.append(job.key, row)
+        done += 1
+        print(f"{time.monotonic() - start:6.1f} s  {job.spec.name} {job.measure} {_brief(job, result)}", flush=True)
+    examples.close()
+    return 1 if broken else 0
+
+
+def _brief(job: Job, result: dict[str, Any]) -> str:
+    """The figure of a job in one word, for whoever watches."""
+    settings = " ".join(str(value) for value in job.settings.values())
+    if "scores" in result:
+        flat = list(itertools.chain.from_iterable(result["scores"]))
+        return f"{settings}: {np.mean(flat):.3f}"
+    if "losses" in result:
+        return f"{settings}: {np.nanmean(np.array(result['losses'])):.4f}"
+    if "acc" in result:
+        return f"{settings}: {np.mean(result['acc']):.3f} {np.mean(result['acc_norm']):.3f}"
+    return f"{settings}: {json.dumps({name: round(value, 1) for name, value in result.items()})}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
