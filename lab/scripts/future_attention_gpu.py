@@ -30,13 +30,13 @@ from dynamask.ops.triton.future_attention import Tiles
 
 SUM_TILES = {
     64: [
-        Tiles(128, 64, 4, 3, tma=True),
+        Tiles(128, 64, 4, 3, tma=True, registers=128),
         Tiles(128, 128, 8, 3, tma=True),
         Tiles(128, 64, 4, 3),
         Tiles(128, 64, 8, 3, tma=True),
     ],
     128: [
-        Tiles(128, 128, 8, 2, tma=True),
+        Tiles(128, 128, 8, 2, tma=True, registers=128),
         Tiles(128, 64, 4, 2, tma=True),
         Tiles(128, 64, 8, 3, tma=True),
         Tiles(128, 64, 4, 3),
@@ -125,6 +125,7 @@ def cases() -> list[Case]:
         ("d64", lambda: error_of(64)),
         ("d128", lambda: error_of(128)),
         ("d64 local, first query", lambda: error_of(64, local=130, first_query=517)),
+        ("d128 packed", lambda: error_of(128, packed=True)),
         ("d64 one group", lambda: error_of(64, heads=8, groups=1, length=4096)),
         ("d64 large logits", lambda: error_of(64, spread=40.0)),
         ("d64 short", lambda: error_of(64, length=5)),
