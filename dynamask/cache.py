@@ -1,33 +1,41 @@
-"""A key/value cache of constant size that loses nothing: at most `window` keys per head and layer.
+"""A key/value cache of constant size that loses nothing: at most `windows[g]` keys for key/value head g of a layer.
 
-A key that `window` others outrank never returns to any later query (design section 2), so forgetting it
-changes no output: decoding from the bounded cache is the same attention as decoding from the full one.
+A key that a window of others outranks never returns to any later query (design section 2), so forgetting it changes no
+output: decoding from the bounded cache is the same attention as decoding from the full one. Heads have windows of
+different sizes, and each takes the memory of its window: the keys of a layer are one flat pool, head after head.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
+from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.cache_insert import insert_key
 from dynamask.ops.checks import check_window
-from dynamask.ops.expiry import key_expiry, sortable_scores
+from dynamask.ops.expiry import key_expiry
+from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.operators import triton_available
+from dynamask.ops.ragged_decode import ragged_decode
+from dynamask.ops.ragged_layout import RaggedLayout, ragged_layout
 
-_PER_KEY = ("keys", "values", "scores", "positions")
+_POOLS = ("keys", "values", "ranks", "positions")
+
+Windows = SupportsIndex | Sequence[int]
 
 
 class LiveKeys(NamedTuple):
-    """What the queries of one call can see, ready for `interval_attention`.
+    """The keys that the queries of one call can see, padded to one length, as `interval_attention` takes them.
 
     Attributes:
-        key, value: (B, G, N, D): the live keys of the past, then the call's own.
-        score: (B, G, N) their scores.
-        position: (B, G, N) int64, in the sequence, padding counted; -1 for an empty slot.
+        key, value: (B, G, N, D) and (B, G, N, Dv): the live keys of the past, then those of the call.
+        score: (B, G, N) their ranks.
+        position: (B, G, N) int64, the number of real tokens before each key; -1 for padding and for empty slots.
         expiry: (B, G, N) int32, in the coordinates of this concatenation.
     """
 
@@ -42,162 +50,385 @@ class BoundedLayer(CacheLayerMixin):
     """The live keys of one layer.
 
     Args:
-        window: keys a query keeps, hence the most this layer holds per key/value head.
-        local: how many of them are the newest positions; `local = window` is a sliding window.
+        windows: keys that a query keeps, hence the most that this layer holds: an integer for all key/value heads, or
+            one integer per head.
+        local: newest real tokens that are always kept. `local = window` is a sliding window.
+        sinks: first real tokens of each row that are always kept.
 
     Attributes:
-        keys, values: (B, G, S, D), S <= window.
-        scores: (B, G, S) the rank of each key, in the scores' own dtype.
-        positions: (B, G, S) int64, the position of each key in the sequence; -1 for an empty slot, which
-            only rows with left padding have.
+        keys, values: (B, S, D) and (B, S, Dv), a flat pool. The slots of head g are `offsets[g]` to `offsets[g + 1]`;
+            its occupied slots are the first of them, in no order. S grows with the text up to the sum of the windows.
+        ranks: (B, S) float32 (float64 where the given ranks are): what decides which keys stay.
+        positions: (B, S) int32, the number of real tokens before each key; -1 for an empty slot.
+        clock: (B, G) int64, the real tokens seen, the same for all heads of a row.
+
+    Raises:
+        InvalidInputError: windows, local or sinks that `key_expiry` refuses.
     """
 
     is_sliding = False
     is_compileable = False
     is_croppable = False
 
-    def __init__(self, window: int, local: int = 0) -> None:
+    def __init__(self, windows: Windows, *, local: int = 0, sinks: int = 0) -> None:
         super().__init__()
-        check_window(window, local)
-        self.window, self.local = window, local
-        # Set by the first `extend`, like `keys` and `values`.
-        self.scores: Tensor
+        self._given = windows
+        self.windows = check_window(windows, local, sinks)  # one for all heads while their number is not known
+        self.local, self.sinks = int(local), int(sinks)
+        self._fitting: object = None  # the arguments of `check_fits` that were last found to fit
+        # Set by the first keys, like `keys` and `values`.
+        self.ranks: Tensor
         self.positions: Tensor
+        self.clock: Tensor
+        self._layout: RaggedLayout
+        self._narrowest = self._widest = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.is_initialized = False
         self.seen = 0
         self._exact_from = 0  # the shortest length this layer can still be cropped to
-        self._full = False  # every slot of every row holds a key and there are `window` of them
-        self._clock: Tensor | None = None  # (B, G) int64, `seen` on the device, where a full layer counts itself
-        self._everlasting: Tensor | None = None  # (B, G, S) int32, the expiry of slots that the one query all sees
+        self._calls: list[int | Tensor] = []  # since then: tokens of each call, or its key mask
+        self._least = self._most = 0  # bounds on the real tokens of a row, known without a look at the device
+        self._room = 0  # real tokens that fit before the pools must grow
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """First slot of each head, then the number of slots."""
+        return self._layout.offsets
+
+    @property
+    def keys_held(self) -> Tensor:
+        """(B, G) int64, how many keys each head holds."""
+        return torch.minimum(self.clock, self.clock.new_tensor(self.windows))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take dtype and device from the first keys; the layer starts without slots."""
+        """Take dtype, device and the number of heads from the first keys; the layer starts without slots."""
+        batch, groups, _, dim = key_states.shape
+        self.windows = check_window(self._given, self.local, self.sinks, groups=groups)
+        self._narrowest, self._widest = min(self.windows), max(self.windows)
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.keys = key_states.new_zeros(batch, 0, dim)
+        self.values = value_states.new_zeros(batch, 0, value_states.shape[-1])
+        self.ranks = torch.zeros(batch, 0, dtype=torch.float32, device=self.device)
+        self.positions = torch.zeros(batch, 0, dtype=torch.int32, device=self.device)
+        self.clock = torch.zeros(batch, groups, dtype=torch.int64, device=self.device)
+        self._layout = ragged_layout((0,) * groups, self.device)
         self.is_initialized = True
+
+    def check_fits(self, windows: Windows, *, local: int = 0, sinks: int = 0) -> None:
+        """Refuse to serve attention that keeps other keys than this layer.
+
+        Args:
+            windows, local, sinks: of the attention that is about to use the layer, as in `BoundedLayer`.
+
+        Raises:
+            InvalidInputError: they are not those the layer was made for.
+        """
+        exactly = (windows, local, sinks)
+        if isinstance(windows, (int, tuple)) and self._fitting == exactly:
+            return
+        wanted = check_window(windows, local, sinks)
+        heads = max(len(wanted), len(self.windows))
+        # One integer stands for all heads.
+        same = all(len(w) == heads or len(set(w)) == 1 for w in (wanted, self.windows)) and all(
+            one == other for one, other in zip(_spread(wanted, heads), _spread(self.windows, heads), strict=True)
+        )
+        if not same or (local, sinks) != (self.local, self.sinks):
+            raise InvalidInputError(
+                f"this cache was made for windows {_shown(self.windows)}, local {self.local}, sinks {self.sinks}, and "
+                f"the layer that uses it has windows {_shown(wanted)}, local {local}, sinks {sinks}: make the cache "
+                "from the configuration of the model, BoundedCache(model.config)"
+            )
+        self._fitting = exactly if isinstance(windows, (int, tuple)) else None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        ranks: Tensor | None,
+        *,
+        key_mask: Tensor | None = None,
+        bias_is_rank: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Add the keys of this call, and attend from its queries to the keys that they keep.
+
+        Args:
+            query: (B, H, Nq, D); H is a multiple of the G key/value heads.
+            key, value: (B, G, Nq, D) and (B, G, Nq, Dv) of the same tokens.
+            ranks: (B, G, Nq) float, the higher is kept longer; None keeps the newest.
+            key_mask: (B, Nq) bool, True for a real token, or None where all are.
+            bias_is_rank: whether the ranks are also added to the logits of their keys (the paper's form). One
+                that is not finite adds nothing.
+            scale: factor on the query-key products, default D**-0.5.
+
+        Returns:
+            (B, H, Nq, Dv) in the query's dtype: the attention over the whole text, of which the layer holds what is
+            visible. Rows of padding hold numbers without meaning.
+
+        Raises:
+            InvalidInputError: shapes or dtypes that do not fit each other or what the layer holds.
+        """
+        narrow = autocast_dtype(query)
+        if narrow is not None:
+            with torch.autocast(query.device.type, enabled=False):
+                query, key, value = (t if t.dtype == torch.float64 else t.to(narrow) for t in (query, key, value))
+                return self.attend(query, key, value, ranks, key_mask=key_mask, bias_is_rank=bias_is_rank, scale=scale)
+        key, value, ranks = self._admit(key, value, ranks, key_mask)
+        narrowed = query if query.dtype == self.dtype else query.to(self.dtype)
+        if key.shape[2] == 1 and not torch.is_grad_enabled():
+            self._insert(key, value, ranks, key_mask)
+            live = None if self._least >= self._widest else self.positions >= 0
+            bias = _finite(self.ranks) if bias_is_rank else None
+            output = self._decode(narrowed, live, bias, scale)
+        else:
+            keys = self._merge(key, value, ranks, key_mask)
+            bias = _finite(keys.score) if bias_is_rank else None
+            output = attend(narrowed, keys.key, keys.value, keys.expiry, bias=bias, scale=scale, max_live=self._widest)
+        return output if output.dtype == query.dtype else output.to(query.dtype)
 
     def extend(self, key: Tensor, value: Tensor, scores: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
         """Add new keys, return what their queries see, and keep what later queries may see.
 
+        For attention that needs the live keys themselves; `attend` is faster.
+
         Args:
-            key, value: (B, G, Nq, D) of the new positions.
-            scores: (B, G, Nq) float, higher is kept longer; None where recency alone decides.
+            key, value: (B, G, Nq, D) and (B, G, Nq, Dv) of the new positions.
+            scores: (B, G, Nq) float, the higher is kept longer; None keeps the newest.
             key_mask: (B, Nq) bool, True for a real token, or None.
 
         Returns:
             The keys visible to these Nq queries, which are the last positions of `LiveKeys.key`.
+
+        Raises:
+            InvalidInputError: as `attend`.
         """
-        if scores is None:
-            scores = torch.zeros(1, 1, 1, device=key.device).expand(key.shape[:3])
-        if not self.is_initialized:
-            self.lazy_initialization(key, value)
-            self.scores, self.positions = (
-                scores[:, :, :0],
-                torch.zeros_like(scores[:, :, :0], dtype=torch.long),
-            )
-        if self.keys.shape[0] != key.shape[0]:
-            raise InvalidInputError(
-                f"the cache holds {self.keys.shape[0]} sequences and was given {key.shape[0]}: start a new cache "
-                "or reorder this one"
-            )
-        one = self._full and key.shape[2] == 1 and not torch.is_grad_enabled()
-        if one and (key_mask is None or bool(key_mask.all())):
-            return self._replace(key, value, scores)
-        self._clock = None
+        key, value, scores = self._admit(key, value, scores, key_mask)
+        if key.shape[2] == 1 and not torch.is_grad_enabled():
+            self._insert(key, value, scores, key_mask)
+            return self._live_keys()
         return self._merge(key, value, scores, key_mask)
 
-    def _merge(self, key: Tensor, value: Tensor, scores: Tensor, key_mask: Tensor | None) -> LiveKeys:
+    def _admit(
+        self, key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Check a call's tensors against each other and the pools, and bring them to the pools' dtypes."""
+        if not self.is_initialized:
+            _check_call(key, value, ranks, key_mask)
+            self.lazy_initialization(key, value)
+        batch, groups, new, dim = key.shape
+        if self.keys.shape[0] != batch:
+            raise InvalidInputError(
+                f"the cache holds {self.keys.shape[0]} sequences and was given {batch}: start a new cache or reorder "
+                "this one"
+            )
+        if (groups, dim, value.shape) != (
+            len(self.windows),
+            self.keys.shape[2],
+            (batch, groups, new, self.values.shape[2]),
+        ):
+            raise InvalidInputError(
+                f"the cache holds {len(self.windows)} key/value heads of {self.keys.shape[2]} (keys) and "
+                f"{self.values.shape[2]} (values) dimensions and was given keys {tuple(key.shape)} and values "
+                f"{tuple(value.shape)}: start a new cache for another model"
+            )
+        if key.device != self.keys.device:
+            raise InvalidInputError(
+                f"the cache lies on {self.keys.device} and was given keys on {key.device}: call prefetch() after "
+                "offload(), or start a new cache"
+            )
+        _check_call(key, value, ranks, key_mask)
+        if key.dtype != self.dtype:
+            key = key.to(self.dtype)
+        if value.dtype != self.dtype:
+            value = value.to(self.dtype)
+        if ranks is not None and ranks.dtype != self.ranks.dtype:
+            wide = torch.promote_types(ranks.dtype, self.ranks.dtype)
+            self.ranks, ranks = self.ranks.to(wide), ranks.to(wide)
+        # What inference mode made cannot be changed, nor be saved for a backward pass, outside of it.
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            for name in (*_POOLS, "clock"):
+                setattr(self, name, getattr(self, name).clone())
+        return key, value, ranks
+
+    def _insert(self, key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None) -> None:
+        """One token, in place: no shape changes, but where a growing layer needs more slots."""
+        if self._most >= self._room:
+            self._grow()
+        if self.keys.requires_grad or self.ranks.requires_grad:  # a backward pass may still need what is overwritten
+            for name in ("keys", "values", "ranks"):
+                setattr(self, name, getattr(self, name).detach().clone())
+        pools = (self.keys, self.values, self.ranks, self.positions, self.clock)
+        insert_key(key, value, ranks, key_mask, *pools, self._layout, self.local, self.sinks)
+        self._count(1, key_mask)
+
+    def _decode(self, query: Tensor, live: Tensor | None, bias: Tensor | None, scale: float | None) -> Tensor:
+        """The queries of one token against all occupied slots."""
+        if not query.is_cuda or query.dtype == torch.float64 or torch.compiler.is_compiling() or not triton_available():
+            return ragged_decode(query, self.keys, self.values, live, self.offsets, bias, scale)
+        from dynamask.ops.triton.ragged_decode import ragged_decode_launch
+
+        # The operator and its checks around the kernels would take longer than they.
+        scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+        return ragged_decode_launch(query, self.keys, self.values, live, self.offsets, bias, scale)
+
+    def _merge(self, key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
         """The general step: past and new keys side by side, expiry over both, survivors kept."""
-        self._sort_by_position()
-        batch, heads, new = key.shape[:3]
-        position = torch.arange(self.seen, self.seen + new, device=key.device)
+        batch, groups, new = key.shape[:3]
+        if ranks is None:
+            ranks = self.ranks.new_zeros(1, 1, 1).expand(batch, groups, new)
         if key_mask is None:
-            key_mask = torch.ones(batch, new, dtype=torch.bool, device=key.device)
-        # Rows differ in how many keys they hold only by their padding, which all heads of a row share.
-        real = torch.cat([self.positions[:, 0] >= 0, key_mask], dim=-1)
-        positions = torch.cat([self.positions, position.expand(batch, heads, new)], dim=-1)
-        score = torch.cat([self.scores, scores], dim=-1)
-        expiry = key_expiry(score.detach(), self.window, local=self.local, key_mask=real)
-        key, value = torch.cat([self.keys, key], dim=2), torch.cat([self.values, value], dim=2)
-        live = LiveKeys(key, value, score, positions, expiry)
-        length = positions.shape[-1]
+            place = torch.arange(new, device=key.device)
+        else:
+            place = torch.where(key_mask, key_mask.cumsum(-1) - 1, -1)[:, None]
+        position = self.clock[..., None] + place
+        if key_mask is not None:
+            position = torch.where(key_mask[:, None], position, -1)
+        real, contest = key_mask, ranks.detach()
+        past = min(self._most, self._layout.widest)
+        if past:
+            slot, old_position, empty = self._in_order(past)
+            alive = old_position >= 0
+            old_ranks = _take(self.ranks[..., None], slot)[..., 0]
+            # An empty slot that only some heads have ranks below all of their keys, which fill the window.
+            contest = torch.cat([old_ranks.detach().masked_fill(~alive, float("nan")), contest], -1)
+            key, value = torch.cat([_take(self.keys, slot), key], 2), torch.cat([_take(self.values, slot), value], 2)
+            ranks, position = torch.cat([old_ranks, ranks], -1), torch.cat([old_position, position], -1)
+            if key_mask is not None or self._least < past:
+                old = torch.arange(past, device=key.device) >= empty[:, None]
+                real = torch.cat([old, old.new_ones(batch, new) if key_mask is None else key_mask], -1)
+        length = key.shape[2]
+        expiry = key_expiry(contest, self.windows, local=self.local, sinks=self.sinks, key_mask=real)
+        if past:
+            column = torch.arange(past, dtype=torch.int32, device=key.device)
+            expiry = torch.cat([torch.where(alive, expiry[..., :past], column), expiry[..., past:]], -1)
+        keys = LiveKeys(key, value, ranks, position, expiry)
+        self.clock = self.clock + (new if key_mask is None else key_mask.sum(-1, keepdim=True))
+        self._count(new, key_mask)
+        self._keep(keys, expiry == length)
+        return keys
+
+    def _in_order(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Lay the slots of each head side by side in the order of the text.
+
+        Args:
+            width: columns, at least the occupied slots of any head.
+
+        Returns:
+            slot: (B, G, width) int64. Columns without a key come first where no head of the row has a key for them,
+                as padding does; the others come between the sinks and the other keys.
+            position: (B, G, width) int64 of the keys, -1 in a column without one.
+            empty: (B,) int64, how many columns come first.
+        """
+        slot, there = self._layout.padded[:, :width], self._layout.there[:, :width]
+        position = torch.where(there, self.positions[:, slot].long(), -1)
+        alive = position >= 0
+        count = alive.sum(-1, keepdim=True)
+        empty = (width - count).amin(1)
+        missing = torch.arange(width, device=position.device) - count
+        between = torch.where(missing < empty[:, None], -1, 2 * self.sinks + 1)
+        order = torch.where(alive, 2 * position + 2, between).argsort(dim=-1, stable=True)
+        return slot.expand_as(order).gather(-1, order), position.gather(-1, order), empty[:, 0]
+
+    def _keep(self, keys: LiveKeys, survives: Tensor) -> None:
+        """Pack the keys that survive, (B, G, N) bool, into pools of the layout that `_count` has asked for."""
+        layout = self._layout = self._spacious()
+        batch, groups, length = survives.shape
+        slots, device = layout.offsets[-1], survives.device
+        first = layout.table[:-1, None].long()
+        slot = torch.where(survives, first + survives.cumsum(-1) - 1, slots)
+        column = torch.arange(length, device=device).expand(batch, groups, length)
+        chosen = torch.full((batch, slots + 1), -1, device=device).scatter_(-1, slot.flatten(1), column.flatten(1))
+        chosen = chosen[:, :slots]
+        index = (torch.arange(batch, device=device)[:, None], layout.head, chosen.clamp(min=0))
+        self.keys, self.values, self.ranks = keys.key[index], keys.value[index], keys.score[index]
+        self.positions = torch.where(chosen >= 0, keys.position[index], -1).to(torch.int32)
+
+    def _count(self, new: int, key_mask: Tensor | None) -> None:
+        """Count the tokens of a call on the host, after `clock` has counted them on the device."""
         self.seen += new
-
-        survives = expiry >= length
-        if bool(survives.all()):
-            self.keys, self.values, self.scores, self.positions = live.key, live.value, live.score, positions
+        self._most += new
+        if key_mask is None:
+            self._least += new
+        elif new > 1:
+            self._look()
+        if self._most > self._narrowest:
+            self._exact_from = self.seen
+            self._calls.clear()
+        elif key_mask is None and self._calls and isinstance(self._calls[-1], int):
+            self._calls[-1] += new
         else:
-            # Survivors to the right, in order; shorter rows get empty slots on the left.
-            count = int(survives.sum(-1).max())
-            index = survives.to(torch.int8).sort(dim=-1, stable=True).indices[..., length - count :]
-            self.keys = _take_rows(live.key, index)
-            self.values = _take_rows(live.value, index)
-            self.scores = live.score.gather(-1, index)
-            kept = survives.gather(-1, index)
-            self.positions = torch.where(kept, positions.gather(-1, index), -1)
-            if bool((~survives & real[:, None]).any()):
-                self._exact_from = self.seen
-        self._full = self.positions.shape[-1] == self.window and bool((self.positions >= 0).all())
-        return live
+            self._calls.append(new if key_mask is None else key_mask)
 
-    def _replace(self, key: Tensor, value: Tensor, scores: Tensor) -> LiveKeys:
-        """One token into a full layer: it takes, in place, the slot of the lowest-ranked key of the contest."""
-        if self._everlasting is None or self._everlasting.shape != self.positions.shape:
-            self._everlasting = _everlasting(self.positions.shape, self.window, self.positions.device)
-        if key.is_cuda and scores.dtype == self.scores.dtype == torch.float32 and triton_available():
-            self._replace_in_one_launch(key, value, scores)
-        else:
-            self._replace_plainly(key, value, scores)
-        self.advance()
-        # The slots are in no order, but there is one query and it sees them all.
-        return LiveKeys(self.keys, self.values, self.scores, self.positions, self._everlasting)
-
-    def _replace_plainly(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
-        rank = sortable_scores(self.scores)
-        worst = torch.iinfo(rank.dtype).max
-        # The contest: keys older than the local part. The key that leaves it now takes part for the first time.
-        contest = self.positions <= self.seen - self.local
-        low = torch.where(contest, rank, worst).amin(-1, keepdim=True)
-        tied = contest & (rank == low)
-        slot = torch.where(tied, self.positions, torch.iinfo(torch.long).max).argmin(-1, keepdim=True)
-        # Without a local part the new key is in the contest too: it wins ties, and is dead on arrival below all.
-        arrives = sortable_scores(scores) >= low if self.local == 0 else torch.ones_like(slot, dtype=torch.bool)
-        for store, new in ((self.keys, key), (self.values, value)):
-            index = slot.unsqueeze(-1).expand_as(new)
-            store.scatter_(2, index, torch.where(arrives.unsqueeze(-1), new, store.gather(2, index)))
-        self.scores.scatter_(-1, slot, torch.where(arrives, scores, self.scores.gather(-1, slot)))
-        position = torch.where(arrives, self.seen, self.positions.gather(-1, slot))
-        self.positions.scatter_(-1, slot, position)
-
-    def _replace_in_one_launch(self, key: Tensor, value: Tensor, scores: Tensor) -> None:
-        from dynamask.ops.triton.cache_insert import replace_lowest
-
-        if self._clock is None:
-            self._clock = torch.full(self.positions.shape[:2], self.seen, device=key.device)
-            for name in _PER_KEY:
-                setattr(self, name, getattr(self, name).contiguous())
-        slots = (self.keys, self.values, self.scores, self.positions)
-        replace_lowest(key, value, scores, *slots, self._clock, self.local)
+    def _look(self) -> None:
+        """Read the bounds of the clock from the device."""
+        self._least, self._most = (int(bound) for bound in self.clock.aminmax())
 
     def advance(self) -> None:
-        """Count the token that `extend`, or a replayed graph of it, has put into the full layer."""
-        self.seen += 1
-        self._exact_from = self.seen
+        """Count the token that a replayed graph of `attend` has put into the layer."""
+        self._count(1, None)
+
+    def skip(self, tokens: int) -> None:
+        """Count `tokens` more real tokens that were seen and evicted before what the layer holds, as benchmarks do."""
+        self.positions = torch.where(self.positions >= 0, self.positions + tokens, -1)
+        self.clock = self.clock + tokens
+        self._count(tokens, None)
+
+    def _spacious(self) -> RaggedLayout:
+        """The layout for one more token and, where windows are wider than the text, some room to grow."""
+        wanted = self._most + 1 + max(16, self._most // 8)
+        if wanted >= self._widest:
+            wanted = self._widest
+        sizes = tuple(min(window, wanted) for window in self.windows)
+        self._room = 1 << 62 if wanted == self._widest else wanted
+        return ragged_layout(sizes, self.keys.device)
+
+    def _grow(self) -> None:
+        """Move the keys into larger pools."""
+        old, new = self._layout, self._spacious()
+        if old is new:
+            return
+        # Slots keep their places inside the heads.
+        target = new.table[:-1].long()[old.head] + old.place
+        for name in _POOLS:
+            pool = getattr(self, name)
+            shape = (pool.shape[0], new.offsets[-1], *pool.shape[2:])
+            larger = pool.new_full(shape, -1) if name == "positions" else pool.new_zeros(shape)
+            setattr(self, name, larger.index_copy(1, target, pool))
+        self._layout = new
+
+    def _live_keys(self) -> LiveKeys:
+        """All occupied slots, padded to the widest head, for a query that sees them all."""
+        layout = self._layout
+        groups, width = len(self.windows), layout.widest
+        if layout.uniform:
+            key, value, score, position = (getattr(self, name).unflatten(1, (groups, width)) for name in _POOLS)
+            position = position.long()
+        else:
+            slot = layout.padded.expand(self.keys.shape[0], groups, width)
+            key, value, score = _take(self.keys, slot), _take(self.values, slot), self.ranks[:, layout.padded]
+            position = torch.where(layout.there, self.positions[:, layout.padded].long(), -1)
+        column = torch.arange(width, dtype=torch.int32, device=key.device)
+        return LiveKeys(key, value, score, position, torch.where(position >= 0, width, column))
 
     def addresses(self) -> tuple[int, ...] | None:
-        """Where the tensors lie that decoding works on in place; None while steps still change their shapes."""
-        if not self._full or self._clock is None or self._everlasting is None:
-            return None
-        tensors = (self.keys, self.values, self.scores, self.positions, self._clock, self._everlasting)
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        """Where the tensors lie that decoding works on in place; None while steps still change their shapes.
 
-    def _sort_by_position(self) -> None:
-        if self.positions.shape[-1] > 1 and bool((self.positions.diff(dim=-1) < 0).any()):
-            order = self.positions.argsort(dim=-1)
-            self.keys, self.values = _take_rows(self.keys, order), _take_rows(self.values, order)
-            self.scores, self.positions = self.scores.gather(-1, order), self.positions.gather(-1, order)
+        The last number says whether every slot is known to be occupied, in which case a step launches less.
+        """
+        if not self.is_initialized or self._layout.sizes != self.windows:
+            return None
+        tensors = (self.keys, self.values, self.ranks, self.positions, self.clock)
+        return (*(tensor.data_ptr() for tensor in tensors), int(self._least >= self._widest))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Not how this layer is fed: a layer that does not know the scores cannot know what to keep."""
+        """Refuse: a layer that does not know the ranks cannot know what to keep.
+
+        Raises:
+            InvalidInputError: always.
+        """
         raise InvalidInputError(
             "BoundedCache serves dynamic-mask and sliding-window attention of dynamask models; this layer called "
             "Cache.update, which carries no scores. Convert the model first (dynamask.convert), or give it a "
@@ -205,7 +436,7 @@ class BoundedLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int:
-        """Positions seen so far, evicted ones included."""
+        """Positions seen so far, padding and evicted ones included."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -223,61 +454,76 @@ class BoundedLayer(CacheLayerMixin):
         """Memory of the tensors held, in bytes."""
         if not self.is_initialized:
             return 0
-        held = [getattr(self, name) for name in _PER_KEY]
+        held = [getattr(self, name) for name in (*_POOLS, "clock")]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def crop(self, max_length: int) -> None:
-        """Forget the positions from `max_length` on (negative: the last -max_length).
+        """Forget the last positions.
+
+        Args:
+            max_length: negative: forget the last `-max_length` positions. 0: forget nothing (`reset` forgets all).
+                Positive: forget the positions from `max_length` on.
 
         Raises:
             CacheRollbackError: a key that was alive at that length has been evicted since.
         """
-        if max_length < 0:
-            max_length = max(0, self.seen + max_length)
-        if max_length >= self.seen:
+        length = max_length if max_length > 0 else max(0, self.seen + max_length)
+        if length >= self.seen:
             return
-        if max_length < self._exact_from:
+        if length < self._exact_from:
             raise CacheRollbackError(
-                f"cannot return to length {max_length}: keys were evicted at length {self._exact_from}, and a "
-                f"bounded cache (window {self.window}) does not keep them. Copy the cache before the tokens you "
-                "may want to take back, or use transformers' DynamicCache for speculative decoding."
+                f"cannot return to length {length}: keys were evicted at length {self._exact_from}, and a bounded "
+                f"cache (windows {_shown(self.windows)}) does not keep them. Copy the cache before the tokens you may "
+                "want to take back, or use transformers' DynamicCache for speculative decoding."
             )
-        self._sort_by_position()
-        keep = self.positions[0, 0] < max_length  # nothing was evicted since, so all heads hold the same
-        for name in _PER_KEY:
-            setattr(self, name, getattr(self, name)[:, :, keep])
-        self.seen = max_length
-        self._full = False
-        self._clock = None
+        # No key was evicted since: of each row, the newest keys go, as many as the calls brought real tokens.
+        calls, left = [*self._calls], self.seen - length
+        removed = torch.zeros_like(self.clock[:, :1])
+        while left:
+            call = calls.pop()
+            size = call if isinstance(call, int) else call.shape[1]
+            here = min(size, left)
+            removed = removed + (here if isinstance(call, int) else call[:, size - here :].sum(-1, keepdim=True))
+            if here < size:
+                calls.append(size - here if isinstance(call, int) else call[:, : size - here])
+            left -= here
+        self.clock = self.clock - removed
+        self.positions = torch.where(self.positions < self.clock[:, :1], self.positions, -1)
+        self._calls, self.seen = calls, length
+        self._look()
 
     def reset(self) -> None:
         """Forget everything."""
         self.keys, self.values = None, None  # type: ignore[assignment]
-        self._clock = self._everlasting = None
-        self.is_initialized = self._full = False
-        self.seen = self._exact_from = 0
+        self._clear()
 
-    def _index_batch(self, index: Tensor) -> None:
-        self._clock = None
-        if self.is_initialized:
-            for name in _PER_KEY:
-                tensor = getattr(self, name)
-                setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+    def _over_batch(self, change: Any) -> None:
+        """Replace every tensor that has a row per sequence by `change` of it."""
+        if not self.is_initialized:
+            return
+        for name in (*_POOLS, "clock"):
+            setattr(self, name, change(getattr(self, name)))
+        if any(isinstance(call, Tensor) for call in self._calls):
+            masks = [
+                torch.ones(1, call, dtype=torch.bool, device=self.clock.device) if isinstance(call, int) else call
+                for call in self._calls
+            ]
+            before = max(mask.shape[0] for mask in masks)
+            self._calls = [change(torch.cat([mask.expand(before, -1) for mask in masks], 1))]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: row b continues what row `beam_idx[b]` holds."""
-        self._index_batch(beam_idx)
+        self._over_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` of the batch."""
-        self._index_batch(indices)
+        """Keep the rows `indices` of the batch: integers, or a bool per row."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch `repeats` times."""
-        self._clock = None
-        if self.is_initialized:
-            for name in _PER_KEY:
-                setattr(self, name, getattr(self, name).repeat_interleave(repeats, dim=0))
+        self._over_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
         """Move everything to the CPU."""
@@ -289,28 +535,33 @@ class BoundedLayer(CacheLayerMixin):
             self._move(self.device)
 
     def _move(self, device: torch.device) -> None:
-        self._clock = self._everlasting = None
-        if self.is_initialized:
-            for name in _PER_KEY:
-                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        if not self.is_initialized or self.keys.device == device:
+            return
+        # Copies to the CPU are awaited: the next step may read them there.
+        wait = device.type == "cpu"
+        for name in (*_POOLS, "clock"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=not wait))
+        self._calls = [call if isinstance(call, int) else call.to(device) for call in self._calls]
+        self._layout = ragged_layout(self._layout.sizes, device)
 
 
 class BoundedCache(Cache):
-    """A transformers cache of at most `window` keys per key/value head and layer, at any length.
+    """A transformers cache of at most `windows[l][g]` keys for key/value head g of layer l, at any length.
 
     Logits equal those of the full cache: what it forgets, no later query could see. Works in `generate()`
     (greedy, sampling, beams), with prefill, chunked prefill and single tokens in any order.
 
     Args:
-        config: configuration of the model it is for; gives layers, window and local where not given here.
-        window: keys per query and head. Default `config.window`, or Doge's `config.keep_window_size`.
-        local: how many of them are the newest positions. Default `config.local`, or 0.
-        num_hidden_layers: default `config.num_hidden_layers`.
+        config: configuration of the model it is for; gives layers, windows, local and sinks where not given here.
+        windows: keys per query: an integer for all heads, one per layer, or one per layer and key/value head.
+        local: newest real tokens that are always kept. Default `config.local`, or 0.
+        sinks: first real tokens of a row that are always kept. Default `config.sinks`, or 0.
+        num_hidden_layers: default `config.num_hidden_layers`, or the number of layers in `windows`.
         graphs: on a GPU, record the step of a dynamask model as a CUDA graph once the cache is full, and replay it
             for every further token (`dynamask.models.cuda_graph`). The same numbers without the launches' waiting.
 
     Raises:
-        InvalidInputError: no window to be found, or attention that a bounded cache cannot serve.
+        InvalidInputError: no windows to be found, or attention that a bounded cache cannot serve.
 
     It cannot go back past an eviction: `crop` raises `CacheRollbackError` then.
     """
@@ -319,47 +570,59 @@ class BoundedCache(Cache):
         self,
         config: Any = None,
         *,
-        window: int | None = None,
+        windows: Windows | Sequence[Sequence[int]] | None = None,
         local: int | None = None,
+        sinks: int | None = None,
         num_hidden_layers: int | None = None,
         graphs: bool = True,
     ) -> None:
         self.graphs = graphs
-        attention = getattr(config, "attention", "dma") if config is not None else "dma"
-        mixers = getattr(config, "layer_attention", None)  # where layers differ
-        for kind in mixers or [attention]:
-            if kind not in ("dma", "swa"):
-                raise InvalidInputError(
-                    f"a bounded cache serves attention 'dma' and 'swa'; this model has attention {kind!r}, whose "
-                    "queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
-                )
-        if window is None:
-            window = getattr(config, "window", None) or getattr(config, "keep_window_size", None)
-        if local is None:
-            local = getattr(config, "local", None) or 0
-        if num_hidden_layers is None:
-            num_hidden_layers = getattr(config, "num_hidden_layers", None)
-        if window is None or num_hidden_layers is None:
+        super().__init__(layers=_bounded_layers(config, windows, local, sinks, num_hidden_layers))
+
+    def check_consistent(self) -> None:
+        """See `check_consistent`: refuse a cache whose layers have seen different numbers of tokens."""
+        check_consistent(self)
+
+    def check_fits(self, windows: Sequence[Windows], *, local: int = 0, sinks: int = 0) -> None:
+        """Refuse a model that keeps other keys, or has another number of layers, than this cache was made for.
+
+        Args:
+            windows: of each layer: an integer, or one per key/value head.
+            local, sinks: of all layers.
+
+        Raises:
+            InvalidInputError: they do not fit.
+        """
+        if len(windows) != len(self.layers):
             raise InvalidInputError(
-                "BoundedCache needs a config with window and num_hidden_layers, or both as arguments; "
-                f"got window={window!r}, num_hidden_layers={num_hidden_layers!r}"
+                f"this cache was made for {len(self.layers)} layers and the model has {len(windows)}: make it from "
+                "the configuration of the model, BoundedCache(model.config)"
             )
-        # Converted models may have layers that were sliding already, with a window of their own.
-        windows = getattr(config, "layer_windows", None) or [window] * num_hidden_layers
-        if None in windows:
-            raise InvalidInputError(
-                "this model has layers left dense, whose queries see every past key, as no bounded cache keeps them: "
-                "generate() without past_key_values takes the right cache, or use DynamicCache"
-            )
-        locals_ = getattr(config, "layer_locals", None) or [
-            window if kind == "swa" else local for kind in mixers or [attention] * num_hidden_layers
-        ]
-        super().__init__(layers=[BoundedLayer(w, n) for w, n in zip(windows, locals_, strict=True)])
+        for layer, each in zip(self.layers, windows, strict=True):
+            layer.check_fits(each, local=local, sinks=sinks)
 
     @property
     def num_bytes(self) -> int:
         """Memory of all layers, in bytes."""
         return cache_bytes(self)
+
+
+def check_consistent(cache: Cache) -> None:
+    """Refuse a cache whose bounded layers have seen different numbers of tokens, as an interrupted forward leaves it.
+
+    Args:
+        cache: any transformers cache, at the start of a model's forward. Layers that are not bounded are not compared.
+
+    Raises:
+        InvalidInputError: they have.
+    """
+    seen = {layer.seen for layer in cache.layers if isinstance(layer, BoundedLayer)}
+    if len(seen) > 1:
+        raise InvalidInputError(
+            f"the layers of this cache have seen different numbers of tokens ({min(seen)} to {max(seen)}): a forward "
+            "pass was interrupted, or the model has fewer layers than the cache. Call cache.reset() and start over, "
+            "or continue from a copy made before"
+        )
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -380,11 +643,95 @@ def bounded_layer(cache: Cache, layer_idx: int) -> BoundedLayer | None:
     return layer if isinstance(layer, BoundedLayer) else None
 
 
-@lru_cache(maxsize=8)
-def _everlasting(shape: torch.Size, window: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # shared by layers and calls, whatever mode each is in
-        return torch.full(shape, window, dtype=torch.int32, device=device)
+def _bounded_layers(
+    config: Any,
+    windows: Windows | Sequence[Sequence[int]] | None,
+    local: int | None,
+    sinks: int | None,
+    num_hidden_layers: int | None,
+) -> list[BoundedLayer]:
+    """The layers of a `BoundedCache`."""
+    attention = getattr(config, "attention", "dma")
+    mixers = getattr(config, "layer_attention", None)  # where layers differ
+    for kind in mixers or [attention]:
+        if kind not in ("dma", "swa"):
+            raise InvalidInputError(
+                f"a bounded cache serves attention 'dma' and 'swa'; this model has attention {kind!r}, whose "
+                "queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
+            )
+    count = num_hidden_layers if num_hidden_layers is not None else getattr(config, "num_hidden_layers", None)
+    given = windows
+    if given is None:
+        # A window per head, per layer, or one: converted models may have layers that were sliding already.
+        for name in ("head_windows", "layer_windows", "window", "keep_window_size"):
+            given = getattr(config, name, None)
+            if given is not None:
+                break
+    if count is None and isinstance(given, (list, tuple)):
+        count = len(given)
+    if given is None or count is None:
+        raise InvalidInputError(
+            "BoundedCache needs a config with windows and num_hidden_layers, or both as arguments; "
+            f"got windows={given!r}, num_hidden_layers={count!r}"
+        )
+    each: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    if len(each) != count:
+        raise InvalidInputError(f"windows must be an integer or one entry per layer ({count}); got {len(each)} entries")
+    if any(window is None for window in each):
+        raise InvalidInputError(
+            "this model has layers left dense, whose queries see every past key, as no bounded cache keeps them: "
+            "generate() without past_key_values takes the right cache, or use DynamicCache"
+        )
+    if sinks is None:
+        sinks = getattr(config, "sinks", None) or 0
+    locals_ = getattr(config, "layer_locals", None) if local is None and windows is None else None
+    if locals_ is None:
+        kept = (getattr(config, "local", None) or 0) if local is None else local
+        kinds = mixers or [attention] * count
+        # Sliding windows keep the newest keys, whatever the configuration's local.
+        locals_ = [
+            _narrowest(window) - sinks if kind == "swa" else kept for kind, window in zip(kinds, each, strict=True)
+        ]
+    return [BoundedLayer(window, local=n, sinks=sinks) for window, n in zip(each, locals_, strict=True)]
 
 
-def _take_rows(rows: Tensor, index: Tensor) -> Tensor:
-    return rows.gather(2, index.unsqueeze(-1).expand(*index.shape, rows.shape[-1]))
+def _narrowest(windows: Windows) -> int:
+    return min(check_window(windows))
+
+
+def _spread(windows: tuple[int, ...], heads: int) -> tuple[int, ...]:
+    return windows if len(windows) == heads else windows[:1] * heads
+
+
+def _shown(windows: tuple[int, ...]) -> str:
+    """Windows in a message: one number where they are all alike."""
+    return str(windows[0]) if len(set(windows)) == 1 else str(list(windows))
+
+
+def _check_call(key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None) -> None:
+    if key.dim() != 4 or value.dim() != 4 or key.shape[:3] != value.shape[:3]:
+        raise InvalidInputError(
+            f"key and value must be (batch, key/value heads, tokens, dim) of the same tokens; got {tuple(key.shape)} "
+            f"and {tuple(value.shape)}"
+        )
+    if ranks is not None and (ranks.shape != key.shape[:3] or not ranks.is_floating_point()):
+        raise InvalidInputError(
+            f"ranks must be float of shape {tuple(key.shape[:3])}, one per key; got {ranks.dtype} of shape "
+            f"{tuple(ranks.shape)}"
+        )
+    if key_mask is not None and (key_mask.shape != (key.shape[0], key.shape[2]) or key_mask.dtype != torch.bool):
+        raise InvalidInputError(
+            f"key_mask must be bool of shape {(key.shape[0], key.shape[2])}, True for a real token; got "
+            f"{key_mask.dtype} of shape {tuple(key_mask.shape)}"
+        )
+
+
+def _take(pool: Tensor, slot: Tensor) -> Tensor:
+    """Rows `slot` (B, G, L) of a pool (B, S, D): (B, G, L, D)."""
+    index = slot.flatten(1)[..., None].expand(-1, -1, pool.shape[-1])
+    return pool.gather(1, index).unflatten(1, slot.shape[1:])
+
+
+def _finite(ranks: Tensor) -> Tensor:
+    """Ranks as a bias: one that is not finite is not added to a logit, as in `dynamic_mask_attention`."""
+    return ranks.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)

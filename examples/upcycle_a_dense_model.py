@@ -31,7 +31,7 @@ for step in range(5):
 
 cache = BoundedCache(sparse.config)
 sparse.eval().generate(tokens, max_new_tokens=50, past_key_values=cache, pad_token_id=0, attention_mask=tokens > -1)
-print(f"after {cache.get_seq_length()} tokens the cache holds {cache.layers[0].keys.shape[2]} keys per head")
+print(f"after {cache.get_seq_length()} tokens the cache holds {cache.layers[0].keys_held.max()} keys per head")
 
 # The last layer left dense, and ranks that learn in training which keys will be looked at.
 mixed = convert.upcycle(dense, window=32, dense_layers=[-1], ranking="attention")
@@ -40,5 +40,6 @@ print(f"gradient of the ranks: {mixed.model.layers[0].self_attn.gate.delta.weigh
 answer = mixed.eval().generate(
     tokens, max_new_tokens=50, pad_token_id=0, attention_mask=tokens > -1, return_dict_in_generate=True
 )
-kept = [layer.keys.shape[2] for layer in answer.past_key_values.layers]
+*bounded, whole = answer.past_key_values.layers
+kept = [*(int(layer.keys_held.max()) for layer in bounded), whole.keys.shape[2]]
 print(f"keys per head in the caches of a layer with a window and of one left dense: {kept}")

@@ -202,7 +202,9 @@ class ConvertedModel(OwnCacheGeneration):
         if windows is None or None not in windows:
             return BoundedCache(self.config)
         kinds = zip(windows, locals_, strict=True)
-        return Cache(layers=[DynamicLayer() if window is None else BoundedLayer(window, n) for window, n in kinds])
+        return Cache(
+            layers=[DynamicLayer() if window is None else BoundedLayer(window, local=n) for window, n in kinds]
+        )
 
 
 def _register(config_class: type, model_class: type) -> tuple[type, type]:

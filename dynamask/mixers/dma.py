@@ -37,7 +37,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
     @classmethod
     def cache_layer(cls, config: Any) -> CacheLayerMixin:
         """A `BoundedLayer` of the config's window and local part."""
-        return BoundedLayer(config.window, config.local)
+        return BoundedLayer(config.window, local=config.local)
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
@@ -88,6 +88,7 @@ def dynamic_mask_mix(
     """
     layer = None if cache is None else bounded_layer(cache, layer_idx)
     if layer is not None:
+        layer.check_fits(window, local=local)
         scores = gate(value, sequence.position_ids)
         live = layer.extend(key, value, scores, sequence.new_key_mask())
         bias = gate.logit_bias(live.score, live.position, live.value)

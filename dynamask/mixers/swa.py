@@ -23,13 +23,14 @@ class SlidingWindowAttention(GroupedQueryMixer):
     @classmethod
     def cache_layer(cls, config: Any) -> CacheLayerMixin:
         """A `BoundedLayer` whose window is all local."""
-        return BoundedLayer(config.window, config.window)
+        return BoundedLayer(config.window, local=config.window)
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
         query, key, value = self.project(hidden_states, sequence)
         layer = None if cache is None else bounded_layer(cache, self.layer_idx)
         if layer is not None:
+            layer.check_fits(self.layer_window, local=self.layer_window)
             # All of the window is local, so the scores decide nothing: they are where the cache keeps the penalty.
             bias = None if self.penalty is None else self.penalty(sequence.position_ids)
             live = layer.extend(key, value, bias, sequence.new_key_mask())

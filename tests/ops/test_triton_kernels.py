@@ -16,11 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamask import key_expiry
-from dynamask.cache import BoundedLayer
 from dynamask.ops.expiry import key_expiry_by_definition
 from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.reference import interval_attention_reference
-from dynamask.ops.triton.cache_insert import replace_lowest_kernel
 from tests.ops.checks import LOWEST, spoilt_reaches_only_its_queries, weights_sum_to_one
 
 GPU = torch.cuda.is_available()
@@ -508,29 +506,3 @@ def test_hopper_passes_nan_on() -> None:
     assert torch.equal(output.isnan().any(-1), expected)
     (gradient,) = torch.autograd.grad(output[:, :2].sum(), query)
     assert not gradient[:, :2].isnan().any()
-
-
-@pytest.mark.parametrize("local", [0, 3, 40])
-def test_replacing_in_one_launch_is_the_plain_step(local: int) -> None:
-    """Many ties, NaN, infinities and both zeros; a new key given as a transposed view, as projections give it."""
-    torch.manual_seed(0)
-    batch, groups, slots, steps = 2, 3, 40, 60
-    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 2.0], device=DEVICE)
-    plain, fused = (BoundedLayer(slots, local) for _ in range(2))
-    score = values[torch.randint(8, (batch, groups, slots), device=DEVICE)]
-    key = torch.randn(batch, groups, slots, 16, device=DEVICE)
-    # Grown one by one in the CPU's way, so that both start from the same full layer.
-    for layer in (plain, fused):
-        with torch.no_grad():
-            layer.extend(key, key[..., :8], score, None)
-    clock = torch.full((batch, groups), slots, device=DEVICE)
-    held = [getattr(fused, name).contiguous().clone() for name in ("keys", "values", "scores", "positions")]
-    for _ in range(steps):
-        new = torch.randn(batch, 1, groups, 16, device=DEVICE).transpose(1, 2)
-        score = values[torch.randint(8, (batch, groups, 1), device=DEVICE)]
-        plain._replace_plainly(new, new[..., :8], score)
-        plain.advance()
-        replace_lowest_kernel(new, new[..., :8], score, *held, clock, local)
-        for name, tensor in zip(("keys", "values", "scores", "positions"), held, strict=True):
-            assert torch.equal(getattr(plain, name).nan_to_num(nan=7.5), tensor.nan_to_num(nan=7.5)), name
-    assert bool((clock == slots + steps).all())

@@ -377,8 +377,7 @@ def filled_cache(config: DynamaskConfig, cache: str, context: int, batch: int, s
         assert isinstance(layer, BoundedLayer)
         layer.extend(key, value, torch.randn(shape[:3], device=device), None)
         # As if these were what `context` tokens left: the layer's cost knows positions only by comparison.
-        layer.positions += context - slots
-        layer.seen = context
+        layer.skip(context - slots)
     return made
 
 

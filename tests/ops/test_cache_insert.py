@@ -1,0 +1,67 @@
+"""Inserting a key into a ragged cache keeps what `key_expiry` keeps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynamask.ops.cache_insert import insert_key_reference
+from dynamask.ops.expiry import key_expiry
+from dynamask.ops.ragged_layout import ragged_layout
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def empty_pools(batch: int, windows: tuple[int, ...], dim: int, value_dim: int) -> dict[str, Tensor]:
+    slots = sum(windows)
+    return {
+        "keys": torch.zeros(batch, slots, dim, device=DEVICE),
+        "values": torch.zeros(batch, slots, value_dim, device=DEVICE),
+        "ranks": torch.zeros(batch, slots, device=DEVICE),
+        "positions": torch.full((batch, slots), -1, dtype=torch.int32, device=DEVICE),
+        "clock": torch.zeros(batch, len(windows), dtype=torch.int64, device=DEVICE),
+    }
+
+
+def ranks_of(*shape: int) -> Tensor:
+    """Many ties, NaN, infinities and both zeros."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 2.0])
+    return values[torch.randint(8, shape, generator=torch.Generator().manual_seed(0))].to(DEVICE)
+
+
+CASES = [
+    ((5, 9, 2), 0, 0),
+    ((5, 9, 2), 1, 1),
+    ((40, 40), 40, 0),
+    ((7, 30), 3, 4),
+    ((4, 6), 0, 4),  # nothing but sinks in the first head
+]
+
+
+@pytest.mark.parametrize(("windows", "local", "sinks"), CASES)
+def test_holds_what_survives(windows: tuple[int, ...], local: int, sinks: int) -> None:
+    batch, length = 2, 50
+    ranks = ranks_of(batch, len(windows), length)
+    mask = torch.rand(batch, length, device=DEVICE) < 0.7
+    layout = ragged_layout(windows, DEVICE)
+    pools = empty_pools(batch, windows, 1, 1)
+    name = torch.arange(length, device=DEVICE).float().expand(batch, len(windows), length)
+    for t in range(length):
+        new = name[..., t : t + 1, None]
+        insert_key_reference(
+            new, new, ranks[..., t : t + 1], mask[:, t : t + 1], **pools, layout=layout, local=local, sinks=sinks
+        )
+    alive = key_expiry(ranks, windows, local=local, sinks=sinks, key_mask=mask) == length
+    for b, g in itertools.product(range(batch), range(len(windows))):
+        part = slice(layout.offsets[g], layout.offsets[g + 1])
+        there = pools["positions"][b, part] >= 0
+        assert set(pools["keys"][b, part, 0][there].long().tolist()) == set(alive[b, g].nonzero()[:, 0].tolist())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cache_insert_kernels.py runs on the GPU itself")
+def test_kernel_under_the_interpreter(run_interpreted: Callable[[str, float], None]) -> None:
+    run_interpreted("test_cache_insert_kernels.py", 120)

@@ -1,0 +1,74 @@
+"""The kernel that inserts a key into a ragged cache is the plain step: on a GPU, or under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from dynamask.ops.cache_insert import insert_key_reference
+from dynamask.ops.ragged_layout import ragged_layout
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+pytestmark = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
+)
+POOLS = ("keys", "values", "ranks", "positions", "clock")
+STEPS = 60 if GPU else 12
+
+
+def empty_pools(batch: int, windows: tuple[int, ...], dim: int, value_dim: int) -> dict[str, Tensor]:
+    slots = sum(windows)
+    return {
+        "keys": torch.zeros(batch, slots, dim, device=DEVICE),
+        "values": torch.zeros(batch, slots, value_dim, device=DEVICE),
+        "ranks": torch.zeros(batch, slots, device=DEVICE),
+        "positions": torch.full((batch, slots), -1, dtype=torch.int32, device=DEVICE),
+        "clock": torch.zeros(batch, len(windows), dtype=torch.int64, device=DEVICE),
+    }
+
+
+def ranks_of(*shape: int) -> Tensor:
+    """Many ties, NaN, infinities and both zeros."""
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 2.0])
+    return values[torch.randint(8, shape, generator=torch.Generator().manual_seed(0))].to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("windows", "local", "sinks", "ranked", "masked"),
+    [
+        ((5, 9, 2), 0, 0, True, False),
+        ((5, 9), 1, 1, True, True),
+        ((6, 6), 6, 0, False, False),
+        ((7, 11), 3, 4, True, False),
+        ((4, 6), 0, 4, True, True),  # nothing but sinks in the first head
+        ((3, 4), 0, 0, False, True),
+    ],
+)
+@torch.no_grad()
+def test_one_launch_is_the_plain_step(
+    windows: tuple[int, ...], local: int, sinks: int, ranked: bool, masked: bool
+) -> None:
+    """A new key given as a transposed view, as projections give it."""
+    from dynamask.ops.triton.cache_insert import insert_key_launch
+
+    torch.manual_seed(0)
+    batch, groups = 2, len(windows)
+    layout = ragged_layout(windows, DEVICE)
+    plain = empty_pools(batch, windows, 6, 3)
+    ranks = ranks_of(batch, groups, 4 + STEPS)
+    for t in range(4 + STEPS):
+        key = torch.randn(batch, 1, groups, 6, device=DEVICE).transpose(1, 2)
+        value = key[..., :3]
+        rank = ranks[..., t : t + 1] if ranked else None
+        mask = torch.rand(batch, 1, device=DEVICE) < 0.7 if masked else None
+        if t == 4:
+            fused = {name: pool.clone() for name, pool in plain.items()}
+        insert_key_reference(key, value, rank, mask, **plain, layout=layout, local=local, sinks=sinks)
+        if t >= 4:
+            insert_key_launch(key, value, rank, mask, **fused, table=layout.table, local=local, sinks=sinks)
+            for name in POOLS:
+                assert torch.equal(plain[name].nan_to_num(nan=7.5), fused[name].nan_to_num(nan=7.5)), (name, t)
