@@ -118,7 +118,7 @@ def texts(draw: st.DrawFn) -> tuple[Text, list[int]]:
     return made, pieces
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(drawn=texts(), room=st.booleans())
 @torch.no_grad()
 def test_attention_from_the_cache_is_attention_over_the_text(drawn: tuple[Text, list[int]], room: bool) -> None:
@@ -137,7 +137,7 @@ def test_attention_from_the_cache_is_attention_over_the_text(drawn: tuple[Text, 
         assert torch.equal((layer.positions[:, start:stop] >= 0).sum(-1), alive[:, group].sum(-1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(drawn=texts())
 @torch.no_grad()
 def test_live_keys_are_the_keys_a_query_sees(drawn: tuple[Text, list[int]]) -> None:
@@ -296,7 +296,7 @@ def test_crop_before_any_eviction_is_exact_and_past_one_is_refused() -> None:
     assert cache.get_seq_length() == 20
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     pieces=st.lists(st.sampled_from([1, 1, 3]), min_size=1, max_size=8),
     padding=st.sampled_from(["none", "left", "holes"]),
