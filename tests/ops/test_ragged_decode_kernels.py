@@ -96,10 +96,10 @@ def test_operator() -> None:
 @pytest.mark.skipif(not GPU, reason="needs a CUDA graph")
 def test_in_a_cuda_graph() -> None:
     """Capture without a run before it; the splits are not kept from a graph's memory."""
-    from dynamask.ops.triton import ragged_decode as module
+    from dynamask.ops.triton import tables
 
     query, keys = torch.randn(1, 4, 1, 64, device=DEVICE), torch.randn(1, 777, 64, device=DEVICE)
-    module._cached_split.cache_clear()
+    tables._cached_table.cache_clear()
     ragged_decode(query, keys, keys, None, (0, 100, 776), backend="triton")  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -108,4 +108,4 @@ def test_in_a_cuda_graph() -> None:
     graph.replay()
     expected = ragged_decode(query, keys, keys, None, (0, 100, 777), backend="torch")
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
-    assert module._cached_split.cache_info().currsize == 1
+    assert tables._cached_table.cache_info().currsize == 1

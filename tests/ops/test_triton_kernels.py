@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -309,7 +310,7 @@ def test_expiry_of_other_dtypes(dtype: torch.dtype) -> None:
     assert torch.equal(key_expiry(scores.to(DEVICE), 70, key_mask=mask.to(DEVICE)).cpu(), expected)
 
 
-def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: int) -> None:
+def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: Sequence[int]) -> None:
     """Each list holds exactly the keys of its block, at the end where they belong; twice the same."""
     from dynamask.ops.triton.lists import build_lists
 
@@ -323,7 +324,7 @@ def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: int)
             seen = (position < stop) & (dies > position.clamp(min=start))
             by_all = seen & (position <= start) & (dies >= stop)
             whole, partial = int(lists.whole[row, number]), int(lists.partial[row, number])
-            entries, others = lists.index[row, number].cpu(), again.index[row, number].cpu()
+            entries, others = lists.of(row, number).cpu(), again.of(row, number).cpu()
             assert torch.equal(entries[:whole].sort().values, position[by_all].int())
             assert torch.equal(entries[len(entries) - partial :].sort().values, position[seen & ~by_all].int())
             assert torch.equal(entries[:whole], others[:whole])
@@ -339,9 +340,32 @@ def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: in
     scores = scores_of(kind, (1, 2, length), torch.Generator().manual_seed(0))
     mask = torch.rand(1, length, generator=torch.Generator().manual_seed(1)) < 0.9
     expiry = key_expiry(scores, window, local=local, key_mask=mask)
-    checked_lists(expiry, queries, block, window)
+    checked_lists(expiry, queries, block, [window] * 2)
     if kind == "random":
-        checked_lists(expiry, queries, block, 0)
+        checked_lists(expiry, queries, block, ())
+
+
+def head_windows(scores: torch.Tensor, windows: Sequence[int], sinks: int = 0) -> torch.Tensor:
+    """Expiry with a window of its own for every head; the first `sinks` keys never expire."""
+    expiry = torch.cat([key_expiry(scores[:, g : g + 1], window) for g, window in enumerate(windows)], 1)
+    expiry[:, :, :sinks] = scores.shape[-1]
+    return expiry
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_lists_of_head_windows(small_cuts: None, known: bool) -> None:
+    """Each head's lists take the room that its own window asks for."""
+    from dynamask.ops.triton.lists import build_lists
+
+    windows = (1, 100, 37)
+    expiry = head_windows(torch.randn(2, 3, 230, generator=torch.Generator().manual_seed(0)), windows, sinks=4)
+    limits = [window + 4 for window in windows] if known else ()
+    checked_lists(expiry, 201, 16, limits)
+    lists = build_lists(expiry.to(DEVICE), 201, 16, limits)
+    assert lists.table[2].tolist() == [1, 2, 0]
+    if known:
+        assert lists.capacities == (32, 128, 64)
+        assert lists.index.numel() == 2 * 13 * (32 + 128 + 64)
 
 
 @pytest.mark.skipif(not GPU, reason="too long for the interpreter")
@@ -349,7 +373,7 @@ def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: in
 def test_lists_of_long_rows(length: int, block: int) -> None:
     segments = (torch.rand(1, length) < 3 / length).long().cumsum(-1)
     expiry = key_expiry(torch.randn(1, 2, length), 2048, local=512, segment_ids=segments)
-    checked_lists(expiry, length - 13, block, 2048)
+    checked_lists(expiry, length - 13, block, [2048] * 2)
 
 
 @pytest.mark.parametrize("span", [96, 1024])

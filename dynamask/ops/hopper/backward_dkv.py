@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import by_lane
+from dynamask.ops.hopper.producer import by_lane, take, tell
 from dynamask.ops.hopper.tile_scheduler import chunk_steps, leg_of, own_queries, piece_queries, proceed, search_levels
 from dynamask.ops.triton.backward_walk import walk_steps, walking_order
 
@@ -129,32 +129,6 @@ def _programs(device: torch.device) -> int:
 
 
 @gluon.jit
-def _tell(pieces, told, taken, turn, tile, begin, end, SLOTS: gl.constexpr):
-    """Hand a piece to both consumers."""
-    field = gl.arange(0, 4, gl.BlockedLayout([4], [32], [4], [0]))
-    slot = turn % SLOTS
-    mbarrier.wait(taken.index(slot), ((turn // SLOTS) & 1) ^ 1)
-    pieces.index(slot).store(gl.where(field == 0, tile, gl.where(field == 1, begin, end)))
-    mbarrier.arrive(told.index(slot), count=1)
-
-
-@gluon.jit
-def _take(pieces, told, taken, turn, SLOTS: gl.constexpr):
-    """Tile, first query and the one after the last of the next piece; the tile is negative when there is none left."""
-    # Every thread holds all four numbers.
-    whole: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    field = gl.arange(0, 4, whole)
-    slot = turn % SLOTS
-    mbarrier.wait(told.index(slot), (turn // SLOTS) & 1)
-    piece = pieces.index(slot).load(whole)
-    tile = gl.sum(gl.where(field == 0, piece, 0), 0)
-    begin = gl.sum(gl.where(field == 1, piece, 0), 0)
-    end = gl.sum(gl.where(field == 2, piece, 0), 0)
-    mbarrier.arrive(taken.index(slot), count=1)
-    return tile, begin, end
-
-
-@gluon.jit
 def _produce(
     grad_output,
     query,
@@ -222,7 +196,7 @@ def _produce(
         begin = first.to(gl.int32)
         end = last.to(gl.int32)
         if begin < end:
-            _tell(pieces, told, taken, turn, item, begin, end, SLOTS)
+            tell(pieces, told, taken, turn, item, begin, end, 0, SLOTS)
             turn += 1
             first_head = row // GROUPS * heads + row % GROUPS * RATIO
             for start in range(begin, end, M):
@@ -253,7 +227,7 @@ def _produce(
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
                 step += 1
         low, high = proceed(low, high, after, chunk, gl.num_programs(0), total)
-    _tell(pieces, told, taken, turn, -1, 0, 0, SLOTS)
+    tell(pieces, told, taken, turn, -1, 0, 0, 0, SLOTS)
     async_copy.wait_group(0)
 
 
@@ -331,7 +305,7 @@ def _consume(
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     step = 0
     turn = 0
-    item, begin, end = _take(pieces, told, taken, turn, SLOTS)
+    item, begin, end, _ = take(pieces, told, taken, turn, SLOTS)
     while item >= 0:
         row = item // tiles
         tile = item % tiles
@@ -432,7 +406,7 @@ def _consume(
             summed = gl.convert_layout(gl.sum(b_sum, 1), s_rows)
             gl.atomic_add(d_bias + base + j, summed, mask=lived, sem="relaxed")
         turn += 1
-        item, begin, end = _take(pieces, told, taken, turn, SLOTS)
+        item, begin, end, _ = take(pieces, told, taken, turn, SLOTS)
 
 
 @gluon.jit

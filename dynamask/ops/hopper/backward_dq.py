@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import produce, work
+from dynamask.ops.hopper.producer import produce, take
 from dynamask.ops.triton.lists import KeyLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -53,7 +53,7 @@ def query_kernel_launch(
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
-    blocks, capacity = lists.index.shape[1:]
+    blocks = lists.whole.shape[1]
     d_query = torch.empty_like(query)
     items = blocks * batch * groups
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
@@ -69,16 +69,18 @@ def query_kernel_launch(
         lists.index,
         lists.whole,
         lists.partial,
+        lists.table,
+        torch.zeros(1, dtype=torch.int32, device=query.device),
         d_query,
         scale * _LOG2E.value,
         scale,
         items,
-        batch * groups,
+        batch,
         heads,
         num_queries,
         length,
         blocks,
-        capacity,
+        lists.entries,
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=next_power_of_2(ratio),
@@ -87,6 +89,7 @@ def query_kernel_launch(
         ROWS=_ROWS,
         N=64,
         STAGES=4 if max(dim, value_dim) > 64 else 8,
+        SLOTS=4,
         CONSUMERS=_CONSUMERS,
         PRODUCER_REGISTERS=72,
         CONSUMER_REGISTERS=216,
@@ -123,14 +126,9 @@ def _consume(
     lse,
     delta,
     d_query,
-    whole,
-    partial,
-    items,
-    rows,
     heads,
     num_queries,
     length,
-    blocks,
     factor,
     scale,
     all_queries,
@@ -140,6 +138,9 @@ def _consume(
     biases,
     deaths,
     places,
+    work,
+    told,
+    taken,
     key_full,
     value_full,
     empty,
@@ -151,6 +152,7 @@ def _consume(
     ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -175,8 +177,9 @@ def _consume(
     queries, grads = all_queries.index(CONSUMER), all_grads.index(CONSUMER)
     nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
     step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, row, num_whole, listed = work(item, rows, blocks, whole, partial)
+    turn = 0
+    row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
+    while row >= 0:
         first_head = row // GROUPS * heads + row % GROUPS * RATIO
         first_place = block * M + CONSUMER * QUERIES
         q_place = first_place + q_tile % QUERIES
@@ -240,6 +243,8 @@ def _consume(
         d_row = (first_head + d_tile // QUERIES).to(gl.int64) * num_queries + d_place
         d_real = (d_tile // QUERIES < RATIO) & (d_place < num_queries)
         gl.store(d_query + (d_row * DIM)[:, None] + d_columns[None, :], (mixed * scale).to(dtype), mask=d_real[:, None])
+        turn += 1
+        row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
 
 
 @gluon.jit
@@ -255,16 +260,18 @@ def _backward_query(
     index,
     whole,
     partial,
+    table,
+    tickets,
     d_query,
     factor,
     scale,
     items,
-    rows,
+    batch_size,
     heads,
     num_queries,
     length,
     blocks,
-    capacity,
+    entries,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
@@ -273,6 +280,7 @@ def _backward_query(
     ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -292,6 +300,9 @@ def _backward_query(
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
     deaths = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
     places = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    work = gl.allocate_shared_memory(gl.int32, [SLOTS, 4], flat)
+    told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -300,33 +311,34 @@ def _backward_query(
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(taken.index(slot), count=CONSUMERS)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    query, grad_output, lse, delta, d_query, whole, partial, items, rows, heads, num_queries, length,
-                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full,
-                    value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
+                    query, grad_output, lse, delta, d_query, heads, num_queries, length, factor, scale, queries, grads,
+                    keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 0,
                 ),
             ),
             (
                 _consume,
                 (
-                    query, grad_output, lse, delta, d_query, whole, partial, items, rows, heads, num_queries, length,
-                    blocks, factor, scale, queries, grads, keys, values, biases, deaths, places, key_full,
-                    value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
+                    query, grad_output, lse, delta, d_query, heads, num_queries, length, factor, scale, queries, grads,
+                    keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 1,
                 ),
             ),
             (
                 produce,
                 (
-                    key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
-                    keys, values, biases, deaths, places, key_full, value_full, empty,
-                    1, 0, DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
+                    key, value, expiry, bias, index, whole, partial, table, tickets, items, batch_size, length, blocks,
+                    entries, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                    1, 0, GROUPS, DIM, VALUE_DIM, N, STAGES, SLOTS, HAS_BIAS,
                 ),
             ),
         ],

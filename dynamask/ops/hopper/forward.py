@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import by_lane, hold, produce, work
+from dynamask.ops.hopper.producer import by_lane, hold, produce, take
 from dynamask.ops.triton.lists import KeyLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -46,7 +46,7 @@ def forward_kernel_launch(
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
-    blocks, capacity = lists.index.shape[1:]
+    blocks = lists.whole.shape[1]
     output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
     lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
     items = blocks * batch * groups
@@ -60,22 +60,25 @@ def forward_kernel_launch(
         lists.index,
         lists.whole,
         lists.partial,
+        lists.table,
+        torch.zeros(1, dtype=torch.int32, device=query.device),
         output,
         lse,
         scale * _LOG2E.value,
         items,
-        batch * groups,
+        batch,
         heads,
         num_queries,
         length,
         blocks,
-        capacity,
+        lists.entries,
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=next_power_of_2(ratio),
         DIM=dim,
         VALUE_DIM=value_dim,
         ROWS=_ROWS,
+        SLOTS=4,
         CONSUMERS=_CONSUMERS,
         HAS_BIAS=bias is not None,
         num_warps=4,
@@ -118,14 +121,9 @@ def _consume(
     query,
     output,
     lse,
-    whole,
-    partial,
-    items,
-    rows,
     heads,
     num_queries,
     length,
-    blocks,
     factor,
     all_queries,
     keys,
@@ -133,6 +131,9 @@ def _consume(
     biases,
     deaths,
     places,
+    work,
+    told,
+    taken,
     key_full,
     value_full,
     empty,
@@ -144,6 +145,7 @@ def _consume(
     ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     CONSUMER: gl.constexpr,
@@ -168,8 +170,9 @@ def _consume(
     queries = all_queries.index(CONSUMER)
     nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
     step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, row, num_whole, listed = work(item, rows, blocks, whole, partial)
+    turn = 0
+    row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
+    while row >= 0:
         first_head = row // GROUPS * heads + row % GROUPS * RATIO
         first_place = block * M + CONSUMER * QUERIES
         q_place = first_place + q_tile % QUERIES
@@ -230,6 +233,8 @@ def _consume(
             mask=o_real[:, None],
         )
         gl.store(lse + o_row, (gl.convert_layout(top, o_rows) + gl.log2(summed)) * _LN2, mask=o_real)
+        turn += 1
+        row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
 
 
 @gluon.jit
@@ -242,16 +247,18 @@ def _forward(
     index,
     whole,
     partial,
+    table,
+    tickets,
     output,
     lse,
     factor,
     items,
-    rows,
+    batch_size,
     heads,
     num_queries,
     length,
     blocks,
-    capacity,
+    entries,
     GROUPS: gl.constexpr,
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
@@ -260,6 +267,7 @@ def _forward(
     ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -277,6 +285,9 @@ def _forward(
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
     deaths = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
     places = gl.allocate_shared_memory(gl.int32, [STAGES, N], flat)
+    work = gl.allocate_shared_memory(gl.int32, [SLOTS, 4], flat)
+    told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
+    taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], barrier)
     key_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     value_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -285,39 +296,42 @@ def _forward(
         mbarrier.init(key_full.index(stage), count=128)
         mbarrier.init(value_full.index(stage), count=128)
         mbarrier.init(empty.index(stage), count=CONSUMERS)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(told.index(slot), count=1)
+        mbarrier.init(taken.index(slot), count=CONSUMERS)
     fence_async_shared()
     gl.warp_specialize(
         [
             (
                 _consume,
                 (
-                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 0,
+                    query, output, lse, heads, num_queries, length, factor, queries, keys, values, biases, deaths,
+                    places, work, told, taken, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 0,
                 ),
             ),
             (
                 _consume,
                 (
-                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 1,
+                    query, output, lse, heads, num_queries, length, factor, queries, keys, values, biases, deaths,
+                    places, work, told, taken, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 1,
                 ),
             ),
             (
                 _consume,
                 (
-                    query, output, lse, whole, partial, items, rows, heads, num_queries, length, blocks, factor,
-                    queries, keys, values, biases, deaths, places, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, CONSUMERS, HAS_BIAS, 2,
+                    query, output, lse, heads, num_queries, length, factor, queries, keys, values, biases, deaths,
+                    places, work, told, taken, key_full, value_full, empty,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 2,
                 ),
             ),
             (
                 produce,
                 (
-                    key, value, expiry, bias, index, whole, partial, items, rows, length, blocks, capacity,
-                    keys, values, biases, deaths, places, key_full, value_full, empty,
-                    0, 1, DIM, VALUE_DIM, N, STAGES, HAS_BIAS,
+                    key, value, expiry, bias, index, whole, partial, table, tickets, items, batch_size, length, blocks,
+                    entries, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                    0, 1, GROUPS, DIM, VALUE_DIM, N, STAGES, SLOTS, HAS_BIAS,
                 ),
             ),
         ],

@@ -8,12 +8,31 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 
 @gluon.jit
-def work(item, rows, blocks, whole, partial):
-    """Block, row, whole-block keys and all keys of a work item; the longest lists, those of the last blocks, first."""
-    block = blocks - 1 - item // rows
-    row = item % rows
-    num_whole = gl.load(whole + row * blocks + block)
-    return block, row, num_whole, num_whole + gl.load(partial + row * blocks + block)
+def tell(slots, told, taken, turn, first, second, third, fourth, SLOTS: gl.constexpr):
+    """Hand four numbers to the consumers."""
+    field = gl.arange(0, 4, gl.BlockedLayout([4], [32], [4], [0]))
+    slot = turn % SLOTS
+    mbarrier.wait(taken.index(slot), ((turn // SLOTS) & 1) ^ 1)
+    numbers = gl.where(field < 2, gl.where(field == 0, first, second), gl.where(field == 2, third, fourth))
+    slots.index(slot).store(numbers)
+    mbarrier.arrive(told.index(slot), count=1)
+
+
+@gluon.jit
+def take(slots, told, taken, turn, SLOTS: gl.constexpr):
+    """The next four numbers of the producer."""
+    # Every thread holds all four.
+    whole: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    field = gl.arange(0, 4, whole)
+    slot = turn % SLOTS
+    mbarrier.wait(told.index(slot), (turn // SLOTS) & 1)
+    numbers = slots.index(slot).load(whole)
+    first = gl.sum(gl.where(field == 0, numbers, 0), 0)
+    second = gl.sum(gl.where(field == 1, numbers, 0), 0)
+    third = gl.sum(gl.where(field == 2, numbers, 0), 0)
+    fourth = gl.sum(gl.where(field == 3, numbers, 0), 0)
+    mbarrier.arrive(taken.index(slot), count=1)
+    return first, second, third, fourth
 
 
 @gluon.jit
@@ -25,28 +44,39 @@ def produce(
     index,
     whole,
     partial,
+    table,
+    tickets,
     items,
-    rows,
+    batch_size,
     length,
     blocks,
-    capacity,
+    entries,
     keys,
     values,
     biases,
     deaths,
     places,
+    work,
+    told,
+    taken,
     key_full,
     value_full,
     empty,
     KEY_LAG: gl.constexpr,
     VALUE_LAG: gl.constexpr,
+    GROUPS: gl.constexpr,
     DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
-    """Gather listed keys and values into the stages, in the order in which the consumers take them.
+    """Take work items, tell the consumers, and gather listed keys and values into the stages, in their order.
+
+    An item is one block of queries of one head. Items are taken as programs become free, those with the longest lists
+    first: the widest head's, the last blocks first. Consumers are told row, block, keys that the whole block sees and
+    all keys; a negative row ends the work.
 
     Consumers arrive at `empty` once a tile, however many things they are done with: at tile t the keys of tile
     t - KEY_LAG and the values of tile t - VALUE_LAG are free. An arrival costs a barrier of four warps.
@@ -58,11 +88,26 @@ def produce(
     k_columns = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
     v_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
     n = gl.arange(0, N, flat)
+    thread = gl.arange(0, 128, flat)
+    one = gl.full([128], 1, gl.int32, flat)
     step = 0
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
-        block, row, num_whole, total = work(item, rows, blocks, whole, partial)
+    turn = 0
+    item = gl.program_id(0)
+    while item < items:
+        # The next item, one for each program being taken already; the answer is needed only behind this one.
+        ticket = gl.atomic_add(tickets + thread * 0, one, mask=thread == 0, sem="relaxed")
+        group = gl.load(table + 2 * GROUPS + item // (batch_size * blocks))
+        left = item % (batch_size * blocks)
+        block = blocks - 1 - left // batch_size
+        batch = left % batch_size
+        row = batch * GROUPS + group
+        num_whole = gl.load(whole + row * blocks + block)
+        total = num_whole + gl.load(partial + row * blocks + block)
+        capacity = gl.load(table + group) * 16
+        before = gl.load(table + GROUPS + group).to(gl.int64) * 16
+        tell(work, told, taken, turn, row, block, num_whole, total, SLOTS)
         base = row.to(gl.int64) * length
-        list_row = index + (row.to(gl.int64) * blocks + block) * capacity
+        list_row = index + (batch.to(gl.int64) * entries + before) * blocks + block.to(gl.int64) * capacity
         k_base = key + base * DIM
         v_base = value + base * VALUE_DIM
         # Entry p stands at p if every query sees it, else at capacity - 1 - (p - whole).
@@ -97,6 +142,9 @@ def produce(
             )
             async_copy.mbarrier_arrive(value_full.index(stage), increment_count=False)
             step += 1
+        item = gl.num_programs(0) + gl.sum(gl.where(thread == 0, ticket, 0), 0)
+        turn += 1
+    tell(work, told, taken, turn, -1, 0, 0, 0, SLOTS)
     async_copy.wait_group(0)
 
 

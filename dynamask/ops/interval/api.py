@@ -70,13 +70,13 @@ def attend(
     bias: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
-    max_live: int = 0,
+    max_live: int | tuple[int, ...] = 0,
 ) -> Tensor:
     """Compute `interval_attention` for callers who know how many keys a query sees at most.
 
     Args:
-        max_live: that number, or 0 if unknown. It spares the GPU path a look at the data, and must be right: a
-            query that sees more keys would lose some.
+        max_live: that number, one for all key/value heads or one for each of the G, or 0 if unknown. It spares the
+            GPU path a look at the data, and must be right: a query that sees more keys would lose some.
 
     The rest as in `interval_attention`. Under autocast query, key and value take its dtype, as in SDPA.
     """
@@ -95,7 +95,8 @@ def attend(
         return empty + 0 * (query.sum() + key.sum() + value.sum())  # no number, but autograd finds the inputs
     if backend == "reference":
         return interval_attention_reference(query, key, value, expiry, bias, scale)
-    return interval_attention_op(query, key, value, expiry, bias, scale, backend, max_live)[0]
+    limits = _limits(max_live, key.shape[1])
+    return interval_attention_op(query, key, value, expiry, bias, scale, backend, limits)[0]
 
 
 def dynamic_mask_attention(
@@ -149,6 +150,17 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
+
+
+def _limits(max_live: int | tuple[int, ...], groups: int) -> list[int]:
+    """One number of keys for each key/value head; none if unknown."""
+    limits = list(max_live) if isinstance(max_live, (list, tuple)) else [max_live] * groups
+    if len(limits) != groups or any(live < 0 for live in limits):
+        raise InvalidInputError(
+            f"max_live must be one number, or one for each of the {groups} key/value heads, and not negative; got "
+            f"{max_live}"
+        )
+    return limits if all(limits) else []
 
 
 def _choose_backend(backend: str, query: Tensor) -> str:

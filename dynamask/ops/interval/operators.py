@@ -30,7 +30,7 @@ def interval_attention_op(
     bias: Tensor | None,
     scale: float,
     backend: str,
-    max_live: int,
+    max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the output and the log-sum-exp in two parts; see `dynamask.ops.interval.blocked.forward`."""
     if backend == "triton":
@@ -52,7 +52,7 @@ def _(
     bias: Tensor | None,
     scale: float,
     backend: str,
-    max_live: int,
+    max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -73,7 +73,7 @@ def interval_attention_backward_op(
     rest: Tensor,
     scale: float,
     backend: str,
-    max_live: int,
+    max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value and bias; see `dynamask.ops.interval.blocked.backward` for shapes."""
     if backend == "triton":
@@ -102,7 +102,7 @@ def _(
     rest: Tensor,
     scale: float,
     backend: str,
-    max_live: int,
+    max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(query.dtype, torch.float32)
     return (

@@ -7,6 +7,7 @@
 | `forward_hopper.py`, `backward_query_hopper.py` | both in Gluon for Hopper, gathering and multiplying apart |
 | `backward_hopper.py` | dK, dV and dbias on Hopper: keys walk the queries that see them |
 | `pieces_hopper.py` | how the programs of that walk share its steps |
+| `tables.py` | small tables of integers on the device |
 | `parts_hopper.py` | what those share |
 | `gluon.py` | which inputs those take |
 | `backward.py` | gradients over the same lists |
@@ -23,6 +24,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,12 +42,19 @@ def is_available() -> bool:
 
 
 def interval_forward(
-    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float, max_live: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    max_live: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the output and the log-sum-exp in two parts; shapes as in `dynamask.ops.interval.blocked.forward`.
 
     Args:
-        max_live: no query sees more keys than this; 0 if unknown, which costs one look at the data.
+        max_live: no query sees more keys of a head than this, one number for each of the G heads; empty if unknown,
+            which costs one look at the data.
     """
     query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
     bias = None if bias is None else bias.float().contiguous()
@@ -59,7 +68,7 @@ def interval_forward(
     return output, lse, torch.zeros_like(lse)
 
 
-def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: int) -> KeyLists:
+def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: Sequence[int]) -> KeyLists:
     """The lists that `interval_forward` takes on these inputs, whose kernel decides the queries of a block."""
     forward_hopper = hopper("forward", query, value)
     ratio = query.shape[1] // value.shape[1]
@@ -81,7 +90,7 @@ def interval_backward(
     top: Tensor,
     rest: Tensor,
     scale: float,
-    max_live: int,
+    max_live: Sequence[int],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value (their dtypes) and bias (float32); `deterministic`: the same bits every time."""

@@ -6,7 +6,7 @@ long rows on Hopper `backward_hopper.py`), it gives dQ alone, on Hopper in `back
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from torch import Tensor
 from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, load_row_sums, row_of
-from dynamask.ops.triton.lists import block_of, build_lists, rows_of
+from dynamask.ops.triton.lists import block_of, build_lists, list_of, rows_of, widest_first
 
 
 def backward_kernel_launch(
@@ -30,14 +30,14 @@ def backward_kernel_launch(
     top: Tensor,
     rest: Tensor,
     scale: float,
-    max_live: int,
+    max_live: Sequence[int],
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous.
 
     Args:
         top, rest: two parts of the log-sum-exp, as the forward pass gives them.
-        max_live: no query sees more keys than this; 0 if unknown.
+        max_live: no query sees more keys of a head than this, for each of the G heads; empty if unknown.
         deterministic: bitwise the same on every run, in some more time.
     """
     batch, heads, num_queries, dim = query.shape
@@ -66,7 +66,8 @@ def backward_kernel_launch(
     narrow = query.element_size() == 2
     rows = rows_of(max(dim, value_dim), query.element_size())
     lists = build_lists(expiry, num_queries, block_of(ratio, rows), max_live)
-    _backward[(lists.index.shape[1], batch * groups)](
+    blocks = lists.whole.shape[1]
+    _backward[(blocks, batch * groups)](
         grad_output,
         query,
         key,
@@ -79,16 +80,18 @@ def backward_kernel_launch(
         lists.index,
         lists.whole,
         lists.partial,
+        lists.table,
         d_query,
         d_key,
         d_value,
         d_bias,
         scale,
+        batch,
         heads,
         num_queries,
         length,
-        lists.index.shape[1],
-        lists.index.shape[2],
+        blocks,
+        lists.entries,
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=triton.next_power_of_2(ratio),
@@ -250,16 +253,18 @@ def _backward(
     index,
     whole,
     partial,
+    table,
     d_query,
     d_key,
     d_value,
     d_bias,
     scale,
+    batch_size,
     heads,
     num_queries,
     length,
     blocks,
-    capacity,
+    entries,
     GROUPS: tl.constexpr,
     RATIO: tl.constexpr,
     RATIO_PAD: tl.constexpr,
@@ -274,8 +279,8 @@ def _backward(
     PRECISION: tl.constexpr,
 ):
     block = blocks - 1 - tl.program_id(0)
-    row = tl.program_id(1)
-    batch, group = row // GROUPS, row % GROUPS
+    batch, group = widest_first(table, tl.program_id(1), batch_size, GROUPS)
+    row = batch * GROUPS + group
     tile = tl.arange(0, RATIO_PAD * M)
     head, place = tile // M, block * M + tile % M
     real = (head < RATIO) & (place < num_queries)
@@ -303,7 +308,8 @@ def _backward(
     expiry += base
     bias += base
     d_bias += base
-    list_row = index + (row.to(tl.int64) * blocks + block) * capacity
+    start, capacity = list_of(table, batch, group, block, blocks, entries, GROUPS)
+    list_row = index + start
     num_whole = tl.load(whole + row * blocks + block)
     whole_tiles = num_whole // N * N
     tested = num_whole - whole_tiles + tl.load(partial + row * blocks + block)

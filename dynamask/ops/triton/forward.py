@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.triton.lists import KeyLists
+from dynamask.ops.triton.lists import KeyLists, list_of, widest_first
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -29,7 +29,8 @@ def forward_kernel_launch(
     output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
     largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
     narrow = query.element_size() == 2
-    _forward[(lists.index.shape[1], batch * groups)](
+    blocks = lists.whole.shape[1]
+    _forward[(blocks, batch * groups)](
         query,
         key,
         value,
@@ -38,15 +39,17 @@ def forward_kernel_launch(
         lists.index,
         lists.whole,
         lists.partial,
+        lists.table,
         output,
         largest,
         rest,
         scale,
+        batch,
         heads,
         num_queries,
         length,
-        lists.index.shape[1],
-        lists.index.shape[2],
+        blocks,
+        lists.entries,
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=triton.next_power_of_2(ratio),
@@ -138,15 +141,17 @@ def _forward(
     index,
     whole,
     partial,
+    table,
     output,
     largest,
     rest,
     scale,
+    batch_size,
     heads,
     num_queries,
     length,
     blocks,
-    capacity,
+    entries,
     GROUPS: tl.constexpr,
     RATIO: tl.constexpr,
     RATIO_PAD: tl.constexpr,
@@ -159,10 +164,10 @@ def _forward(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The last blocks have the longest lists; starting with them leaves no straggler at the end.
+    # The widest head's last blocks have the longest lists; starting with them leaves no straggler at the end.
     block = blocks - 1 - tl.program_id(0)
-    row = tl.program_id(1)
-    batch, group = row // GROUPS, row % GROUPS
+    batch, group = widest_first(table, tl.program_id(1), batch_size, GROUPS)
+    row = batch * GROUPS + group
     tile = tl.arange(0, RATIO_PAD * M)
     head, place = tile // M, block * M + tile % M
     real = (head < RATIO) & (place < num_queries)
@@ -175,7 +180,8 @@ def _forward(
     value += row.to(tl.int64) * length * VALUE_DIM
     expiry += row.to(tl.int64) * length
     bias += row.to(tl.int64) * length
-    list_row = index + (row.to(tl.int64) * blocks + block) * capacity
+    start, capacity = list_of(table, batch, group, block, blocks, entries, GROUPS)
+    list_row = index + start
     num_whole = tl.load(whole + row * blocks + block)
     num_partial = tl.load(partial + row * blocks + block)
     whole_tiles = num_whole // N * N

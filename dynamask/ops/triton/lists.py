@@ -1,5 +1,8 @@
 """Which keys a block of queries can see, as one list of positions per (batch, key/value head, block).
 
+Lists lie end to end, those of a head as far apart as that head's longest can be: a narrow head takes no room for a wide
+one's keys, and no list has to wait for the lengths of those before it.
+
 A row of the list holds, from its front, the keys that every query of the block sees and, from its back, those that
 only some of them see (born or expiring inside the block). The attention kernels test the interval for the second kind
 alone. The order within each kind is the same every time, but not that of position.
@@ -12,12 +15,15 @@ it every query of the large block sees; the blocks inside copy that part, and lo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dynamask.ops.triton.tables import device_table
 
 ROWS = 128
 """Rows of a query tile: the query heads of one key/value head times the queries of a block."""
@@ -32,20 +38,43 @@ _RUNS = ((1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
 """Up to this many keys: keys of a run."""
 
 
+_UNIT = 16
+"""Lists begin and end at multiples of this, which lets the kernels move four entries at once."""
+
+
 class KeyLists(NamedTuple):
     """Lists of visible keys.
 
     Attributes:
-        index: (B·G, blocks, capacity) int32 positions: whole-block keys from the front, the others from the back.
+        index: (B · blocks · entries,) int32 positions; in each list whole-block keys from the front, the others from
+            the back.
         whole: (B·G, blocks) int32, how many stand at the front.
         partial: (B·G, blocks) int32, how many at the back.
         block: queries per block.
+        table: (3, G) int32 for the kernels: entries of a head's list and entries of the heads before it, both in units
+            of 16, and the heads, the one with the longest lists first.
+        capacities: entries of a list of each of the G heads.
     """
 
     index: Tensor  # type: ignore[assignment]  # not the tuple method
     whole: Tensor
     partial: Tensor
     block: int
+    table: Tensor
+    capacities: tuple[int, ...]
+
+    @property
+    def entries(self) -> int:
+        """Entries of one list of each head together."""
+        return sum(self.capacities)
+
+    def of(self, row: int, block: int) -> Tensor:
+        """The list of a row (batch · G + head) and a block, gaps included: a view of `index`."""
+        groups, blocks = len(self.capacities), self.whole.shape[1]
+        batch, group = divmod(row, groups)
+        size = self.capacities[group]
+        start = (batch * self.entries + sum(self.capacities[:group])) * blocks + block * size
+        return self.index[start : start + size]
 
 
 def block_of(ratio: int, rows: int = ROWS) -> int:
@@ -63,14 +92,15 @@ def rows_of(dim: int, element_size: int) -> int:
     return ROWS if dim <= 128 else ROWS * 2 // (2 * element_size)
 
 
-def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> KeyLists:
+def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence[int]) -> KeyLists:
     """Build the lists.
 
     Args:
         expiry: (B, G, N) int32, contiguous.
         num_queries: Nq; the queries are the last Nq positions.
         block: queries per block, at most 512.
-        max_live: no query sees more keys than this; 0 if unknown, which costs a synchronisation.
+        max_live: no query sees more keys of a head than this, one number for each of the G heads; empty if unknown,
+            which costs a synchronisation.
     """
     batch, groups, length = expiry.shape
     rows = batch * groups
@@ -102,7 +132,7 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
     runs_pad = max(32, triton.next_power_of_2(runs))
     through, counts = empty(rows, large_blocks, 2, runs_pad), empty(rows, large_blocks, 2)
 
-    def build_large(out: Tensor, capacity: int) -> None:
+    def build_large(out: Tensor, capacities: tuple[int, ...], write: bool) -> None:
         _large[(large_blocks, rows)](
             expiry,
             by_expiry,
@@ -110,48 +140,77 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: int) -> 
             through,
             out,
             counts,
+            _layout(capacities, expiry.device),
             length,
             first,
             large_blocks,
             runs,
-            capacity,
+            sum(capacities),
+            GROUPS=groups,
             RUN=run,
             RUNS_PAD=runs_pad,
             LARGE=large,
             STEP=_STEP,
-            WRITE=capacity > 0,
+            WRITE=write,
             num_warps=4,
         )
 
     if max_live:
-        capacity, fine_capacity = max_live + large, max_live + block
+        sizes, fine_sizes = ([live + queries for live in max_live] for queries in (large, block))
     else:
-        build_large(by_expiry, 0)
-        fine_capacity = capacity = int(counts.sum(-1).max())
-    # Multiples of 16 let the kernels move four entries at once.
-    capacity, fine_capacity = (max(16, triton.cdiv(min(c, length), 16) * 16) for c in (capacity, fine_capacity))
-    large_index = empty(rows, large_blocks, capacity)
-    build_large(large_index, capacity)
-    index, whole, partial = empty(rows, blocks, fine_capacity), empty(rows, blocks), empty(rows, blocks)
+        build_large(by_expiry, (_UNIT,) * groups, write=False)
+        sizes = fine_sizes = counts.sum(-1).view(batch, groups, -1).amax((0, 2)).tolist()
+    large_capacities, capacities = (
+        tuple(max(_UNIT, triton.cdiv(min(size, length), _UNIT) * _UNIT) for size in chosen)
+        for chosen in (sizes, fine_sizes)
+    )
+    large_index = empty(batch * large_blocks * sum(large_capacities))
+    build_large(large_index, large_capacities, write=True)
+    index, whole, partial = empty(batch * blocks * sum(capacities)), empty(rows, blocks), empty(rows, blocks)
+    table = _layout(capacities, expiry.device)
     _fine[(blocks, rows)](
         expiry,
         large_index,
         counts,
+        _layout(large_capacities, expiry.device),
         length,
         first,
         large_blocks,
-        capacity,
+        sum(large_capacities),
         blocks,
         index,
         whole,
         partial,
-        fine_capacity,
+        table,
+        sum(capacities),
+        GROUPS=groups,
         BLOCK=block,
         LARGE=large,
         STEP=_STEP,
         num_warps=4,
     )
-    return KeyLists(index, whole, partial, block)
+    return KeyLists(index, whole, partial, block, table, capacities)
+
+
+def _layout(capacities: tuple[int, ...], device: torch.device) -> Tensor:
+    """`KeyLists.table` of these capacities."""
+    before = tuple(sum(capacities[:group]) // _UNIT for group in range(len(capacities)))
+    widest_first = tuple(sorted(range(len(capacities)), key=lambda group: -capacities[group]))
+    return device_table((tuple(capacity // _UNIT for capacity in capacities), before, widest_first), device)
+
+
+@triton.jit
+def list_of(table, batch, group, block, blocks, entries, GROUPS: tl.constexpr):
+    """Where a list begins in `KeyLists.index`, and how many entries it has room for."""
+    capacity = tl.load(table + group) * 16
+    before = tl.load(table + GROUPS + group).to(tl.int64) * 16
+    return (batch.to(tl.int64) * entries + before) * blocks + block.to(tl.int64) * capacity, capacity
+
+
+@triton.jit
+def widest_first(table, number, batch_size, GROUPS: tl.constexpr):
+    """Batch and head of the number-th row, if rows with longer lists come first."""
+    return number % batch_size, tl.load(table + 2 * GROUPS + number // batch_size)
 
 
 @triton.jit(do_not_specialize=["first_query", "large", "large_blocks"])
@@ -219,11 +278,13 @@ def _large(
     through,
     index,
     counts,
+    table,
     length,
     first_query,
     large_blocks,
     runs,
-    capacity,
+    entries,
+    GROUPS: tl.constexpr,
     RUN: tl.constexpr,
     RUNS_PAD: tl.constexpr,
     LARGE: tl.constexpr,
@@ -238,7 +299,8 @@ def _large(
     expiry += row * length
     by_expiry += row * length
     entry = row * large_blocks + block
-    out = index + entry * capacity
+    start_of_list, capacity = list_of(table, row // GROUPS, row % GROUPS, block, large_blocks, entries, GROUPS)
+    out = index + start_of_list
     # Runs that end at or before the block's start.
     before = start // RUN
     p = tl.arange(0, RUNS_PAD)
@@ -294,15 +356,18 @@ def _fine(
     expiry,
     large_index,
     counts,
+    large_table,
     length,
     first_query,
     large_blocks,
-    large_capacity,
+    large_entries,
     blocks,
     index,
     whole,
     partial,
-    capacity,
+    table,
+    entries,
+    GROUPS: tl.constexpr,
     BLOCK: tl.constexpr,
     LARGE: tl.constexpr,
     STEP: tl.constexpr,
@@ -313,9 +378,13 @@ def _fine(
     start = first_query + block * BLOCK
     stop = tl.minimum(start + BLOCK, length)
     expiry += row * length
-    parent = row * large_blocks + block // (LARGE // BLOCK)
-    source = large_index + parent * large_capacity
-    out = index + (row * blocks + block) * capacity
+    batch, group = row // GROUPS, row % GROUPS
+    large = block // (LARGE // BLOCK)
+    parent = row * large_blocks + large
+    start_of_source, large_capacity = list_of(large_table, batch, group, large, large_blocks, large_entries, GROUPS)
+    source = large_index + start_of_source
+    start_of_list, capacity = list_of(table, batch, group, block, blocks, entries, GROUPS)
+    out = index + start_of_list
     num_whole = tl.minimum(tl.load(counts + parent * 2), large_capacity)
     listed = tl.minimum(tl.load(counts + parent * 2 + 1), large_capacity)
     for begin in range(0, num_whole, STEP):

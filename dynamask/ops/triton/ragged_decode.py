@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynamask.ops.triton.forward import LOG2E
+from dynamask.ops.triton.tables import device_table
 
 _SLOTS = 64
 """Slots that a program takes at a time."""
@@ -117,33 +118,21 @@ def ragged_decode_launch(
 
 
 def _split(offsets: tuple[int, ...], batch: int, device: torch.device) -> _Splits:
-    """The splits of these heads. Copied to the device once for each cache layout and batch size."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Memory of a graph is not for others to use, and a graph takes no copies from the host.
-        part, starts = _starts(offsets, batch)
-        table = torch.empty(2, len(offsets), dtype=torch.int32, device=device)
-        for row, numbers in enumerate((offsets, starts)):
-            for column, number in enumerate(numbers):
-                table[row, column].fill_(number)
-        return _Splits(table, part, starts[-1], triton.next_power_of_2(len(offsets)))
-    return _cached_split(offsets, batch, device)
-
-
-@lru_cache(maxsize=4096)
-def _cached_split(offsets: tuple[int, ...], batch: int, device: torch.device) -> _Splits:
+    """The splits of these heads."""
     part, starts = _starts(offsets, batch)
-    table = torch.tensor([offsets, starts], dtype=torch.int32, device=device)
+    table = device_table((offsets, starts), device)
     return _Splits(table, part, starts[-1], triton.next_power_of_2(len(offsets)))
 
 
-def _starts(offsets: tuple[int, ...], batch: int) -> tuple[int, list[int]]:
+@lru_cache(maxsize=4096)
+def _starts(offsets: tuple[int, ...], batch: int) -> tuple[int, tuple[int, ...]]:
     """Slots of a split, and the first split of each head, then the number of all."""
     share = triton.cdiv((offsets[-1] - offsets[0]) * batch, _PROGRAMS)
     part = max(_LEAST, triton.cdiv(share, _SLOTS) * _SLOTS)
     starts = [0]
     for start, stop in itertools.pairwise(offsets):
         starts.append(starts[-1] + triton.cdiv(stop - start, part))
-    return part, starts
+    return part, tuple(starts)
 
 
 @triton.jit(do_not_specialize=["groups", "slots", "part", "rows"])

@@ -51,7 +51,7 @@ def time_attention(
     # Replayed as a graph: a training step queues its launches ahead, so their device time is what it pays.
     row["expiry_ms"] = graph_milliseconds(lambda: key_expiry(problem.scores, shape.window))
     row["lists_ms"] = graph_milliseconds(
-        lambda: forward_lists(problem.query, problem.value, problem.expiry, shape.window)
+        lambda: forward_lists(problem.query, problem.value, problem.expiry, [shape.window] * shape.groups)
     )
     row["mask_share"] = (row["expiry_ms"] + row["lists_ms"]) / row["forward_ms"]
     row["forward_tflops"] = problem.flops / row["forward_ms"] / 1e9
