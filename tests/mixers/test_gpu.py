@@ -55,10 +55,10 @@ def _step(model: DynamaskForCausalLM, tokens: torch.Tensor) -> list[torch.Tensor
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_nsa_trains_without_a_wait(compiled: bool) -> None:
-    model = _model("nsa")
-    tokens = torch.randint(0, 256, (2, 1024), device="cuda")
+def _nsa_error(block_counts: int, compiled: bool) -> float:
+    """The largest error of a gradient, by norm, of a training step that may not wait for the GPU."""
+    model = _model("nsa", nsa_block_counts=block_counts)
+    tokens = torch.randint(0, 256, (2, 1024), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     expected = _step(model, tokens)
     if compiled:
         for layer in model.model.layers:
@@ -69,9 +69,16 @@ def test_nsa_trains_without_a_wait(compiled: bool) -> None:
         actual = _step(model, tokens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for got, wanted in zip(actual, expected, strict=True):
-        # By norm: a compiled layer rounds otherwise, so now and then a query chooses another block.
-        assert (got - wanted).norm() <= 0.05 * wanted.norm()
+    return max(((got - wanted).norm() / wanted.norm()).item() for got, wanted in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nsa_trains_without_a_wait(compiled: bool) -> None:
+    """Where all 16 blocks are chosen, nothing but rounding is between the two; where 4 are, choices may differ too."""
+    rounding, selection = _nsa_error(16, compiled), _nsa_error(4, compiled)
+    print(f"rounding {rounding:.4f}, rounding and selection {selection:.4f}")
+    assert rounding <= 0.03, f"rounding alone: {rounding}"
+    assert selection <= 0.1, f"with a choice of blocks {selection}; without, {rounding}"
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(192, 128), (96, 64), (64, 96), (160, 128)])

@@ -127,8 +127,8 @@ def test_memory_is_not_quadratic() -> None:
 def test_operator_is_registered_soundly() -> None:
     query, key, value, scores = inputs(batch=1, length=12)
     expiry = key_expiry(scores.detach(), 5)
-    torch.library.opcheck(interval_attention_op, (query, key, value, expiry, scores, 0.5, "torch", 0))
-    torch.library.opcheck(interval_attention_op, (query, key, value, expiry, None, 0.5, "torch", 0))
+    torch.library.opcheck(interval_attention_op, (query, key, value, expiry, scores, 0.5, "torch", []))
+    torch.library.opcheck(interval_attention_op, (query, key, value, expiry, None, 0.5, "torch", []))
 
 
 def test_compiles_without_graph_breaks() -> None:

@@ -59,9 +59,17 @@ def scores_of(kind: str, shape: tuple, generator: torch.Generator) -> torch.Tens
     return (scores * 2).round() if kind == "ties" else scores
 
 
+def head_windows(scores: torch.Tensor, windows: Sequence[int], sinks: int = 0, **facts) -> torch.Tensor:
+    """Expiry with a window of its own for every head; the first `sinks` keys never expire."""
+    heads = [key_expiry(scores[:, g : g + 1], window, **facts) for g, window in enumerate(windows)]
+    expiry = torch.cat(heads, 1)
+    expiry[:, :, :sinks] = scores.shape[-1]
+    return expiry
+
+
 def check(
     heads=4, groups=2, queries=None, length=150, dim=32, window=40, local=0, dtype=torch.float32, kind="random",
-    packed=False, padded=False, bias=True, known=True, value_dim=None,
+    packed=False, padded=False, bias=True, known=True, value_dim=None, sinks=0,
 ):  # fmt: skip
     queries = length if queries is None else queries
     generator = torch.Generator().manual_seed(heads * 1000 + length)
@@ -74,13 +82,15 @@ def check(
     scores = scores_of(kind, (2, groups, length), generator).to(DEVICE).requires_grad_()
     segments = (torch.rand(2, length, generator=generator) < 0.03).long().cumsum(-1).to(DEVICE) if packed else None
     mask = (torch.rand(2, length, generator=generator) < 0.8).to(DEVICE) if padded else None
-    expiry = key_expiry(scores.detach(), window, local=local, segment_ids=segments, key_mask=mask)
+    windows = window if isinstance(window, tuple) else (window,) * groups
+    expiry = head_windows(scores.detach(), windows, sinks, local=local, segment_ids=segments, key_mask=mask)
     inputs = (query, key, value) + ((scores,) if bias else ())
     wide = [t.detach().double().requires_grad_() for t in inputs]
     expected = interval_attention_reference(*wide[:3], expiry, wide[3] if bias else None, dim**-0.5)
     actual = attend(
-        query, key, value, expiry, bias=scores if bias else None, backend="triton", max_live=window if known else 0
-    )
+        query, key, value, expiry, bias=scores if bias else None, backend="triton",
+        max_live=tuple(window + sinks for window in windows) if known else 0,
+    )  # fmt: skip
     grad = torch.randn(expected.shape, generator=generator).to(dtype).to(DEVICE)
     pairs = [(actual, expected)]
     pairs += zip(
@@ -146,6 +156,12 @@ def test_query_without_keys() -> None:
     for tensor in (query, key, value):
         assert (tensor.grad[:, :, :20] == 0).all()
         assert torch.isfinite(tensor.grad).all()
+
+
+def test_head_windows() -> None:
+    """A window of one key beside one of all keys, in one call."""
+    check(heads=6, groups=3, window=(1, 150, 20), sinks=4)
+    check(heads=3, groups=3, window=(150, 1, 30), known=False, bias=False, queries=70)
 
 
 @pytest.fixture
@@ -345,13 +361,6 @@ def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: in
         checked_lists(expiry, queries, block, ())
 
 
-def head_windows(scores: torch.Tensor, windows: Sequence[int], sinks: int = 0) -> torch.Tensor:
-    """Expiry with a window of its own for every head; the first `sinks` keys never expire."""
-    expiry = torch.cat([key_expiry(scores[:, g : g + 1], window) for g, window in enumerate(windows)], 1)
-    expiry[:, :, :sinks] = scores.shape[-1]
-    return expiry
-
-
 @pytest.mark.parametrize("known", [True, False])
 def test_lists_of_head_windows(small_cuts: None, known: bool) -> None:
     """Each head's lists take the room that its own window asks for."""
@@ -514,6 +523,24 @@ def test_hopper_forward(dtype: torch.dtype, dim: int, heads: int, groups: int) -
         )
         error = (actual.double() - expected).norm() / expected.norm()
         assert error < TOLERANCE[dtype], (kind, error)
+
+
+@pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("walk", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_hopper_head_windows(monkeypatch: pytest.MonkeyPatch, dim: int, walk: bool) -> None:
+    """Windows from one key to all of them in one call, sinks, more items than programs, and rows of one block."""
+    from dynamask.ops.hopper import backward_dkv
+    from dynamask.ops.triton import backward
+
+    if walk:
+        monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_dkv.walk_kernel_launch)
+    options = {"dim": dim, "dtype": torch.bfloat16}
+    for kind in ("random", "rising", "falling"):
+        check(heads=16, groups=4, length=3000, window=(1, 136, 3000, 700), kind=kind, sinks=4, **options)
+    check(heads=9, groups=3, length=1500, window=(150, 1500, 1), bias=False, sinks=4, **options)
+    check(heads=4, groups=4, length=1200, window=(40, 1, 300, 1100), packed=True, padded=True, local=9, **options)
+    check(heads=16, groups=4, length=40, queries=30, window=(40, 1, 7, 3), **options)
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")

@@ -3,21 +3,17 @@
 | file | holds |
 | --- | --- |
 | `lists.py` | which keys a block of queries can see, gathered into one list per block |
-| `forward.py` | attention of a block of queries over its list |
-| `forward_hopper.py`, `backward_query_hopper.py` | both in Gluon for Hopper, gathering and multiplying apart |
-| `backward_hopper.py` | dK, dV and dbias on Hopper: keys walk the queries that see them |
-| `pieces_hopper.py` | how the programs of that walk share its steps |
 | `tables.py` | small tables of integers on the device |
-| `parts_hopper.py` | what those share |
-| `gluon.py` | which inputs those take |
+| `forward.py` | attention of a block of queries over its list |
 | `backward.py` | gradients over the same lists |
-| `expiry.py` | scores to intervals |
 | `backward_walk.py` | the order of a walk over each key's queries, and the walk itself for deterministic mode |
 | `future_attention.py` | the largest weight that a later query gives each key |
+| `expiry.py` | scores to intervals |
 | `decode.py` | a few queries over many keys, split along the keys |
 | `ragged_decode.py` | a few queries over a pool of keys with a length per head, split in proportion |
-| `replace.py` | a new key into a full bounded cache |
+| `cache_insert.py` | a new key into a full bounded cache |
 
+On Hopper GPUs `dynamask.ops.hopper` takes the place of the forward and backward passes.
 `TRITON_INTERPRET=1` runs all of it on a CPU, which is how it is tested without a GPU.
 """
 

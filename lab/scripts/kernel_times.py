@@ -1,0 +1,262 @@
+"""Times of the attention kernels on one GPU: windows per head, narrow windows, against sliding-window kernels.
+
+    PYTHONPATH=.:lab python lab/scripts/kernel_times.py --out times.json
+    PYTHONPATH=.:lab python lab/scripts/kernel_times.py --only "narrow" --no-peers
+
+Every figure is the device time of a CUDA graph's replays, but of what the name calls a call, which events around
+single calls time. Rows are written as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamask import key_expiry
+from dynamask.ops import attend
+from dynamask.ops import triton as kernels
+from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, milliseconds
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape and mask.
+
+    Attributes:
+        name: of the row.
+        windows: keys that a query sees, for each key/value head.
+        kind: "random" scores, or "sliding" windows.
+        sinks: first keys that never expire.
+        local: newest keys that are always kept (random scores alone).
+    """
+
+    name: str
+    windows: tuple[int, ...]
+    kind: str = "random"
+    sinks: int = 0
+    local: int = 0
+    length: int = 32768
+    heads: int = 16
+    dim: int = 128
+    bias: bool = False
+
+    @property
+    def peer_window(self) -> int | None:
+        """Window of the sliding-window kernels that compare, where all heads have one."""
+        return self.windows[0] if len(set(self.windows)) == 1 else None
+
+
+CASES = [
+    Case("equal 1024", (1024,) * 4),
+    Case("heads 136/136/400/3424", (136, 136, 400, 3424)),
+    Case("equal 512", (512,) * 4),
+    Case("narrow sliding 64", (64,) * 4, "sliding", 4),
+    Case("narrow sliding 136", (136,) * 4, "sliding", 4),
+    Case("narrow sliding 300", (300,) * 4, "sliding", 4),
+    Case("narrow random 136", (136,) * 4),
+    Case("narrow local 136", (136,) * 4, "random", 4, 128),
+    Case("narrow local 300", (300,) * 4, "random", 4, 128),
+    Case("equal 1024 d64", (1024,) * 3, heads=9, dim=64),
+    Case("heads 150/200/2722 d64", (150, 200, 2722), heads=9, dim=64),
+    Case("narrow sliding 136 d64", (136,) * 3, "sliding", 4, heads=9, dim=64),
+    Case("narrow sliding 136 g16", (136,) * 16, "sliding", 4),
+    Case("equal 2048 bias", (2048,) * 4, bias=True),
+]
+
+
+def expiry_of(case: Case, scores: Tensor) -> Tensor:
+    """The mask, a head at a time."""
+    length = case.length
+    if case.kind == "sliding":
+        position = torch.arange(length, device=scores.device, dtype=torch.int32)
+        heads = [(position + window).clamp(max=length)[None, None] for window in case.windows]
+    else:
+        heads = [
+            key_expiry(scores[:, g : g + 1], min(window, length), local=min(case.local, window))
+            for g, window in enumerate(case.windows)
+        ]
+    expiry = torch.cat(heads, 1).contiguous()
+    expiry[:, :, : case.sinks] = length
+    return expiry
+
+
+def flops(case: Case, expiry: Tensor) -> float:
+    """Useful work of the forward pass."""
+    position = torch.arange(case.length, device=expiry.device)
+    pairs = (expiry - position).clamp(min=0).sum(dtype=torch.float64).item()
+    return pairs * 4 * case.dim * (case.heads / len(case.windows))
+
+
+def our_parts(inputs: tuple[Tensor, ...], expiry: Tensor, limits: Any, scale: float) -> Iterator[tuple[str, Callable]]:
+    """The launches of a forward and a backward pass one by one."""
+    from dynamask.ops.hopper import backward_dkv, backward_dq, forward
+    from dynamask.ops.triton.backward import prepare
+    from dynamask.ops.triton.backward_walk import walking_order
+    from dynamask.ops.triton.lists import build_lists
+
+    query, key, value, bias, grad = inputs
+    ratio = query.shape[1] // key.shape[1]
+    lists = kernels.forward_lists(query, value, expiry, limits)
+    yield "lists", lambda: kernels.forward_lists(query, value, expiry, limits)
+    yield "forward kernel", lambda: forward.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+    output, lse = forward.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)[:2]
+    prepared = prepare(grad, output, lse)
+    yield "prepare", lambda: prepare(grad, output, lse)
+    dq_lists = build_lists(expiry, query.shape[2], backward_dq.block_of(ratio), limits)
+    yield (
+        "dq kernel",
+        lambda: backward_dq.query_kernel_launch(grad, query, key, value, expiry, bias, *prepared, dq_lists, scale),
+    )
+    yield "walk order", lambda: walking_order(expiry)
+    yield (
+        "walk",
+        lambda: backward_dkv.walk_kernel_launch(grad, query, key, value, expiry, bias, *prepared, scale),
+    )
+
+
+def peers(case: Case, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Iterator[tuple[str, Callable, Any]]:
+    """Sliding-window kernels: name, forward, and what a backward pass needs or None."""
+    window = case.peer_window
+    if window is None:
+        return
+    q, k, v, g = (t.detach().transpose(1, 2).contiguous() for t in (query, key, value, grad))
+    try:
+        try:
+            from fa3_fwd_interface import flash_attn_func
+        except ImportError:
+            from fa3_fwd import flash_attn_func
+        yield "fa3", lambda: flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0)), None
+        yield (
+            "fa3 packed heads",
+            lambda: flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0), pack_gqa=True),
+            None,
+        )
+    except ImportError as error:
+        print("no fa3:", error, flush=True)
+
+    ratio = query.shape[1] // key.shape[1]
+    wide_k, wide_v = k.repeat_interleave(ratio, 2), v.repeat_interleave(ratio, 2)
+
+    def flash2() -> tuple[Tensor, ...]:
+        return torch.ops.aten._flash_attention_forward(
+            q, wide_k, wide_v, None, None, case.length, case.length, 0.0, True, False,
+            window_size_left=window - 1, window_size_right=0,
+        )  # fmt: skip
+
+    def flash2_backward() -> Any:
+        out, lse, rng, unused, _ = flash2()
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.ops.aten._flash_attention_backward(
+                g, q, wide_k, wide_v, out, lse, None, None, case.length, case.length, 0.0, True, rng, unused,
+                window_size_left=window - 1, window_size_right=0,
+            )  # fmt: skip
+
+        return backward
+
+    yield "fa2 (keys repeated)", flash2, flash2_backward
+
+    from torch._functorch import config
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    config.donated_buffer = False
+    blocks = create_block_mask(
+        lambda b, h, i, j: (j <= i) & ((i - j < window) | (j < case.sinks)), None, None, case.length, case.length,
+        device="cuda", _compile=True,
+    )  # fmt: skip
+    compiled = torch.compile(flex_attention, dynamic=False)
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+
+    def flex() -> Tensor:
+        return compiled(*leaves, block_mask=blocks, enable_gqa=True)
+
+    def flex_backward() -> Any:
+        output = flex()
+        return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+    yield "flex", flex, flex_backward
+
+
+def measure(case: Case, with_peers: bool, old: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    groups, length = len(case.windows), case.length
+    row: dict[str, Any] = {"name": case.name, "windows": case.windows, "N": length, "H": case.heads, "D": case.dim}
+    query, grad = (torch.randn(1, case.heads, length, case.dim, device="cuda").bfloat16() for _ in range(2))
+    key, value = (torch.randn(1, groups, length, case.dim, device="cuda").bfloat16() for _ in range(2))
+    scores = torch.randn(1, groups, length, device="cuda")
+    bias = scores if case.bias else None
+    expiry = expiry_of(case, scores)
+    live = tuple(window + case.sinks for window in case.windows)
+    limits: Any = max(live) if old else live
+    work = flops(case, expiry)
+    if case.kind == "random":
+        row["expiry"] = graph_milliseconds(lambda: key_expiry(scores, min(case.windows[-1], length), local=case.local))
+    with torch.no_grad():
+
+        def call() -> Tensor:
+            return attend(query, key, value, expiry, bias=bias, backend="triton", max_live=limits)
+
+        row["forward"], row["forward, a call"] = graph_milliseconds(call), milliseconds(call)
+    leaves = [t.detach().requires_grad_() for t in (query, key, value)]
+    output = attend(*leaves, expiry, bias=bias, backend="triton", max_live=limits)
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(output, leaves, grad, retain_graph=True)
+
+    row["backward, a call"] = milliseconds(backward)
+    with torch.no_grad():
+        for name, run in our_parts((query, key, value, bias, grad), expiry, limits, case.dim**-0.5):
+            row[name] = graph_milliseconds(run)
+    row["backward"] = row["prepare"] + row["dq kernel"] + row["walk"] + row["lists"]
+    row["forward TFLOP/s"] = work / row["forward"] / 1e9
+    row["backward TFLOP/s"] = 2.5 * work / row["backward, a call"] / 1e9
+    if with_peers:
+        for name, forward, prepare_backward in peers(case, query, key, value, grad):
+            try:
+                with torch.no_grad():
+                    row[name] = graph_milliseconds(forward)
+                if prepare_backward is not None:
+                    row[f"{name} backward"] = milliseconds(prepare_backward())
+            except Exception as error:
+                row[name] = f"{type(error).__name__}: {error}"[:200]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--old", action="store_true", help="kernels that take one max_live for all heads")
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin no case after this long")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
+    rows = []
+    for case in CASES:
+        if arguments.only not in case.name or time.perf_counter() - began > arguments.seconds:
+            continue
+        try:
+            row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), arguments.old)
+        except Exception as error:
+            row = {"name": case.name, "error": f"{type(error).__name__}: {error}"[:500]}
+        rows.append(row)
+        shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
+        print(" | ".join(f"{k} {v}" for k, v in shown.items() if k not in ("windows", "N", "H", "D")), flush=True)
+        if arguments.out:
+            arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1))
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
