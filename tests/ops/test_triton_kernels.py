@@ -59,9 +59,11 @@ def scores_of(kind: str, shape: tuple, generator: torch.Generator) -> torch.Tens
     return (scores * 2).round() if kind == "ties" else scores
 
 
-def head_windows(scores: torch.Tensor, windows: Sequence[int], sinks: int = 0, **facts) -> torch.Tensor:
-    """Expiry with a window of its own for every head; the first `sinks` keys never expire."""
-    heads = [key_expiry(scores[:, g : g + 1], window, **facts) for g, window in enumerate(windows)]
+def head_windows(scores: torch.Tensor, windows: Sequence[int], sinks: int = 0, local: int = 0, **facts) -> torch.Tensor:
+    """Expiry with a window of its own for every head; the first `sinks` keys never expire, whatever the window."""
+    heads = [
+        key_expiry(scores[:, g : g + 1], window, local=min(local, window), **facts) for g, window in enumerate(windows)
+    ]
     expiry = torch.cat(heads, 1)
     expiry[:, :, :sinks] = scores.shape[-1]
     return expiry
