@@ -143,7 +143,7 @@ def dynamic_mask_attention(
     windows = check_window(window, local, sinks, groups=key.shape[1])
     expiry = key_expiry(scores, windows, local=local, sinks=sinks, segment_ids=segment_ids, key_mask=key_mask)
     bias = finite_bias(scores)
-    return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max(windows))
+    return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=tuple(windows))
 
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
