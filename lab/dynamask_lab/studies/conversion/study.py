@@ -39,7 +39,7 @@ BUDGETS = (2048, 1024, 512, 256)
 LENGTHS = (1024, 2048, 4096, 8192)
 CONTEXT = 7680
 """Tokens that are read, and compressed, before `continuation` measures the loss of the next 512."""
-LANES = ("all", "converted", "dense")
+LANES = ("all", "converted", "dense", "speed")
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,9 @@ class Runner:
 
 
 def lane_of(job: Job) -> str:
-    """The lane that a job belongs to."""
+    """The lane that a job belongs to. Speed is measured with the GPU to itself."""
+    if job.measure == "speed":
+        return "speed"
     return "converted" if job.spec.kind in ("converted", "dense trained") else "dense"
 
 
@@ -284,6 +286,7 @@ def main() -> int:
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="results of earlier runs")
     parser.add_argument("--copy", type=Path, nargs="*", default=[], help="files that receive the same lines")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no job after so long")
+    parser.add_argument("--after", type=Path, help="wait for this file before the first job, to leave it the GPU")
     parser.add_argument("--lane", choices=LANES, default="all")
     parser.add_argument("--only", default="", help="only forms whose name holds this text")
     parser.add_argument("--measure", nargs="*", help="only these measures")
@@ -322,6 +325,8 @@ def main() -> int:
     wanted = [job.settings for job in left if job.measure == "tasks"]
     examples = Examples(arguments.model, arguments.data, wanted, arguments.processes)
     # From here on the GPU may be initialised.
+    while arguments.after and not arguments.after.exists() and time.monotonic() - start < arguments.seconds / 2:
+        time.sleep(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results.facts["device"] = device_name()
 

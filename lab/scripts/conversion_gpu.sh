@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Run the study `conversion` on a machine without a package registry, from carried files.
+#
+#     conversion_gpu.sh keep CARRIED              keep carried files until the rest has arrived
+#     conversion_gpu.sh run CARRIED SECONDS       set up once, then run both lanes for so long
+#     conversion_gpu.sh speed CARRIED SECONDS     cache bytes and tokens per second, alone on the GPU
+#
+# CARRIED holds the parts of the model's file (fetch_models.py --parts), data.tar.xz (conversion_data.py --pack),
+# benchmarks.tar.xz, the wheels of gguf and kvpress, and, to continue elsewhere, results of earlier runs (*.jsonl).
+# Everything is kept in $CONVERSION_WORK (default: a folder in the system's temporary one), results go to $OUT too.
+set -uo pipefail
+what=$1 carried=$2 seconds=${3:-500}
+work=${CONVERSION_WORK:-${TMPDIR:-/tmp}/conversion}
+out=${OUT:-$work/out}
+mkdir -p "$work/carried" "$work/site" "$work/data" "$work/benchmarks" "$work/state" "$out"
+cp -r "$carried/." "$work/carried/"
+[ "$what" = keep ] && { du -sm "$work/carried"; exit 0; }
+
+model=$work/models/smollm2-135m-instruct
+export PYTHONPATH=$PWD:$PWD/lab:$work/site PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1
+if [ ! -f "$work/ready" ]; then
+    find "$work/carried" -name '*.whl' -exec python3 -m pip install -q --no-index --no-deps --target "$work/site" {} +
+    find "$work/carried" -name data.tar.xz -exec tar -C "$work/data" -xf {} \;
+    find "$work/carried" -name benchmarks.tar.xz -exec tar -C "$work/benchmarks" -xf {} \;
+    python3 lab/scripts/fetch_models.py "$work/models" --join "$work/carried" || exit 1
+    touch "$work/ready"
+    echo "ready after $SECONDS s"
+fi
+mapfile -t done < <(find "$work/carried" -name '*.jsonl')
+
+lane() { # lane, seconds left, further arguments
+    python3 -m dynamask_lab.studies.conversion.study --model "$model" --data "$work/data" \
+        --benchmarks "$work/benchmarks" --state "$work/state" --out "$work/results-$1.jsonl" \
+        --copy "$out/results-$1.jsonl" --done "${done[@]}" --lane "$1" --seconds "$2" "${@:3}" 2>&1 |
+        grep --line-buffered -v "it/s\]" | tee "$out/log-$1.txt"
+}
+if [ "$what" = speed ]; then
+    lane speed "$seconds"
+else
+    lane converted "$((seconds - SECONDS))" ${EXTRA:-} &
+    lane dense "$((seconds - SECONDS))" --after "$work/state/ranks-hidden-seed0.pt" ${EXTRA:-} &
+    wait
+fi
+cp "$work/state/ranks-hidden-seed0.pt" "$out/" 2>/dev/null
+tar -C "$work/state" -cf "$out/windows.tar" --exclude '*.pt' . 2>/dev/null
+ls -la "$out"
