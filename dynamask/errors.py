@@ -18,6 +18,18 @@ class UsageError(Exception):
     """A mistake on the command line or in a configuration file; the CLI prints it and exits with code 2."""
 
 
+class Interrupted(Exception):
+    """A signal ended the work at a point from which it can be continued; the message says how.
+
+    Attributes:
+        signal: number of the signal.
+    """
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class CacheRollbackError(RuntimeError):
     """A bounded cache was asked to return to a length whose keys it has already evicted."""
 

@@ -27,29 +27,33 @@ def locked(file: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     behind locks nothing.
 
     Args:
-        file: lock file; it is created with its folder, and removed afterwards.
+        file: lock file; it is created with its folder, and removed afterwards, with folders that are still empty.
         what: what the lock guards, for the message, such as "a training in runs/tiny".
         wait: wait for another holder instead of refusing.
 
     Raises:
         UsageError: another process holds the lock; the message names it. Or the file cannot be written.
     """
+    new_folders = [folder for folder in file.parents if not folder.exists()]
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle = _acquire(file, wait)
-    except OSError as error:
-        raise UsageError(f"cannot write to {file.parent}: {error.strerror or error}") from error
-    if handle is None:
-        raise UsageError(f"{what} is running already ({_holder(file)}): wait for it, or choose another output")
-    with handle:
+        if handle is None:
+            raise UsageError(f"{what} is running already ({_holder(file)}): wait for it, or choose another output")
         handle.seek(0)
         handle.truncate()
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}, handle)
         handle.flush()
+    except OSError as error:
+        raise UsageError(f"cannot write to {file.parent}: {error.strerror or error}") from error
+    with handle:
         try:
             yield
         finally:
             file.unlink(missing_ok=True)
+            for folder in new_folders:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def _acquire(file: Path, wait: bool) -> IO[str] | None:

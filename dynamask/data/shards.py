@@ -132,17 +132,11 @@ def prepare(
 
     if (existing := finished()) is not None:
         return existing
-    new_parents = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        # Runs that share a corpus wait for the one that prepares it.
-        with locked(folder.with_name(f".{folder.name}.lock"), f"the preparation of {folder}", wait=True):
-            return finished() or _prepare(
-                sources, folder, fingerprint, vocab_size, tokenizer, validation, block, errors, progress
-            )
-    finally:
-        for parent in new_parents:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
+    # Runs that share a corpus wait for the one that prepares it.
+    with locked(folder.with_name(f".{folder.name}.lock"), f"the preparation of {folder}", wait=True):
+        return finished() or _prepare(
+            sources, folder, fingerprint, vocab_size, tokenizer, validation, block, errors, progress
+        )
 
 
 def _prepare(

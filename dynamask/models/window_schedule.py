@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
+from math import inf
 from typing import Any
 
 from dynamask.errors import InvalidInputError
@@ -12,15 +14,25 @@ WindowSchedule = Sequence[Sequence[float]]
 
 
 def check_window_schedule(schedule: WindowSchedule) -> None:
-    """Raise InvalidInputError for what is not pairs, shares that do not rise, or a factor that is not above 0."""
+    """Refuse a schedule that does not end at the config's window.
+
+    Raises:
+        InvalidInputError: entries that are no pairs, shares that do not rise within 0 to below 1, a factor that is not
+            above 0, or a last factor other than 1: the model would be evaluated and saved with a window it never saw.
+    """
     try:
         shares = [float(share) for share, _ in schedule]
         factors = [float(factor) for _, factor in schedule]
-        fits = shares == sorted(shares) and all(factor > 0 for factor in factors)
+        rising = all(first < second for first, second in pairwise(shares))
+        fits = rising and all(0 <= share < 1 for share in shares) and all(0 < factor < inf for factor in factors)
+        fits = fits and (not factors or factors[-1] == 1)
     except (TypeError, ValueError):
         fits = False
     if not fits:
-        raise InvalidInputError(f"window_schedule is [share, factor > 0] in rising order of shares; got {schedule}")
+        raise InvalidInputError(
+            "window_schedule is [share, factor] pairs in rising order of shares, from 0 to below 1, with factors above "
+            f"0 of which the last is 1, such as [[0, 4], [0.5, 2], [0.7, 1]]; got {schedule}"
+        )
 
 
 def scheduled_window(window: int, schedule: WindowSchedule, step: int, steps: int) -> int:

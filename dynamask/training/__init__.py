@@ -1,18 +1,56 @@
 """Training: configuration, a Trainer with atomic checkpoints, and the run that ties data, model and both together."""
 
-from dynamask.training.config import TrainConfig
-from dynamask.training.run import TrainResult, model_folder, open_corpus, open_run, train
-from dynamask.training.trainer import AtomicTrainer, checkpoints
-from dynamask.training.window_schedule import ScheduledWindow
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynamask.training.checkpointing import checkpoints
+    from dynamask.training.config import TrainConfig
+    from dynamask.training.folder import model_folder, open_corpus, open_run
+    from dynamask.training.optimizer import adamw, parameter_groups
+    from dynamask.training.run import TrainResult, train
+    from dynamask.training.trainer import AtomicTrainer
+    from dynamask.training.window_schedule import ScheduledWindow
+
+_HOME = {
+    "AtomicTrainer": "trainer",
+    "ScheduledWindow": "window_schedule",
+    "TrainConfig": "config",
+    "TrainResult": "run",
+    "adamw": "optimizer",
+    "checkpoints": "checkpointing",
+    "model_folder": "folder",
+    "open_corpus": "folder",
+    "open_run": "folder",
+    "parameter_groups": "optimizer",
+    "train": "run",
+}
+"""Public name -> the module that defines it, imported on first use: evaluating a model needs no Trainer."""
 
 __all__ = [
     "AtomicTrainer",
     "ScheduledWindow",
     "TrainConfig",
     "TrainResult",
+    "adamw",
     "checkpoints",
     "model_folder",
     "open_corpus",
     "open_run",
+    "parameter_groups",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"dynamask.training.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'dynamask.training' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,8 +12,7 @@ import yaml
 
 from dynamask.errors import InvalidInputError, UsageError, did_you_mean
 from dynamask.models.window_schedule import check_window_schedule
-
-SCHEDULES = ("cosine", "wsd", "constant")
+from dynamask.training.schedule import SCHEDULES
 
 
 @dataclass
@@ -29,16 +28,19 @@ class TrainConfig:
         errors: "fail" or "skip", for files that cannot be read.
         output: folder of the run: corpus, checkpoints, logs, final model.
         corpus: folder of the prepared corpus; None: `output`/corpus.
-        context: tokens per training sequence.
+        context: tokens per training sequence, at least 2; None: the model's `max_position_embeddings`.
         batch_size: sequences per device and step.
         gradient_accumulation: micro-steps per optimizer step.
         steps: optimizer steps.
-        window_schedule: [share of the training, factor on the window] in rising order, see `ScheduledWindow`; empty:
-            one window throughout.
+        window_schedule: [share of the training, factor on the window] in rising order, the last factor 1, see
+            `ScheduledWindow`; empty: one window throughout.
         learning_rate: peak learning rate of AdamW.
-        schedule: "cosine" to zero, "wsd" (warm-up, stable, linear decay over the last fifth), "constant".
-        warmup: steps of linear warm-up.
-        weight_decay, beta1, beta2: AdamW's.
+        gate_rate: learning rate of gates and slopes, divided by `learning_rate`.
+        rank_rate: the same of rank predictors.
+        schedule: "cosine" to a tenth, "wsd" (warm-up, stable, linear to zero over the last fifth), "constant".
+        warmup: steps of linear warm-up, fewer than `steps`; None: a tenth of the steps, at most 50.
+        weight_decay: of matrices; see `dynamask.training.parameter_groups`.
+        beta1, beta2: AdamW's.
         clip: largest norm of the gradient.
         precision: "auto" (bfloat16 on a GPU that has it, else float32), "bf16", "fp32".
         gradient_checkpointing: recompute layers in the backward pass.
@@ -57,14 +59,16 @@ class TrainConfig:
     errors: str = "fail"
     output: str = "runs/tiny"
     corpus: str | None = None
-    context: int = 512
+    context: int | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
     steps: int = 500
     window_schedule: list[list[float]] = field(default_factory=list)
     learning_rate: float = 1e-3
+    gate_rate: float = 1.0
+    rank_rate: float = 1.0
     schedule: str = "cosine"
-    warmup: int = 50
+    warmup: int | None = None
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -80,14 +84,24 @@ class TrainConfig:
     resume: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("context", "batch_size", "gradient_accumulation", "steps", "keep", "log_every"):
+        if self.context is not None and self.context < 2:
+            raise UsageError(f"context must be at least 2: a token and the next one; got {self.context}")
+        for name in ("batch_size", "gradient_accumulation", "steps", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("warmup", "save_every", "eval_every", "weight_decay"):
+        for name in ("warmup_steps", "save_every", "eval_every", "weight_decay"):
             if not getattr(self, name) >= 0:
-                raise UsageError(f"{name} must be at least 0; got {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise UsageError(f"learning_rate must be a positive number; got {self.learning_rate}")
+                raise UsageError(f"{name.removesuffix('_steps')} must be at least 0; got {getattr(self, name)}")
+        if self.warmup_steps >= self.steps:
+            raise UsageError(
+                f"warmup ({self.warmup_steps} steps) must be shorter than the training ({self.steps} steps): the "
+                "rate would never reach learning_rate"
+            )
+        for name in ("learning_rate", "gate_rate", "rank_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UsageError(f"{name} must be a positive number; got {getattr(self, name)}")
+        if not 0 < self.validation < 1:
+            raise UsageError(f"validation is the share held out, above 0 and below 1; got {self.validation}")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
         try:
@@ -96,6 +110,11 @@ class TrainConfig:
             raise UsageError(str(error)) from error
         if self.precision not in ("auto", "bf16", "fp32"):
             raise UsageError(f"precision must be auto, bf16 or fp32; got {self.precision!r}")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return min(50, self.steps // 10) if self.warmup is None else self.warmup
 
     @classmethod
     def load(cls, file: str | Path | None = None, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -111,11 +130,11 @@ class TrainConfig:
         values: dict[str, Any] = {}
         if file is not None:
             try:
-                loaded = yaml.safe_load(Path(file).read_text())
+                loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
             except OSError as error:
                 raise UsageError(f"cannot read the configuration {file}: {error.strerror}") from error
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise UsageError(f"{file} is not valid YAML: {error}") from error
+            except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+                raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from error
             if not isinstance(loaded, dict):
                 raise UsageError(f"{file} must hold keys and values; got {type(loaded).__name__}")
             values.update(loaded)
@@ -125,8 +144,10 @@ class TrainConfig:
                 raise UsageError(f"{override!r} is not an override: write key=value, such as steps=200")
             try:
                 value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise UsageError(f"{override!r}: the value is not valid YAML: {error}") from error
+            except (yaml.YAMLError, RecursionError) as error:
+                raise UsageError(
+                    f"{override!r}: the value is not valid YAML: {' '.join(str(error).split())}"
+                ) from error
             if key.startswith("model."):
                 values["model"] = values.get("model") or {}
                 if not isinstance(values["model"], dict):
@@ -138,7 +159,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Write as YAML."""
-        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False))
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
 
 
 def _typed(key: str, value: Any) -> Any:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
+import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
 from dynamask.data import Corpus, Document, PackedDataset, prepare
 from dynamask.errors import UsageError
+from dynamask.lock import locked
 from dynamask.models import DynamaskForCausalLM, preset
+from dynamask.training.checkpointing import checkpoint_step, checkpoints, damage
 from dynamask.training.config import TrainConfig
-from dynamask.training.trainer import AtomicTrainer, checkpoints
+from dynamask.training.folder import SETTINGS
+from dynamask.training.interruption import StopAtSignal
+from dynamask.training.trainer import AtomicTrainer, flush
 from dynamask.training.window_schedule import ScheduledWindow
 
 # Settings that may change between a run and its resumption: they alter neither weights nor losses so far.
@@ -26,6 +33,9 @@ _FREE_TO_CHANGE = {"resume", "keep", "save_every", "log_every", "eval_every", "o
 
 
 _CORPUS_OF_RUN = "corpus.sha256"
+
+Report = Callable[[str], None]
+"""Takes one line about the run, for a person to read."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class TrainResult:
         perplexity: its exponential.
         history: the Trainer's log, one dictionary per entry.
         skipped: what errors="skip" left out of the corpus, and why.
+        trained: optimizer steps that this call ran; 0 for a run that was finished before.
     """
 
     model_dir: Path
@@ -45,6 +56,7 @@ class TrainResult:
     perplexity: float
     history: list[dict[str, Any]]
     skipped: list[str]
+    trained: int = 0
 
 
 def train(
@@ -52,23 +64,70 @@ def train(
     *,
     progress: Callable[[Iterable[Document], str], Iterable[Document]] | None = None,
     callbacks: Iterable[TrainerCallback] = (),
+    report: Report | None = None,
     quiet: bool = False,
 ) -> TrainResult:
     """Prepare the data, train, evaluate, save. Continues a killed run where its last checkpoint stands.
+
+    A finished run is left as it is. Ctrl-C or SIGTERM ends the training at the next step's end, with a checkpoint.
 
     Args:
         config: the run.
         progress: wraps the documents while the corpus is prepared.
         callbacks: further Trainer callbacks.
-        quiet: no progress bar.
+        report: takes lines about the run; None: they go to standard error.
+        quiet: no lines.
 
     Raises:
-        UsageError: bad data or settings, another run in the same folder, too little disk.
+        UsageError: bad data or settings, another run or another process in the same folder, too little disk, a package
+            that training needs and that is not installed.
+        Interrupted: a signal ended the training before its last step.
     """
+    require_training()
     output = Path(config.output)
-    _check_same_run(config, output)
+    first_rank = int(os.environ.get("RANK", "0")) == 0
+    tell = report or _print_line
+    if quiet or not first_rank:
+        tell = _ignore_line
     shape = preset(config.preset, **config.model)
-    arguments = _arguments(config, quiet)
+    config = replace(config, context=_context(config, shape.max_position_embeddings))
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"cannot write a run to {output}: it is a file; choose another output")
+    if not first_rank:
+        return _train(config, shape, output, progress, callbacks, tell)
+    with locked(output / ".lock", f"a training in {output}"):
+        return _train(config, shape, output, progress, callbacks, tell)
+
+
+def _print_line(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _ignore_line(line: str) -> None:
+    pass
+
+
+def require_training() -> None:
+    """Raise UsageError where a package is missing that training needs."""
+    missing = [name for name in ("accelerate",) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"training needs {', '.join(missing)}: pip install 'dynamask-attention[train]'")
+
+
+def _train(
+    config: TrainConfig,
+    shape: Any,
+    output: Path,
+    progress: Callable[[Iterable[Document], str], Iterable[Document]] | None,
+    callbacks: Iterable[TrainerCallback],
+    tell: Report,
+) -> TrainResult:
+    assert config.context is not None
+    _check_same_run(config, output)
+    if (finished := _finished(output)) is not None:
+        tell(f"this run is finished: {output} holds the model of step {config.steps}; nothing was trained")
+        return finished
+    arguments = _arguments(config)
     with arguments.main_process_first(local=False):  # the other ranks open what the first one made
         corpus = prepare(
             config.data,
@@ -76,6 +135,7 @@ def train(
             vocab_size=shape.vocab_size,
             tokenizer=config.tokenizer,
             validation=config.validation,
+            block=config.context,
             errors=config.errors,
             progress=progress,
         )
@@ -92,20 +152,41 @@ def train(
     if arguments.process_index == 0:
         # A corpus elsewhere is named in full, so that the run can be evaluated from any folder.
         place = config.corpus and str(Path(config.corpus).resolve())
-        replace(config, corpus=place).save(output / "train.yaml")
-        (output / _CORPUS_OF_RUN).write_text(corpus.index["content"])
+        replace(config, corpus=place).save(output / SETTINGS)
+        (output / _CORPUS_OF_RUN).write_text(corpus.index["content"], encoding="utf-8")
 
+    stop = StopAtSignal()
     trainer = AtomicTrainer(
         model=model,
         args=arguments,
         train_dataset=train_set,
         eval_dataset=validation_set,
-        callbacks=[*callbacks, *([ScheduledWindow(config.window_schedule)] if config.window_schedule else [])],
+        callbacks=[
+            *callbacks,
+            *([ScheduledWindow(config.window_schedule)] if config.window_schedule else []),
+            stop,
+            _Lines(tell, config.context),
+        ],
         keep=config.keep,
+        schedule=config.schedule,
+        gate_rate=config.gate_rate,
+        rank_rate=config.rank_rate,
     )
-    found = checkpoints(output) if config.resume else []
+    tell(_about(model, corpus, arguments))
+    checkpoint = _newest_readable(output, tell)
+    begun = 0 if checkpoint is None else checkpoint_step(checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=str(found[-1]) if found else None)
+        if begun >= config.steps:
+            # Killed between the last checkpoint and the final save: the Trainer would run one step more.
+            assert checkpoint is not None
+            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        else:
+            if checkpoint is not None:
+                tell(f"continuing from step {begun} of {config.steps}")
+            with stop:
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            stop.raise_if_stopped(trainer.state.global_step, config.steps, config.output)
         loss = float(trainer.evaluate()["eval_loss"])
         final = output / "model"
         partial = output / ".model.partial"
@@ -117,9 +198,10 @@ def train(
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(partial)
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
-            if final.exists():
-                shutil.rmtree(final)
+            for file in partial.iterdir():
+                flush(file)
             partial.rename(final)
+            flush(output)
         trainer.accelerator.wait_for_everyone()
     except Exception as error:
         if "No space left" in str(error):  # torch, safetensors and the system each have their own class for it
@@ -128,52 +210,111 @@ def train(
                 f"{output}. Earlier checkpoints are intact; free some space and run the same command to continue"
             ) from error
         raise
-    return TrainResult(final, loss, math.exp(min(loss, 700.0)), trainer.state.log_history, corpus.index["skipped"])
+    history, skipped = trainer.state.log_history, corpus.index["skipped"]
+    return TrainResult(final, loss, _perplexity(loss), history, skipped, trainer.state.global_step - begun)
 
 
-def model_folder(name: str | Path) -> Path:
-    """Where the model of a run's folder lies: its `model` folder; anything else is returned as it is."""
-    folder = Path(name)
-    return folder / "model" if (folder / "model" / "config.json").exists() else folder
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
-def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
-    """Model and tokenizer of a finished run (its folder, or the `model` folder in it), or of any causal LM.
-
-    Raises:
-        UsageError: nothing there that can be loaded.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = model_folder(model_dir)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder))
-        return model.eval(), AutoTokenizer.from_pretrained(str(folder))
-    except (OSError, ValueError, SafetensorError) as error:
+def _context(config: TrainConfig, longest: int) -> int:
+    """Tokens of a training sequence. Raises UsageError for more than the model is made for."""
+    if config.context is None:
+        return longest
+    if config.context > longest:
         raise UsageError(
-            f"cannot load a model from {model_dir!s}: {str(error).splitlines()[0]}. Give the folder of a finished "
-            "run (dynamask train output=FOLDER) or a saved causal LM"
+            f"context={config.context} is longer than the model's max_position_embeddings={longest}: shorten it, or "
+            f"set model.max_position_embeddings={config.context}"
+        )
+    return config.context
+
+
+def _finished(output: Path) -> TrainResult | None:
+    """The result of a run whose model is saved."""
+    model = output / "model"
+    if not model.exists():
+        return None
+    try:
+        history = json.loads((model / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        loss = next(float(entry["eval_loss"]) for entry in reversed(history) if "eval_loss" in entry)
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise UsageError(
+            f"{model} holds a model whose training log cannot be read ({type(error).__name__}: {error}): choose "
+            "another output, or delete that folder to save the model again from the newest checkpoint"
         ) from error
+    return TrainResult(model, loss, _perplexity(loss), history, [])
 
 
-def open_corpus(model_dir: str | Path) -> Corpus:
-    """The corpus a run was trained on. Raises UsageError where there is none."""
-    folder = Path(model_dir)
-    folder = folder.parent if folder.name == "model" else folder
-    settings = folder / "train.yaml"
-    named = TrainConfig.load(settings).corpus if settings.exists() else None
-    return Corpus.open(named or folder / "corpus")
+def _newest_readable(output: Path, tell: Report) -> Path | None:
+    """The newest checkpoint that is whole; None without checkpoints. Raises UsageError where all are damaged."""
+    found = checkpoints(output)
+    for checkpoint in reversed(found):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        tell(f"{checkpoint} is damaged ({problem}): an older one is used")
+    if found:
+        raise UsageError(f"every checkpoint in {output} is damaged: delete {output} to start anew")
+    return None
 
 
-def _arguments(config: TrainConfig, quiet: bool) -> TrainingArguments:
+def _about(model: torch.nn.Module, corpus: Corpus, arguments: TrainingArguments) -> str:
+    """One line: what is trained, on what, where."""
+    splits = corpus.index["splits"]
+    parameters = sum(p.numel() for p in model.parameters())
+    precision = "bf16" if arguments.bf16 else "fp32"
+    processes = f" x {arguments.world_size}" if arguments.world_size > 1 else ""
+    return (
+        f"model: {_count(parameters)} parameters, {len(model.model.layers)} layers; corpus: "  # type: ignore[union-attr,arg-type]
+        f"{_count(splits['train']['tokens'])} tokens, {_count(splits['validation']['tokens'])} held out; device: "
+        f"{arguments.device.type}{processes}, {precision}"
+    )
+
+
+def _count(number: int) -> str:
+    for size, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.1f}{suffix}"
+    return str(number)
+
+
+def _bytes(number: float) -> str:
+    for size, suffix in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")):
+        if number >= size:
+            return f"{number / size:.1f} {suffix}"
+    return f"{number:.0f} bytes"
+
+
+class _Lines(TrainerCallback):
+    """A line per log entry: step, losses, tokens per second."""
+
+    def __init__(self, tell: Report, context: int) -> None:
+        self.tell, self.context = tell, context
+        self.began: tuple[int, float] = (0, 0.0)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note when the steps since the last line began."""
+        if not self.began[1]:
+            self.began = (state.global_step, time.perf_counter())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Write the line."""
+        logs = logs or {}
+        place = f"step {state.global_step} of {state.max_steps}"
+        if "eval_loss" in logs:
+            self.tell(f"{place}: validation loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs and self.began[1]:
+            step, since = self.began
+            batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * self.context
+            speed = (state.global_step - step) * batch / max(time.perf_counter() - since, 1e-9)
+            self.tell(f"{place}: loss {logs['loss']:.4f}, rate {logs['learning_rate']:.2e}, {speed:,.0f} tokens/s")
+        self.began = (state.global_step, 0.0)
+
+
+def _arguments(config: TrainConfig) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu and torch.cuda.is_bf16_supported())
-    schedules: dict[str, tuple[str, dict[str, Any]]] = {
-        "cosine": ("cosine", {}),
-        "constant": ("constant_with_warmup", {}),
-        "wsd": ("warmup_stable_decay", {"num_decay_steps": max(1, config.steps // 5), "decay_type": "linear"}),
-    }
-    schedule, schedule_options = schedules[config.schedule]
     return TrainingArguments(
         output_dir=config.output,
         max_steps=config.steps,
@@ -181,9 +322,7 @@ def _arguments(config: TrainConfig, quiet: bool) -> TrainingArguments:
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=schedule_options,
-        warmup_steps=min(config.warmup, config.steps),
+        warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         adam_beta1=config.beta1,
         adam_beta2=config.beta2,
@@ -199,8 +338,8 @@ def _arguments(config: TrainConfig, quiet: bool) -> TrainingArguments:
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
         save_total_limit=None,  # AtomicTrainer deletes old checkpoints, and only once a newer one is whole
-        report_to=["tensorboard"],
-        disable_tqdm=quiet,
+        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else [],
+        disable_tqdm=True,
         seed=config.seed,
         data_seed=config.seed,
         dataloader_pin_memory=gpu,
@@ -211,7 +350,7 @@ def _arguments(config: TrainConfig, quiet: bool) -> TrainingArguments:
 
 def _check_same_run(config: TrainConfig, output: Path) -> None:
     """A folder belongs to one run: continuing it with other settings would give a loss curve of neither."""
-    settings = output / "train.yaml"
+    settings = output / SETTINGS
     if not checkpoints(output) and not (output / "model").exists():
         return
     if not settings.exists():
@@ -222,9 +361,8 @@ def _check_same_run(config: TrainConfig, output: Path) -> None:
         )
     if not config.resume:
         raise UsageError(f"{output} holds checkpoints or the model of a run: choose another output, or delete it")
-    before = yaml.safe_load(settings.read_text())
-    now = asdict(config)
-    changed = [key for key in now if key not in _FREE_TO_CHANGE and before.get(key, now[key]) != now[key]]
+    before, now = asdict(TrainConfig.load(settings)), asdict(config)
+    changed = [key for key in now if key not in _FREE_TO_CHANGE and before[key] != now[key]]
     if changed:
         told = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise UsageError(
@@ -235,7 +373,7 @@ def _check_same_run(config: TrainConfig, output: Path) -> None:
 def _check_same_corpus(corpus: Corpus, output: Path) -> None:
     """Checkpoints know their tokens by number: a corpus made anew from edited texts numbers them otherwise."""
     record = output / _CORPUS_OF_RUN
-    if checkpoints(output) and record.exists() and record.read_text() != corpus.index["content"]:
+    if checkpoints(output) and record.exists() and record.read_text(encoding="utf-8") != corpus.index["content"]:
         raise UsageError(
             f"the texts of the run in {output} changed since its checkpoints were written, and with them the tokenizer "
             "and the order of the data: restore the texts to continue it, or choose another output"
@@ -252,6 +390,6 @@ def _check_disk(model: torch.nn.Module, output: Path, keep: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UsageError(
-            f"checkpoints of {parameters / 1e6:.1f}M parameters need {needed / 1e9:.2f} GB in {output}, and "
-            f"{free / 1e9:.2f} GB are free: free some space, choose another output, or keep fewer (keep={keep})"
+            f"checkpoints of {_count(parameters)} parameters need {_bytes(needed)} in {output}, and "
+            f"{_bytes(free)} are free: free some space, choose another output, or keep fewer (keep={keep})"
         )

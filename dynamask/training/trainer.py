@@ -1,29 +1,167 @@
-"""transformers' Trainer with checkpoints that are either whole or not there."""
+"""transformers' Trainer with dynamask's optimizer, schedule and loss, and checkpoints that are whole or not there."""
 
 from __future__ import annotations
 
+import functools
 import os
-import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+from dynamask.training.checkpointing import checkpoints
+from dynamask.training.loss import TokenLosses, plain_losses, use_chunked_loss
+from dynamask.training.optimizer import adamw
+from dynamask.training.schedule import learning_rate_share
+
+
+class ShuffledBlocks(Sampler[int]):
+    """Every block once an epoch, in an order that the seed and the epoch alone decide.
+
+    Args:
+        count: blocks.
+        seed: of the order.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed, self.epoch = count, seed, 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist())
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins."""
+
+    def __init__(self, trainer: AtomicTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.epoch = int(state.epoch or 0)
 
 
 class AtomicTrainer(Trainer):
-    """Writes each checkpoint beside its place and renames it when every file is on disk.
+    """Trains a causal LM; writes each checkpoint beside its place and renames it when every file is on disk.
+
+    Differs from transformers' Trainer in the parameter groups (`parameter_groups`), the schedule
+    (`learning_rate_share`), the loss (`use_chunked_loss`), the validation loss, which is the mean over all predicted
+    tokens, and the order of the data (`ShuffledBlocks`). It prints nothing.
 
     Args:
         keep: checkpoints kept; older ones are deleted once a newer one is whole.
+        schedule: see `learning_rate_share`.
+        gate_rate, rank_rate: see `parameter_groups`.
+        token_losses: see `use_chunked_loss`.
     """
 
-    def __init__(self, *args: Any, keep: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        keep: int = 2,
+        schedule: str = "cosine",
+        gate_rate: float = 1.0,
+        rank_rate: float = 1.0,
+        token_losses: TokenLosses = plain_losses,
+        **kwargs: Any,
+    ) -> None:
+        self.sampler: ShuffledBlocks | None = None
         super().__init__(*args, **kwargs)
         self.keep = keep
+        self.schedule = schedule
+        self.gate_rate, self.rank_rate = gate_rate, rank_rate
         self._staging: str | None = None
+        self._first_step = 0
+        self._row_sums: list[Tensor] = []
+        use_chunked_loss(self.model, token_losses)
+        self.add_callback(_Epochs(self))
+        for printer in {DEFAULT_PROGRESS_CALLBACK, ProgressCallback, PrinterCallback}:
+            self.remove_callback(printer)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build AdamW over dynamask's parameter groups."""
+        if self.optimizer is None:
+            self.optimizer = adamw(
+                self.model if model is None else model,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                gate_rate=self.gate_rate,
+                rank_rate=self.rank_rate,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the schedule of `learning_rate_share`."""
+        if self.lr_scheduler is None:
+            share = functools.partial(
+                learning_rate_share,
+                self.schedule,
+                steps=num_training_steps,
+                warmup=self.args.get_warmup_steps(num_training_steps),
+            )
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int] | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if dataset is None or not hasattr(dataset, "__len__"):
+            return super()._get_train_sampler(train_dataset)
+        self.sampler = ShuffledBlocks(len(dataset), self.args.data_seed or self.args.seed)
+        return self.sampler
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Note the loss and the number of tokens of each row; see `evaluation_loop`."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        rows = torch.stack([outputs["row_losses"].double(), outputs["row_counts"].double()], dim=-1)
+        self._row_sums.append(self.accelerator.gather_for_metrics(rows).sum(0).cpu())
+        return outputs["loss"].detach(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with the mean loss over all predicted tokens, where transformers takes a mean of batches' means."""
+        self._row_sums = []
+        output = super().evaluation_loop(*args, **kwargs)
+        if self._row_sums:
+            loss, count = torch.stack(self._row_sums).sum(0).tolist()
+            output.metrics[f"{kwargs.get('metric_key_prefix', 'eval')}_loss"] = loss / max(1.0, count)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; the summary at the end of a resumed training is of the steps that it ran."""
+        if "train_runtime" in logs:
+            steps = self.state.global_step - self._first_step
+            seconds = max(logs["train_runtime"], 1e-9)
+            batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs["train_steps_per_second"] = round(steps / seconds, 3)
+            logs["train_samples_per_second"] = round(steps * batch / seconds, 3)
+            logs["train_loss"] = self._total_loss_scalar / max(1, steps)
+        super().log(logs, start_time)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        resumed = kwargs.get("resume_from_checkpoint")
+        self._first_step = 0 if resumed is None else int(str(resumed).rsplit("-", 1)[-1])
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Warn of missing weights, of which tied ones are none."""
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or ())
+        missing = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
@@ -42,25 +180,17 @@ class AtomicTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every rank writes its own random state
         if self.args.should_save:
             for file in (staging / name).rglob("*"):
-                _flush(file)
+                flush(file)
             if (final / name).exists():
                 shutil.rmtree(final / name)
             os.replace(staging / name, final / name)
-            _flush(final)
+            flush(final)
             shutil.rmtree(staging, ignore_errors=True)
             for old in checkpoints(final)[: -self.keep]:
                 shutil.rmtree(old)
 
 
-def checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [
-        (int(match[1]), path) for path in output.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file or a folder's entries to disk, so that a rename cannot overtake what it names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -74,7 +74,19 @@ def test_uneven_windows_shrink_in_proportion(text: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "schedule", [[[0.5, 1.0], [0.0, 2.0]], [[0.0, 0.0]], [0.0, 1.0], [[0.0, 1.0, 2.0]], [["a", 1]]]
+    "schedule",
+    [
+        [[0.5, 2.0], [0.0, 1.0]],
+        [[0.0, 0.0]],
+        [0.0, 1.0],
+        [[0.0, 1.0, 2.0]],
+        [["a", 1]],
+        [[0, 4]],
+        [[0, 4], [2, 1]],
+        [[0, 4], [0.5, 2]],
+        [[0, 4], [0, 1]],
+        [[-1, 1]],
+    ],
 )
 def test_schedules_that_cannot_be_are_named(schedule: Any) -> None:
     with pytest.raises(UsageError, match="window_schedule is"):

@@ -1,0 +1,101 @@
+"""What a run's folder holds: its settings, its model, its corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynamask.data import Corpus
+from dynamask.errors import UsageError
+from dynamask.hub import check_local_or_hub
+from dynamask.training.checkpointing import checkpoints
+from dynamask.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from dynamask.models import DynamaskForCausalLM
+
+SETTINGS = "train.yaml"
+
+
+def model_folder(name: str | Path) -> Path:
+    """Return where the model of a run's folder lies: its `model` folder; anything else as it is."""
+    folder = Path(name)
+    return folder / "model" if (folder / "model" / "config.json").exists() else folder
+
+
+def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
+    """Open model and tokenizer of a finished run (its folder, or the `model` folder in it), or of any causal LM.
+
+    Args:
+        model_dir: folder, or a name on the hub, `owner/name`.
+
+    Returns:
+        The model in evaluation mode, and its tokenizer.
+
+    Raises:
+        UsageError: nothing there that can be loaded; the message tells an unfinished run and a missing tokenizer.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_local_or_hub(model_dir, "folder")
+    folder = model_folder(model_dir)
+    if folder.is_file():
+        raise UsageError(f"cannot load a model from {model_dir}: it is a file; give the folder of a run or of a model")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UsageError(f"cannot load a model from {model_dir}: {_what_is_missing(folder)}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(folder))
+    except Exception as error:  # a damaged file raises whatever its reader raises
+        raise UsageError(
+            f"cannot load a model from {model_dir!s}: {_first_line(error)}. Give the folder of a finished run "
+            "(dynamask train output=FOLDER) or a saved causal LM"
+        ) from error
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("*.model")):
+        raise UsageError(
+            f"{model_dir} holds a model without a tokenizer (no tokenizer.json): save one into the same folder"
+        )
+    try:
+        return model.eval(), AutoTokenizer.from_pretrained(str(folder))
+    except Exception as error:
+        raise UsageError(f"cannot load the tokenizer of {model_dir!s}: {_first_line(error)}") from error
+
+
+def open_corpus(model_dir: str | Path) -> Corpus:
+    """Open the corpus a run was trained on.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    folder = run_folder(model_dir)
+    settings = folder / SETTINGS
+    if not settings.exists():
+        raise UsageError(f"{model_dir} is not a run of dynamask train, so it has no held-out texts: give some (--data)")
+    place = Path(TrainConfig.load(settings).corpus or folder / "corpus")
+    if not place.exists():
+        raise UsageError(f"the corpus of {model_dir} is gone ({place}): give texts (--data)")
+    return Corpus.open(place)
+
+
+def run_folder(model_dir: str | Path) -> Path:
+    """Return the folder of the run that a folder or its `model` folder belongs to."""
+    folder = Path(model_dir)
+    return folder.parent if folder.name == "model" and (folder.parent / SETTINGS).exists() else folder
+
+
+def _what_is_missing(folder: Path) -> str:
+    found = checkpoints(folder)
+    if found:
+        return (
+            f"the run is not finished (its newest checkpoint is {found[-1].name}): run the same dynamask train command "
+            f"again to continue it, or give {found[-1]}"
+        )
+    if (folder / SETTINGS).exists():
+        return "the run is not finished, and has no checkpoint yet: run the same dynamask train command again"
+    return (
+        "it has no config.json. Give the folder of a finished run (dynamask train output=FOLDER) or a saved causal LM"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__

@@ -1,0 +1,140 @@
+"""Cross-entropy of next tokens, in parts where all logits at once would be too many."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+TokenLosses = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""Output layer, states (n, hidden), targets (n,) -> losses (n,)."""
+
+MOST_LOGITS = 1 << 30
+"""Logits that exist at a time; more positions go through the output layer in parts, recomputed in the backward pass."""
+
+_RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Settings of transformers' models that change the logits after the output layer."""
+
+
+def plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each state.
+
+    Args:
+        head: output layer.
+        hidden: (n, hidden) states.
+        targets: (n,) int64 tokens; -100 gives a loss of 0.
+
+    Returns:
+        (n,) float32, nats.
+    """
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none", ignore_index=-100)
+
+
+def chunked_losses(
+    head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int, token_losses: TokenLosses = plain_losses
+) -> Tensor:
+    """`token_losses` of any number of states, with at most `MOST_LOGITS` logits at a time.
+
+    Args:
+        head, hidden, targets: see `plain_losses`.
+        vocab_size: logits of a state.
+        token_losses: the loss itself; a compiled one is faster.
+
+    Returns:
+        (n,) float32, nats.
+    """
+    part = max(1, MOST_LOGITS // vocab_size)
+    if len(targets) <= part:
+        return token_losses(head, hidden, targets)
+    pieces = zip(hidden.split(part), targets.split(part), strict=True)
+    return torch.cat([checkpoint(token_losses, head, states, goal, use_reentrant=False) for states, goal in pieces])
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """What a model with `use_chunked_loss` returns for a batch with labels.
+
+    Attributes:
+        loss: scalar, mean over the predicted tokens (or their sum divided by num_items_in_batch), with the auxiliary
+            loss of learned ranks.
+        row_losses: (B,) float32, sum of the cross-entropy in each row, without the auxiliary loss.
+        row_counts: (B,) int64, predicted tokens in each row.
+        aux_loss: scalar, or None where the model has none.
+    """
+
+    loss: Tensor | None = None
+    row_losses: Tensor | None = None
+    row_counts: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def use_chunked_loss(model: Any, token_losses: TokenLosses = plain_losses) -> None:
+    """Let a causal LM compute its loss by `chunked_losses` whenever it is called with labels.
+
+    The model's `forward` is replaced, so that the loss is computed inside it: wrappers for several GPUs and mixed
+    precision see one forward pass. Without labels it is the model's own.
+
+    Args:
+        model: a causal LM of transformers. Where its class changes the logits after the output layer, all logits are
+            computed at once.
+        token_losses: see `chunked_losses`.
+    """
+    own = model.forward
+    config = model.config
+    chunked = not any(getattr(config, name, None) not in (None, 1, 1.0) for name in _RESCALED)
+
+    @functools.wraps(own)
+    def forward(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
+        if labels is None:
+            return own(*args, **inputs)
+        inputs["use_cache"] = False
+        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if "shift_labels" in inputs:
+            targets = inputs.pop("shift_labels")
+        if chunked:
+            outputs = model.get_decoder()(*args, **inputs)
+            hidden = outputs.last_hidden_state.flatten(0, 1)
+            head = model.get_output_embeddings()
+            losses = chunked_losses(head, hidden, targets.flatten(), config.vocab_size, token_losses)
+        else:
+            outputs = own(*args, **inputs)
+            losses = F.cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+        losses = losses.view(targets.shape)
+        counts = targets.ne(-100).sum(-1)
+        total = losses.sum()
+        loss = total / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
+        aux_loss = getattr(outputs, "aux_loss", None)
+        if aux_loss is not None:
+            # A part of a batch carries its part of the auxiliary loss, as it does of the cross-entropy.
+            share = 1.0 if num_items_in_batch is None else counts.sum() / num_items_in_batch
+            loss = loss + share * aux_loss
+        return LossOutput(loss=loss, row_losses=losses.detach().sum(-1), row_counts=counts, aux_loss=aux_loss)
+
+    model.forward = forward
+
+
+def next_token_losses(model: Any, tokens: Tensor, token_losses: TokenLosses = plain_losses, **inputs: Any) -> Tensor:
+    """Cross-entropy of every next token.
+
+    Args:
+        model: a causal LM of transformers.
+        tokens: (B, N + 1) int64.
+        token_losses: see `chunked_losses`.
+        **inputs: further arguments of the decoder, such as position_ids (B, N).
+
+    Returns:
+        (B, N) float32, nats.
+    """
+    hidden = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False, **inputs).last_hidden_state
+    targets = tokens[:, 1:]
+    losses = chunked_losses(
+        model.get_output_embeddings(), hidden.flatten(0, 1), targets.flatten(), model.config.vocab_size, token_losses
+    )
+    return losses.view(targets.shape)
