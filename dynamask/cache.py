@@ -651,14 +651,9 @@ def _bounded_layers(
     num_hidden_layers: int | None,
 ) -> list[BoundedLayer]:
     """The layers of a `BoundedCache`."""
-    attention = getattr(config, "attention", "dma")
-    mixers = getattr(config, "layer_attention", None)  # where layers differ
-    for kind in mixers or [attention]:
-        if kind not in ("dma", "swa"):
-            raise InvalidInputError(
-                f"a bounded cache serves attention 'dma' and 'swa'; this model has attention {kind!r}, whose "
-                "queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
-            )
+    own = _layers_of_mixers(config)
+    if own is not None and (windows, local, sinks, num_hidden_layers) == (None, None, None, None):
+        return own
     count = num_hidden_layers if num_hidden_layers is not None else getattr(config, "num_hidden_layers", None)
     given = windows
     if given is None:
@@ -686,13 +681,25 @@ def _bounded_layers(
         sinks = getattr(config, "sinks", None) or 0
     locals_ = getattr(config, "layer_locals", None) if local is None and windows is None else None
     if locals_ is None:
-        kept = (getattr(config, "local", None) or 0) if local is None else local
-        kinds = mixers or [attention] * count
-        # Sliding windows keep the newest keys, whatever the configuration's local.
-        locals_ = [
-            _narrowest(window) - sinks if kind == "swa" else kept for kind, window in zip(kinds, each, strict=True)
-        ]
+        locals_ = [(getattr(config, "local", None) or 0) if local is None else local] * count
     return [BoundedLayer(window, local=n, sinks=sinks) for window, n in zip(each, locals_, strict=True)]
+
+
+def _layers_of_mixers(config: Any) -> list[BoundedLayer] | None:
+    """The layers that the mixers of a dynamask model decode with; None for another configuration."""
+    names = getattr(config, "layer_mixers", None)
+    if names is None:
+        return None
+    from dynamask.mixers import get_mixer  # mixers use this module
+
+    for name in names:
+        if not get_mixer(name).bounded:
+            raise InvalidInputError(
+                f"a bounded cache serves mixers that keep a bounded number of keys; this model has attention {name!r}, "
+                "whose queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
+            )
+    layers: Any = [get_mixer(name).cache_layer(config, index) for index, name in enumerate(names)]
+    return layers  # type: ignore[no-any-return]
 
 
 def _narrowest(windows: Windows) -> int:

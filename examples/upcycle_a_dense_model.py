@@ -34,7 +34,7 @@ sparse.eval().generate(tokens, max_new_tokens=50, past_key_values=cache, pad_tok
 print(f"after {cache.get_seq_length()} tokens the cache holds {cache.layers[0].keys_held.max()} keys per head")
 
 # The last layer left dense, and ranks that learn in training which keys will be looked at.
-mixed = convert.upcycle(dense, window=32, dense_layers=[-1], ranking="attention")
+mixed = convert.upcycle(dense, window=32, dense_layers=[-1], ranking="learned")
 mixed.train()(tokens, labels=tokens).loss.backward()
 print(f"gradient of the ranks: {mixed.model.layers[0].self_attn.gate.delta.weight.grad.norm():.1e}")
 answer = mixed.eval().generate(

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dynamask import DynamaskConfig, DynamaskForCausalLM
-from dynamask.mixers import DynamicMaskGate
+from dynamask.mixers import DynamicMaskGate, RankPredictor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +43,7 @@ class _FailuresAtOnce:
             terminal.write_line(f"\n{report.nodeid}\n{report.longreprtext}")
 
 
-def tiny_config(attention: str = "dma", **fields: object) -> DynamaskConfig:
+def tiny_config(attention: str | list[str] = "dma", **fields: object) -> DynamaskConfig:
     """Two layers of four heads over 50 tokens, with a window that a 40-token text overflows."""
     shape = {
         "vocab_size": 50,
@@ -54,50 +54,50 @@ def tiny_config(attention: str = "dma", **fields: object) -> DynamaskConfig:
         "num_key_value_heads": 2,
         "head_dim": 8,
         "rope_theta": 100.0,
-        "window": 6,
+        "windows": 6,
         "initializer_range": 0.2,
     }
     return DynamaskConfig(attention=attention, **(shape | fields))
 
 
-def tiny_model(attention: str = "dma", **fields: object) -> DynamaskForCausalLM:
-    """A float64 model whose gates choose by content: untrained ones would make DMA a sliding window."""
+def tiny_model(attention: str | list[str] = "dma", **fields: object) -> DynamaskForCausalLM:
+    """A float64 model whose ranks choose by content: untrained ones would make DMA a sliding window."""
     torch.manual_seed(0)
     model = DynamaskForCausalLM(tiny_config(attention, **fields)).double().eval()
     for module in model.modules():
         if isinstance(module, DynamicMaskGate):
             nn.init.normal_(module.gate, std=2.0)
             nn.init.normal_(module.delta.weight, std=1.0)
-            if module.ranking == "attention":
-                nn.init.normal_(module.own_delta, std=1.0)
+        if isinstance(module, RankPredictor):
+            nn.init.normal_(module.down.weight, std=1.0)
     return model
 
 
 VARIANTS = {
     "dma": {},
-    "dma-paper": {"local": 0, "recency": 0.0},
-    "dma-linear": {"local": 2, "recency": 0.05, "score_form": "linear"},
-    "dma-one": {"window": 1, "local": 0},
-    "dma-delta": {"gate_init": "delta", "recency_spread": 4.0, "rank_noise": 0.5},
-    "dma-ranks": {"recency": 0.2, "rank_recency": 0.02},
-    "dma-attention": {"ranking": "attention", "recency": 0.05, "score_form": "linear", "local": 2},
-    "dma-layers": {"layer_attention": ["swa", "dma"]},
-    "dma-dense": {"layer_attention": ["mha", "dma"]},
-    "dma-windows": {"layer_windows": [3, 9]},
-    "dma-windows-swa": {"layer_windows": [3, 9], "layer_attention": ["swa", "dma"], "ranking": "attention"},
-    "dma-windows-dense": {"layer_windows": [1, 9], "layer_attention": ["mha", "dma"]},
-    "dma-blind": {"layer_windows": [3, 9], "rope_layers": "narrow", "ranking": "attention"},
-    "mla-blind": {"rope_layers": [False, True]},
-    "swa": {},
-    "swa-penalty": {"distance_penalty": 0.2, "recency_spread": 2.0},
+    "dma-paper": {"ranking": "paper"},
+    "dma-ranks-alone": {"local": 0, "sinks": 0},
+    "dma-one": {"windows": 1},
+    "dma-layers": {"attention": ["swa", "dma"]},
+    "dma-dense": {"attention": ["mha", "dma"]},
+    "dma-latent": {"attention": ["mla", "dma"]},
+    "dma-windows": {"windows": [3, 9], "local": 1, "sinks": 1},
+    "dma-heads": {"windows": [[3, 9], [12, 4]], "local": 1, "sinks": 2},
+    "dma-heads-paper": {"windows": [[3, 9], 5], "ranking": "paper"},
+    "swa": {"sinks": 0},
+    "swa-sinks": {"windows": [6, [3, 9]], "sinks": 2},
     "mha": {},
-    "mha-penalty": {"distance_penalty": 0.2, "recency_spread": 2.0},
     "mla": {},
     "nsa": {},
 }
 
 
+def variant(name: str) -> DynamaskForCausalLM:
+    """The model of that name."""
+    return tiny_model(**({"attention": name.split("-")[0]} | VARIANTS[name]))
+
+
 @pytest.fixture(scope="session", params=VARIANTS)
 def model(request: pytest.FixtureRequest) -> DynamaskForCausalLM:
     """Each mixer, DMA in its variants."""
-    return tiny_model(request.param.split("-")[0], **VARIANTS[request.param])
+    return variant(request.param)

@@ -40,10 +40,8 @@ from dynamask.mixers.base import SequenceInfo, cached_rows, packed_segments
 from dynamask.mixers.dma import dynamic_mask_mix
 from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.mha import dense_attention
+from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.generation import OwnCacheGeneration
-
-_SPREAD = 8.0
-"""Of the slopes that ranks of their own start from: from heads nearly of a sliding window to heads that keep long."""
 
 
 def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
@@ -80,18 +78,14 @@ class ConvertedAttention(nn.Module):
         self.v_proj, self.o_proj = original.v_proj, original.o_proj
         self.q_norm = getattr(original, "q_norm", nn.Identity())
         self.k_norm = getattr(original, "k_norm", nn.Identity())
+        self.sinks = config.sinks
         self.gate: DynamicMaskGate | None = None
-        if self.window is not None:
-            self.gate = DynamicMaskGate(
-                config.num_key_value_heads,
-                self.head_dim,
-                score_form=config.score_form,
-                ranking=config.ranking,
-                rank_power=config.rank_power,
-                rank_recency=1.0 / self.window if config.ranking == "attention" else None,
-                recency_spread=_SPREAD,
-                bias=config.model_type == "dynamask_doge" and config.attention_bias,
-            )
+        self.rank_predictor: RankPredictor | None = None
+        if self.window is not None and config.ranking == "paper":
+            bias = config.model_type == "dynamask_doge" and config.attention_bias
+            self.gate = DynamicMaskGate(config.num_key_value_heads, self.head_dim, bias=bias)
+        elif self.window is not None:
+            self.rank_predictor = RankPredictor(config.hidden_size, config.num_key_value_heads)
 
     def forward(
         self,
@@ -110,7 +104,7 @@ class ConvertedAttention(nn.Module):
         if self.use_rope:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         sequence = _sequence(hidden_states, attention_mask, position_ids, past_key_values, self.layer_idx)
-        if self.gate is None:
+        if self.window is None:
             if past_key_values is not None:
                 key, value = cached_rows(past_key_values, key, value, self.layer_idx, sequence)
             output = dense_attention(query, key, value, sequence, scale=self.scaling)
@@ -119,13 +113,15 @@ class ConvertedAttention(nn.Module):
                 query,
                 key,
                 value,
-                self.gate,
+                self.gate(value) if self.gate is not None else self.rank_predictor(hidden_states.detach()),
                 sequence,
-                window=self.window,
+                windows=(self.window,) * key.shape[1],
                 local=self.local,
+                sinks=self.sinks,
                 cache=past_key_values,
                 layer_idx=self.layer_idx,
                 scale=self.scaling,
+                gate=self.gate,
             )
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
 
@@ -187,14 +183,15 @@ class ConvertedModel(OwnCacheGeneration):
         layers: Any = self.model.layers  # type: ignore[attr-defined]
         for index, layer in enumerate(layers):
             layer.self_attn = ConvertedAttention(layer.self_attn, config, index)
-            if layer.self_attn.gate is not None:
-                layer.self_attn.gate.apply(self._init_weights)
+            for ranks in (layer.self_attn.gate, layer.self_attn.rank_predictor):
+                if ranks is not None:
+                    ranks.apply(self._init_weights)
             if getattr(config, "is_moe", False) and not _doge_layer_unpacks_experts():
                 layer.mlp.register_forward_hook(_first_output)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, DynamicMaskGate):
+        if isinstance(module, (DynamicMaskGate, RankPredictor)):
             module.initialize_parameters()
 
     def _new_cache(self) -> Cache:
@@ -214,9 +211,8 @@ def _register(config_class: type, model_class: type) -> tuple[type, type]:
         "local": (int, 0),
         "layer_windows": (list[int | None] | None, None),
         "layer_locals": (list[int] | None, None),
-        "score_form": (str, "exp"),
-        "ranking": (str, "score"),
-        "rank_power": (float, 1.0),
+        "sinks": (int, 0),
+        "ranking": (str, "paper"),
     }
     model_type = f"dynamask_{config_class.model_type}"  # type: ignore[attr-defined]
     body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}

@@ -16,11 +16,8 @@ from transformers import DogeForCausalLM, PreTrainedModel
 from dynamask.convert.models import CONVERTED
 from dynamask.errors import InvalidInputError
 from dynamask.models.configuration import RANKINGS
-from dynamask.models.layer_windows import resolved_windows
+from dynamask.models.windows import uneven_windows
 from dynamask.ops.checks import check_window
-
-_POWER = 4.0
-"""`rank_power` of upcycled models, which attend already."""
 
 _OWN_FIELDS = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype", "sliding_window")
 
@@ -67,7 +64,7 @@ def upcycle(
     local: int | None = None,
     dense_layers: Sequence[int] = (),
     layer_windows: Sequence[int] | str | None = None,
-    ranking: str = "attention",
+    ranking: str = "learned",
 ) -> PreTrainedModel:
     """A dense model with a zero-initialised DMA gate on every attention layer, or on most.
 
@@ -81,10 +78,7 @@ def upcycle(
         layer_windows: windows that differ, one per layer, or "uneven": `window` on average, one layer in six wide (see
             `uneven_windows`) and the others a quarter of it, no less, since they have learnt to look everywhere.
             `local` is then that of a layer whose window is `window`; the others' go with their own.
-        ranking: what decides which keys are kept, see `DynamaskConfig`. "attention": ranks that learn, in training, who
-            is looked at sharply. With the paper's "score", fine-tuned models found 33% of what was hidden in their
-            context, which is what lies in the local window, with "attention" 68%, the dense model 72% (12M parameters,
-            an eighth of the keys; `docs/results`, needle).
+        ranking: what decides which keys are kept, see `DynamaskConfig`.
 
     Returns:
         A causal LM of model_type "dynamask_<original>", same device and dtype. While the context is at most
@@ -111,7 +105,13 @@ def upcycle(
             raise InvalidInputError(f"dense_layers are indices of the {len(layers)} layers; got {index}")
     dense = {layers[index] for index in dense_layers}
     narrow = max(1, window // 4)
-    wanted = resolved_windows(layer_windows, len(layers), window, narrow) or [window] * len(layers)
+    if layer_windows == "uneven":
+        layer_windows = uneven_windows(len(layers), window, narrow=narrow)
+    wanted: Any = layer_windows or [window] * len(layers)
+    if len(wanted) != len(layers):
+        raise InvalidInputError(
+            f"layer_windows gives the window of each of the {len(layers)} layers; got {len(wanted)} windows"
+        )
     _warn_of_dropout(config)
     kinds = getattr(config, "layer_types", None) or []
     sliding: Any = getattr(config, "sliding_window", None)
@@ -124,7 +124,7 @@ def upcycle(
         windows.append(own if index not in dense else sliding if slides else None)
         locals_.append(min(share, own) if index not in dense else sliding if slides else 0)
     fields = {"window": window, "local": local, "layer_windows": windows, "layer_locals": locals_}
-    fields |= {"ranking": ranking, "rank_power": _POWER}
+    fields |= {"ranking": ranking}
     return _build(dense_hf_model, dense_hf_model.state_dict(), fields, strict=False)
 
 
@@ -142,7 +142,7 @@ def _build(original: PreTrainedModel, state: dict[str, Any], own: dict[str, Any]
     first = next(original.parameters())
     model = model_class(config_class(**fields)).to(device=first.device, dtype=first.dtype)
     missing, unexpected = model.load_state_dict(state, strict=False)
-    left = unexpected + [name for name in missing if strict or ".gate." not in name]
+    left = unexpected + [name for name in missing if strict or not (".gate." in name or ".rank_predictor." in name)]
     if left:
         raise InvalidInputError(f"weights that do not fit {model_class.__name__}: {', '.join(left[:5])}")
     model.tie_weights()

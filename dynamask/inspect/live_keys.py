@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynamask.data.tokenizer import encode_text
 from dynamask.errors import InvalidInputError
-from dynamask.inspect.gate_scores import gate_scores
+from dynamask.inspect.key_ranks import ranked_layers
 from dynamask.ops.expiry import key_expiry
 
 _LINE = 88  # characters of text per line of a panel
@@ -30,14 +30,11 @@ def layer_expiry(model: Any, input_ids: Tensor) -> Tensor:
     Raises:
         InvalidInputError: the model has no dynamic mask gates.
     """
-    scores = gate_scores(model, input_ids)
-    if not scores:
+    layers = ranked_layers(model, input_ids)
+    if not layers:
         raise InvalidInputError("the model has no dynamic mask attention, so no key has a lifetime of its own")
-    config = model.config
-    windows = getattr(config, "layer_windows", None) or [config.window] * len(scores)
-    locals_ = getattr(config, "layer_locals", None) or [config.local] * len(scores)
     return torch.cat(
-        [key_expiry(s.float(), w, local=n) for s, w, n in zip(scores, windows, locals_, strict=True)]
+        [key_expiry(each.ranks.float(), each.windows, local=each.local, sinks=each.sinks) for each in layers]
     ).cpu()
 
 
@@ -105,7 +102,7 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
     axes.set(
         xlabel="position of the key in the text",
         ylabel="layer · head",
-        title=f"lifetime of every key in every head (window {model.config.window} of {length} tokens)",
+        title=f"lifetime of every key in every head of {length} tokens",
     )
     axes.set_yticks(range(layers * heads), [f"{i // heads}·{i % heads}" for i in range(layers * heads)], fontsize=7)
     figure.colorbar(image, ax=axes, label="queries that see the key", pad=0.01)

@@ -13,6 +13,7 @@ from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.mha import MultiHeadAttention
 from dynamask.mixers.mla import MultiHeadLatentAttention
 from dynamask.mixers.nsa import NativeSparseAttention
+from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.mixers.swa import SlidingWindowAttention
 
 MIXERS: dict[str, type[Mixer]] = {
@@ -48,6 +49,7 @@ __all__ = [
     "MultiHeadLatentAttention",
     "NativeSparseAttention",
     "RMSNorm",
+    "RankPredictor",
     "SequenceInfo",
     "SlidingWindowAttention",
     "get_mixer",

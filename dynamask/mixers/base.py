@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from dynamask.mixers.rotary import rotary_angles, rotate
-from dynamask.ops.expiry import key_expiry
+from dynamask.mixers.rotary import RotaryFrequencies, rotate
+from dynamask.ops.positions import later_positions, real_positions, segment_bounds, sink_keys
 from dynamask.ops.nsa.blocks import BlockLayout
 
 
@@ -26,7 +27,8 @@ class SequenceInfo:
             without a cache that already holds keys.
         key_mask: (B, N) bool, N = past + Nq, True for a real token, or None where nothing is padding.
         length: N, where the batch continues a cache; None leaves it to what the cache returns.
-        angles: of `position_ids`, as `rotary_angles` gives them for the mixer's `rotary_dim`; None: not computed yet.
+        angles: of `position_ids`, as `RotaryFrequencies.angles` gives them for one mixer's `rotary_dim`; None: not
+            computed yet.
         blocks: nsa's, of all N keys; None: not laid out yet.
     """
 
@@ -56,19 +58,28 @@ class SequenceInfo:
         return first + torch.arange(length, device=first.device)
 
 
-def packed_segments(position_ids: Tensor) -> Tensor | None:
-    """Segments of documents packed end to end, read off positions that start over, as in transformers.
+def packed_segments(position_ids: Tensor, key_mask: Tensor | None = None) -> Tensor | None:
+    """Find the documents packed end to end in each row, from positions that start over, as in transformers.
 
     Args:
         position_ids: (B, N).
+        key_mask: (B, N) bool, True for a real token; positions of padding are not read. None: no padding.
 
     Returns:
         (B, N) non-decreasing int64, or None where no position starts over. While compiling, which must not look
         at the data, always a tensor.
     """
-    starts_over = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    expected = F.pad(position_ids[:, :-1] + 1, (1, 0))
+    starts_over = position_ids != expected
+    starts_over[:, 0] = False
+    if key_mask is not None:
+        # The position of the last real token before each one; a row's first real token starts nothing over.
+        index = torch.arange(position_ids.shape[1], device=position_ids.device)
+        last = F.pad(torch.where(key_mask, index, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
+        expected = position_ids.gather(-1, last.clamp(min=0)) + 1
+        starts_over = key_mask & (last >= 0) & (position_ids != expected)
     if torch.compiler.is_compiling() or bool(starts_over.any()):
-        return F.pad(starts_over.long(), (1, 0)).cumsum(-1)
+        return starts_over.long().cumsum(-1)
     return None
 
 
@@ -79,34 +90,26 @@ class Mixer(nn.Module, ABC):
     not depend on tokens from t on; cached and uncached, packed and separate, padded and unpadded runs agree.
     """
 
+    bounded: ClassVar[bool] = False
+    """Whether `windows` keys per KV head are all that later queries can see: `BoundedCache` serves such mixers."""
+
+    sub_configuration: ClassVar[str | None] = None
+    """Field of `DynamaskConfig` that holds the dimensions of this mixer alone, filled by `default_dimensions`."""
+
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        windows = getattr(config, "layer_windows", None)
-        # Against the config's window, which may change while a model trains; not looked up by layer_idx at every call,
-        # so that compiled layers of one window share a graph.
-        self.window_share = (windows[layer_idx], config.window) if windows else (1, 1)
-        rotating = getattr(config, "rope_layers", None)
-        self.rotates: bool = rotating is None or rotating[layer_idx]
+        # Not looked up by layer_idx at every call, so that compiled layers of equal windows share a graph.
+        self.windows: tuple[int, ...] = config.head_windows[layer_idx]
+        self.local: int = config.local
+        self.sinks: int = config.sinks
+        self._frequencies: RotaryFrequencies | None = None
 
     @property
-    def layer_window(self) -> int:
-        """Keys that each query of this layer keeps."""
-        own, common = self.window_share
-        return max(1, self.config.window * own // common)
-
-    @property
-    def layer_local(self) -> int:
-        """How many of them are the newest positions."""
-        own, common = self.window_share
-        return self.config.local * own // common  # type: ignore[no-any-return]
-
-    @property
-    def slope_factor(self) -> float:
-        """From the config's slopes to this layer's: the wider its window, the flatter."""
-        own, common = self.window_share
-        return common / own  # type: ignore[no-any-return]
+    def max_window(self) -> int:
+        """The most keys that a query of any head keeps."""
+        return max(self.windows)
 
     @property
     @abstractmethod
@@ -114,7 +117,9 @@ class Mixer(nn.Module, ABC):
         """How many dimensions of a head vector are rotated by its position."""
 
     @abstractmethod
-    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Mix.
 
         Args:
@@ -123,18 +128,21 @@ class Mixer(nn.Module, ABC):
             cache: updated in place with this call's keys; None when nothing is to be remembered.
 
         Returns:
-            (B, Nq, hidden). Padding positions hold numbers without meaning, never NaN.
+            (B, Nq, hidden). Padding positions hold numbers without meaning, never NaN. In training a mixer may return
+            a pair: this, and a loss () of its own, which the model adds to its loss.
         """
 
     def angles(self, sequence: SequenceInfo, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary angles of the queries: the model's, computed once for all layers, or this layer's own."""
-        if sequence.angles is not None:
+        """Rotary angles of the queries: the model's, or this layer's where its heads are of another width."""
+        if sequence.angles is not None and sequence.angles[0].shape[-1] == self.rotary_dim:
             return sequence.angles
-        return rotary_angles(sequence.position_ids, self.rotary_dim, self.config.rope_theta, dtype)
+        if self._frequencies is None:
+            self._frequencies = RotaryFrequencies(self.config, self.rotary_dim)
+        return self._frequencies.angles(sequence.position_ids, dtype)
 
     def rotated(self, heads: Tensor, sequence: SequenceInfo) -> Tensor:
-        """Head vectors (B, heads, Nq, rotary_dim) by their positions; as they are in a layer without RoPE."""
-        return rotate(heads, self.angles(sequence, heads.dtype)) if self.rotates else heads
+        """Head vectors (B, heads, Nq, rotary_dim), rotated by their positions."""
+        return rotate(heads, self.angles(sequence, heads.dtype))
 
     def prepared(self, sequence: SequenceInfo) -> SequenceInfo:
         """The facts with what all layers of this kind would else compute each for itself. Most need nothing."""
@@ -151,8 +159,21 @@ class Mixer(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def cache_layer(cls, config: Any) -> CacheLayerMixin:
-        """A fresh cache layer of the kind this mixer decodes with."""
+    def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
+        """Make an empty cache layer of the kind this mixer decodes with in that layer."""
+
+    @classmethod
+    def default_dimensions(cls, config: Any, given: dict[str, Any]) -> dict[str, int | None]:
+        """Fill the mixer's sub-configuration.
+
+        Args:
+            config: the configuration.
+            given: dimensions that were given, some or all of them.
+
+        Returns:
+            Every dimension the mixer has, given or derived.
+        """
+        return {}
 
 
 def cached_rows(
@@ -200,7 +221,7 @@ class GroupedQueryMixer(Mixer):
         return self.head_dim
 
     def project(self, hidden_states: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated where the layer rotates."""
+        """Query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -212,9 +233,32 @@ class GroupedQueryMixer(Mixer):
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
 
-def recency_expiry(
-    batch: int, groups: int, length: int, window: int, sequence: SequenceInfo, device: torch.device
-) -> Tensor:
-    """Expiry (B, G, N) of the newest `window` positions; `window >= N` is dense causal attention."""
-    nothing = torch.zeros(1, 1, 1, device=device).expand(batch, groups, length)
-    return key_expiry(nothing, window, local=window, segment_ids=sequence.segment_ids, key_mask=sequence.key_mask)
+def recency_expiry(key: Tensor, windows: Sequence[int], sequence: SequenceInfo, *, sinks: int = 0) -> Tensor:
+    """Compute the expiry of a sliding window that also keeps the first positions of each document.
+
+    Equals `key_expiry` of equal scores, without a contest.
+
+    Args:
+        key: (B, G, N, D); its shape and device are read.
+        windows: G numbers, keys that each query keeps, the sinks among them. `windows >= N` is dense causal attention.
+        sequence: segments and padding of all N positions.
+        sinks: first positions of each document that are kept.
+
+    Returns:
+        (B, G, N) int32.
+    """
+    batch, _, length, _ = key.shape
+    segment_ids, key_mask = sequence.segment_ids, sequence.key_mask
+    before, nth = real_positions(key_mask, batch, length, key.device)
+    _, end = segment_bounds(segment_ids, batch, length, key.device)
+    by_window = {
+        window: torch.minimum(later_positions(min(window - sinks, length), before, nth), end)
+        for window in dict.fromkeys(windows)
+    }
+    expiry = torch.stack([by_window[window] for window in windows], dim=1)
+    sink = sink_keys(min(sinks, length), before, nth, segment_ids)
+    if sink is not None:
+        expiry = torch.where(sink[:, None], end[:, None], expiry)
+    if key_mask is not None:
+        expiry = torch.where(key_mask[:, None], expiry, torch.arange(length, device=key.device))
+    return expiry.to(torch.int32).contiguous()

@@ -1,118 +1,152 @@
-"""Dynamic Mask Attention (arXiv 2508.02124): keep, for every query, the best-scored keys of its prefix."""
+"""Dynamic Mask Attention (arXiv 2508.02124): keep, for every query, the best-ranked keys of its prefix."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer, bounded_layer
-from dynamask.mixers.attention_ranking import learn_ranks
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
 from dynamask.mixers.gate import DynamicMaskGate
+from dynamask.mixers.rank_loss import rank_loss, rank_target
+from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
+from dynamask.packed_ranks import check_carries_ranks, pack_ranks, unpack_ranks
+
+_LEARNING_ROWS = 4
+"""Of so many rows of a training batch one teaches the ranks, at least one: future attention costs as much as dense
+attention. Rows are drawn at random by whoever makes the batches, so no choice is left to make here, and the same rows
+teach when a checkpointed layer is computed again."""
 
 
 class DynamicMaskAttention(GroupedQueryMixer):
-    """Grouped-query attention whose queries each see the `window` best-scored keys of their prefix."""
+    """Grouped-query attention whose queries each see the best-ranked keys of their prefix.
+
+    With `config.ranking="learned"` a `RankPredictor` on the layer's hidden state ranks the keys. It learns in training
+    by a loss of its own, which reaches no other parameter. With "paper" a `DynamicMaskGate` on the values ranks them,
+    and its scores are added to the logits, from which it learns.
+    """
+
+    bounded: ClassVar[bool] = True
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.gate = DynamicMaskGate(
-            self.num_key_value_heads,
-            self.head_dim,
-            score_form=config.score_form,
-            recency=config.recency * self.slope_factor,
-            recency_spread=config.recency_spread,
-            zero=config.gate_init,
-            rank_noise=config.rank_noise,
-            rank_recency=None if config.rank_recency is None else config.rank_recency * self.slope_factor,
-            ranking=config.ranking,
-            rank_power=config.rank_power,
-        )
+        self.gate: DynamicMaskGate | None = None
+        self.rank_predictor: RankPredictor | None = None
+        if config.ranking == "paper":
+            self.gate = DynamicMaskGate(self.num_key_value_heads, self.head_dim)
+        else:
+            self.rank_predictor = RankPredictor(config.hidden_size, self.num_key_value_heads)
 
     @classmethod
-    def cache_layer(cls, config: Any) -> CacheLayerMixin:
-        """A `BoundedLayer` of the config's window and local part."""
-        return BoundedLayer(config.window, local=config.local)
+    def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
+        """A `BoundedLayer` of the layer's windows."""
+        return BoundedLayer(config.head_windows[layer_idx], local=config.local, sinks=config.sinks)
 
-    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """See `Mixer.forward`."""
         query, key, value = self.project(hidden_states, sequence)
+        if self.gate is not None:
+            ranks = self.gate(value)
+        else:
+            assert self.rank_predictor is not None
+            ranks = self.rank_predictor(hidden_states.detach())
         output = dynamic_mask_mix(
             query,
             key,
             value,
-            self.gate,
+            ranks,
             sequence,
-            window=self.layer_window,
-            local=self.layer_local,
+            windows=self.windows,
+            local=self.local,
+            sinks=self.sinks,
             cache=cache,
             # Not read without a cache: compiled layer by layer, one graph serves every layer then.
             layer_idx=self.layer_idx if cache is not None else 0,
+            gate=self.gate,
         )
-        return self.merge_heads(output)
+        output = self.merge_heads(output)
+        if self.rank_predictor is not None and cache is None and self.training and torch.is_grad_enabled():
+            return output, self._rank_loss(query, key, ranks, sequence)
+        return output
+
+    def _rank_loss(self, query: Tensor, key: Tensor, ranks: Tensor, sequence: SequenceInfo) -> Tensor:
+        """() the distance of ranks from what they should be, over the rows that teach them."""
+        rows = slice(None, None, _LEARNING_ROWS)
+        segment_ids, key_mask = sequence.segment_ids, sequence.key_mask
+        target, valid = rank_target(
+            query[rows],
+            key[rows],
+            local=self.local,
+            segment_ids=None if segment_ids is None else segment_ids[rows],
+            key_mask=None if key_mask is None else key_mask[rows],
+        )
+        return rank_loss(ranks[rows], target, valid)
 
 
 def dynamic_mask_mix(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: DynamicMaskGate,
+    ranks: Tensor,
     sequence: SequenceInfo,
     *,
-    window: int,
+    windows: Sequence[int],
     local: int,
+    sinks: int,
     cache: Cache | None,
     layer_idx: int,
     scale: float | None = None,
+    gate: DynamicMaskGate | None = None,
 ) -> Tensor:
-    """DMA over projected heads, whatever the cache: none, a `BoundedCache`, or any transformers cache.
+    """Compute dynamic mask attention over projected heads, whatever the cache: none, a `BoundedCache`, or another.
 
-    A cache that keeps every key gives the same attention: the scores are computed again from the values it
-    returns. Shared by the mixer and by the attention of converted models.
+    A cache that keeps every key gives the same attention. Shared by the mixer and by the attention of converted models.
 
     Args:
         query: (B, H, Nq, D), rotated; key (B, G, Nq, D), rotated; value (B, G, Nq, D): this call's tokens.
-        gate: scores the keys.
+        ranks: (B, G, Nq) of this call's keys.
         sequence: positions, segments and padding.
-        window, local: keys per query, and how many of them are the newest.
+        windows: G numbers, keys that each query keeps.
+        local, sinks: newest and first positions that are always kept.
         cache, layer_idx: what to update, and which of its layers.
         scale: factor on the logits, default D**-0.5.
+        gate: computed the ranks from the values, which are then added to the logits (the paper's form). None: learned
+            ranks, which only rank.
 
     Returns:
         (B, H, Nq, D).
+
+    Raises:
+        InvalidInputError: a cache that cannot carry ranks.
     """
     layer = None if cache is None else bounded_layer(cache, layer_idx)
     if layer is not None:
-        layer.check_fits(window, local=local)
-        scores = gate(value, sequence.position_ids)
-        live = layer.extend(key, value, scores, sequence.new_key_mask())
-        bias = gate.logit_bias(live.score, live.position, live.value)
-        return attend(query, live.key, live.value, live.expiry, bias=bias, scale=scale, max_live=window)
+        layer.check_fits(windows, local=local, sinks=sinks)
+        new = sequence.new_key_mask()
+        return layer.attend(query, key, value, ranks, key_mask=new, bias_is_rank=gate is not None, scale=scale)
     if cache is not None:
-        key, value = cached_rows(cache, key, value, layer_idx, sequence)
-    position = sequence.key_position_ids(key.shape[2])
-    scores = gate(value, position)
-    facts = {"segment_ids": sequence.segment_ids, "key_mask": sequence.key_mask}
-    expiry = key_expiry(gate.ranks(scores), window, local=local, **facts)
-    bias = gate.logit_bias(scores, position.unsqueeze(1), value)
-    output = attend(query, key, value, expiry, bias=bias, scale=scale, max_live=window)
-    if gate.ranking == "attention" and gate.training and torch.is_grad_enabled() and query.shape[2] == key.shape[2]:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        output = learn_ranks(
-            output,
-            query,
-            key,
-            bias,
-            scores,
-            window=window,
-            local=local,
-            scale=scale,
-            power=gate.rank_power,
-            **facts,
-        )
-    return output
+        if gate is None:
+            check_carries_ranks(cache, layer_idx)
+            key, stored = cached_rows(cache, key, pack_ranks(value, ranks), layer_idx, sequence)
+            value, ranks = unpack_ranks(stored)
+        else:
+            key, value = cached_rows(cache, key, value, layer_idx, sequence)
+            ranks = gate(value)
+    expiry = key_expiry(
+        ranks.detach(),
+        windows,
+        local=local,
+        sinks=sinks,
+        segment_ids=sequence.segment_ids,
+        key_mask=sequence.key_mask,
+    )
+    bias = None if gate is None else ranks
+    return attend(query, key, value, expiry, bias=bias, scale=scale, max_live=max(windows))

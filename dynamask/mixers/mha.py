@@ -10,21 +10,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from dynamask.mixers.alibi import distance_penalty
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
 from dynamask.ops.autocast import autocast_dtype
-from dynamask.ops.interval.api import attend, interval_attention
+from dynamask.ops.interval.api import interval_attention
 
 
 class MultiHeadAttention(GroupedQueryMixer):
-    """Every query sees its whole prefix; with `config.distance_penalty`, the far of it less."""
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.penalty = distance_penalty(config)
+    """Every query sees its whole prefix."""
 
     @classmethod
-    def cache_layer(cls, config: Any) -> CacheLayerMixin:
+    def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
         """transformers' growing layer: dense attention forgets nothing."""
         return DynamicLayer()
 
@@ -33,12 +28,7 @@ class MultiHeadAttention(GroupedQueryMixer):
         query, key, value = self.project(hidden_states, sequence)
         if cache is not None:
             key, value = self.remember(cache, key, value, sequence)
-        if self.penalty is None:
-            return self.merge_heads(dense_attention(query, key, value, sequence))
-        batch, groups, length = key.shape[:3]
-        bias = self.penalty(sequence.key_position_ids(length)).expand(batch, groups, length)
-        expiry = recency_expiry(batch, groups, length, length, sequence, key.device)
-        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=length))
+        return self.merge_heads(dense_attention(query, key, value, sequence))
 
 
 def dense_attention(
@@ -54,8 +44,7 @@ def dense_attention(
     Returns:
         (B, H, Nq, Dv).
     """
-    batch, _, num_queries, _ = query.shape
-    groups, length = key.shape[1], key.shape[2]
+    num_queries, length = query.shape[2], key.shape[2]
     if sequence.plain and (num_queries == length or num_queries == 1):
         width = value.shape[-1]
         dtype = autocast_dtype(query) or query.dtype  # that SDPA computes in
@@ -66,7 +55,7 @@ def dense_attention(
             query, key, value, is_causal=num_queries > 1, scale=scale, enable_gqa=True
         )
         return output[..., :width]
-    expiry = recency_expiry(batch, groups, length, length, sequence, key.device)
+    expiry = recency_expiry(key, [length] * key.shape[1], sequence)
     return interval_attention(query, key, value, expiry, scale=scale)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
@@ -20,23 +20,30 @@ class NativeSparseAttention(GroupedQueryMixer):
     `dynamask.ops.nsa.blocks` for the rest.
     """
 
+    sub_configuration: ClassVar[str | None] = "nsa"
+
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        self.block_size, self.block_counts = config.nsa["block_size"], config.nsa["block_counts"]
+        self.window = config.nsa["window"]
         self.g_proj = nn.Linear(config.hidden_size, self.num_heads * 3, bias=False)
 
     @classmethod
-    def default_dimensions(cls, config: Any) -> dict[str, int]:
-        """Block, selection and window so that a query sees about `config.window` keys in the last two branches."""
-        block = config.nsa_block_size or max(4, min(64, config.window // 8))
+    def default_dimensions(cls, config: Any, given: dict[str, Any]) -> dict[str, int | None]:
+        """Choose blocks, selection and window so that a query sees about as many keys in the last two branches as
+        `config.windows` gives on average."""
+        windows = [window for layer in config.head_windows for window in layer]
+        budget = sum(windows) // len(windows)
+        block = given.get("block_size") or max(4, min(64, budget // 8))
         return {
-            "nsa_block_size": block,
+            "block_size": block,
             # The first, current and previous block are always among them.
-            "nsa_block_counts": max(4, config.window // 2 // block),
-            "nsa_window": max(1, config.window // 2),
+            "block_counts": given.get("block_counts") or max(4, budget // 2 // block),
+            "window": given.get("window") or max(1, budget // 2),
         }
 
     @classmethod
-    def cache_layer(cls, config: Any) -> CacheLayerMixin:
+    def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
         """transformers' growing layer: any block may be selected again, so every key is kept."""
         return DynamicLayer()
 
@@ -49,11 +56,10 @@ class NativeSparseAttention(GroupedQueryMixer):
         layout = sequence.blocks
         if layout is None:
             layout = self.layout(sequence, key.shape[2])
-        config = self.config
         output = nsa_attention(
             *(query, key, value, gates),
-            block_counts=config.nsa_block_counts,
-            window=config.nsa_window,
+            block_counts=self.block_counts,
+            window=self.window,
             layout=layout,
         )
         return self.merge_heads(output)
@@ -61,9 +67,7 @@ class NativeSparseAttention(GroupedQueryMixer):
     def layout(self, sequence: SequenceInfo, length: int) -> BlockLayout:
         """Where the `length` keys of the batch lie in blocks."""
         ids = sequence.position_ids
-        return block_layout(
-            *(len(ids), length, self.config.nsa_block_size, ids.device, sequence.segment_ids, sequence.key_mask)
-        )
+        return block_layout(*(len(ids), length, self.block_size, ids.device, sequence.segment_ids, sequence.key_mask))
 
     def prepared(self, sequence: SequenceInfo) -> SequenceInfo:
         """See `Mixer.prepared`: blocks, which packed documents need a look at the data for."""

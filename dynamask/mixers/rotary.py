@@ -1,29 +1,103 @@
-"""Rotary position embedding (RoPE, arXiv 2104.09864), rotating halves as Llama and Qwen do."""
+"""Rotary position embedding (RoPE, arXiv 2104.09864), rotating halves and scaled as Llama and Qwen do."""
 
 from __future__ import annotations
+
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynamask.errors import InvalidInputError
 
-def rotary_angles(position_ids: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, the same for all heads and layers.
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+
+
+def check_rope_parameters(config: Any) -> None:
+    """Refuse rotary embeddings that this library does not compute.
 
     Args:
-        position_ids: (B, N) integers.
-        dim: of a head vector, even.
-        theta: base of the frequencies.
-        dtype: of the model; angles are computed in float32 or wider.
+        config: a configuration with standardised `rope_parameters`.
 
-    Returns:
-        Two (B, 1, N, dim): each angle twice, for the two halves of a head vector.
+    Raises:
+        InvalidInputError: a type whose frequencies change with the length of the text ("dynamic", "longrope"), so that
+            cached keys would no longer fit; an unknown type; a rotation of part of a head; missing parameters.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    half = dim // 2
-    exponent = torch.arange(half, device=position_ids.device, dtype=wide) / half
-    angle = position_ids.to(wide)[:, None, :, None] * theta**-exponent
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
+    parameters = config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise InvalidInputError(
+            f"rope_type must be one of {', '.join(ROPE_TYPES)}; got {kind!r}. Frequencies that change with the length "
+            "of the text (dynamic, longrope) would not fit the keys of a cache"
+        )
+    if parameters.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise InvalidInputError(
+            f"rope_parameters: partial_rotary_factor must be 1; got {parameters['partial_rotary_factor']}"
+        )
+    theta = parameters.get("rope_theta")
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        raise InvalidInputError(f"rope_theta must be a number above 0; got {theta!r}")
+    factor = parameters.get("factor", 1.0 if kind == "default" else None)
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 1:
+        raise InvalidInputError(f'rope_parameters of rope_type "{kind}" need a factor of at least 1; got {factor!r}')
+    if kind != "default":
+        try:
+            RotaryFrequencies(config, config.head_dim)
+        except KeyError as missing:
+            raise InvalidInputError(f'rope_parameters of rope_type "{kind}" need {missing}') from missing
+
+
+class RotaryFrequencies:
+    """Frequencies of a configuration's rotary embedding for heads of one width.
+
+    Not a module with a buffer: a model cast to bfloat16 would round the frequencies.
+
+    Args:
+        config: gives `rope_parameters` (or `rope_theta` alone) and `max_position_embeddings`.
+        dim: rotated dimensions of a head, even.
+    """
+
+    def __init__(self, config: Any, dim: int) -> None:
+        parameters = getattr(config, "rope_parameters", None) or {}
+        self.dim = dim
+        self.theta = float(parameters.get("rope_theta", getattr(config, "rope_theta", 10_000.0)))
+        self.attention_scaling = 1.0
+        self._scaled: list[float] | None = None
+        self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        kind = parameters.get("rope_type", "default")
+        if kind != "default":
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            own = copy(config)
+            own.head_dim = dim
+            frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](own)
+            self._scaled, self.attention_scaling = frequencies.tolist(), float(scaling)
+
+    def frequencies(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return (dim / 2,) frequencies of this dtype, the values that transformers' Qwen3 uses in float32."""
+        if self._scaled is None:
+            return 1.0 / self.theta ** (torch.arange(0, self.dim, 2, device=device, dtype=dtype) / self.dim)
+        if torch.compiler.is_compiling():
+            return torch.tensor(self._scaled, device=device, dtype=dtype)
+        if (device, dtype) not in self._on:  # kept: a captured CUDA graph allows no copy to the device
+            with torch.inference_mode(False):
+                self._on[device, dtype] = torch.tensor(self._scaled, device=device, dtype=dtype)
+        return self._on[device, dtype]
+
+    def angles(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Compute cosine and sine of every position's angles, the same for all heads and layers.
+
+        Args:
+            position_ids: (B, N) integers.
+            dtype: of the model; angles are computed in float32 or wider.
+
+        Returns:
+            Two (B, 1, N, dim), scaled by `attention_scaling`: each angle twice, for the two halves of a head vector.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+        angle = position_ids.to(wide)[:, None, :, None] * self.frequencies(position_ids.device, wide)
+        angle = torch.cat([angle, angle], dim=-1)
+        return angle.cos() * self.attention_scaling, angle.sin() * self.attention_scaling
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -31,7 +105,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
     Args:
         x: (B, heads, N, dim).
-        angles: as `rotary_angles` gives them.
+        angles: as `RotaryFrequencies.angles` gives them.
 
     Returns:
         (B, heads, N, dim) in x's dtype; products are computed in the angles' dtype.

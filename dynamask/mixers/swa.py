@@ -1,48 +1,39 @@
-"""Sliding-window attention (SWA): every query sees the newest `window` positions."""
+"""Sliding-window attention (SWA): every query sees the newest positions and the first ones."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer, bounded_layer
-from dynamask.mixers.alibi import distance_penalty
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
 from dynamask.ops.interval.api import attend
 
 
 class SlidingWindowAttention(GroupedQueryMixer):
-    """Dynamic mask attention in which recency is the only score: `expiry = position + window`."""
+    """Dynamic mask attention without a choice: the newest keys, and the first `sinks` of each document.
 
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.penalty = distance_penalty(config, self.slope_factor)
+    Source: arXiv 2309.17453 (sinks).
+    """
+
+    bounded: ClassVar[bool] = True
 
     @classmethod
-    def cache_layer(cls, config: Any) -> CacheLayerMixin:
-        """A `BoundedLayer` whose window is all local."""
-        return BoundedLayer(config.window, local=config.window)
+    def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
+        """A `BoundedLayer` without a contest."""
+        windows = config.head_windows[layer_idx]
+        return BoundedLayer(windows, local=min(windows) - config.sinks, sinks=config.sinks)
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
         query, key, value = self.project(hidden_states, sequence)
         layer = None if cache is None else bounded_layer(cache, self.layer_idx)
         if layer is not None:
-            layer.check_fits(self.layer_window, local=self.layer_window)
-            # All of the window is local, so the scores decide nothing: they are where the cache keeps the penalty.
-            bias = None if self.penalty is None else self.penalty(sequence.position_ids)
-            live = layer.extend(key, value, bias, sequence.new_key_mask())
-            bias = None if bias is None else live.score
-            return self.merge_heads(
-                attend(query, live.key, live.value, live.expiry, bias=bias, max_live=self.layer_window)
-            )
+            layer.check_fits(self.windows, local=min(self.windows) - self.sinks, sinks=self.sinks)
+            return self.merge_heads(layer.attend(query, key, value, None, key_mask=sequence.new_key_mask()))
         if cache is not None:
             key, value = self.remember(cache, key, value, sequence)
-        batch, groups, length = key.shape[:3]
-        expiry = recency_expiry(batch, groups, length, self.layer_window, sequence, key.device)
-        bias = None
-        if self.penalty is not None:
-            bias = self.penalty(sequence.key_position_ids(length)).expand(batch, groups, length)
-        return self.merge_heads(attend(query, key, value, expiry, bias=bias, max_live=self.layer_window))
+        expiry = recency_expiry(key, self.windows, sequence, sinks=self.sinks)
+        return self.merge_heads(attend(query, key, value, expiry, max_live=self.max_window))

@@ -1,9 +1,9 @@
-"""Language models: configuration, decoder, presets, conversion from dense and Doge models."""
+"""Language models: configuration, decoder, presets."""
 
 from dynamask.models.configuration import DynamaskConfig
-from dynamask.models.layer_windows import uneven_windows
 from dynamask.models.modeling import DynamaskForCausalLM, DynamaskModel, new_cache
 from dynamask.models.presets import PRESETS, preset
+from dynamask.models.windows import uneven_windows
 
 __all__ = [
     "PRESETS",

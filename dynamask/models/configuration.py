@@ -7,14 +7,19 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from dynamask.errors import InvalidInputError
-from dynamask.models.layer_windows import resolved_windows
-from dynamask.models.rope_layers import resolved_rope_layers
-from dynamask.ops.checks import check_window
+from dynamask.errors import InvalidInputError, did_you_mean
+from dynamask.mixers import get_mixer
+from dynamask.mixers.rotary import check_rope_parameters
+from dynamask.models.saved_by_0_1 import REMOVED, fields_of_0_1
+from dynamask.models.windows import check_kept_keys, default_local, default_sinks, resolved_head_windows
 
-SCORE_FORMS = ("exp", "linear")
-GATE_INITS = ("gate", "delta")
-RANKINGS = ("score", "attention")
+RANKINGS = ("learned", "paper")
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings"),
+)
+_SUB_CONFIGURATIONS = ("mla", "nsa")
 
 
 @strict
@@ -25,59 +30,41 @@ class DynamaskConfig(PreTrainedConfig):
         vocab_size: number of tokens.
         hidden_size: width of the residual stream.
         intermediate_size: width of the SwiGLU feed-forward.
-        num_hidden_layers: number of decoder layers.
+        num_hidden_layers: number of decoder layers, L.
         num_attention_heads: query heads H.
         num_key_value_heads: key/value heads G; H is a multiple of G.
         head_dim: width of a head, D.
         max_position_embeddings: longest context the model is meant for, in tokens. Not enforced.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies, where `rope_parameters` does not give one.
+        rope_parameters: rotary embeddings as in transformers' Qwen3: {"rope_type": "default", "linear", "yarn" or
+            "llama3", ...}. None: default frequencies of base `rope_theta`.
         rms_norm_eps: added to the mean square.
         initializer_range: standard deviation of the initial weights.
         tie_word_embeddings: whether the output layer shares the embedding's weights.
-        attention: "dma", "mha", "swa", "mla", "nsa", or a name given to `dynamask.mixers.register`.
-        window: keys each query keeps (dma, swa), at least 1.
-        local: dma: how many of them are the newest positions; None: half the window. 0 is the paper's form.
-        recency: dma: initial recency slope per position, learned; None: 1 / window. 0 is the paper's form.
-        recency_spread: dma, and `distance_penalty`: how far the heads' initial slopes are spread, geometrically as
-            ALiBi's: from recency · spread (a head nearly of a sliding window) to recency / spread (one nearly ruled by
-            content). 1: all alike.
-        score_form: dma: "exp" (paper) or "linear" (later released code).
-        gate_init: dma: which factor of the score starts at zero. "gate": A, Delta random (the paper's); "delta": Delta,
-            with A = 1, so that the first step already says which contents to keep. Untrained, both slide.
-        rank_noise: dma, in training only: Gumbel noise of this scale on the ranks (not on the logits), so that now and
-            then a query sees keys that the gates would have dropped. Scale 1 samples the kept keys in proportion to
-            exp(score). 0: none.
-        rank_recency: dma: slope of the ranks per position, where it is not to be that of the logits; None: the same. A
-            flatter one lets small differences of score keep keys for long; 0: content alone ranks. With
-            ranking="attention", where it is learned, what it starts from.
-        ranking: dma: "score": what ranks the keys is added to their logits (paper). "attention": ranks of their own,
-            which learn how much attention keys get, from a few queries per batch that look at everything; needs a
-            rank_recency or recency to start from.
-        rank_power: dma, with ranking="attention": the ranks learn the attention to this power. 1: who gets most of it
-            in all. 4: who is looked at sharply, if only now and then, as what a text later asks for is; for models that
-            attend already (upcycled, or begun with a wide window), since attention still diffuse misleads it.
-        distance_penalty: mha, swa: initial slope of a learned penalty per position of distance on the logits, the same
-            that dma's recency adds to them; 0: none.
-        layer_attention: attention of each layer, where they differ: num_hidden_layers names. None: `attention` in all.
-        layer_windows: window of each layer, where they differ: num_hidden_layers integers, of which mha's are not read,
-            or "uneven": `window` on average, one layer in six wide and the others narrow (`uneven_windows`), which has
-            done far better than `window` everywhere. `local` and all slopes are then those of a layer whose window is
-            `window`; the others' go with their own. None: `window` in all.
-        rope_layers: which layers rotate queries and keys by their positions (RoPE): num_hidden_layers booleans, or
-            "narrow": those that look no further than `window`, so that a layer that looks far finds by content alone,
-            at distances that training has never shown, too. Of mla, what is left out is the rotation of the shared
-            key. None: all.
-        kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim: mla's dimensions; None:
-            chosen so that the model has as many parameters as with mha (`dynamask report parameters`).
-        nsa_block_size, nsa_block_counts, nsa_window: nsa's block length, selected blocks per query and sliding
-            window; None: chosen so that a query sees about `window` keys in all.
+        attention: "dma", "mha", "swa", "mla", "nsa", or a name given to `dynamask.mixers.register`; one for all
+            layers, or a list of L names.
+        windows: keys that each query keeps (dma, swa), at least 1: one number, a list of one per layer, or a list of
+            one list of G numbers per layer.
+        local: dma: newest positions that are kept whatever their rank. None: half the smallest window, at most 128;
+            with ranking="paper" 0.
+        sinks: dma, swa: first positions of each document that are kept whatever their rank; they count towards the
+            window. None: 4, or a quarter of the smallest window where that is less; with ranking="paper" 0.
+        ranking: dma: what ranks the keys. "learned": a small network on the layer's hidden state, trained to predict
+            future attention (`dynamask.mixers.RankPredictor`). "paper": the scores of arXiv 2508.02124, which are
+            added to the logits; without `local` and `sinks`.
+        mixer_options: options of mixers that were registered by others, by name; dynamask's mixers read none.
+        mla: dimensions of mla: kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim. What is left
+            out is chosen so that the model has as many parameters as with mha.
+        nsa: dimensions of nsa: block_size, block_counts (selected blocks per query) and window (of the sliding branch).
+            What is left out is chosen so that a query sees about `windows` keys in all.
 
     Raises:
-        InvalidInputError: values that contradict each other, named.
+        InvalidInputError: values that contradict each other, named; a configuration saved by dynamask 0.1 whose
+            attention no longer exists.
     """
 
     model_type = "dynamask"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 -- transformers adds lists to it
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss"]  # noqa: RUF012 -- transformers adds to it
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -87,7 +74,8 @@ class DynamaskConfig(PreTrainedConfig):
     num_key_value_heads: int = 8
     head_dim: int = 128
     max_position_embeddings: int = 32768
-    rope_theta: float = 1_000_000.0
+    rope_theta: float | int = 1_000_000.0
+    rope_parameters: dict | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
@@ -96,47 +84,98 @@ class DynamaskConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
-    attention: str = "dma"
-    window: int = 1024
+    attention: str | list[str] = "dma"
+    windows: int | list[int | list[int]] = 1024
     local: int | None = None
-    recency: float | None = None
-    recency_spread: float = 1.0
-    score_form: str = "exp"
-    gate_init: str = "gate"
-    rank_noise: float = 0.0
-    rank_recency: float | None = None
-    ranking: str = "score"
-    rank_power: float = 1.0
-    distance_penalty: float = 0.0
-    layer_attention: list[str] | None = None
-    layer_windows: list[int] | str | None = None
-    rope_layers: list[bool] | str | None = None
+    sinks: int | None = None
+    ranking: str = "learned"
+    mixer_options: dict | None = None
 
-    kv_lora_rank: int | None = None
-    q_lora_rank: int | None = None
-    qk_nope_head_dim: int | None = None
-    qk_rope_head_dim: int | None = None
-    v_head_dim: int | None = None
-
-    nsa_block_size: int | None = None
-    nsa_block_counts: int | None = None
-    nsa_window: int | None = None
+    mla: dict | None = None
+    nsa: dict | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        from dynamask.mixers import get_mixer
+        self._take_over_0_1(kwargs)
+        self._check_shape()
+        names = self.layer_mixers
+        if len(names) != self.num_hidden_layers:
+            raise InvalidInputError(
+                f"attention is one name, or one for each of the {self.num_hidden_layers} layers; got {len(names)} names"
+            )
+        for name in dict.fromkeys(names):
+            get_mixer(name)
+        if self.ranking not in RANKINGS:
+            raise InvalidInputError(f"ranking must be one of {', '.join(RANKINGS)}; got {self.ranking!r}")
+        smallest = min(min(windows) for windows in self.head_windows)
+        paper = self.ranking == "paper"
+        if self.local is None:
+            self.local = 0 if paper else default_local(smallest)
+        if self.sinks is None:
+            self.sinks = 0 if paper else default_sinks(smallest)
+        if paper and (self.local or self.sinks):
+            raise InvalidInputError(
+                f'ranking="paper" keeps the best-scored keys alone; got local={self.local} and sinks={self.sinks}. '
+                'Leave them out, or use ranking="learned"'
+            )
+        check_kept_keys(smallest, self.local, self.sinks)
+        self._fill_sub_configurations()
+        super().__post_init__(**kwargs)
+        check_rope_parameters(self)
+        self.rope_theta = self.rope_parameters["rope_theta"]  # type: ignore[index]
 
-        mixers = [get_mixer(name) for name in dict.fromkeys([self.attention, *(self.layer_attention or [])])]
-        if self.layer_attention is not None:
-            if len(self.layer_attention) != self.num_hidden_layers:
-                raise InvalidInputError(
-                    f"layer_attention names the attention of each of the {self.num_hidden_layers} layers; got "
-                    f"{len(self.layer_attention)} names"
-                )
-            if "mla" in self.layer_attention and set(self.layer_attention) != {"mla"}:
-                raise InvalidInputError(
-                    "mla rotates fewer dimensions than the other mixers, and all layers share their angles: "
-                    "layer_attention cannot mix it with others"
-                )
+    @property
+    def layer_mixers(self) -> list[str]:
+        """The attention of each layer."""
+        return [self.attention] * self.num_hidden_layers if isinstance(self.attention, str) else list(self.attention)
+
+    @property
+    def head_windows(self) -> tuple[tuple[int, ...], ...]:
+        """Keys that each query keeps, L x G."""
+        return resolved_head_windows(self.windows, self.num_hidden_layers, self.num_key_value_heads)
+
+    @property
+    def budget(self) -> float | None:
+        """Mean window over the KV heads of the layers that keep a bounded number of keys; None where none does."""
+        kept = [
+            window
+            for name, windows in zip(self.layer_mixers, self.head_windows, strict=True)
+            if get_mixer(name).bounded
+            for window in windows
+        ]
+        return sum(kept) / len(kept) if kept else None
+
+    def dense_layers(self, context: int) -> list[str]:
+        """Describe the layers whose windows hold the whole context, so that their attention is dense.
+
+        Args:
+            context: length of the texts, in tokens.
+
+        Returns:
+            A message for each such layer, in the order of the layers.
+        """
+        found = []
+        for index, (name, windows) in enumerate(zip(self.layer_mixers, self.head_windows, strict=True)):
+            if get_mixer(name).bounded and min(windows) >= context:
+                found.append(f"layer {index} sees {min(windows)} of {context}: dense")
+        return found
+
+    def _take_over_0_1(self, kwargs: dict[str, Any]) -> None:
+        """Translate the fields of a configuration saved by dynamask 0.1."""
+        old = {name: kwargs.pop(name) for name in list(kwargs) if name in REMOVED}
+        if not old:
+            return
+        if self.transformers_version is None:  # not from a file
+            names = "; ".join(f"{name}: {REMOVED[name]}" for name in old)
+            raise InvalidInputError(f"fields of dynamask 0.1 that DynamaskConfig no longer has. {names}")
+        if self.ranking == "attention":
+            old["ranking"] = self.ranking
+        for name, value in fields_of_0_1(old, self.attention, self.local).items():
+            setattr(self, name, value)
+
+    def _check_shape(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise InvalidInputError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InvalidInputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -144,59 +183,20 @@ class DynamaskConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise InvalidInputError(f"head_dim must be even for rotary embeddings; got {self.head_dim}")
-        if self.score_form not in SCORE_FORMS:
-            raise InvalidInputError(f"score_form must be one of {', '.join(SCORE_FORMS)}; got {self.score_form!r}")
-        if self.gate_init not in GATE_INITS:
-            raise InvalidInputError(f"gate_init must be one of {', '.join(GATE_INITS)}; got {self.gate_init!r}")
-        if self.ranking not in RANKINGS:
-            raise InvalidInputError(f"ranking must be one of {', '.join(RANKINGS)}; got {self.ranking!r}")
-        check_window(self.window, 0)
-        if self.local is None:
-            self.local = self.window // 2
-        check_window(self.window, self.local)
-        self.layer_windows = resolved_windows(self.layer_windows, self.num_hidden_layers, self.window)
-        if self.layer_windows is not None and "nsa" in self.layer_mixers:
-            raise InvalidInputError("nsa takes the same window in all layers: leave layer_windows out")
-        self.rope_layers = resolved_rope_layers(self.rope_layers, self.layer_mixers, self.layer_windows, self.window)
-        if self.recency is None:
-            self.recency = 1.0 / self.window
-        if self.recency < 0:
-            raise InvalidInputError(f"recency is a slope and cannot be negative; got {self.recency}")
-        if self.recency_spread < 1:
-            raise InvalidInputError(
-                f"recency_spread is a factor of at least 1 (1: no spread); got {self.recency_spread}"
-            )
-        if self.ranking == "attention" and not (self.recency if self.rank_recency is None else self.rank_recency):
-            raise InvalidInputError(
-                'ranking="attention" learns the slope of the ranks from a first one: give rank_recency > 0, or none '
-                f"and recency > 0; got {self.rank_recency} and {self.recency}"
-            )
-        if self.rank_power <= 0:
-            raise InvalidInputError(f"rank_power is a power above 0 (1: attention as it is); got {self.rank_power}")
-        for name in ("rank_noise", "rank_recency", "distance_penalty"):
-            if (getattr(self, name) or 0.0) < 0:
-                raise InvalidInputError(f"{name} cannot be negative (0: none); got {getattr(self, name)}")
-        for mixer in mixers:
-            default_dimensions = getattr(mixer, "default_dimensions", None)
-            if default_dimensions is not None:
-                for name, value in default_dimensions(self).items():
-                    if getattr(self, name) is None:
-                        setattr(self, name, value)
-        super().__post_init__(**kwargs)
 
-    @property
-    def layer_mixers(self) -> list[str]:
-        """The attention of each layer."""
-        return self.layer_attention or [self.attention] * self.num_hidden_layers
-
-    @property
-    def layer_locals(self) -> list[int] | None:
-        """Of each layer's window, how many keys are the newest ones; None where all layers have one window."""
-        if self.layer_windows is None:
-            return None
-        assert self.local is not None
-        assert not isinstance(self.layer_windows, str)  # resolved when the configuration was made
-        return [
-            window if mixer == "swa" else self.local * window // self.window
-            for mixer, window in zip(self.layer_mixers, self.layer_windows, strict=True)
-        ]
+    def _fill_sub_configurations(self) -> None:
+        for mixer in (get_mixer(name) for name in dict.fromkeys([*self.layer_mixers, *_SUB_CONFIGURATIONS])):
+            name = mixer.sub_configuration
+            if name is None:
+                continue
+            given = getattr(self, name) or {}
+            derived = mixer.default_dimensions(self, given)
+            for key, value in given.items():
+                if key not in derived:
+                    raise InvalidInputError(
+                        f"{name} has no dimension {key!r}{did_you_mean(key, derived)}; it has {', '.join(derived)}"
+                    )
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                    raise InvalidInputError(f"{name}[{key!r}] must be an integer of at least 1; got {value!r}")
+            if given or any(get_mixer(each) is mixer for each in self.layer_mixers):
+                setattr(self, name, derived)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -11,33 +10,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
-from dynamask.cache import BoundedCache
+from dynamask.cache import BoundedCache, check_consistent
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
+from dynamask.models.cache_argument import CACHE_NAME, takes_cache
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_segment_ids
 
+logger = logging.get_logger(__name__)
+
+AUXILIARY_WEIGHT = 0.1
+"""Weight of the auxiliary loss in the loss. The parameters that learn by it learn by nothing else, and Adam is
+indifferent to it; clipping by norm is not."""
+
+
+@dataclass
+class DynamaskModelOutput(BaseModelOutputWithPast):
+    """Outputs of `DynamaskModel`.
+
+    Attributes:
+        aux_loss: () mean over the layers of the losses that mixers have of their own; None where there is none.
+    """
+
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class DynamaskCausalLMOutput(CausalLMOutputWithPast):
+    """Outputs of `DynamaskForCausalLM`.
+
+    Attributes:
+        aux_loss: as in `DynamaskModelOutput`. It is a part of `loss`, weighted.
+    """
+
+    aux_loss: Tensor | None = None
+
 
 def new_cache(config: DynamaskConfig) -> Cache:
-    """An empty cache of the kinds the layers' mixers decode with: a `BoundedCache` where all are dma or swa."""
-    if set(config.layer_mixers) <= {"dma", "swa"}:
-        return BoundedCache(config)
+    """Make an empty cache of the kinds the layers' mixers decode with: a `BoundedCache` where all are bounded."""
     mixers = [get_mixer(name) for name in config.layer_mixers]
-    windows, locals_ = config.layer_windows, config.layer_locals
-    if windows is None or locals_ is None or isinstance(windows, str):
-        return Cache(layers=[mixer.cache_layer(config) for mixer in mixers])
-    layers = []
-    for mixer, window, local in zip(mixers, windows, locals_, strict=True):
-        own = copy(config)
-        own.window, own.local = window, local
-        layers.append(mixer.cache_layer(own))
-    return Cache(layers=layers)
+    if all(mixer.bounded for mixer in mixers):
+        return BoundedCache(config)
+    return Cache(layers=[mixer.cache_layer(config, index) for index, mixer in enumerate(mixers)])
 
 
 class SwiGLU(nn.Module):
@@ -54,7 +75,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
-class DynamaskDecoderLayer(GradientCheckpointingLayer):
+class DynamaskDecoderLayer(nn.Module):
     """Pre-norm residual block: mixer, then feed-forward."""
 
     def __init__(self, config: DynamaskConfig, layer_idx: int) -> None:
@@ -64,10 +85,15 @@ class DynamaskDecoderLayer(GradientCheckpointingLayer):
         self.mixer_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, sequence: SequenceInfo, past_key_values: Cache | None = None) -> Tensor:
-        """(B, Nq, hidden) -> (B, Nq, hidden)."""
-        hidden_states = hidden_states + self.mixer(self.mixer_norm(hidden_states), sequence, past_key_values)
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+    def forward(
+        self, hidden_states: Tensor, sequence: SequenceInfo, past_key_values: Cache | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, Nq, hidden) -> (B, Nq, hidden), and the mixer's own loss () where it has one."""
+        mixed = self.mixer(self.mixer_norm(hidden_states), sequence, past_key_values)
+        mixed, loss = mixed if isinstance(mixed, tuple) else (mixed, None)
+        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states if loss is None else (hidden_states, loss)
 
 
 class DynamaskPreTrainedModel(PreTrainedModel):
@@ -79,6 +105,8 @@ class DynamaskPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DynamaskDecoderLayer"]  # noqa: RUF012 -- transformers reads a list
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Products in float32 whatever the model's dtype: not to be quantised.
+    _keep_in_fp32_modules = ["rank_predictor.down", "gate.delta"]  # noqa: RUF012
     # The mixer is chosen by config.attention, not by attn_implementation; these let any value of it pass.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -102,6 +130,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -112,9 +141,10 @@ class DynamaskModel(DynamaskPreTrainedModel):
         use_cache: bool | None = None,
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> DynamaskModelOutput | tuple:
         """Run the decoder.
 
         Args:
@@ -123,49 +153,76 @@ class DynamaskModel(DynamaskPreTrainedModel):
             attention_mask: (B, past + Nq), 1 = real token, 0 = padding. None: no padding.
             position_ids: (B, Nq) position of each token in its document. Default: counted, skipping padding.
                 Positions that start over mark packed documents, as in transformers.
-            past_key_values: a cache to continue from and to update.
-            use_cache: return a cache; default `config.use_cache` outside training.
+            past_key_values: a cache to continue from and to update (`cache` since transformers 5.24; both names work).
+            use_cache: return a cache; default `config.use_cache` outside training, and never for packed documents.
             segment_ids: (B, Nq) non-decreasing integers of packed documents; default: read off position_ids.
             output_hidden_states: return the (num_hidden_layers + 1) residual streams.
+            output_attentions: not available: attention weights are never materialised.
             return_dict: False for a tuple.
 
         Raises:
-            InvalidInputError: both or neither of input_ids and inputs_embeds, a mask of another length, or
-                packed documents continued from a cache.
+            InvalidInputError: both or neither of input_ids and inputs_embeds, a mask of another length, packed
+                documents with a cache, a cache made for another model or left behind by an interrupted forward, or
+                output_attentions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
+        if output_attentions or (output_attentions is None and self.config.output_attentions):
+            raise InvalidInputError(
+                "output_attentions: attention weights are never materialised; use dynamask.inspect for the keys that "
+                "queries see, or dynamask.future_attention for the largest weight of each key"
+            )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        learns = self.training and torch.is_grad_enabled()
+        # Recomputing a layer in the backward pass would extend its cache twice: with a cache nothing is recomputed.
+        checkpoints = self.gradient_checkpointing and learns and past_key_values is None
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training:
-            use_cache = False  # recomputing a layer in the backward pass would extend its cache twice
+            if use_cache and past_key_values is None and _packed(attention_mask, position_ids, segment_ids):
+                use_cache = False
+        if checkpoints and use_cache:
+            logger.warning_once("gradient checkpointing computes layers twice: use_cache=True has no effect")
+            use_cache = False
+        if self.gradient_checkpointing and learns and past_key_values is not None:
+            logger.warning_once("gradient checkpointing has no effect in a forward that continues a cache")
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
+        if past_key_values is not None:
+            check_consistent(past_key_values)
         sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
-        # Once for all layers, which rotate by the same angles if they do.
-        mixer = cast(DynamaskDecoderLayer, self.layers[0]).mixer
-        sequence = replace(sequence, angles=mixer.angles(sequence, hidden_states.dtype))
+        # Once for all layers that rotate by the same angles.
         mixers = [cast(DynamaskDecoderLayer, layer).mixer for layer in self.layers]
+        sequence = replace(sequence, angles=mixers[0].angles(sequence, hidden_states.dtype))
         for kind in {type(mixer): mixer for mixer in mixers}.values():
             sequence = kind.prepared(sequence)
 
         states: tuple[Tensor, ...] = ()
+        losses: list[Tensor] = []
         want_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
         for layer in self.layers:
             if want_states:
                 states += (hidden_states,)
-            hidden_states = layer(hidden_states, sequence, past_key_values=past_key_values)
+            if checkpoints:
+                output = self._gradient_checkpointing_func(layer.__call__, hidden_states, sequence)
+            else:
+                output = layer(hidden_states, sequence, past_key_values=past_key_values)
+            if isinstance(output, tuple):
+                hidden_states, loss = output
+                losses.append(loss)
+            else:
+                hidden_states = output
         hidden_states = self.norm(hidden_states)
         if want_states:
             states += (hidden_states,)
-        output = BaseModelOutputWithPast(
+        outputs = DynamaskModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=states or None,
+            # Layers may be on several devices.
+            aux_loss=torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
         )
-        return output if return_dict is not False else output.to_tuple()
+        return outputs if return_dict is not False else outputs.to_tuple()
 
 
 class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, GenerationMixin):
@@ -180,6 +237,7 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @takes_cache
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -192,13 +250,15 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
         logits_to_keep: int | Tensor = 0,
         segment_ids: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple:
-        """Logits and, with labels, the loss.
+    ) -> DynamaskCausalLMOutput | tuple:
+        """Compute logits and, with labels, the loss.
 
         Args:
-            labels: (B, Nq) int64; the loss compares the logits at t with the label at t + 1. -100 is ignored.
+            labels: (B, Nq) int64; the loss compares the logits at t with the label at t + 1. -100 is ignored. In
+                training, `AUXILIARY_WEIGHT` times `aux_loss` is a part of it.
             logits_to_keep: compute logits for the last so many positions only (0: all), or at these indices.
 
         The other arguments are those of `DynamaskModel.forward`.
@@ -207,10 +267,11 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
             logits (B, Nq, vocab_size), and loss, past_key_values and hidden_states where asked for.
         """
         plain = labels is None and inputs_embeds is None and segment_ids is None and use_cache is not False
+        plain = plain and not (output_attentions or self.config.output_attentions)
         if plain and not (output_hidden_states or self.config.output_hidden_states) and return_dict is not False:
             logits = decode_by_graph(self, past_key_values, input_ids, attention_mask, position_ids)
             if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                return DynamaskCausalLMOutput(logits=logits, **{CACHE_NAME: past_key_values})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -220,22 +281,53 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
             use_cache=use_cache,
             segment_ids=segment_ids,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        loss, aux_loss = None, outputs.aux_loss
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = CausalLMOutputWithPast(
+            if aux_loss is not None:
+                loss = loss + AUXILIARY_WEIGHT * _share(labels, kwargs) * aux_loss.to(loss)
+        elif aux_loss is not None:
+            logger.warning_once(
+                "this model learns ranks in training, by a loss of its own: without labels it is in outputs.aux_loss "
+                "alone, and whoever computes the loss must add it"
+            )
+        output = DynamaskCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            aux_loss=aux_loss,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
         return output if return_dict is not False else output.to_tuple()
 
     def _new_cache(self) -> Cache:
         return new_cache(self.config)
+
+
+def _share(labels: Tensor, arguments: dict[str, Any]) -> Tensor | float:
+    """The share of this call in a loss that is summed over several: the auxiliary loss is scaled like the other."""
+    items = arguments.get("num_items_in_batch")
+    if items is None:
+        return 1.0
+    shifted = arguments.get("shift_labels")
+    counted = labels[:, 1:] if shifted is None else shifted
+    return (counted != -100).sum() / items
+
+
+def _packed(attention_mask: Tensor | None, position_ids: Tensor | None, segment_ids: Tensor | None) -> bool:
+    """Whether rows hold several documents."""
+    if segment_ids is not None:
+        return True
+    if position_ids is None or position_ids.shape[1] < 2 or torch.compiler.is_compiling():
+        return False
+    mask = None
+    if attention_mask is not None and attention_mask.shape == position_ids.shape:
+        mask = attention_mask.to(device=position_ids.device, dtype=torch.bool)
+    return packed_segments(position_ids, mask) is not None
 
 
 def _sequence_info(
@@ -273,13 +365,15 @@ def _sequence_info(
             position_ids = _positions_in_segments(segment_ids)
         else:
             position_ids = torch.arange(past, past + new, device=device).unsqueeze(0)
-    elif segment_ids is None and key_mask is None and past == 0 and new > 1 and position_ids.shape[0] == batch:
-        segment_ids = packed_segments(position_ids)
+    elif segment_ids is None and new > 1 and not (past and torch.compiler.is_compiling()):
+        segment_ids = packed_segments(position_ids.expand(batch, new), None if key_mask is None else key_mask[:, past:])
     if segment_ids is not None:
-        if past:
+        # Keys of several documents in one cache would be seen by whatever comes next. While compiling, segments are
+        # there whether documents are packed or not.
+        if cache is not None and not torch.compiler.is_compiling():
             raise InvalidInputError(
-                "packed documents (segment_ids, or position_ids that start over) cannot continue from a cache: "
-                "run the documents as rows of a padded batch instead"
+                "packed documents (segment_ids, or position_ids that start over) cannot use a cache: leave use_cache "
+                "and past_key_values out, or run the documents as rows of a padded batch"
             )
         check_segment_ids(segment_ids, batch, new, device)
     length = None if cache is None else past + new
@@ -292,6 +386,8 @@ def _positions_in_segments(segment_ids: Tensor) -> Tensor:
     return position - torch.where(opens, position, 0).cummax(-1).values
 
 
+# By these names transformers' Trainer knows which models shift their labels (label smoothing).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["dynamask"] = "DynamaskForCausalLM"
 AutoConfig.register("dynamask", DynamaskConfig)
 AutoModel.register(DynamaskConfig, DynamaskModel)
 AutoModelForCausalLM.register(DynamaskConfig, DynamaskForCausalLM)

@@ -26,7 +26,7 @@ def _shape(
         "num_key_value_heads": groups,
         "head_dim": dim,
         "intermediate_size": ff,
-        "window": window,
+        "windows": window,
         "max_position_embeddings": context,
         "rope_theta": theta,
     }
@@ -43,11 +43,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-_CHECKED = frozenset(DynamaskConfig.__annotations__) - {
-    "eos_token_id",
-    "layer_attention",
-    "layer_windows",
-    "rope_layers",
+_CHECKED = frozenset(DynamaskConfig.__annotations__) - {"eos_token_id"}
+_LISTS = {"attention": (str, list), "windows": (int, list), "rope_parameters": dict, "mixer_options": dict}
+_LISTS |= {"mla": dict, "nsa": dict}
+"""Fields that take more than the kind of their default."""
+_WANTED: dict[Any, str] = {
+    (int, float): "a number",
+    (str, list): "a name or a list of names",
+    (int, list): "an integer or a list",
+    dict: "a mapping",
 }
 
 
@@ -69,10 +73,10 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
             raise UsageError(f"unknown model field {field!r}{did_you_mean(field, fields)}")
         default = fields[field].default
         # A field whose default is None is one of DynamaskConfig's optional numbers, or a token id transformers checks.
-        kinds = (int, float) if default is None or isinstance(default, float) else type(default)
+        kinds = _LISTS.get(field, (int, float) if default is None or isinstance(default, float) else type(default))
         given = overrides[field]
         fits = isinstance(given, kinds) and (isinstance(default, bool) or not isinstance(given, bool))
         if field in _CHECKED and not fits and not (given is None and default is None):
-            wanted = "a number" if isinstance(kinds, tuple) else kinds.__name__
+            wanted = _WANTED.get(kinds) or kinds.__name__
             raise UsageError(f"the model field {field} must be {wanted}; got {given!r}")
     return DynamaskConfig(**(PRESETS[name] | overrides))

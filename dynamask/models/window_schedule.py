@@ -1,16 +1,16 @@
-"""Windows that change while a model trains: what a setting `window_schedule` means, and how a model is given one."""
+"""Windows that change while a model trains: what a setting `window_schedule` means."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
-from typing import Any
 
 from dynamask.errors import InvalidInputError
+from dynamask.models.windows import HeadWindows
 
 WindowSchedule = Sequence[Sequence[float]]
-"""[share of the training, factor on the window] in rising order of shares."""
+"""[share of the training, factor on the windows] in rising order of shares."""
 
 
 def check_window_schedule(schedule: WindowSchedule) -> None:
@@ -35,18 +35,19 @@ def check_window_schedule(schedule: WindowSchedule) -> None:
         )
 
 
-def scheduled_window(window: int, schedule: WindowSchedule, step: int, steps: int) -> int:
-    """Keys per query in a step, the first of `steps` being 0; before the first share, `window` itself."""
+def scheduled_windows(windows: HeadWindows, schedule: WindowSchedule, step: int, steps: int) -> HeadWindows:
+    """Compute the windows of a step, the first of `steps` being 0; before the first share, `windows` themselves.
+
+    Args:
+        windows: of the model, L x G.
+        schedule: see `WindowSchedule`.
+        step, steps: of the training.
+
+    Returns:
+        L x G integers, at least 1.
+    """
     factor = 1.0
     for share, value in schedule:
         if step >= share * steps:
             factor = value
-    return max(1, round(window * factor))
-
-
-def set_window(model: Any, window: int | None) -> None:
-    """Let the mixers of a dynamask model that choose keep so many keys, those of uneven windows in proportion; None
-    leaves a model alone that has none of them."""
-    # Mixers read the window from the config at every call, and share the one config.
-    if window is not None and model.config.window != window:
-        model.config.window = window
+    return tuple(tuple(max(1, round(window * factor)) for window in layer) for layer in windows)

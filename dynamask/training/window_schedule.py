@@ -8,14 +8,15 @@ from transformers import TrainerCallback
 
 from dynamask.errors import InvalidInputError
 from dynamask.models import DynamaskConfig
-from dynamask.models.window_schedule import WindowSchedule, check_window_schedule, scheduled_window, set_window
+from dynamask.models.window_schedule import WindowSchedule, check_window_schedule, scheduled_windows
+from dynamask.models.windows import HeadWindows, set_head_windows
 
 
 class ScheduledWindow(TrainerCallback):
     """Steps see the scheduled window; evaluation, checkpoints and the finished model have the config's own.
 
     Keys that no query sees cannot be learned of: a model that is to find what was said far back begins with a wide
-    window, and its ranks (`ranking="attention"`, `rank_power=4`) learn there what to keep once it narrows.
+    window and narrows it.
 
     Args:
         schedule: [share of the training, factor on the window] in rising order of shares: from that share of the steps
@@ -30,7 +31,7 @@ class ScheduledWindow(TrainerCallback):
     def __init__(self, schedule: WindowSchedule) -> None:
         check_window_schedule(schedule)
         self.schedule = schedule
-        self._window: int | None = None
+        self._windows: HeadWindows | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the window to return to."""
@@ -39,14 +40,15 @@ class ScheduledWindow(TrainerCallback):
             raise InvalidInputError(
                 f"windows are scheduled for dynamask models; got a {type(config).__name__}, which begins dense as it is"
             )
-        self._window = config.window
+        self._windows = config.head_windows
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The window of this step."""
-        assert self._window is not None
-        window = scheduled_window(self._window, self.schedule, state.global_step, state.max_steps)
-        set_window(kwargs["model"], window)
+        assert self._windows is not None
+        windows = scheduled_windows(self._windows, self.schedule, state.global_step, state.max_steps)
+        set_head_windows(kwargs["model"], windows)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What looks at the model between steps, or saves it, finds the config's own window."""
-        set_window(kwargs["model"], self._window)
+        assert self._windows is not None
+        set_head_windows(kwargs["model"], self._windows)

@@ -103,29 +103,47 @@ def test_left_padded_is_unpadded(model: DynamaskForCausalLM, seed: int, padding:
         torch.testing.assert_close(logits[1, padding:], short)
 
 
+@few
+@given(seed=seeds, data=st.data())
+@torch.no_grad()
+def test_masks_with_holes_are_unpadded(model: DynamaskForCausalLM, seed: int, data: st.DataObject) -> None:
+    ids = tokens(seed, rows=1)
+    mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH))])
+    mask[0, data.draw(st.integers(0, LENGTH - 1))] = True
+    expected = model(ids[mask][None], use_cache=False).logits[0]
+    at_once = model(ids, attention_mask=mask.long(), use_cache=False).logits
+    pieces = data.draw(splits())
+    for cache in (new_cache(model.config), DynamicCache()):
+        chunked = fed_in_chunks(model, ids, pieces, cache, mask.long())
+        assert not chunked.isnan().any()
+        torch.testing.assert_close(chunked[mask], expected)
+    torch.testing.assert_close(at_once[mask], expected)
+
+
 def test_every_parameter_trains(model: DynamaskForCausalLM) -> None:
     ids = tokens(0)
     model.zero_grad()
     model.train()(ids, labels=ids, use_cache=False).loss.backward()
     model.eval()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
-    # At window 1 the softmax has one term, so neither logits nor scores matter: so it should be.
-    expected = ("gate.", "q_proj", "k_proj", "q_norm", "k_norm") if model.config.window == 1 else ()
+    # At window 1 the softmax has one term, so logits do not matter: so it should be.
+    expected = ("q_proj", "k_proj", "q_norm", "k_norm") if model.config.windows == 1 else ()
     assert all(any(part in name for part in expected) for name in without), without
 
 
+@pytest.mark.parametrize("ranking", ["learned", "paper"])
 @torch.no_grad()
-def test_untrained_dma_is_sliding_window_and_wide_dma_is_dense() -> None:
+def test_untrained_dma_is_sliding_window_and_wide_dma_is_dense(ranking: str) -> None:
     ids = tokens(3)
-    dma, swa, mha = (tiny_model(name, recency=0.0) for name in ("dma", "swa", "mha"))
+    dma, swa, mha = (tiny_model(name, ranking=ranking) for name in ("dma", "swa", "mha"))
     for layer in dma.model.layers:
-        layer.mixer.gate.gate.zero_()
-    shared = {name: tensor for name, tensor in dma.state_dict().items() if ".gate." not in name}
+        torch.nn.init.zeros_(layer.mixer.gate.gate if ranking == "paper" else layer.mixer.rank_predictor.down.weight)
+    shared = {name: t for name, t in dma.state_dict().items() if ".gate." not in name and ".rank_pred" not in name}
     swa.load_state_dict(shared)
     mha.load_state_dict(shared)
     torch.testing.assert_close(dma(ids).logits, swa(ids).logits)
     assert (dma(ids).logits - mha(ids).logits).abs().max() > 1e-3
-    wide = tiny_model("dma", window=LENGTH, local=0, recency=0.0)
+    wide = tiny_model("dma", windows=LENGTH, ranking=ranking)
     wide.load_state_dict(dma.state_dict())
     torch.testing.assert_close(wide(ids).logits, mha(ids).logits)
 
@@ -133,7 +151,7 @@ def test_untrained_dma_is_sliding_window_and_wide_dma_is_dense() -> None:
 @pytest.mark.parametrize("window", [6, 40])
 @torch.no_grad()
 def test_mla_absorbed_is_expanded(window: int) -> None:
-    model = tiny_model("mla", window=window, q_lora_rank=12)
+    model = tiny_model("mla", windows=window, mla={"q_lora_rank": 12})
     mixer = model.model.layers[0].mixer
     heads = mixer.num_heads
     q_nope, q_rope = (

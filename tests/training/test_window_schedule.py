@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from dynamask import convert
 from dynamask.errors import InvalidInputError, UsageError
 from dynamask.training import ScheduledWindow, TrainConfig, checkpoints, open_run, train
-from tests.models.test_layer_windows import WINDOWS
+from tests.models.test_windows import WINDOWS
 from tests.training.test_training import losses, settings, text  # noqa: F401 -- a fixture
 
 SCHEDULE = [[0.0, 4.0], [0.5, 2.0], [0.75, 1.0]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dynamask.data.tokenizer import encode_text
 from dynamask.errors import UsageError
-from dynamask.inspect.gate_scores import gate_scores
+from dynamask.inspect.key_ranks import ranked_layers
 from dynamask.mixers import DynamicMaskGate
 
 
@@ -30,7 +30,7 @@ def layer_scores(model: Any, input_ids: Tensor) -> Tensor:
     Raises:
         UsageError: the model has no dynamic mask gates.
     """
-    found = gate_scores(model, input_ids)
+    found = [layer.ranks for layer in ranked_layers(model, input_ids)]
     if not found:
         raise UsageError("the model has no dynamic mask attention, so its keys have no scores")
     return torch.cat(found).float().cpu()

@@ -30,8 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
-from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
+from dynamask.models.window_schedule import check_window_schedule
 from dynamask_lab.language.data import token_streams
+from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.language.kept_models import keep
 from dynamask_lab.sweeps.registry import Config, Progress
 from dynamask_lab.sweeps.results import run_key
@@ -209,7 +210,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
         if getattr(settings, name) is not None
     }
     return DynamaskForCausalLM(
-        DynamaskConfig(
+        config_of_0_1(
             attention=settings.attention,
             vocab_size=vocab_size,
             hidden_size=settings.width,
@@ -272,9 +273,9 @@ def _pairs(settings: LanguageConfig, config: DynamaskConfig, mixer: str, window:
         return keys * (keys + 1) / 2 + (length - keys) * keys
 
     if mixer == "nsa":
-        block = config.nsa_block_size or 1
-        chosen = (config.nsa_block_counts or 0) * block
-        return length * length / (2 * block) + seen(chosen) + seen(config.nsa_window or 0)
+        assert config.nsa is not None
+        block, chosen = config.nsa["block_size"], config.nsa["block_counts"] * config.nsa["block_size"]
+        return length * length / (2 * block) + seen(chosen) + seen(config.nsa["window"])
     return seen(length if window is None or mixer in WINDOWLESS else window)
 
 

@@ -12,13 +12,14 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 
 from dynamask.errors import InvalidInputError
-from dynamask.mixers import MIXERS, DynamicMaskAttention, DynamicMaskGate, SequenceInfo, register
-from dynamask.mixers.alibi import slopes
+from dynamask.mixers import MIXERS, SequenceInfo, register
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
+from dynamask_lab.legacy import OldDynamicMask, OldGate
+from dynamask_lab.legacy.alibi import slopes
 
 
-class _RandomGate(DynamicMaskGate):
+class _RandomGate(OldGate):
     """A gate that chooses by content from the start: a gate at zero that gets no gradient would stay a window."""
 
     def initialize_parameters(self) -> None:
@@ -26,7 +27,7 @@ class _RandomGate(DynamicMaskGate):
         init.normal_(self.gate)
 
 
-class _Ablated(DynamicMaskAttention):
+class _Ablated(OldDynamicMask):
     """The mixer without a cache: ablations are trained and their loss measured, nothing is generated."""
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
@@ -47,13 +48,13 @@ class _Ablated(DynamicMaskAttention):
     @property
     def most_live(self) -> int:
         """Keys that a query sees, at most."""
-        return self.config.window
+        return self.max_window
 
     def expiry(self, scores: Tensor, sequence: SequenceInfo) -> Tensor:
         """Which queries see which key, (B, G, N)."""
         ranks = self.gate.ranks(scores)
-        facts = {"segment_ids": sequence.segment_ids, "key_mask": sequence.key_mask}
-        return key_expiry(ranks, self.config.window, local=self.config.local, **facts)
+        facts = (sequence.segment_ids, sequence.key_mask)
+        return key_expiry(ranks, self.max_window, local=self.layer_local, segment_ids=facts[0], key_mask=facts[1])
 
     def bias(self, scores: Tensor, sequence: SequenceInfo) -> Tensor:
         """What is added to the logits of the kept keys, (B, G, N)."""
@@ -68,9 +69,9 @@ class RandomStart(_Ablated):
         self.gate = _RandomGate(
             self.num_key_value_heads,
             self.head_dim,
-            score_form=config.score_form,
-            recency=config.recency,
-            recency_spread=config.recency_spread,
+            score_form=config.mixer_options["score_form"],
+            recency=config.mixer_options["recency"],
+            recency_spread=config.mixer_options["recency_spread"],
         )
 
 
@@ -102,14 +103,14 @@ class LeakyWholeSequence(_Ablated):
     @property
     def most_live(self) -> int:
         """The chosen, and the newest."""
-        return self.config.window + max(1, self.config.local)
+        return self.max_window + max(1, self.layer_local)
 
     def expiry(self, scores: Tensor, sequence: SequenceInfo) -> Tensor:
         """To the end for the chosen, as a short window's for the others."""
-        length, window = scores.shape[-1], self.config.window
+        length, window = scores.shape[-1], self.max_window
         survivors = key_expiry(scores, window) == length  # later positions win ties, as in the exact selection
         position = torch.arange(length, device=scores.device)
-        short = (position + max(1, self.config.local)).clamp(max=length)
+        short = (position + max(1, self.layer_local)).clamp(max=length)
         return torch.where(survivors, length, short).to(torch.int32)
 
 

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import get_mixer
-from dynamask.models import DynamaskConfig, DynamaskForCausalLM
-from dynamask.models.window_schedule import check_window_schedule, scheduled_window, set_window
+from dynamask.models import DynamaskForCausalLM
+from dynamask.models.window_schedule import check_window_schedule
+from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.studies.locality.study import wide_with_dense
 from dynamask_lab.studies.mqar.data import MqarExamples, mqar_examples
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
@@ -202,7 +203,7 @@ def build_model(settings: MqarConfig) -> DynamaskForCausalLM:
     own = ("local", "recency", "ranking", "rank_power", "recency_spread") if settings.attention == "dma" else ()
     dma = {name: getattr(settings, name) for name in own}
     window = {} if settings.window is None else {"window": settings.window, "layer_windows": settings.layer_windows}
-    shape = DynamaskConfig(
+    shape = config_of_0_1(
         attention=settings.attention,
         vocab_size=settings.vocab_size,
         hidden_size=settings.width,

@@ -45,11 +45,3 @@ class DistancePenalty(nn.Module):
         """(B, N) positions of keys -> (B, G, N) float32 (float64 for float64 slopes), to be added to their logits."""
         wide = torch.promote_types(self.log_slope.dtype, torch.float32)
         return self.log_slope.to(wide).exp()[:, None] * position_ids.unsqueeze(1)
-
-
-def distance_penalty(config: object, factor: float = 1.0) -> DistancePenalty | None:
-    """The penalty that a config asks for, if it does, with so many times its slopes."""
-    slope = factor * getattr(config, "distance_penalty", 0.0)
-    if not slope:
-        return None
-    return DistancePenalty(config.num_key_value_heads, slope, config.recency_spread)  # type: ignore[attr-defined]

@@ -1,0 +1,120 @@
+"""Windows of layers and KV heads: the values of a configuration, its defaults, and changes in training."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from dynamask.errors import InvalidInputError
+from dynamask.ops.checks import check_window
+
+HeadWindows = tuple[tuple[int, ...], ...]
+"""Keys that each query keeps, per layer and KV head."""
+
+NARROW_WINDOW = 32
+"""Keys of a narrow layer of `uneven_windows`, at most."""
+
+_MAX_LOCAL = 128
+_SINKS = 4
+
+
+def resolved_head_windows(windows: int | Sequence[int | Sequence[int]], layers: int, heads: int) -> HeadWindows:
+    """Spell out a setting `windows` for every layer and KV head.
+
+    Args:
+        windows: one number, one per layer, or one list of `heads` numbers per layer.
+        layers: number of layers L.
+        heads: number of KV heads G.
+
+    Returns:
+        L x G integers.
+
+    Raises:
+        InvalidInputError: another number of layers or heads, or a window that is not an integer of at least 1.
+    """
+    if isinstance(windows, (str, bytes)) or not isinstance(windows, Sequence):
+        return ((_window(windows),) * heads,) * layers
+    if len(windows) != layers:
+        raise InvalidInputError(
+            f"windows is one number, or one entry for each of the {layers} layers; got {len(windows)} entries"
+        )
+    found = []
+    for index, layer in enumerate(windows):
+        if isinstance(layer, (str, bytes)) or not isinstance(layer, Sequence):
+            found.append((_window(layer),) * heads)
+            continue
+        if len(layer) != heads:
+            raise InvalidInputError(
+                f"windows of layer {index}: one number, or one for each of the {heads} KV heads; got {len(layer)}"
+            )
+        found.append(tuple(_window(window) for window in layer))
+    return tuple(found)
+
+
+def _window(window: Any) -> int:
+    check_window(window, 0)
+    return operator.index(window)
+
+
+def default_local(smallest: int) -> int:
+    """Return the newest positions kept by default: half the smallest window, at most 128."""
+    return min(_MAX_LOCAL, smallest // 2)
+
+
+def default_sinks(smallest: int) -> int:
+    """Return the first positions kept by default: 4, or a quarter of a smallest window below 16."""
+    return min(_SINKS, smallest // 4)
+
+
+def check_kept_keys(smallest: int, local: int, sinks: int) -> None:
+    """Raise InvalidInputError where `local` and `sinks` are negative or do not fit in the smallest window together."""
+    for name, number in (("local", local), ("sinks", sinks)):
+        if number < 0:
+            raise InvalidInputError(f"{name} must be at least 0; got {number}")
+    if local + sinks > smallest:
+        raise InvalidInputError(
+            f"local + sinks must be at most the smallest window; got {local} + {sinks} and a window of {smallest}"
+        )
+
+
+def uneven_windows(layers: int, window: int, *, every: int = 6, first: int = 3, narrow: int | None = None) -> list[int]:
+    """Give one layer in `every` a wide window and the others a narrow one, at `window` keys on average.
+
+    Wide layers that come early did worse than late ones (one seed; `docs/results`, locality and scaling, compare the
+    forms).
+
+    Args:
+        layers: how many, at least 1.
+        window: keys a query keeps per layer on average, at least 1.
+        every: of so many layers in a row one is wide.
+        first: index of the first wide layer; in a model of fewer layers, the last one is wide.
+        narrow: window of the others; None: a quarter of `window`, at most `NARROW_WINDOW`.
+
+    Returns:
+        A window per layer, `layers · window` keys in all or, where that does not divide, a little less.
+
+    Raises:
+        InvalidInputError: `narrow` is not a window, or wider than `window`.
+    """
+    check_window(window, 0)
+    if narrow is None:
+        narrow = max(1, min(window // 4, NARROW_WINDOW))
+    check_window(narrow, 0)
+    if narrow > window:
+        raise InvalidInputError(f"narrow layers see less than window={window} keys; got narrow={narrow}")
+    wide = [index % every == min(first, layers - 1) % every for index in range(layers)]
+    rest = (layers * window - narrow * wide.count(False)) // wide.count(True)
+    return [rest if each else narrow for each in wide]
+
+
+def set_head_windows(model: Any, windows: Sequence[Sequence[int]]) -> None:
+    """Change the windows of a native model's mixers, for the steps of a schedule. The configuration stays as it is.
+
+    Args:
+        model: a `DynamaskModel` or `DynamaskForCausalLM`.
+        windows: L x G integers.
+    """
+    decoder = getattr(model, "model", model)
+    for layer, own in zip(decoder.layers, windows, strict=True):
+        layer.mixer.windows = tuple(own)
