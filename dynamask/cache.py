@@ -702,10 +702,6 @@ def _layers_of_mixers(config: Any) -> list[BoundedLayer] | None:
     return layers  # type: ignore[no-any-return]
 
 
-def _narrowest(windows: Windows) -> int:
-    return min(check_window(windows))
-
-
 def _spread(windows: tuple[int, ...], heads: int) -> tuple[int, ...]:
     return windows if len(windows) == heads else windows[:1] * heads
 

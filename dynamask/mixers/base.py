@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.mixers.rotary import RotaryFrequencies, rotate
-from dynamask.ops.positions import later_positions, real_positions, segment_bounds, sink_keys
 from dynamask.ops.nsa.blocks import BlockLayout
+from dynamask.ops.positions import later_positions, real_positions, segment_bounds, sink_keys
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class Float32Linear(nn.Linear):
 
 
 _GRID = 64.0
-"""Ranks per nat that are told apart: far finer than predictions are good for."""
+"""Steps per nat of the grid of ranks: far finer than predictions are good for."""
 
 
 def on_grid(ranks: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask.models.window_schedule import check_window_schedule
 from dynamask_lab.language.data import token_streams
-from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.language.kept_models import keep
+from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.sweeps.registry import Config, Progress
 from dynamask_lab.sweeps.results import run_key
 from dynamask_lab.sweeps.settings import WINDOWLESS, plain_settings, read_settings
