@@ -226,7 +226,7 @@ def test_memory_is_flat(attention: str) -> None:
         model(ids[:, start : start + 20], past_key_values=cache, use_cache=True)
         sizes.append(cache.num_bytes)
     assert len(set(sizes)) == 1
-    slots = model.config.window * model.config.num_key_value_heads
+    slots = sum(model.config.head_windows[0])
     assert all(layer.keys.shape[1] == slots for layer in cache.layers)
 
 
@@ -280,7 +280,7 @@ def test_offloaded_and_prefetched() -> None:
 
 @torch.no_grad()
 def test_crop_before_any_eviction_is_exact_and_past_one_is_refused() -> None:
-    model = tiny_model("dma", window=16)
+    model = tiny_model("dma", windows=16)
     ids = torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(0))
     cache = BoundedCache(model.config)
     model(ids[:, :12], past_key_values=cache, use_cache=True)
@@ -441,9 +441,9 @@ def test_a_cache_for_other_windows_is_refused() -> None:
     cache.check_fits([3, (4, 4)])
     with pytest.raises(InvalidInputError, match="2 layers and the model has 3"):
         cache.check_fits([3, 4, 4])
-    model = tiny_model("dma", window=16)
+    model = tiny_model("dma", windows=16)
     with pytest.raises(InvalidInputError, match="was made for windows"), torch.no_grad():
-        model(torch.zeros(1, 4, dtype=torch.long), past_key_values=BoundedCache(tiny_config("dma", window=8)))
+        model(torch.zeros(1, 4, dtype=torch.long), past_key_values=BoundedCache(tiny_config("dma", windows=8)))
 
 
 @torch.no_grad()

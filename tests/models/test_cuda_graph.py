@@ -43,7 +43,7 @@ UNEVEN = {"layer_windows": [24, 72]}
 @pytest.mark.parametrize(
     "fields",
     [
-        *({}, {"local": 0}, {"local": 0, "recency": 0.0}, {"attention": "swa"}),
+        *({}, {"local": 0, "sinks": 0}, {"ranking": "paper"}, {"attention": "swa"}),
         *({**UNEVEN, "ranking": "attention"}, {**UNEVEN, "rope_layers": "narrow"}),
         {**UNEVEN, "attention": "swa", "rope_layers": "narrow"},
     ],
