@@ -13,7 +13,7 @@ from dynamask.cli.common import console, errors, progress
 
 def train(
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value settings, such as steps=500 model.window=128.")
+        list[str] | None, typer.Argument(help="key=value settings, such as steps=500 model.windows=128.")
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML file with settings.")] = None,
 ) -> None:

@@ -21,7 +21,7 @@ class TrainConfig:
 
     Attributes:
         preset: model size, see `dynamask.models.PRESETS`.
-        model: fields of `DynamaskConfig` to override, written `model.window=128` on the command line.
+        model: fields of `DynamaskConfig` to override, written `model.windows=128` on the command line.
         data: sources of text, see `dynamask.data.documents`.
         tokenizer: folder or hub name; None trains one on the data.
         validation: share of the documents held out.
