@@ -5,14 +5,25 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from dynamask.cli.common import Model, console, errors, progress
+from dynamask.cli.common import (
+    Model,
+    check_output_file,
+    check_text,
+    console,
+    errors,
+    progress,
+    quiet_libraries,
+)
 from dynamask.errors import UsageError
+
+_LONGEST_DEFAULT = 2048
+"""Tokens of a sequence of a model that no run of dynamask trained, at most."""
 
 
 def evaluate(
@@ -20,9 +31,14 @@ def evaluate(
     data: Annotated[
         list[str] | None, typer.Option(help="Sources to evaluate on; default: the run's own held-out split.")
     ] = None,
-    context: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; default: the run's own, or what the model is made for.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     limit: Annotated[int | None, typer.Option(help="Evaluate at most so many sequences, or questions.")] = None,
+    unreadable: Annotated[
+        str, typer.Option("--errors", help="With --data: fail at a file, line or row that cannot be read, or skip it.")
+    ] = "fail",
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Instead: benchmark tasks of lm-evaluation-harness, separated by commas.")
@@ -40,7 +56,7 @@ def evaluate(
 
     - `dynamask evaluate runs/tiny --data notes/ --context 1024 --output figures.json`
 
-    - `dynamask evaluate runs/tiny --tasks piqa,arc_easy` — needs `pip install 'dynamask[eval]'`
+    - `dynamask evaluate runs/tiny --tasks piqa,arc_easy` — needs `pip install 'dynamask-attention[eval]'`
 
     - `dynamask evaluate runs/tiny --tasks plurals --include-path examples/multiple_choice` — a task of your own
     """
@@ -53,8 +69,8 @@ def evaluate(
     for name, value, least in (("context", context, 2), ("batch-size", batch_size, 1), ("limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(f"--{name} must be at least {least}; got {value}")
-    if output and not output.parent.is_dir():
-        raise UsageError(f"there is no folder {output.parent} to write {output.name} to: create it first")
+    check_output_file(output)
+    quiet_libraries()
     if tasks is not None:
         if data:
             raise UsageError("--tasks bring their own data: give either --tasks or --data")
@@ -62,7 +78,9 @@ def evaluate(
         return
     if fewshot is not None or include_path is not None:
         raise UsageError("--fewshot and --include-path belong to --tasks: name the tasks to run")
+    held_out = None if data else open_corpus(model)  # before the model, which takes longer
     loaded, tokenizer = open_run(model)
+    length = _context(loaded.config, model, context)
     with tempfile.TemporaryDirectory() as scratch:
         if data:
             tokenizer.save_pretrained(f"{scratch}/tokenizer")
@@ -72,11 +90,15 @@ def evaluate(
                 vocab_size=len(tokenizer),
                 tokenizer=f"{scratch}/tokenizer",
                 validation=0.0,
+                errors=unreadable,
                 progress=progress,
             )
-            blocks = PackedDataset(corpus, "train", context)
+            if skipped := corpus.index["skipped"]:
+                errors.print(f"left out {len(skipped)}, such as: {escape(skipped[0])}", soft_wrap=True)
+            blocks = PackedDataset(corpus, "train", length)
         else:
-            blocks = PackedDataset(open_corpus(model), "validation", context)
+            assert held_out is not None
+            blocks = PackedDataset(held_out, "validation", length)
         result = perplexity_by_position(loaded, blocks, batch_size=batch_size, limit=limit, progress=progress)
     table = Table("position in document", "tokens", "perplexity", title=f"perplexity {result.perplexity:.2f}")
     for row in result.to_dict()["buckets"]:
@@ -85,6 +107,24 @@ def evaluate(
     console.print(table)
     if output:
         output.write_text(json.dumps(result.to_dict(), indent=1))
+
+
+def _context(config: Any, model: str, given: int | None) -> int:
+    """Tokens of a sequence: as given, as the run was trained, or as many as the model is made for, up to a limit."""
+    from dynamask.training.folder import run_settings
+
+    longest = getattr(config, "max_position_embeddings", None)
+    if given is not None:
+        if longest is not None and given > longest:
+            errors.print(
+                f"--context {given} is longer than the model's max_position_embeddings={longest}: later positions are "
+                "ones that it was not made for"
+            )
+        return given
+    settings = run_settings(model)
+    if settings is not None and settings.context is not None:
+        return settings.context
+    return min(longest or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
 
 
 def _evaluate_tasks(
@@ -147,8 +187,8 @@ def retrieval(
 
     if depths < 1:
         raise UsageError(f"--depths must be at least 1; got {depths}")
-    if not output.parent.is_dir():
-        raise UsageError(f"there is no folder {output.parent} to write {output.name} to: create it first")
+    check_output_file(output)
+    quiet_libraries()
     loaded, tokenizer = open_run(model)
     scores = evaluate_retrieval(
         loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
@@ -194,6 +234,8 @@ def generate(
         raise UsageError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise UsageError(f"temperature must be >= 0 and top-p in (0, 1]; got {temperature} and {top_p}")
+    check_text(prompt, "the prompt")
+    quiet_libraries()
     loaded, tokenizer = open_run(model)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(loaded.device)

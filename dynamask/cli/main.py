@@ -8,9 +8,12 @@ function or a `typer.Typer`. The laboratory (`dynamask-lab`) adds `experiment`, 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -18,7 +21,7 @@ from rich.markup import escape
 from dynamask.cli import convert, evaluate, report
 from dynamask.cli.common import errors
 from dynamask.cli.train import train
-from dynamask.errors import CacheRollbackError, InvalidInputError, UsageError
+from dynamask.errors import CacheRollbackError, Interrupted, InvalidInputError, UsageError
 
 LAB_COMMANDS = ("experiment", "benchmark", "report masks", "report results")
 """Commands of the laboratory, which a plain installation names but does not have."""
@@ -82,7 +85,13 @@ add_plugins()
 
 
 def main() -> None:
-    """Run the command line. Mistakes of the user end with a message and exit code 2, never with a traceback."""
+    """Run the command line. Mistakes of the user end with a message and exit code 2, never with a traceback.
+
+    Ctrl-C ends with exit code 130 and SIGTERM with 143, after whatever the command does to be continued.
+    """
+    before: Any = None
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGTERM, _terminated)
     try:
         app()
     except (UsageError, InvalidInputError, CacheRollbackError) as error:
@@ -90,6 +99,18 @@ def main() -> None:
             raise
         errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("interrupted; run the same command again to continue from the last checkpoint")
-        sys.exit(130)
+    except Interrupted as stop:
+        errors.print(escape(str(stop)), highlight=False, soft_wrap=True)
+        sys.exit(128 + stop.signal)
+    except SystemExit as ended:
+        if ended.code == 130:  # what typer makes of a KeyboardInterrupt, without a word
+            errors.print("interrupted")
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """End by an exception, so that commands remove what they have half written."""
+    raise Interrupted("terminated", number)

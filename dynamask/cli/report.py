@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from dynamask.cli.common import Model, console
+from dynamask.cli.common import Model, check_output_file, console, quiet_libraries
 from dynamask.errors import UsageError
 
 app = typer.Typer(help="Tables and pictures about models and runs.", no_args_is_help=True)
@@ -34,12 +34,22 @@ def report_parameters(
     console.print(table)
 
 
+def require_plots() -> None:
+    """Raise UsageError where matplotlib is missing."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UsageError("pictures need matplotlib: pip install 'dynamask-attention[plots]'")
+
+
 @app.command("curves")
 def report_curves(
     runs: Annotated[list[str], typer.Argument(help="Folders of finished runs.")],
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("curves.png"),
 ) -> None:
     """Draw the training and validation curves of runs side by side."""
+    check_output_file(output)
+    require_plots()
     from dynamask.inspect import draw_curves
 
     console.print(f"written {draw_curves(runs, output)}")
@@ -52,9 +62,12 @@ def report_mask(
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("live_keys.png"),
 ) -> None:
     """Draw which keys stay alive in which head, over the text itself."""
+    check_output_file(output)
+    require_plots()
     from dynamask.inspect import draw_live_keys
     from dynamask.training import open_run
 
+    quiet_libraries()
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -70,6 +83,8 @@ def report_needle(
     metric: Annotated[str, typer.Option(help="exact or recall.")] = "exact",
 ) -> None:
     """Draw retrieval by depth and length, models side by side."""
+    check_output_file(output)
+    require_plots()
     from dynamask.inspect import draw_needle
 
     console.print(f"written {draw_needle(scores, output, metric=metric)}")

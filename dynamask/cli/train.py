@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from dynamask.cli.common import console, errors, progress
+from dynamask.cli.common import console, errors, progress, quiet_libraries
+from dynamask.errors import Interrupted
 
 
 def train(
@@ -25,7 +27,7 @@ def train(
 
     - `dynamask train` — tiny model, Python's standard library, a few minutes on a CPU
 
-    - `dynamask train preset=30m data=corpus/ context=2048 output=runs/mine`
+    - `dynamask train preset=30m data=corpus/ output=runs/mine`
 
     - `dynamask train model.attention=mha output=runs/dense` — a rival: dma, mha, swa, mla, nsa
 
@@ -33,23 +35,36 @@ def train(
 
     - `accelerate launch -m dynamask train -c run.yaml` — several GPUs
 
-    **Data** is a list of files, folders, .jsonl or .parquet tables with a `text` column, hub data sets, or
-    `stdlib`. A killed run continues from its last checkpoint when the same command is run again. Curves:
-    `tensorboard --logdir runs`.
+    **Presets**: tiny, 30m, 65m, 120m, 320m, 1.7b (`dynamask report parameters`).
 
-    **Settings**: preset, model.*, data, tokenizer, validation, errors, output, corpus, context, batch_size,
-    gradient_accumulation, steps, learning_rate, schedule (cosine, wsd, constant), warmup, weight_decay, beta1,
-    beta2, clip, precision (auto, bf16, fp32), gradient_checkpointing, compile, seed, log_every, eval_every,
-    save_every, keep, resume.
+    **Data** is a list of files, folders, .jsonl or .parquet tables with a `text` column, hub data sets (owner/name), or
+    `stdlib`. A killed run continues from its last checkpoint when the same command is run again; Ctrl-C writes one
+    first. Curves: `tensorboard --logdir runs`.
+
+    **Settings**: preset, model.*, data, tokenizer, validation, errors (fail, skip), output, corpus, context,
+    batch_size, gradient_accumulation, steps, window_schedule, learning_rate, gate_rate, rank_rate, schedule (cosine,
+    wsd, constant), warmup, weight_decay, beta1, beta2, clip, precision (auto, bf16, fp32), gradient_checkpointing,
+    compile, seed, log_every, eval_every, save_every, keep, resume.
     """
     from dynamask.training import TrainConfig
     from dynamask.training import train as run
 
     settings = TrainConfig.load(config, overrides or [])
-    result = run(settings, progress=progress)
+    quiet_libraries()
+    try:
+        result = run(
+            settings,
+            progress=progress,
+            report=lambda line: errors.print(escape(line), highlight=False, soft_wrap=True),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "interrupted; run the same command again to continue from the last checkpoint", signal.SIGINT
+        ) from None
     if result.skipped:
         errors.print(
-            f"left out {len(result.skipped)} unreadable files, such as: {escape(result.skipped[0])}", soft_wrap=True
+            f"left out {len(result.skipped)} unreadable files, lines or rows, such as: {escape(result.skipped[0])}",
+            soft_wrap=True,
         )
     console.print(f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
     console.print(f"model: {result.model_dir}", soft_wrap=True)

@@ -31,7 +31,7 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
     raise ImportError(
-        f"benchmark tasks need lm-evaluation-harness ({error}): pip install 'dynamask[eval]', or pip install lm-eval"
+        f"benchmark tasks need lm-evaluation-harness ({error}): pip install 'dynamask-attention[eval]'"
     ) from error
 
 

@@ -27,6 +27,8 @@ def draw_curves(runs: list[str], picture: str | Path) -> Path:
             state = json.loads((Path(run) / "model" / "trainer_state.json").read_text())
         except OSError as error:
             raise UsageError(f"{run} holds no finished run (no model/trainer_state.json)") from error
+        except ValueError as error:
+            raise UsageError(f"{run}/model/trainer_state.json is damaged: {error}") from error
         color = f"C{number}"
         trained = [(e["step"], e["loss"]) for e in state["log_history"] if "loss" in e]
         held_out = [(e["step"], e["eval_loss"]) for e in state["log_history"] if "eval_loss" in e]

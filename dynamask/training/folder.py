@@ -66,14 +66,20 @@ def open_corpus(model_dir: str | Path) -> Corpus:
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    folder = run_folder(model_dir)
-    settings = folder / SETTINGS
-    if not settings.exists():
+    check_local_or_hub(model_dir, "folder")
+    settings = run_settings(model_dir)
+    if settings is None:
         raise UsageError(f"{model_dir} is not a run of dynamask train, so it has no held-out texts: give some (--data)")
-    place = Path(TrainConfig.load(settings).corpus or folder / "corpus")
+    place = Path(settings.corpus or run_folder(model_dir) / "corpus")
     if not place.exists():
         raise UsageError(f"the corpus of {model_dir} is gone ({place}): give texts (--data)")
     return Corpus.open(place)
+
+
+def run_settings(model_dir: str | Path) -> TrainConfig | None:
+    """Read the settings of a run; None of a folder or name that is no run. Raises UsageError for a damaged file."""
+    settings = run_folder(model_dir) / SETTINGS
+    return TrainConfig.load(settings) if settings.exists() else None
 
 
 def run_folder(model_dir: str | Path) -> Path:

@@ -7,8 +7,8 @@
 Trains dma, mha, swa, mla, nsa and dma with uneven windows (one wide layer, the same keys in all) on the sources of
 Python's standard library without the modules that the task `next_line` asks about: same tokenizer, seed, order of the
 data, steps and learning rate. Then asks `next_line` and `plurals` of examples/multiple_choice, and appends one JSON
-line per model. It needs dynamask[eval]; set OMP_NUM_THREADS=1 to leave the other cores alone. Killed, it goes on at
-the last checkpoint when started again.
+line per model. It needs dynamask-attention[eval]; set OMP_NUM_THREADS=1 to leave the other cores alone. Killed, it
+goes on at the last checkpoint when started again.
 
 The models are very small and briefly trained, and what they get right is to be read against chance (0.25 and 0.5) and
 the standard errors: this shows that every mechanism goes through the harness, and ranks none that stand close together.
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         environment = _environment() | {"commit": provenance.commit()}
     except importlib.metadata.PackageNotFoundError:
-        parser.error("the tasks need lm-evaluation-harness: pip install 'dynamask[eval]', or pip install lm-eval")
+        parser.error("the tasks need lm-evaluation-harness: pip install 'dynamask-attention[eval]'")
     lines = chosen.output.read_text().splitlines() if chosen.output.exists() else []
     done = [_identity(json.loads(line)) for line in lines]
     for name in chosen.only or MODELS:

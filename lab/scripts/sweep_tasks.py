@@ -5,8 +5,8 @@
 
 Asks every model `next_line` and `plurals` of examples/multiple_choice, and `near_word` and `far_word` of
 lab/scripts/tasks over what the corpora hold out, and writes one JSON line per model. A model's answers to a task are on
-the disk when they are complete, so a killed run goes on there. It needs dynamask[eval], and the corpora that the models
-were trained on where DYNAMASK_CORPORA says; about half an hour per model of 20M parameters on two cores.
+the disk when they are complete, so a killed run goes on there. It needs dynamask-attention[eval], and the corpora that
+the models were trained on where DYNAMASK_CORPORA says; about half an hour per model of 20M parameters on two cores.
 
 Python's standard library, which `next_line` asks about, is not among the sources of lab/scripts/corpora.py, but its
 documentation is, for every model alike.
@@ -102,7 +102,7 @@ def _harness_version(parser: argparse.ArgumentParser) -> str:
     try:
         return importlib.metadata.version("lm_eval")
     except importlib.metadata.PackageNotFoundError:
-        parser.error("the tasks need lm-evaluation-harness: pip install 'dynamask[eval]', or pip install lm-eval")
+        parser.error("the tasks need lm-evaluation-harness: pip install 'dynamask-attention[eval]'")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dynamask.data import train_tokenizer
 from dynamask.errors import UsageError
 from tests.conftest import tiny_model
 
-pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
+pytest.importorskip("lm_eval", reason="the optional group dynamask-attention[eval] is not installed")
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "multiple_choice"
 

@@ -61,7 +61,7 @@ def test_answers_are_asked_for_once_and_a_line_names_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole path from a kept model to the report, with the harness's answers put in their place."""
-    pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
+    pytest.importorskip("lm_eval", reason="the optional group dynamask-attention[eval] is not installed")
     from dynamask.evaluation import harness
     from dynamask_lab.language.engine import LanguageConfig, build_model
     from dynamask_lab.language.kept_models import KEPT_FOLDER, keep
@@ -102,7 +102,7 @@ def test_answers_are_asked_for_once_and_a_line_names_its_model(
 @pytest.mark.parametrize("task", ["near_word", "far_word"])
 def test_the_harness_asks_for_the_word_after_its_space(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the space the models are asked for a word glued to the one before it, which none ever reads."""
-    pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
+    pytest.importorskip("lm_eval", reason="the optional group dynamask-attention[eval] is not installed")
     from lm_eval.tasks import TaskManager
 
     from dynamask_lab.language import data as language_data

@@ -131,7 +131,7 @@ def test_all_six_models_have_about_the_same_size(benchmark: ModuleType) -> None:
 
 
 def test_an_untrained_model_is_asked(task: ModuleType, asked: list[dict], tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="the optional group dynamask[eval] is not installed")
+    pytest.importorskip("lm_eval", reason="the optional group dynamask-attention[eval] is not installed")
     from dynamask.evaluation.harness import evaluate_tasks
 
     tokenizer = train_tokenizer([task.source("textwrap")], 600)
