@@ -27,7 +27,7 @@ from dynamask.ops.checks import check_segment_ids
 logger = logging.get_logger(__name__)
 
 AUXILIARY_WEIGHT = 0.1
-"""Weight of the auxiliary loss in the loss. The parameters that learn by it learn by nothing else, and Adam is
+"""Weight of the mixers' losses in the loss. The parameters that learn by it learn by nothing else, and Adam is
 indifferent to it; clipping by norm is not."""
 
 
@@ -36,7 +36,8 @@ class DynamaskModelOutput(BaseModelOutputWithPast):
     """Outputs of `DynamaskModel`.
 
     Attributes:
-        aux_loss: () mean over the layers of the losses that mixers have of their own; None where there is none.
+        aux_loss: () what mixers that learn beside the language model add to its loss: `AUXILIARY_WEIGHT` times the mean
+            over the layers of their losses; None where there are none.
     """
 
     aux_loss: Tensor | None = None
@@ -47,7 +48,7 @@ class DynamaskCausalLMOutput(CausalLMOutputWithPast):
     """Outputs of `DynamaskForCausalLM`.
 
     Attributes:
-        aux_loss: as in `DynamaskModelOutput`. It is a part of `loss`, weighted.
+        aux_loss: as in `DynamaskModelOutput`, a part of `loss`.
     """
 
     aux_loss: Tensor | None = None
@@ -218,8 +219,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         outputs = DynamaskModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=states or None,
-            # Layers may be on several devices.
-            aux_loss=torch.stack([loss.to(losses[0].device) for loss in losses]).mean() if losses else None,
+            aux_loss=_mean(losses),
             **{CACHE_NAME: past_key_values if use_cache else None},
         )
         return outputs if return_dict is not False else outputs.to_tuple()
@@ -258,7 +258,7 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
 
         Args:
             labels: (B, Nq) int64; the loss compares the logits at t with the label at t + 1. -100 is ignored. In
-                training, `AUXILIARY_WEIGHT` times `aux_loss` is a part of it.
+                training, `aux_loss` is added to it.
             logits_to_keep: compute logits for the last so many positions only (0: all), or at these indices.
 
         The other arguments are those of `DynamaskModel.forward`.
@@ -289,7 +289,7 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if aux_loss is not None:
-                loss = loss + AUXILIARY_WEIGHT * _share(labels, kwargs) * aux_loss.to(loss)
+                loss = loss + _share(labels, kwargs) * aux_loss.to(loss)
         elif aux_loss is not None:
             logger.warning_once(
                 "this model learns ranks in training, by a loss of its own: without labels it is in outputs.aux_loss "
@@ -306,6 +306,13 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
 
     def _new_cache(self) -> Cache:
         return new_cache(self.config)
+
+
+def _mean(losses: list[Tensor]) -> Tensor | None:
+    """The weighted mean of the layers' losses, which may be on several devices."""
+    if not losses:
+        return None
+    return AUXILIARY_WEIGHT * torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
 def _share(labels: Tensor, arguments: dict[str, Any]) -> Tensor | float:
