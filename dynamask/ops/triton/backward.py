@@ -288,18 +288,13 @@ def _backward(
     q_row = (batch * heads + group * RATIO + head).to(tl.int64) * num_queries + place
     d = tl.arange(0, DIM_PAD)
     dv = tl.arange(0, VALUE_PAD)
-    q_mask = real[:, None] & (d < DIM)[None, :]
-    q = tl.load(query + q_row[:, None] * DIM + d[None, :], mask=q_mask, other=0.0)
-    do = tl.load(
-        grad_output + q_row[:, None] * VALUE_DIM + dv[None, :],
-        mask=real[:, None] & (dv < VALUE_DIM)[None, :],
-        other=0.0,
-    )
     row_top, row_rest = load_row_sums(top, rest, q_row, real)
-    # Its query and gradient may be NaN, which a weight of zero would pass on.
-    weighs = (row_rest != float("inf"))[:, None]
-    q, do = tl.where(weighs, q, 0.0), tl.where(weighs, do, 0.0)
     row_delta = tl.load(delta + q_row, mask=real, other=0.0)
+    # The query and gradient of a row that sees nothing may be NaN, which a weight of zero would pass on.
+    weighs = real & (row_rest != float("inf"))
+    q_mask, do_mask = weighs[:, None] & (d < DIM)[None, :], weighs[:, None] & (dv < VALUE_DIM)[None, :]
+    q = tl.load(query + q_row[:, None] * DIM + d[None, :], mask=q_mask, other=0.0)
+    do = tl.load(grad_output + q_row[:, None] * VALUE_DIM + dv[None, :], mask=do_mask, other=0.0)
     base = row.to(tl.int64) * length
     key += base * DIM
     d_key += base * DIM
@@ -327,19 +322,35 @@ def _backward(
             q, do, row_top, row_rest, row_delta, dq, position, j, begin + n < tested, key, value, expiry, bias, d_key,
             d_value, d_bias, scale, d, dv, DIM, VALUE_DIM, HAS_BIAS, SCATTER, True, PRECISION,
         )  # fmt: skip
-    if tl.sum(tl.sum((dq != dq).to(tl.int32), 1), 0) > 0:
-        # A key that is not finite reached rows that do not see it: 0 · NaN is NaN. Once more, key by key.
-        dq = tl.zeros([RATIO_PAD * M, DIM_PAD], tl.float32)
-        for entry in range(0, whole_tiles + tested):
-            j = tl.load(list_row + tl.where(entry < num_whole, entry, capacity - 1 - (entry - num_whole)))
-            seen = (j <= position) & (position < tl.load(expiry + j))
-            wide = j.to(tl.int64)
-            k = tl.load(key + wide * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-            v = tl.load(value + wide * VALUE_DIM + dv, mask=dv < VALUE_DIM, other=0.0).to(tl.float32)
-            s = tl.sum(q.to(tl.float32) * k[None, :], 1) * scale
-            if HAS_BIAS:
-                s += tl.load(bias + wide)
-            p = tl.exp2((s - row_top) * LOG2E - row_rest)
-            ds = p * (tl.sum(do.to(tl.float32) * v[None, :], 1) - row_delta)
-            dq += tl.where(seen[:, None], ds[:, None] * k[None, :], 0.0)
+    # A key that is not finite reaches rows that do not see it: 0 · NaN is NaN. Such rows are done once more.
+    again = (tl.sum((dq != dq).to(tl.int32), 1) > 0) & real
+    real &= again == 0
+    q_mask = real[:, None] & (d < DIM)[None, :]
     tl.store(d_query + q_row[:, None] * DIM + d[None, :], (dq * scale).to(d_query.dtype.element_ty), mask=q_mask)
+    if tl.sum(again.to(tl.int32), 0) > 0:
+        for r in range(0, RATIO_PAD * M):
+            if tl.sum((again & (tile == r)).to(tl.int32), 0) > 0:
+                at = tl.sum(tl.where(tile == r, position, 0), 0)
+                own = tl.sum(tl.where(tile == r, q_row, 0), 0)
+                one_q = tl.load(query + own * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
+                one_do = tl.load(grad_output + own * VALUE_DIM + dv, mask=dv < VALUE_DIM, other=0.0).to(tl.float32)
+                one_top, one_rest = tl.load(top + own), tl.load(rest + own) * LOG2E
+                one_delta = tl.load(delta + own)
+                one = tl.zeros([DIM_PAD], tl.float32)
+                for begin in range(0, whole_tiles + tested, 16):
+                    entry = begin + tl.arange(0, 16)
+                    listed = entry < whole_tiles + tested
+                    slot = tl.where(entry < num_whole, entry, capacity - 1 - (entry - num_whole))
+                    j = tl.load(list_row + slot, mask=listed, other=0)
+                    seen = listed & (j <= at) & (at < tl.load(expiry + j))
+                    wide = j.to(tl.int64)[:, None]
+                    k_mask, v_mask = seen[:, None] & (d < DIM)[None, :], seen[:, None] & (dv < VALUE_DIM)[None, :]
+                    k = tl.load(key + wide * DIM + d[None, :], mask=k_mask, other=0.0).to(tl.float32)
+                    v = tl.load(value + wide * VALUE_DIM + dv[None, :], mask=v_mask, other=0.0).to(tl.float32)
+                    s = tl.sum(one_q[None, :] * k, 1) * scale
+                    if HAS_BIAS:
+                        s += tl.load(bias + j, mask=seen, other=0.0)
+                    p = tl.exp2((s - one_top) * LOG2E - one_rest)
+                    ds = tl.where(seen, p * (tl.sum(one_do[None, :] * v, 1) - one_delta), 0.0)
+                    one += tl.sum(ds[:, None] * k, 0)
+                tl.store(d_query + own * DIM + d, (one * scale).to(d_query.dtype.element_ty), mask=d < DIM)

@@ -304,17 +304,13 @@ def _walk(
         position = start + offset
         real = (head < RATIO) & (position < high)
         q_row = head_row + position
-        q = tl.load(query + q_row[:, None] * DIM + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
-        do = tl.load(
-            grad_output + q_row[:, None] * VALUE_DIM + dv[None, :],
-            mask=real[:, None] & (dv < VALUE_DIM)[None, :],
-            other=0.0,
-        )
         row_top, row_rest = load_row_sums(top, rest, q_row, real)
-        # A row without keys may hold NaN, which a weight of zero would pass on.
-        weighs = (row_rest != float("inf"))[:, None]
-        q, do = tl.where(weighs, q, 0.0), tl.where(weighs, do, 0.0)
         row_delta = tl.load(delta + q_row, mask=real, other=0.0)
+        # The query and gradient of a row that sees nothing may be NaN, which a weight of zero would pass on.
+        weighs = real & (row_rest != float("inf"))
+        q_mask, do_mask = weighs[:, None] & (d < DIM)[None, :], weighs[:, None] & (dv < VALUE_DIM)[None, :]
+        q = tl.load(query + q_row[:, None] * DIM + d[None, :], mask=q_mask, other=0.0)
+        do = tl.load(grad_output + q_row[:, None] * VALUE_DIM + dv[None, :], mask=do_mask, other=0.0)
         seen = (j[:, None] <= position[None, :]) & (position[None, :] < dies[:, None])
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         if HAS_BIAS:

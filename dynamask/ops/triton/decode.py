@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.triton.forward import LOG2E, attend_key
+from dynamask.ops.triton.forward import LOG2E, attend_row
 
 MAX_QUERIES = 8
 _SPLIT = 256
@@ -126,8 +126,6 @@ def _decode(
             mask=there[:, None] & (dv < VALUE_DIM)[None, :],
             other=0.0,
         )
-        # What a key holds that no query sees may be NaN, which a weight of zero would pass on.
-        v = tl.where((dies > tl.maximum(j, length - NUM_QUERIES))[:, None], v, 0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if HAS_BIAS:
             s += tl.load(bias + place, mask=there, other=0.0)[None, :]
@@ -140,19 +138,11 @@ def _decode(
         total = total * shrink + tl.sum(p, 1)
         mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
         top = new_top
-    if NUM_QUERIES > 1:  # noqa: SIM102
-        if tl.sum(tl.sum((mixed != mixed).to(tl.int32), 1), 0) > 0:
-            # A value that is not finite reached queries that do not see it: 0 · NaN is NaN. Once more, key by key.
-            top = tl.full([ROWS], float("-inf"), tl.float32)
-            total = tl.zeros([ROWS], tl.float32)
-            mixed = tl.zeros([ROWS, VALUE_PAD], tl.float32)
-            for j in range(split * part, stop):
-                seen = (j <= position) & (position < tl.load(expiry + base + j))
-                top, total, mixed = attend_key(
-                    q, seen, base + j, key, value, bias, d, dv, scale, top, total, mixed, DIM, VALUE_DIM, HAS_BIAS
-                )
-    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     out_row = split.to(tl.int64) * total_rows + q_row
+    # A value that is not finite reaches queries that do not see it: 0 · NaN is NaN. Such rows are done once more.
+    again = (tl.sum((mixed != mixed).to(tl.int32), 1) > 0) & real
+    real &= again == 0
+    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(
         outputs + out_row[:, None] * VALUE_DIM + dv[None, :],
         mixed,
@@ -160,6 +150,27 @@ def _decode(
     )
     tl.store(tops + out_row, top, mask=real)
     tl.store(totals + out_row, total, mask=real)
+    if tl.sum(again.to(tl.int32), 0) > 0:
+        for r in range(0, RATIO * NUM_QUERIES):
+            if tl.sum((again & (tile == r)).to(tl.int32), 0) > 0:
+                at = length - NUM_QUERIES + r % NUM_QUERIES
+                first = row.to(tl.int64) * RATIO * NUM_QUERIES
+                one_q = tl.load(query + (first + r) * DIM + d, mask=d < DIM, other=0.0)
+                one_top, one_total = float("-inf"), 0.0
+                one = tl.zeros([VALUE_PAD], tl.float32)
+                for begin in range(split * part, stop, 16):
+                    j = begin + tl.arange(0, 16)
+                    seen = (j < stop) & (j <= at)
+                    seen = seen & (at < tl.load(expiry + base + j, mask=seen, other=0))
+                    one_top, one_total, one = attend_row(
+                        one_q, base + j, seen, key, value, bias, d, dv, scale, one_top, one_total, one, DIM,
+                        VALUE_DIM, HAS_BIAS,
+                    )  # fmt: skip
+                one = one / tl.where(one_total == 0.0, 1.0, one_total)
+                own = split.to(tl.int64) * total_rows + first + r
+                tl.store(outputs + own * VALUE_DIM + dv, one, mask=dv < VALUE_DIM)
+                tl.store(tops + own, one_top)
+                tl.store(totals + own, one_total)
 
 
 @triton.jit

@@ -240,17 +240,13 @@ def _ranking(score):
 
 @triton.jit
 def _count_of_head(counts, row, groups, PER_HEAD: tl.constexpr):
-    if PER_HEAD:
-        return tl.load(counts + row % groups)
-    return counts
+    return tl.load(counts + row % groups) if PER_HEAD else counts
 
 
 @triton.jit
 def _moved(at, later, first, length, local, there, PADDED: tl.constexpr):
     """Positions moved by `local` real tokens; `first` is where the row of the batch begins in `later`."""
-    if PADDED:
-        return tl.load(later + first + at, mask=there & (at < length), other=_NEVER)
-    return at + local
+    return tl.load(later + first + at, mask=there & (at < length), other=_NEVER) if PADDED else at + local
 
 
 @triton.jit(do_not_specialize=["groups", "steps", "sinks"])

@@ -99,10 +99,10 @@ def load_row_sums(top, rest, q_row, real):
 
 
 @triton.jit
-def attend_key(
+def attend_row(
     q,
-    seen,
     j,
+    seen,
     key,
     value,
     bias,
@@ -116,19 +116,21 @@ def attend_key(
     VALUE_DIM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """One key at `j` of a row, for the queries that have `seen` it; the others keep their sums as they are."""
-    k = tl.load(key + j * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-    v = tl.load(value + j * VALUE_DIM + dv, mask=dv < VALUE_DIM, other=0.0).to(tl.float32)
-    s = tl.sum(q.to(tl.float32) * k[None, :], 1) * scale
+    """One query over a few keys `j` of its row. Keys that it has not `seen` are not read, whatever they hold."""
+    wide = j.to(tl.int64)
+    k = tl.load(key + wide[:, None] * DIM + d[None, :], mask=seen[:, None] & (d < DIM)[None, :], other=0.0)
+    v = tl.load(
+        value + wide[:, None] * VALUE_DIM + dv[None, :], mask=seen[:, None] & (dv < VALUE_DIM)[None, :], other=0.0
+    )
+    s = tl.sum(q.to(tl.float32)[None, :] * k.to(tl.float32), 1) * scale
     if HAS_BIAS:
-        s += tl.load(bias + j)
+        s += tl.load(bias + wide, mask=seen, other=0.0)
     s = tl.where(seen, s, float("-inf"))
-    new_top = tl.maximum(top, s)
+    new_top = tl.maximum(top, tl.max(s, 0))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2((s - base) * LOG2E)
     shrink = tl.exp2((top - base) * LOG2E)
-    added = tl.where(seen[:, None], p[:, None] * v[None, :], 0.0)
-    return new_top, total * shrink + p, mixed * shrink[:, None] + added
+    return new_top, total * shrink + tl.sum(p, 0), mixed * shrink + tl.sum(p[:, None] * v.to(tl.float32), 0)
 
 
 @triton.jit
@@ -233,18 +235,9 @@ def _forward(
         mixed = tl.dot(p.to(v.dtype), v, mixed, input_precision=PRECISION)
         top = new_top
 
-    if tl.sum(tl.sum((mixed != mixed).to(tl.int32), 1), 0) > 0:
-        # A value that is not finite reached rows that do not see it: 0 · NaN is NaN. Once more, key by key.
-        top = tl.full([RATIO_PAD * M], float("-inf"), tl.float32)
-        total = tl.zeros([RATIO_PAD * M], tl.float32)
-        mixed = tl.zeros([RATIO_PAD * M, VALUE_PAD], tl.float32)
-        for entry in range(0, num_whole + num_partial):
-            j = tl.load(list_row + tl.where(entry < num_whole, entry, capacity - 1 - (entry - num_whole)))
-            seen = (j <= position) & (position < tl.load(expiry + j))
-            top, total, mixed = attend_key(
-                q, seen, j.to(tl.int64), key, value, bias, d, dv, scale, top, total, mixed, DIM, VALUE_DIM, HAS_BIAS
-            )
-
+    # A value that is not finite reaches rows that do not see it: 0 · NaN is NaN. Such rows are done once more.
+    again = (tl.sum((mixed != mixed).to(tl.int32), 1) > 0) & real
+    real &= again == 0
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(
         output + q_row[:, None] * VALUE_DIM + dv[None, :],
@@ -253,3 +246,38 @@ def _forward(
     )
     tl.store(largest + q_row, top, mask=real)
     tl.store(rest + q_row, tl.log(total), mask=real)
+    if tl.sum(again.to(tl.int32), 0) > 0:
+        for r in range(0, RATIO_PAD * M):
+            if tl.sum((again & (tile == r)).to(tl.int32), 0) > 0:
+                at = tl.sum(tl.where(tile == r, position, 0), 0)
+                own = tl.sum(tl.where(tile == r, q_row, 0), 0)
+                one_q = tl.load(query + own * DIM + d, mask=d < DIM, other=0.0)
+                one_top, one_total = float("-inf"), 0.0
+                one = tl.zeros([VALUE_PAD], tl.float32)
+                for begin in range(0, num_whole + num_partial, 16):
+                    entry = begin + tl.arange(0, 16)
+                    listed = entry < num_whole + num_partial
+                    slot = tl.where(entry < num_whole, entry, capacity - 1 - (entry - num_whole))
+                    j = tl.load(list_row + slot, mask=listed, other=0)
+                    seen = listed & (j <= at) & (at < tl.load(expiry + j))
+                    one_top, one_total, one = attend_row(
+                        one_q,
+                        j,
+                        seen,
+                        key,
+                        value,
+                        bias,
+                        d,
+                        dv,
+                        scale,
+                        one_top,
+                        one_total,
+                        one,
+                        DIM,
+                        VALUE_DIM,
+                        HAS_BIAS,
+                    )
+                one = one / tl.where(one_total == 0.0, 1.0, one_total)
+                tl.store(output + own * VALUE_DIM + dv, one.to(output.dtype.element_ty), mask=dv < VALUE_DIM)
+                tl.store(largest + own, one_top)
+                tl.store(rest + own, tl.log(one_total))
