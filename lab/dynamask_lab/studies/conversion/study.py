@@ -39,6 +39,8 @@ BUDGETS = (2048, 1024, 512, 256)
 LENGTHS = (1024, 2048, 4096, 8192)
 CONTEXT = 7680
 """Tokens that are read, and compressed, before `continuation` measures the loss of the next 512."""
+WAIT = 150.0
+"""Seconds that `--after` waits at most."""
 LANES = ("all", "converted", "dense", "speed")
 
 
@@ -325,7 +327,7 @@ def main() -> int:
     wanted = [job.settings for job in left if job.measure == "tasks"]
     examples = Examples(arguments.model, arguments.data, wanted, arguments.processes)
     # From here on the GPU may be initialised.
-    while arguments.after and not arguments.after.exists() and time.monotonic() - start < arguments.seconds / 2:
+    while arguments.after and not arguments.after.exists() and time.monotonic() - start < WAIT:
         time.sleep(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results.facts["device"] = device_name()
