@@ -223,7 +223,7 @@ class Workshop:
             self.report(told, "learn_ranks", {"seconds": seconds, "history": _plain(history)})
         return dict(torch.load(file, map_location=self.device, weights_only=True))
 
-    def windows(self, spec: Spec, model: Any) -> list[list[int]]:
+    def windows(self, spec: Spec, model: Any) -> list[list[int] | None]:
         """The windows per layer and KV head, `spec.budget` on the mean."""
         file = self.state / f"windows-{spec.budget}-{spec.predictor}-seed{spec.seed}.json"
         if not file.exists():
@@ -232,7 +232,7 @@ class Workshop:
             start = time.perf_counter()
             made = allocate_windows(model, self.calibration(), spec.budget)
             seconds = time.perf_counter() - start
-            windows = [[int(window) for window in layer] for layer in made]
+            windows = [layer and [int(window) for window in layer] for layer in made]
             file.write_text(json.dumps(windows))
             told = Spec("converted", spec.budget, spec.seed, predictor=spec.predictor)
             self.report(told, "allocate_windows", {"seconds": seconds, "windows": windows})
@@ -271,7 +271,7 @@ def upcycled(dense: Any, window: int, *, copy_weights: bool = False) -> Any:
     return upcycle(dense, window, local=LOCAL, sinks=SINKS, copy_weights=copy_weights).eval()
 
 
-def set_windows(model: Any, windows: Sequence[Sequence[int]]) -> None:
+def set_windows(model: Any, windows: Sequence[Sequence[int] | None]) -> None:
     """Give the converted model these windows per layer and KV head."""
     from dynamask.convert import set_windows as setter
 

@@ -60,9 +60,6 @@ def load() -> Any:
         return original(self, module, given, kwargs, output)
 
     base_press.BasePress.forward_hook = forward_hook
-    for press in vars(kvpress).values():  # presses with a hook that wraps the base's take it from the class above
-        if isinstance(press, type) and press.__dict__.get("forward_hook") is original:
-            press.forward_hook = forward_hook
     return kvpress
 
 

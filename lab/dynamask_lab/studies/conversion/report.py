@@ -266,28 +266,35 @@ def picture(study: Study, file: Path) -> None:
     """Loss above dense by position, needles by length, and the windows of the heads."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     dense = study.by_position("dense", "text")
-    for form, label in _DRAWN:
+    for number, (form, label) in enumerate(_DRAWN):
         curve = study.by_position(form, "text")
         if curve is not None and dense is not None and form != "dense":
-            left.plot((np.arange(len(curve)) + 0.5) * BIN, curve - dense, label=label)
+            left.plot((np.arange(len(curve)) + 0.5) * BIN, curve - dense, f"C{number}", label=label)
         scores = [study.scores(form, GROUPS["needles"], length=length) for length in LENGTHS]
         shown = [(n, float(np.mean(list(v.values())))) for n, v in zip(LENGTHS, scores, strict=True) if v]
         if shown:
-            middle.plot(*zip(*shown, strict=True), marker="o", label=label)
-    for form in study.forms:
+            middle.plot(*zip(*shown, strict=True), f"C{number}o-", label=label)
+    for number, form in enumerate(study.forms):
         values = [(n, study.scores(form, GROUPS["needles"], length=n)) for n in LENGTHS]
         shown = [(n, float(np.mean(list(v.values())))) for n, v in values if v]
         if form.endswith(f"-{BUDGET}") and not form.startswith("converted") and shown:
-            middle.plot(*zip(*shown, strict=True), marker=".", linestyle=":", label=form.removesuffix(f"-{BUDGET}"))
+            middle.plot(
+                *zip(*shown, strict=True),
+                marker=".",
+                linestyle=":",
+                color=plt.cm.Greys(0.35 + number % 7 / 12),
+                label=form.removesuffix(f"-{BUDGET}"),
+            )
     left.set(title=f"Loss above dense, text, {BUDGET} keys per head", xlabel="position", ylabel="nats")
-    middle.set(title="Needle tasks", xlabel="tokens", ylabel="score", xscale="log", xticks=LENGTHS, ylim=(0, 1))
+    middle.set(title="Needle tasks", xlabel="tokens", ylabel="score", ylim=(0, 1))
+    middle.set_xscale("log", base=2)
     middle.set_xticks(LENGTHS, [f"{n // 1024}K" for n in LENGTHS])
     for axis in (left, middle):
         if axis.lines:
             axis.legend(fontsize=7)
     found = [row for row in study.rows if row["measure"] == "allocate_windows" and row["spec"]["budget"] == BUDGET]
     if found:
-        windows = np.array(found[0]["result"]["windows"]).T
+        windows = np.array([layer for layer in found[0]["result"]["windows"] if layer]).T
         image = right.imshow(np.log2(windows), aspect="auto", cmap="viridis")
         bar = figure.colorbar(image, ax=right)
         bar.set_ticks(bar.get_ticks(), labels=[f"{2**tick:.0f}" for tick in bar.get_ticks()])

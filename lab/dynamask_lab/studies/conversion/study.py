@@ -248,7 +248,7 @@ class Runner:
             scores: list[list[float]] = []
             for first in range(0, len(examples), batch):
                 scores += measure.answers(form, self.tokenizer, examples[first : first + batch])
-            return {"scores": scores, "depths": [round(e.depth, 4) for e in examples]}
+            return {"scores": scores, "depths": [None if e.depth is None else round(e.depth, 4) for e in examples]}
         if job.measure == "benchmark":
             limit = min(settings["limit"], self.limit or settings["limit"])
             choices = measure.read_benchmark(self.benchmarks, settings["name"], limit)

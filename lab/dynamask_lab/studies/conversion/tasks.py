@@ -69,14 +69,14 @@ class Example:
         context: token ids, the chat template's beginning included.
         questions: token ids of each question, the end of the turn and the beginning of the answer included.
         answers: for each question, the strings that the generated text is searched for.
-        depth: share of the context before the first needed line; nan where the task has none.
+        depth: share of the context before the first needed line; None where the task has none.
     """
 
     task: str
     context: list[int]
     questions: list[list[int]]
     answers: list[tuple[str, ...]]
-    depth: float
+    depth: float | None
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Tasks:
         else:
             raise InvalidInputError(f"no question of {task} has {target} tokens")
         room = length - target - GENERATED[task]
+        depth: float | None
         example = _tracking_example() if task == "tracking" else ""  # not part of the text to search
         head = self._encode(self.before + example + plan.head)
         if plan.haystack == "lines":
@@ -149,7 +150,7 @@ class Tasks:
         elif plan.haystack in ("words", "codes"):
             maker = self._word_list if plan.haystack == "words" else self._coded_text
             body, answers = maker(room - len(head), rng)
-            plan, depth = _Plan(plan.head, plan.questions, [answers], [], plan.haystack), float("nan")
+            plan, depth = _Plan(plan.head, plan.questions, [answers], [], plan.haystack), None
         else:
             body, depth = self._hide(plan, room - len(head), rng)
         return Example(task, head + body, questions, plan.answers, depth)
