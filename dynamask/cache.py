@@ -682,7 +682,10 @@ def _bounded_layers(
     locals_ = getattr(config, "layer_locals", None) if local is None and windows is None else None
     if locals_ is None:
         locals_ = [(getattr(config, "local", None) or 0) if local is None else local] * count
-    return [BoundedLayer(window, local=n, sinks=sinks) for window, n in zip(each, locals_, strict=True)]
+    # Layers of converted models that slide have no sinks.
+    of_layers = getattr(config, "layer_sinks", None) if windows is None and local is None else None
+    sinks_ = [sinks] * count if of_layers is None else of_layers
+    return [BoundedLayer(window, local=n, sinks=first) for window, n, first in zip(each, locals_, sinks_, strict=True)]
 
 
 def _layers_of_mixers(config: Any) -> list[BoundedLayer] | None:

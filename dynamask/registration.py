@@ -18,6 +18,7 @@ from typing import Any
 
 _REGISTRY = "transformers.models.auto.configuration_auto"
 _NATIVE, _CONVERTED = "dynamask", "dynamask_"
+_CONVERTED_MODULE = "dynamask.convert.models"
 
 
 def _module_of(model_type: Any) -> str | None:
@@ -25,7 +26,7 @@ def _module_of(model_type: Any) -> str | None:
     if model_type == _NATIVE:
         return "dynamask.models"
     if isinstance(model_type, str) and model_type.startswith(_CONVERTED):
-        return "dynamask.convert"
+        return _CONVERTED_MODULE
     return None
 
 
@@ -35,7 +36,9 @@ class _OnDemand(dict[str, Any]):
     def __missing__(self, key: str) -> Any:
         module = _module_of(key)
         if module is not None:
-            importlib.import_module(module)  # registers its configurations here
+            loaded = importlib.import_module(module)  # registers its configurations here
+            if module == _CONVERTED_MODULE and key in loaded.converted_model_types():
+                loaded.converted_classes(key)
             if dict.__contains__(self, key):
                 return dict.__getitem__(self, key)
         raise KeyError(key)
@@ -57,7 +60,9 @@ def _attach(registry: ModuleType) -> None:
         mapping._extra_content = _OnDemand(known)
     else:  # another transformers: register at once, at the price of the import
         importlib.import_module("dynamask.models")
-        importlib.import_module("dynamask.convert")
+        converted = importlib.import_module(_CONVERTED_MODULE)
+        for model_type in converted.converted_model_types():
+            converted.converted_classes(model_type)
 
 
 class _AfterImport(MetaPathFinder):

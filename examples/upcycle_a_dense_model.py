@@ -12,7 +12,7 @@ torch.manual_seed(0)
 dense = LlamaForCausalLM(
     LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 ).eval()
-sparse = convert.upcycle(dense, window=32)
+sparse = convert.upcycle(dense, window=32, local=8, sinks=2)
 tokens = torch.randint(0, 200, (1, 100))
 
 with torch.no_grad():
@@ -33,10 +33,8 @@ cache = BoundedCache(sparse.config)
 sparse.eval().generate(tokens, max_new_tokens=50, past_key_values=cache, pad_token_id=0, attention_mask=tokens > -1)
 print(f"after {cache.get_seq_length()} tokens the cache holds {cache.layers[0].keys_held.max()} keys per head")
 
-# The last layer left dense, and ranks that learn in training which keys will be looked at.
-mixed = convert.upcycle(dense, window=32, dense_layers=[-1], ranking="learned")
-mixed.train()(tokens, labels=tokens).loss.backward()
-print(f"gradient of the ranks: {mixed.model.layers[0].self_attn.gate.delta.weight.grad.norm():.1e}")
+# The last layer left dense: its cache grows with the text.
+mixed = convert.upcycle(dense, window=32, local=8, sinks=2, dense_layers=[-1])
 answer = mixed.eval().generate(
     tokens, max_new_tokens=50, pad_token_id=0, attention_mask=tokens > -1, return_dict_in_generate=True
 )

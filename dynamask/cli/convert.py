@@ -30,38 +30,24 @@ def convert_upcycle(
     source: Annotated[str, typer.Argument(help="Folder or hub name of a Llama, Mistral, Qwen or SmolLM model.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
     window: Annotated[int, typer.Option(help="Keys each query keeps.")] = 2048,
-    local: Annotated[int | None, typer.Option(help="How many of them are the newest; default half.")] = None,
+    local: Annotated[int, typer.Option(help="How many of them are the newest.")] = 128,
+    sinks: Annotated[int, typer.Option(help="How many of them are the first.")] = 4,
     dense_layer: Annotated[
         list[int] | None, typer.Option(help="Index of a layer left dense, -1 for the last; repeatable.")
     ] = None,
-    uneven: Annotated[
-        bool, typer.Option("--uneven", help="The window on average: one layer in six wide, the others a quarter of it.")
-    ] = False,
-    ranking: Annotated[
-        str, typer.Option(help="attention: ranks that learn who is looked at; or score (the paper's).")
-    ] = "attention",
 ) -> None:
-    """A dense model with zero-initialised gates: the same model up to `window` tokens, trainable sparse beyond.
-
-    Windows that differ (--uneven) keep as many keys and do far better in models trained so from the start. A few layers
-    left dense help, too, and cost a cache that grows. Of the paper's ranks (--ranking score) fine-tuned models did not
-    learn to find what was said beyond their local window.
+    """A dense model with untrained ranks: the same model up to `window` tokens.
 
     **Examples**
 
     - `dynamask convert upcycle Qwen/Qwen3-0.6B sparse --window 1024`
-
-    - `dynamask convert upcycle Qwen/Qwen3-0.6B uneven --window 1024 --uneven`
 
     - `dynamask convert upcycle Qwen/Qwen3-0.6B mixed --dense-layer 9 --dense-layer 18`
     """
     from dynamask import convert
 
     model = _load_causal_lm(source)
-    windows = "uneven" if uneven else None
-    sparse = convert.upcycle(
-        model, window, local=local, dense_layers=dense_layer or (), layer_windows=windows, ranking=ranking
-    )
+    sparse = convert.upcycle(model, window, local=local, sinks=sinks, dense_layers=dense_layer or ())
     _save_converted(sparse, source, target)
 
 

@@ -1,5 +1,29 @@
 """Turn existing models into models whose attention runs on dynamask."""
 
-from dynamask.convert.upcycle import from_doge, upcycle
+from __future__ import annotations
 
-__all__ = ["from_doge", "upcycle"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# These modules carry the names of their functions, so they are imported here: a module imported later would take the
+# function's place.
+from dynamask.convert.allocate_windows import allocate_windows
+from dynamask.convert.learn_ranks import learn_ranks
+from dynamask.convert.models import set_windows
+from dynamask.convert.upcycle import upcycle
+
+if TYPE_CHECKING:
+    from dynamask.convert.doge import from_doge
+
+__all__ = ["allocate_windows", "from_doge", "learn_ranks", "set_windows", "upcycle"]
+
+_HOME = {"from_doge": "doge"}
+"""Name -> the module of this package that defines it, imported on first use."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

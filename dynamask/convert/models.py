@@ -1,250 +1,468 @@
-"""Models of other architectures whose attention runs on dynamask: Llama, Mistral, Qwen2, Qwen3, SmolLM3, Doge.
+"""Models of other architectures whose attention runs on dynamask.
 
-Each is the transformers class with its attention modules exchanged, under a model_type of its own
-("dynamask_llama", ...), so that `save_pretrained` and `AutoModelForCausalLM.from_pretrained` keep the gates.
+Each is the transformers class with its attention modules converted (`dynamask.convert.attention`), under a model_type
+of its own ("dynamask_llama", ...), so that `save_pretrained` and `AutoModelForCausalLM.from_pretrained` keep the rank
+predictors and the windows. The classes of an architecture are made when they are first needed, because each costs the
+import of a transformers module: `DynamaskLlamaForCausalLM` is an attribute of this module like any other.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    DogeConfig,
-    DogeForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.models.doge.modeling_doge import DogeDecoderLayer
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dynamask.cache import BoundedCache, BoundedLayer
+from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
+from dynamask.convert.attention import IMPLEMENTATION, call_facts, convert_attention
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.base import SequenceInfo, cached_rows, packed_segments
-from dynamask.mixers.dma import dynamic_mask_mix
-from dynamask.mixers.gate import DynamicMaskGate
-from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.models.cache_argument import given_cache
 from dynamask.models.generation import OwnCacheGeneration
+from dynamask.ops.checks import check_window
+
+Windows = int | list[Any]
 
 
-def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """transformers' mask hook: hand the 2-d padding mask through; the intervals do the rest."""
-    return attention_mask
+class Architecture(NamedTuple):
+    """Names of an architecture's classes in transformers."""
+
+    config: str
+    model: str
 
 
-def _never_called(*args: Any, **kwargs: Any) -> None:
-    raise RuntimeError("attention 'dynamask' belongs to converted models; use dynamask.convert to make one")
+ARCHITECTURES = {
+    "llama": Architecture("LlamaConfig", "LlamaForCausalLM"),
+    "mistral": Architecture("MistralConfig", "MistralForCausalLM"),
+    "qwen2": Architecture("Qwen2Config", "Qwen2ForCausalLM"),
+    "qwen3": Architecture("Qwen3Config", "Qwen3ForCausalLM"),
+    "smollm3": Architecture("SmolLM3Config", "SmolLM3ForCausalLM"),
+    "gemma2": Architecture("Gemma2Config", "Gemma2ForCausalLM"),
+    "gemma3_text": Architecture("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "phi3": Architecture("Phi3Config", "Phi3ForCausalLM"),
+    "granite": Architecture("GraniteConfig", "GraniteForCausalLM"),
+    "olmo2": Architecture("Olmo2Config", "Olmo2ForCausalLM"),
+    "doge": Architecture("DogeConfig", "DogeForCausalLM"),
+}
+"""transformers' model_type -> its classes. The converted model_type is "dynamask_" + model_type."""
+
+_PREFIX = "dynamask_"
+
+_REASONS = {
+    "gpt_oss": "its attention has a learned sink in every head's softmax, which interval attention lacks",
+    "gemma3": "it reads images; convert its text model (Gemma3ForCausalLM)",
+    "mixtral": "mixture-of-experts models are not tried yet",
+    "qwen2_moe": "mixture-of-experts models are not tried yet",
+    "qwen3_moe": "mixture-of-experts models are not tried yet",
+    "deepseek_v3": "it keeps latent vectors instead of keys and values",
+    "llama4_text": "it attends in chunks, whose keys return",
+    "doge": "it has a dynamic mask already: use dynamask.convert.from_doge",
+}
+"""Why well-known architectures are not converted."""
 
 
-AttentionInterface.register("dynamask", _never_called)
-AttentionMaskInterface.register("dynamask", _padding_mask)
-
-
-class ConvertedAttention(nn.Module):
-    """The projections of a transformers attention module, with dynamic mask attention between them, or, in a layer
-    without a window, dense attention.
-
-    Args:
-        original: the module it replaces; its projections and head norms are taken over, not copied.
-        config: the converted model's configuration.
-        layer_idx: index of the layer.
-    """
-
-    def __init__(self, original: Any, config: Any, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
-        self.head_dim = original.head_dim
-        self.scaling = original.scaling
-        self.use_rope = bool(getattr(original, "use_rope", True))  # SmolLM3 leaves RoPE out of some layers
-        self.window, self.local = config.layer_windows[layer_idx], config.layer_locals[layer_idx]
-        self.q_proj, self.k_proj = original.q_proj, original.k_proj
-        self.v_proj, self.o_proj = original.v_proj, original.o_proj
-        self.q_norm = getattr(original, "q_norm", nn.Identity())
-        self.k_norm = getattr(original, "k_norm", nn.Identity())
-        self.sinks = config.sinks
-        self.gate: DynamicMaskGate | None = None
-        self.rank_predictor: RankPredictor | None = None
-        if self.window is not None and config.ranking == "paper":
-            bias = config.model_type == "dynamask_doge" and config.attention_bias
-            self.gate = DynamicMaskGate(config.num_key_value_heads, self.head_dim, bias=bias)
-        elif self.window is not None:
-            self.rank_predictor = RankPredictor(config.hidden_size, config.num_key_value_heads)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        if self.use_rope:
-            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        sequence = _sequence(hidden_states, attention_mask, position_ids, past_key_values, self.layer_idx)
-        if self.window is None:
-            if past_key_values is not None:
-                key, value = cached_rows(past_key_values, key, value, self.layer_idx, sequence)
-            output = dense_attention(query, key, value, sequence, scale=self.scaling)
-        else:
-            output = dynamic_mask_mix(
-                query,
-                key,
-                value,
-                self.gate(value) if self.gate is not None else self.rank_predictor(hidden_states.detach()),
-                sequence,
-                windows=(self.window,) * key.shape[1],
-                local=self.local,
-                sinks=self.sinks,
-                cache=past_key_values,
-                layer_idx=self.layer_idx,
-                scale=self.scaling,
-                gate=self.gate,
-            )
-        return self.o_proj(output.transpose(1, 2).flatten(2)), None
-
-
-def _sequence(
-    hidden_states: Tensor, mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None, layer_idx: int
-) -> SequenceInfo:
-    batch, new = hidden_states.shape[:2]
-    if mask is not None and mask.dim() != 2:
-        raise InvalidInputError(
-            f"attention_mask must be (batch, length), 1 for a real token; got shape {tuple(mask.shape)}. "
-            "For packed documents pass position_ids that start over."
+def reason_not_convertible(config: Any) -> str | None:
+    """Return why a dense model of this configuration cannot be converted by `upcycle`, or None if it can."""
+    kind = str(getattr(config, "model_type", None))
+    if kind.startswith(_PREFIX):
+        return "it is converted already"
+    known = ", ".join(sorted(name for name in ARCHITECTURES if name != "doge"))
+    if kind not in ARCHITECTURES or kind in _REASONS:
+        reason = f": {_REASONS[kind]}" if kind in _REASONS else ""
+        return f"architecture {kind!r} is not supported{reason}. Supported: {known}"
+    if getattr(config, "attn_logit_softcapping", None):
+        return (
+            f"its attention caps the logits (attn_logit_softcapping={config.attn_logit_softcapping}), which interval "
+            "attention does not compute. A model that was trained without it can be converted with "
+            "config.attn_logit_softcapping = None"
         )
-    if position_ids is None:
-        raise InvalidInputError("the decoder passed no position_ids to its attention: transformers >= 5.10 does")
-    position_ids = position_ids.expand(batch, new)
-    past = cache.get_seq_length(layer_idx) if cache is not None else 0
-    segment_ids = packed_segments(position_ids) if mask is None and past == 0 and new > 1 else None
-    length = None if cache is None else int(past) + new
-    return SequenceInfo(position_ids, segment_ids, None if mask is None else mask.bool(), length)
+    if getattr(config, "use_bidirectional_attention", None):
+        return "its attention is bidirectional (use_bidirectional_attention)"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of kind {', '.join(sorted(kinds))}, which are not attention over all keys or the newest"
+    return None
 
 
-@functools.cache
-def _doge_layer_unpacks_experts() -> bool:
-    """Whether this transformers' Doge layer takes the hidden states out of its experts' (hidden, router) pair.
+class ConvertedConfig:
+    """What the converted configurations share, mixed in before the transformers class.
 
-    Some releases forgot to, and cannot run Doge's mixture of experts at all.
+    Attributes:
+        windows: keys that each query keeps: one integer for all, or a list of one entry per layer, each an integer, a
+            list of one integer per key/value head, or None for a layer left dense. Entries of layers that slide in
+            the original are ignored: they keep their window.
+        local: how many of them are the newest positions.
+        sinks: how many of them are the first positions.
+        ranking: "learned" (rank predictors) or "paper" (Doge).
+        trained_ranks: whether the rank predictors have been trained.
+        rank_predictor_width: hidden units of a rank predictor; None: its default; 0: linear predictors.
+        rank_loss_weight: factor of the ranks' loss in a training forward with labels.
     """
-    config = DogeConfig(
-        hidden_size=4,
-        intermediate_size=4,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        is_moe=True,
-        num_experts=4,
-        num_experts_per_tok=1,
-    )
-    config._attn_implementation = "eager"
-    layer = DogeDecoderLayer(config, 0)
-    try:
-        layer(torch.zeros(1, 1, 4), position_embeddings=(torch.ones(1, 1, 4), torch.zeros(1, 1, 4)))
-    except TypeError:
-        return False
-    return True
+
+    windows: Windows
+    local: int
+    sinks: int
+    ranking: str
+    trained_ranks: bool
+
+    def sliding_window_of(self, layer: int) -> int | None:
+        """Return the window with which this layer slides in the original; None where it attends to everything."""
+        window: int | None = getattr(self, "sliding_window", None)
+        kinds = getattr(self, "layer_types", None)
+        slides = kinds[layer] == "sliding_attention" if kinds else getattr(self, "use_sliding_window", True)
+        return window if slides else None
+
+    def layer_slides(self, layer: int) -> bool:
+        """Whether this layer slides in the original, and so keeps the newest keys without ranks."""
+        return self.sliding_window_of(layer) is not None
+
+    def ranks_layer(self, layer: int) -> bool:
+        """Whether this layer chooses its keys by learned ranks."""
+        return self.head_windows[layer] is not None and not self.layer_slides(layer)
+
+    @property
+    def head_windows(self) -> tuple[tuple[int, ...] | None, ...]:
+        """Windows of every layer and key/value head, L x G; None for a layer left dense."""
+        layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
+        key = (repr(self.windows), layers, groups)
+        known = self.__dict__.get("_head_windows")
+        if known is None or known[0] != key:
+            known = key, self._resolved(layers, groups)
+            self.__dict__["_head_windows"] = known
+        return known[1]  # type: ignore[no-any-return]
+
+    def _resolved(self, layers: int, groups: int) -> tuple[tuple[int, ...] | None, ...]:
+        entries = self.windows if isinstance(self.windows, list) else [self.windows] * layers
+        if len(entries) != layers:
+            raise InvalidInputError(f"windows must have an entry for each of the {layers} layers; got {len(entries)}")
+        resolved: list[tuple[int, ...] | None] = []
+        for layer, entry in enumerate(entries):
+            slides = self.sliding_window_of(layer)
+            if slides is not None:
+                resolved.append((slides,) * groups)
+            elif entry is None:
+                resolved.append(None)
+            else:
+                resolved.append(check_window(entry, self.local, self.sinks, groups=groups))
+        return tuple(resolved)
+
+    @property
+    def layer_locals(self) -> list[int]:
+        """Newest positions that each layer keeps; in a layer that slides, its whole window."""
+        slides = [self.sliding_window_of(layer) for layer in range(self.num_hidden_layers)]  # type: ignore[attr-defined]
+        return [self.local if window is None else window for window in slides]
+
+    @property
+    def layer_sinks(self) -> list[int]:
+        """First positions that each layer keeps; none in a layer that slides."""
+        layers = range(self.num_hidden_layers)  # type: ignore[attr-defined]
+        return [0 if self.layer_slides(layer) else self.sinks for layer in layers]
+
+    @property
+    def budget(self) -> float | None:
+        """Mean window over the key/value heads of the layers that rank; None where no layer does."""
+        windows = [self.head_windows[layer] or () for layer in self.ranked_layers]
+        return sum(map(sum, windows)) / sum(map(len, windows)) if windows else None
+
+    @property
+    def ranked_layers(self) -> list[int]:
+        """Indices of the layers that choose their keys by learned ranks."""
+        return [layer for layer in range(self.num_hidden_layers) if self.ranks_layer(layer)]  # type: ignore[attr-defined]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, without what is only remembered."""
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        fields.pop("_head_windows", None)
+        return fields
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a saved configuration, also one of dynamask 0.1, with a warning of what has changed."""
+        if "layer_windows" in config_dict:
+            config_dict = _from_0_1(dict(config_dict), paper=cls.model_type == "dynamask_doge")  # type: ignore[attr-defined]
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
 
-def _first_output(module: nn.Module, inputs: Any, output: Any) -> Tensor:
-    return output[0]
+def _from_0_1(fields: dict[str, Any], *, paper: bool) -> dict[str, Any]:
+    window, local = fields.pop("window", 2048), fields.pop("local", 0)
+    windows = fields.pop("layer_windows") or [window] * fields["num_hidden_layers"]
+    locals_ = fields.pop("layer_locals", None) or [local]
+    for name in ("score_form", "rank_power", "ranking"):
+        fields.pop(name, None)
+    given = [each for each, entry in zip(locals_, windows, strict=False) if entry is not None]
+    fields |= {"windows": windows, "local": min(given, default=0), "sinks": 0}
+    fields["ranking"] = "paper" if paper else "learned"
+    if not paper:
+        warnings.warn(
+            "this model was converted by dynamask 0.1, which ranked keys by gates on their values. Gates are gone: "
+            "ranks are now predicted from the hidden state, and those of this model are untrained. Train them with "
+            "dynamask.convert.learn_ranks, or convert the dense model again",
+            stacklevel=4,
+        )
+    return fields
 
 
 class ConvertedModel(OwnCacheGeneration):
     """What the converted classes share, mixed in before the transformers class."""
 
     config: Any
+    model: Any
+    _keep_in_fp32_modules = ["rank_predictor"]  # noqa: RUF012 -- transformers reads a list; quantisers leave them out
 
     def __init__(self, config: Any) -> None:
-        config._attn_implementation = "dynamask"
+        config._attn_implementation = IMPLEMENTATION
         super().__init__(config)  # type: ignore[call-arg]
-        layers: Any = self.model.layers  # type: ignore[attr-defined]
-        for index, layer in enumerate(layers):
-            layer.self_attn = ConvertedAttention(layer.self_attn, config, index)
-            for ranks in (layer.self_attn.gate, layer.self_attn.rank_predictor):
-                if ranks is not None:
-                    ranks.apply(self._init_weights)
-            if getattr(config, "is_moe", False) and not _doge_layer_unpacks_experts():
-                layer.mlp.register_forward_hook(_first_output)
+        self._convert_layers()
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, RankPredictor):
+                module.apply(self._init_weights)
 
+    def _convert_layers(self) -> None:
+        for layer in self.model.layers:
+            if self.config.ranking == "paper":
+                from dynamask.convert.doge import convert_layer
+
+                convert_layer(layer, self.config, self._init_weights)
+            else:
+                convert_attention(layer.self_attn, self.config)
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, (DynamicMaskGate, RankPredictor)):
-            module.initialize_parameters()
+        initialize = getattr(module, "initialize_parameters", None)
+        if initialize is not None:
+            initialize()
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuse: the attention of a converted model is part of the model."""
+        if attn_implementation != IMPLEMENTATION:
+            raise InvalidInputError(
+                f"a converted model cannot run with attn_implementation={attn_implementation!r}: it would see all "
+                "keys again, or none of what its cache keeps"
+            )
 
     def _new_cache(self) -> Cache:
-        windows, locals_ = self.config.layer_windows, self.config.layer_locals
-        if windows is None or None not in windows:
-            return BoundedCache(self.config)
-        kinds = zip(windows, locals_, strict=True)
-        return Cache(
-            layers=[DynamicLayer() if window is None else BoundedLayer(window, local=n) for window, n in kinds]
+        """An empty cache of the kinds that the layers decode with."""
+        config = self.config
+        if config.ranking == "paper" or None not in config.head_windows:
+            return BoundedCache(config)
+        facts = zip(config.head_windows, config.layer_locals, config.layer_sinks, strict=True)
+        return Cache(layers=[DynamicLayer() if w is None else BoundedLayer(w, local=n, sinks=s) for w, n, s in facts])
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: transformers' paged cache of continuous batching keeps neither ranks nor windows."""
+        raise InvalidInputError(
+            f"{type(self).__name__} cannot serve continuous batching: transformers' paged cache keeps no ranks. "
+            "Use generate() on a padded batch"
         )
 
+    init_continuous_batching = generate_batch
+    continuous_batching_context_manager = generate_batch
 
-def _register(config_class: type, model_class: type) -> tuple[type, type]:
-    """Make, name and register the converted twin of a transformers configuration and model."""
-    fields = {
-        "window": (int, 2048),
-        "local": (int, 0),
-        "layer_windows": (list[int | None] | None, None),
-        "layer_locals": (list[int] | None, None),
-        "sinks": (int, 0),
-        "ranking": (str, "paper"),
+    def _prepared(self, arguments: dict[str, Any], cache_name: str) -> dict[str, Any]:
+        """Complete the arguments of a forward call: the cache, and the facts that all layers need."""
+        tokens = arguments.get("input_ids")
+        if tokens is None:
+            tokens = arguments.get("inputs_embeds")
+        cache = given_cache(arguments)
+        for name in ("cache", "cache_params", "past_key_values"):
+            arguments.pop(name, None)
+        arguments[cache_name] = cache
+        if tokens is None or self.config.ranking == "paper":
+            return arguments
+        batch, new = tokens.shape[:2]
+        training = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if cache is not None and past and training and getattr(self, "is_gradient_checkpointing", False):
+            raise InvalidInputError(
+                "gradient checkpointing drops past_key_values: turn one of them off (prefix tuning needs "
+                "model.gradient_checkpointing_disable())"
+            )
+        if cache is not None:
+            check_consistent(cache)
+        mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
+        facts = arguments.get("dynamask")
+        if facts is None:
+            facts = call_facts(batch, new, mask, positions, past, tokens.device)
+            arguments["dynamask"] = facts
+        self._warn_of_untrained_ranks(facts)
+        if cache is None:
+            use_cache = arguments.get("use_cache")
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training and facts.segment_ids is None  # type: ignore[attr-defined]
+                use_cache = use_cache and facts.observer is None
+            elif use_cache and facts.segment_ids is not None:
+                raise InvalidInputError(
+                    "packed documents (position_ids that start over) leave no cache: use_cache=False"
+                )
+            arguments["use_cache"] = bool(use_cache)
+            if use_cache and not training:
+                arguments[cache_name] = self._new_cache()
+        learns = training and cache is None and self.config.rank_loss_weight
+        if facts.losses is None and learns and arguments.get("labels") is not None:
+            facts.losses = []
+        return arguments
+
+    def _warn_of_untrained_ranks(self, facts: Any) -> None:
+        config = self.config
+        if config.trained_ranks or facts.observer is not None or self.__dict__.get("_warned_of_ranks"):
+            return
+        narrowest = min((min(config.head_windows[layer] or ()) for layer in config.ranked_layers), default=None)
+        if narrowest is not None and facts.length > narrowest:
+            self.__dict__["_warned_of_ranks"] = True
+            warnings.warn(
+                f"the ranks of this {type(self).__name__} are untrained: beyond {narrowest} tokens it sees the first "
+                f"{config.sinks} and the newest keys only. Train them with dynamask.convert.learn_ranks",
+                stacklevel=4,
+            )
+
+    def _with_rank_loss(self, outputs: Any, arguments: dict[str, Any]) -> Any:
+        """Add the mean loss of the ranks to the loss, as the router's loss of a mixture of experts is added."""
+        losses = arguments["dynamask"].losses if "dynamask" in arguments else None
+        if not losses:
+            return outputs
+        aux = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+        outputs.aux_loss = aux
+        if outputs.loss is not None:
+            weight = self.config.rank_loss_weight
+            whole, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
+            if whole is not None and labels is not None:  # a part of a batch: the parts' losses are summed
+                weight = weight * (labels[:, 1:] != -100).sum() / whole
+            outputs.loss = outputs.loss + weight * aux.to(outputs.loss.device)
+        return outputs
+
+
+def _forward_of(original: Any) -> Callable[..., Any]:
+    """Make the forward of a converted class, with the signature of the original's."""
+    signature = inspect.signature(original.forward)
+    names = [name for name in signature.parameters if name != "self"]
+    cache_name = "cache" if "cache" in names else "past_key_values"
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = self._prepared({**dict(zip(names, args, strict=False)), **kwargs}, cache_name)
+        as_tuple = arguments.get("return_dict") is False
+        if as_tuple:
+            arguments["return_dict"] = True
+        outputs = self._with_rank_loss(original.forward(self, **arguments), arguments)
+        return outputs.to_tuple() if as_tuple else outputs
+
+    return forward
+
+
+@functools.cache
+def converted_classes(model_type: str) -> tuple[Any, Any]:
+    """Make, name and register the converted configuration and model class of an architecture.
+
+    Args:
+        model_type: transformers' ("llama") or the converted one ("dynamask_llama").
+
+    Returns:
+        The configuration class and the causal LM class.
+
+    Raises:
+        InvalidInputError: an architecture that is not supported.
+    """
+    if model_type.startswith(_PREFIX):
+        return converted_classes(model_type.removeprefix(_PREFIX))
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise InvalidInputError(f"architecture {model_type!r} is not supported; supported: {known}")
+    names = ARCHITECTURES[model_type]
+    config_class, model_class = getattr(transformers, names.config), getattr(transformers, names.model)
+    fields: dict[str, tuple[Any, Any]] = {
+        "windows": (int | list[int | list[int] | None], 2048),
+        "local": (int, 128),
+        "sinks": (int, 4),
+        "ranking": (str, "learned"),
+        "trained_ranks": (bool, False),
+        "rank_predictor_width": (int | None, None),
+        "rank_loss_weight": (float | int, 1.0),
     }
-    model_type = f"dynamask_{config_class.model_type}"  # type: ignore[attr-defined]
     body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}
     body["__annotations__"] = {name: annotation for name, (annotation, _) in fields.items()}
-    body |= {"model_type": model_type, "__module__": __name__, "base_model_tp_plan": {}}
-    body["__doc__"] = f"`{config_class.__name__}` with the window of its dynamic mask attention."
-    config: Any = strict(type(f"Dynamask{config_class.__name__}", (config_class,), body))
-    model = type(
-        f"Dynamask{model_class.__name__}",
+    body |= {"model_type": _PREFIX + model_type, "__module__": __name__, "base_model_tp_plan": {}}
+    body["__doc__"] = f"`{names.config}` with the windows of dynamic mask attention, see `ConvertedConfig`."
+    config: Any = strict(type(f"Dynamask{names.config}", (ConvertedConfig, config_class), body))
+    model: Any = type(
+        f"Dynamask{names.model}",
         (ConvertedModel, model_class),
         {
             "config_class": config,
+            "forward": _forward_of(model_class),
             "__module__": __name__,
             "__annotations__": {"config": config},
-            "__doc__": f"`{model_class.__name__}` whose attention runs on dynamask.",
+            "__doc__": f"`{names.model}` whose attention runs on dynamask.",
         },
     )
     globals()[config.__name__], globals()[model.__name__] = config, model  # picklable by name
-    AutoConfig.register(model_type, config)
+    AutoConfig.register(config.model_type, config)
     AutoModelForCausalLM.register(config, model)
+    # The Trainer shifts the labels of the models that this table names.
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = model.__name__
     return config, model
 
 
-CONVERTED: dict[type, tuple[type, type]] = {
-    original: _register(config, original)
-    for config, original in (
-        (LlamaConfig, LlamaForCausalLM),
-        (MistralConfig, MistralForCausalLM),
-        (Qwen2Config, Qwen2ForCausalLM),
-        (Qwen3Config, Qwen3ForCausalLM),
-        (SmolLM3Config, SmolLM3ForCausalLM),
-        (DogeConfig, DogeForCausalLM),
-    )
-}
-"""transformers class -> the converted configuration and model class."""
+def converted_model_types() -> list[str]:
+    """Return the model_types of all converted architectures."""
+    return [_PREFIX + name for name in ARCHITECTURES]
+
+
+def __getattr__(name: str) -> Any:
+    for model_type, names in ARCHITECTURES.items():
+        if name in (f"Dynamask{names.config}", f"Dynamask{names.model}"):
+            converted_classes(model_type)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def set_windows(model: Any, windows: Windows | Sequence[Any]) -> None:
+    """Set the windows of a converted model.
+
+    Args:
+        model: a converted model.
+        windows: as `ConvertedConfig.windows`.
+
+    Raises:
+        InvalidInputError: another number of layers or heads, or a window below local + sinks. The model is unchanged.
+    """
+    config = model.config
+    before = config.windows
+    plain = windows if isinstance(windows, int) else [list(w) if isinstance(w, Sequence) else w for w in windows]
+    ranked = config.ranked_layers
+    try:
+        config.windows = plain
+        same = config.ranked_layers == ranked
+    except Exception:
+        config.windows = before
+        raise
+    if not same:
+        config.windows = before
+        raise InvalidInputError(
+            "windows cannot make a layer dense, or a dense layer choose: use upcycle(dense_layers=)"
+        )
+
+
+def is_converted(model: Any) -> bool:
+    """Whether a model is one that `upcycle` made, with learned ranks."""
+    return isinstance(model, ConvertedModel) and model.config.ranking == "learned"
+
+
+def check_converted(model: Any, caller: str) -> None:
+    """Raise `InvalidInputError` unless `model` is one that `upcycle` made, with a layer that ranks."""
+    if not is_converted(model):
+        raise InvalidInputError(f"{caller} takes a model made by dynamask.convert.upcycle; got {type(model).__name__}")
+    if not model.config.ranked_layers:
+        raise InvalidInputError(f"{caller}: no layer of this model chooses its keys (all slide or are left dense)")
+
+
+__all__ = ["ARCHITECTURES", "ConvertedConfig", "ConvertedModel", "converted_classes", "set_windows"]

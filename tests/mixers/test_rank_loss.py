@@ -21,5 +21,5 @@ def test_is_a_mean_over_valid_keys() -> None:
     ranks, target = torch.zeros(1, 1, 4, requires_grad=True), torch.tensor([[[0.5, -3.0, 9.0, 1.0]]])
     valid = torch.tensor([[[True, True, False, False]]])
     loss = rank_loss(ranks, target, valid)
-    torch.testing.assert_close(loss, torch.tensor((0.5 * 0.25 + 2.5) / 2))
+    torch.testing.assert_close(loss, torch.tensor((0.25 + 9.0) / 2))
     assert rank_loss(ranks, target, torch.zeros_like(valid)) == 0

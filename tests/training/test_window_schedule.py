@@ -103,8 +103,10 @@ def test_a_schedule_is_read_from_the_command_line() -> None:
 
 
 def test_an_upcycled_model_is_refused() -> None:
-    from tests.convert.test_upcycle import DENSE
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = convert.upcycle(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)), 200)
     callback = ScheduledWindow(SCHEDULE)
     with pytest.raises(InvalidInputError, match="scheduled for dynamask models; got a DynamaskLlamaConfig"):
-        callback.on_train_begin(None, None, None, model=convert.upcycle(DENSE["llama"](), 8))
+        callback.on_train_begin(None, None, None, model=model)

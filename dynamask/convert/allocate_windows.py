@@ -1,0 +1,158 @@
+"""Choose the window of every key/value head, for a given mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynamask.convert.attention import Projected, call_facts
+from dynamask.convert.learn_ranks import run_decoder
+from dynamask.convert.models import check_converted, set_windows
+from dynamask.convert.progress import Clock, Report, checked_block
+from dynamask.errors import InvalidInputError
+from dynamask.ops.checks import check_window
+
+
+def allocate_windows(
+    model: PreTrainedModel,
+    blocks: Iterable[Tensor],
+    window: int,
+    *,
+    max_batches: int = 8,
+    progress: Report | None = None,
+) -> list[list[int] | None]:
+    """Set a window for each key/value head, so that their mean is `window`.
+
+    Ranks of all heads and layers predict one quantity, the largest attention that a key gets later. One threshold on
+    it, over all heads, says how many keys each head needs at the end of a block; the threshold is chosen so that they
+    are as many as the budget allows.
+
+    Args:
+        model: made by `dynamask.convert.upcycle`, with ranks trained by `learn_ranks`.
+        blocks: iterable of (B, N) token ids; N is the context that the windows are made for.
+        window: mean over the key/value heads of the layers that rank, at least local + sinks.
+        max_batches: read no more than so many of the blocks.
+        progress: called after every block.
+
+    Returns:
+        The windows of every layer and head, which are also set in the model's configuration. None for layers left
+        dense. Their mean over the ranked layers is exactly `window`, each is at least local + sinks and at most the
+        longest block. A window of at least the longest block gives every head that window: attention is dense then.
+
+    Raises:
+        InvalidInputError: a model without ranks or with untrained ones, no blocks, or a window below local + sinks.
+    """
+    check_converted(model, "allocate_windows")
+    config: Any = model.config
+    (window,) = check_window(window, config.local, config.sinks)
+    if not config.trained_ranks:
+        raise InvalidInputError("allocate_windows: the ranks of this model are untrained; run learn_ranks first")
+    layers, groups = config.ranked_layers, config.num_key_value_heads
+    ranks = _ranks(model, blocks, max_batches, progress)
+    context = max((part.shape[-1] for part in ranks), default=0) + config.local + config.sinks
+    if not ranks:
+        raise InvalidInputError("allocate_windows: there are no blocks of tokens")
+    if window >= context:
+        chosen = [window] * (len(layers) * groups)
+    else:
+        spare = window - config.local - config.sinks
+        chosen = [config.local + config.sinks + n for n in counts_above_threshold(ranks, spare)]
+    heads = [chosen[start : start + groups] for start in range(0, len(chosen), groups)]
+    by_layer = dict(zip(layers, heads, strict=True))
+    windows: list[Any] = []
+    for layer, entry in enumerate(config.head_windows):
+        windows.append(by_layer.get(layer, None if entry is None else list(entry)))
+    set_windows(model, windows)
+    return windows
+
+
+def _ranks(model: Any, blocks: Iterable[Tensor], max_batches: int, progress: Report | None) -> list[Tensor]:
+    """Predicted ranks (heads of all ranked layers, B, contested keys) of every block."""
+    config = model.config
+    device = next(model.parameters()).device
+    batches = list(islice(blocks, max_batches))
+    clock = Clock("windows", len(batches))
+    ranks: list[Tensor] = []
+    training = model.training
+    model.eval()
+    try:
+        for number, block in enumerate(batches):
+            tokens = checked_block(block, "allocate_windows").to(device)
+            found: list[Tensor] = []
+
+            def observe(layer: Projected, found: list[Tensor] = found) -> None:
+                if layer.module.rank_predictor is not None:
+                    predicted = layer.module.rank_predictor(layer.hidden_states)
+                    found.append(predicted[:, :, config.sinks : predicted.shape[-1] - config.local].to(device))
+
+            facts = call_facts(tokens.shape[0], tokens.shape[1], None, None, 0, device)
+            facts.observer = observe
+            with torch.no_grad():
+                run_decoder(model, tokens, facts)
+            part = torch.cat(found, dim=1).transpose(0, 1).float()
+            if not bool(part.isfinite().all()):
+                raise InvalidInputError("allocate_windows: predicted ranks are not finite: the model computes NaN")
+            ranks.append(part)
+            clock.tokens += tokens.numel()
+            if progress is not None:
+                progress(clock.progress(number + 1))
+    finally:
+        model.train(training)
+    return ranks
+
+
+def counts_above_threshold(ranks: list[Tensor], budget: int) -> list[int]:
+    """Find how many keys of each head exceed one common threshold, so that their mean is the budget.
+
+    Args:
+        ranks: per batch (heads, B, keys) float.
+        budget: mean number of keys.
+
+    Returns:
+        One integer per head, the mean over the blocks; their mean is exactly `budget`, each at most the number of
+        keys of the longest block.
+    """
+    heads = ranks[0].shape[0]
+    blocks = sum(part.shape[1] for part in ranks)
+    longest = max(part.shape[2] for part in ranks)
+    flat = [part.flatten(1).sort(dim=-1).values for part in ranks]
+
+    def counts(threshold: float) -> Tensor:
+        edge = torch.full((heads, 1), threshold, dtype=flat[0].dtype, device=flat[0].device)
+        above = [part.shape[1] - torch.searchsorted(part, edge, right=True).squeeze(-1) for part in flat]
+        return torch.stack(above).sum(0).double() / blocks
+
+    low = min(float(part[:, 0].min()) for part in flat if part.shape[1]) - 1.0
+    high = max(float(part[:, -1].max()) for part in flat if part.shape[1])
+    for _ in range(60):
+        middle = (low + high) / 2
+        if float(counts(middle).mean()) > budget:
+            low = middle
+        else:
+            high = middle
+    # Between the two thresholds lie ties: a share of them fills the budget.
+    few, many = counts(high), counts(low)
+    between = float((many - few).mean())
+    share = (budget - float(few.mean())) / between if between > 0 else 0.0
+    return exact_sum(few + share * (many - few), budget * heads, longest)
+
+
+def exact_sum(wanted: Tensor, total: int, most: int) -> list[int]:
+    """Round numbers to integers from 0 to `most` whose sum is exactly `total`, largest remainders first."""
+    wanted = wanted.double().clamp(0, most).cpu()
+    whole = wanted.floor().long()
+    missing = min(total, most * len(whole)) - int(whole.sum())
+    while missing:
+        step = 1 if missing > 0 else -1
+        room = whole < most if step > 0 else whole > 0
+        gap = (wanted - whole) * step
+        order = torch.where(room, gap, -torch.inf).argsort(descending=True, stable=True)
+        chosen = order[: min(abs(missing), int(room.sum()))]
+        whole[chosen] += step
+        missing -= step * len(chosen)
+    return whole.tolist()  # type: ignore[no-any-return]

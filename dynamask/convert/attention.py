@@ -1,0 +1,348 @@
+"""Attention of converted models: an architecture's attention module, with dynamic mask attention in its middle.
+
+The module keeps its projections, norms, rotary embedding and scale. It gives query, key and value to the function that
+`config._attn_implementation` names, and that function is `converted_attention` here. Two things are added around it:
+the ranks, which come from the hidden state that the module reads, and a stand-in for the cache that leaves keys and
+values as they are, because what a cache keeps is decided by the ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache
+
+from dynamask.cache import bounded_layer
+from dynamask.errors import InvalidInputError
+from dynamask.mixers.base import SequenceInfo, recency_expiry
+from dynamask.mixers.mha import dense_attention
+from dynamask.mixers.rank_loss import rank_loss, rank_target
+from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.ops.expiry import key_expiry
+from dynamask.ops.interval.api import attend
+from dynamask.packed_ranks import check_carries_ranks, pack_ranks, rank_channels, unpack_ranks
+
+IMPLEMENTATION = "dynamask_converted"
+"""Name of converted models' attention in transformers' registry."""
+
+_LEARNING_ROWS = 4
+"""Of so many rows of a training batch one teaches the ranks, at least one: future attention costs as much as dense
+attention."""
+
+
+@dataclass
+class Projected:
+    """What an observer of a layer sees, see `CallFacts.observer`.
+
+    Attributes:
+        module: the attention module, with `rank_predictor` (None in layers that do not rank) and `layer_idx`.
+        hidden_states: (B, N, hidden) that the module reads.
+        query: (B, H, N, D), rotated; key, value: (B, G, N, D), the key rotated.
+        output: (B, H, N, D) of dense attention.
+        scale: factor on the logits.
+    """
+
+    module: Any
+    hidden_states: Tensor
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    output: Tensor
+    scale: float
+
+
+@dataclass
+class CallFacts:
+    """Facts about one call of the model that all of its layers need.
+
+    Attributes:
+        length: N, past positions and those of this call.
+        key_mask: (B, N) bool, True for a real token, or None where nothing is padding.
+        segment_ids: (B, N) non-decreasing integers of packed documents, or None; only without a past.
+        position_ids: (B, Nq).
+        observer: where given, every layer attends densely (a sliding layer within its window) and shows the observer
+            what it has computed.
+        losses: where given, layers append the losses of their ranks.
+    """
+
+    length: int
+    key_mask: Tensor | None
+    segment_ids: Tensor | None
+    position_ids: Tensor
+    observer: Callable[[Projected], None] | None = None
+    losses: list[Tensor] | None = field(default=None, repr=False)
+
+    def sequence(self) -> SequenceInfo:
+        """Return the same facts in the form that `dense_attention` takes."""
+        return SequenceInfo(self.position_ids, self.segment_ids, self.key_mask, self.length)
+
+
+def call_facts(
+    batch: int,
+    new: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    past: int,
+    device: torch.device,
+) -> CallFacts:
+    """Collect the facts of a call.
+
+    Args:
+        batch: B.
+        new: Nq, positions of this call.
+        attention_mask: (B, past + Nq), 1 for a real token, or None.
+        position_ids: (B or 1, Nq), or None: counted on from the past.
+        past: positions in the cache.
+        device: of the mask and the positions.
+
+    Raises:
+        InvalidInputError: a mask that is not (B, past + Nq), or packed documents behind a past.
+    """
+    if attention_mask is not None and attention_mask.shape != (batch, past + new):
+        raise InvalidInputError(
+            f"attention_mask must be (batch, past + new) = {(batch, past + new)}, 1 for a real token; got shape "
+            f"{tuple(attention_mask.shape)}. For packed documents pass position_ids that start over."
+        )
+    key_mask = None if attention_mask is None else attention_mask.to(device=device, dtype=torch.bool)
+    if key_mask is not None and bool(key_mask.all()):
+        key_mask = None
+    counted = position_ids is None
+    if position_ids is None:
+        position_ids = torch.arange(past, past + new, device=device)[None]
+    position_ids = position_ids.to(device).expand(batch, new)
+    segments = None
+    if not counted and new > 1:
+        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if key_mask is not None:  # positions jump at padding
+            real = key_mask[:, past:]
+            starts = starts & real[:, 1:] & real[:, :-1]
+        if bool(starts.any()):
+            if past:
+                raise InvalidInputError(
+                    "position_ids start over (packed documents) behind a cache that holds keys: run packed documents "
+                    "without a cache"
+                )
+            segments = F.pad(starts.long(), (1, 0)).cumsum(-1)
+    return CallFacts(past + new, key_mask, segments, position_ids)
+
+
+@dataclass
+class _Call:
+    """What the wrapped module hands to `converted_attention`."""
+
+    facts: CallFacts
+    cache: Cache | None
+    hidden_states: Tensor
+
+
+class _PassThrough:
+    """A cache whose `update` gives keys and values back; everything else is the cache's."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key, value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+class ConvertedAttention(nn.Module):
+    """Mixed in before an architecture's attention class, see `convert_attention`."""
+
+    config: Any
+    layer_idx: int
+    rank_predictor: RankPredictor | None
+
+    def forward(self, hidden_states: Tensor, *args: Any, dynamask: CallFacts | None = None, **kwargs: Any) -> Any:
+        """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
+        name = "cache" if kwargs.get("cache") is not None else "past_key_values"
+        cache = kwargs.get(name)
+        if dynamask is None:  # the decoder was called without the causal LM around it
+            past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
+            mask = kwargs.get("attention_mask")
+            batch, new = hidden_states.shape[:2]
+            dynamask = call_facts(batch, new, mask, kwargs.get("position_ids"), past, hidden_states.device)
+        if cache is not None:
+            kwargs[name] = _PassThrough(cache)
+        call = _Call(dynamask, cache, hidden_states)
+        return super().forward(hidden_states, *args, dynamask_call=call, **kwargs)  # type: ignore[misc]
+
+    @property
+    def windows(self) -> tuple[int, ...] | None:
+        """Keys that a query of each key/value head keeps; None: all (a layer left dense)."""
+        return self.config.head_windows[self.layer_idx]  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _converted_class(original: type) -> type:
+    return type(f"Dynamask{original.__name__}", (ConvertedAttention, original), {"__module__": __name__})
+
+
+def convert_attention(module: Any, config: Any) -> None:
+    """Make an attention module of transformers a `ConvertedAttention`, in place.
+
+    Args:
+        module: the attention module of a decoder layer, with `layer_idx`.
+        config: the converted model's configuration; it says whether the layer ranks its keys.
+    """
+    module.__class__ = _converted_class(type(module))  # type: ignore[arg-type]
+    ranks = config.ranks_layer(module.layer_idx)
+    width, groups = config.rank_predictor_width, config.num_key_value_heads
+    module.rank_predictor = RankPredictor(config.hidden_size, groups, width=width) if ranks else None
+
+
+def converted_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dynamask_call: _Call | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend from query (B, H, Nq, D) to key, value (B, G, Nq, D) and what the cache holds: (B, Nq, H, D).
+
+    transformers calls it from the attention module, see `AttentionInterface`.
+    """
+    if dynamask_call is None:
+        raise InvalidInputError(
+            f"attn_implementation={IMPLEMENTATION!r} belongs to converted models: make one with "
+            "dynamask.convert.upcycle"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return _mix(module, query, key, value, scale, dynamask_call).transpose(1, 2), None
+
+
+def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, call: _Call) -> Tensor:
+    facts, cache, hidden_states = call.facts, call.cache, call.hidden_states
+    predictor, sliding = module.rank_predictor, module.config.layer_slides(module.layer_idx)
+    windows = module.windows
+    if facts.observer is not None:
+        if cache is not None:
+            raise InvalidInputError("layers are observed over whole sequences, without a cache")
+        output = _newest(query, key, value, windows[0] if sliding else None, facts, scale)
+        facts.observer(Projected(module, hidden_states, query, key, value, output, scale))
+        return output
+    if predictor is None:
+        return _without_ranks(module, query, key, value, windows, scale, call)
+
+    # Ranks decide which keys are kept and are not differentiated: their own loss trains them.
+    learns = facts.losses is not None and cache is None
+    short = cache is None and facts.length <= min(windows)
+    ranks = None if short and not learns else predictor(hidden_states.detach())
+    config = module.config
+    if learns and ranks is not None and ranks.requires_grad and facts.losses is not None:
+        facts.losses.append(_rank_loss(query, key, ranks, facts, config.local, scale))
+    if short:
+        return dense_attention(query, key, value, facts.sequence(), scale=scale)
+    assert ranks is not None
+    ranks = ranks.detach()
+    if cache is not None:
+        layer: Any = bounded_layer(cache, module.layer_idx)
+        if layer is not None:
+            layer.check_fits(windows, local=config.local, sinks=config.sinks)
+            return layer.attend(query, key, value, ranks, key_mask=_new_mask(facts), scale=scale)  # type: ignore[no-any-return]
+        key, value, ranks = _updated(cache, module.layer_idx, key, value, ranks, facts)
+    expiry = key_expiry(
+        ranks,
+        windows,
+        local=config.local,
+        sinks=config.sinks,
+        segment_ids=facts.segment_ids,
+        key_mask=facts.key_mask,
+    )
+    return attend(query, key, value, expiry, scale=scale, max_live=max(windows))
+
+
+def _rank_loss(query: Tensor, key: Tensor, ranks: Tensor, facts: CallFacts, local: int, scale: float) -> Tensor:
+    """() the distance of ranks from what they should be, over the rows that teach them."""
+    rows = slice(None, None, _LEARNING_ROWS)
+    segments, mask = (None if each is None else each[rows] for each in (facts.segment_ids, facts.key_mask))
+    target, valid = rank_target(query[rows], key[rows], local, segments, mask, scale)
+    return rank_loss(ranks[rows], target, valid)
+
+
+def _without_ranks(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    windows: tuple[int, ...] | None,
+    scale: float,
+    call: _Call,
+) -> Tensor:
+    """A layer that slides or is dense."""
+    facts, cache, index = call.facts, call.cache, module.layer_idx
+    if cache is not None:
+        layer: Any = bounded_layer(cache, index)
+        if layer is not None:
+            if windows is None:
+                raise InvalidInputError(f"layer {index} is dense; a bounded cache does not keep what it sees")
+            layer.check_fits(windows, local=windows[0])
+            return layer.attend(query, key, value, None, key_mask=_new_mask(facts), scale=scale)  # type: ignore[no-any-return]
+        key, value = _cut(cache.update(key, value, index), facts.length)
+    return _newest(query, key, value, None if windows is None else windows[0], facts, scale)
+
+
+def _newest(query: Tensor, key: Tensor, value: Tensor, window: int | None, facts: CallFacts, scale: float) -> Tensor:
+    """Dense attention, or attention to the newest `window` keys."""
+    groups, length = key.shape[1:3]
+    sequence = facts.sequence()
+    if length < facts.length:  # a sliding cache layer of transformers holds the newest keys alone
+        mask = None if facts.key_mask is None else facts.key_mask[:, -length:]
+        sequence = SequenceInfo(facts.position_ids, None, mask, length)
+    if window is None or window >= length:
+        return dense_attention(query, key, value, sequence, scale=scale)
+    expiry = recency_expiry(key, (window,) * groups, sequence)
+    return attend(query, key, value, expiry, scale=scale, max_live=window)
+
+
+def _new_mask(facts: CallFacts) -> Tensor | None:
+    return None if facts.key_mask is None else facts.key_mask[:, -facts.position_ids.shape[1] :]
+
+
+def _updated(
+    cache: Cache, index: int, key: Tensor, value: Tensor, ranks: Tensor, facts: CallFacts
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add this call's keys, values and ranks to an ordinary cache; return all of them."""
+    check_carries_ranks(cache, index)
+    held = getattr(cache.layers[index], "values", None) if index < len(cache.layers) else None
+    packed = value.shape[-1] + rank_channels(value.dtype)
+    if held is not None and held.dim() == 4 and held.shape[2] and held.shape[-1] != packed:
+        raise InvalidInputError(
+            "the cache holds keys that have no ranks (a prefix made by another model, or prefix tuning): a converted "
+            "model continues from caches that it has filled itself"
+        )
+    key, stored = _cut(cache.update(key, pack_ranks(value, ranks), index), facts.length)
+    if key.shape[2] < facts.length:
+        raise InvalidInputError(
+            f"{type(cache).__name__} keeps {key.shape[2]} of {facts.length} keys of layer {index}, which chooses its "
+            "keys itself: use BoundedCache (the default of generate()), DynamicCache() or StaticCache"
+        )
+    value, ranks = unpack_ranks(stored)
+    return key, value, ranks
+
+
+def _cut(rows: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
+    """Leave out the slots that a static cache has not written yet."""
+    key, value = rows
+    return (key, value) if key.shape[2] <= length else (key[:, :, :length], value[:, :, :length])
+
+
+def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """Hand the 2-d padding mask through; the intervals do the rest."""
+    return attention_mask
+
+
+AttentionInterface.register(IMPLEMENTATION, converted_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _padding_mask)

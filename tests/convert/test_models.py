@@ -1,0 +1,277 @@
+"""Converted models compute what the originals do, choose beyond their windows, and survive saving and loading."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from dynamask import InvalidInputError, convert
+from dynamask.convert.models import reason_not_convertible
+
+DENSE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "llama": lambda s: hf.LlamaForCausalLM(hf.LlamaConfig(**s)),
+    "mistral": lambda s: hf.MistralForCausalLM(hf.MistralConfig(**s, sliding_window=None)),
+    "mistral-sliding": lambda s: hf.MistralForCausalLM(hf.MistralConfig(**s, sliding_window=12)),
+    "qwen2": lambda s: hf.Qwen2ForCausalLM(hf.Qwen2Config(**s)),
+    "qwen2-mixed": lambda s: hf.Qwen2ForCausalLM(
+        hf.Qwen2Config(**s, use_sliding_window=True, sliding_window=10, max_window_layers=1)
+    ),
+    "qwen3": lambda s: hf.Qwen3ForCausalLM(hf.Qwen3Config(**s, head_dim=8)),
+    "smollm3": lambda s: hf.SmolLM3ForCausalLM(hf.SmolLM3Config(**s, no_rope_layers=[1, 0])),
+    "gemma2": lambda s: hf.Gemma2ForCausalLM(
+        hf.Gemma2Config(**s, head_dim=8, attn_logit_softcapping=None, sliding_window=10)
+    ),
+    "gemma3": lambda s: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**s, head_dim=8, sliding_window=10, layer_types=["sliding_attention", "full_attention"])
+    ),
+    "phi3": lambda s: hf.Phi3ForCausalLM(hf.Phi3Config(**s, sliding_window=None)),
+    "granite": lambda s: hf.GraniteForCausalLM(hf.GraniteConfig(**s, attention_multiplier=0.2)),
+    "olmo2": lambda s: hf.Olmo2ForCausalLM(hf.Olmo2Config(**s)),
+}
+CHOOSING = [name for name in DENSE if name != "mistral-sliding"]
+
+
+def random_ranks(model: Any) -> Any:
+    for layer in model.config.ranked_layers:
+        nn.init.normal_(model.model.layers[layer].self_attn.rank_predictor.down.weight)
+    model.config.trained_ranks = True
+    return model
+
+
+def tokens_of(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, 300, (rows, length))
+
+
+@pytest.mark.parametrize("name", DENSE)
+@torch.no_grad()
+def test_within_its_windows_it_is_the_dense_model(name: str, shape: dict[str, Any]) -> None:
+    dense = DENSE[name](shape).double().eval()
+    before = {key: value.clone() for key, value in dense.state_dict().items()}
+    converted = random_ranks(convert.upcycle(dense, 48, local=8, sinks=2))
+    tokens = tokens_of(2, 40)
+    close = {"atol": 1e-5, "rtol": 1e-5}  # some norms of transformers are float32 in a float64 model
+    torch.testing.assert_close(converted(tokens).logits, dense(tokens).logits, **close)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    padded, expected = (model(tokens, attention_mask=mask).logits for model in (converted, dense))
+    torch.testing.assert_close(padded[0], expected[0], **close)
+    torch.testing.assert_close(padded[1, 9:], expected[1, 9:], **close)
+    position_ids = torch.cat([torch.arange(15), torch.arange(25)])[None].expand(2, -1)
+    packed, expected = (m(tokens, position_ids=position_ids, use_cache=False).logits for m in (converted, dense))
+    torch.testing.assert_close(packed, expected, **close)
+    assert all(torch.equal(value, before[key]) for key, value in dense.state_dict().items())
+    assert type(dense) is not type(converted)
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+@torch.no_grad()
+def test_beyond_its_windows_cached_equals_uncached_and_the_ranks_decide(name: str, shape: dict[str, Any]) -> None:
+    model = convert.upcycle(DENSE[name](shape).double().eval(), 12, local=4, sinks=2)
+    model.config.trained_ranks = True
+    tokens = tokens_of(2, 40)
+    untrained = model(tokens, use_cache=False).logits
+    whole = random_ranks(model)(tokens, use_cache=False).logits
+    assert (whole - untrained).abs().max() > 1e-3
+    for cache in (DynamicCache(), model._new_cache()):
+        parts = [model(tokens[:, :18], past_key_values=cache, use_cache=True).logits]
+        parts += [model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(18, 24)]
+        parts += [model(tokens[:, 24:], past_key_values=cache, use_cache=True).logits]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-6, rtol=1e-6)
+    # Causal: what follows changes nothing.
+    torch.testing.assert_close(model(tokens[:, :30], use_cache=False).logits, whole[:, :30], atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_a_window_per_head_padding_with_holes_and_packing(llama: Any) -> None:
+    model = random_ranks(convert.upcycle(llama.double(), 12, local=4, sinks=2))
+    convert.set_windows(model, [[9, 15], [24, 6]])
+    tokens = tokens_of(2, 40)
+    whole = model(tokens, use_cache=False).logits
+    packed_positions = torch.cat([torch.arange(15), torch.arange(25)])[None]
+    both = torch.cat([tokens[:1, :15], tokens[1:, :25]], 1)
+    packed = model(both, position_ids=packed_positions).logits
+    torch.testing.assert_close(packed[0, :15], whole[0, :15])
+    torch.testing.assert_close(packed[0, 15:], whole[1, :25])
+    # A hole is as if its tokens were not there.
+    mask, positions = torch.ones(1, 46).long(), torch.zeros(1, 46).long()
+    mask[0, :3], mask[0, 20:23] = 0, 0
+    holes = tokens_of(1, 46)
+    holes[mask.bool()] = tokens[0]
+    positions[mask.bool()] = torch.arange(40)
+    holed = model(holes, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(holed[0, mask[0].bool()], whole[0])
+    for cache in (DynamicCache(), model._new_cache()):
+        parts = [
+            model(
+                holes[:, start:end],
+                attention_mask=mask[:, :end],
+                position_ids=positions[:, start:end],
+                past_key_values=cache,
+            ).logits
+            for start, end in ((0, 21), (21, 22), (22, 30), (30, 31), (31, 46))
+        ]
+        torch.testing.assert_close(torch.cat(parts, 1)[0, mask[0].bool()], whole[0])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2-mixed"])
+@torch.no_grad()
+def test_saves_loads_and_generates(name: str, shape: dict[str, Any], tmp_path: Any) -> None:
+    model = random_ranks(convert.upcycle(DENSE[name](shape).double().eval(), 12, local=4, sinks=2))
+    windows = [[9, 15] if layer in model.config.ranked_layers else None for layer in range(2)]
+    convert.set_windows(model, windows if None not in windows else [w or [10, 10] for w in windows])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert type(loaded) is type(model)
+    assert loaded.config.head_windows == model.config.head_windows
+    tokens = tokens_of(2, 16)
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "attention_mask": mask}
+    greedy = loaded.generate(tokens, **options)
+    assert torch.equal(greedy, loaded.generate(tokens, use_cache=False, **options))
+    assert torch.equal(greedy, loaded.generate(tokens, past_key_values=DynamicCache(), **options))
+
+
+@torch.no_grad()
+def test_a_static_cache_carries_ranks(llama: Any) -> None:
+    model = random_ranks(convert.upcycle(llama.double(), 12, local=4, sinks=2))
+    tokens = tokens_of(1, 16)
+    greedy = model.generate(tokens, max_new_tokens=12, do_sample=False)
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    assert torch.equal(greedy, model.generate(tokens, max_new_tokens=12, do_sample=False, past_key_values=cache))
+
+
+@torch.no_grad()
+def test_layers_left_dense(llama: Any) -> None:
+    dense = llama.double()
+    same = convert.upcycle(dense, 8, local=2, sinks=1, dense_layers=range(-2, 0))
+    tokens = tokens_of(2, 40)
+    torch.testing.assert_close(same(tokens).logits, dense(tokens).logits)
+    half = random_ranks(convert.upcycle(dense, 8, local=2, sinks=1, dense_layers=[-1]))
+    assert half.config.head_windows == ((8, 8), None)
+    assert half.model.layers[1].self_attn.rank_predictor is None
+    whole = half(tokens, use_cache=False).logits
+    assert (whole - dense(tokens).logits).abs().max() > 1e-3
+    cache = half._new_cache()
+    parts = [half(tokens[:, :20], past_key_values=cache).logits, half(tokens[:, 20:], past_key_values=cache).logits]
+    torch.testing.assert_close(torch.cat(parts, 1), whole)
+
+
+def test_an_untrained_model_says_so_once(llama: Any) -> None:
+    model = convert.upcycle(llama, 12, local=4, sinks=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens_of(1, 12))
+    with pytest.warns(UserWarning, match=r"untrained: beyond 12 tokens .*learn_ranks"):
+        model(tokens_of(1, 13))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(tokens_of(1, 14))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_in_training_predictors_learn_beside_the_model(llama: Any, checkpointing: bool) -> None:
+    model = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens = tokens_of(2, 40)
+    outputs = model(tokens, labels=tokens)
+    torch.testing.assert_close(outputs.loss, model.loss_function(outputs.logits, tokens, 300) + outputs.aux_loss)
+    outputs.loss.backward()
+    predictor = model.model.layers[0].self_attn.rank_predictor
+    assert predictor.up.weight.grad.abs().max() > 0
+    # The auxiliary loss scales with the loss it belongs to, and moves nothing but the predictors.
+    expected = predictor.down.weight.grad.clone()
+    embedding = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    (model(tokens, labels=tokens).loss * 0).backward()
+    assert predictor.down.weight.grad.abs().max() == 0
+    model.zero_grad()
+    model.config.rank_loss_weight = 0.0
+    model(tokens, labels=tokens).loss.backward()
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, embedding)
+    assert predictor.down.weight.grad is None or predictor.down.weight.grad.abs().max() == 0
+    assert expected.abs().max() > 0
+
+
+def test_parts_of_a_batch_add_up_to_its_auxiliary_loss(llama: Any) -> None:
+    model = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2)).train()
+    tokens = tokens_of(4, 40)
+    items = torch.tensor(4 * 39)
+    tokens[1:] = tokens[:1]  # some rows of a batch teach the ranks: let them be alike
+    whole = model(tokens, labels=tokens, num_items_in_batch=items).loss
+    parts = sum(model(part, labels=part, num_items_in_batch=items).loss for part in tokens.split(1))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_label_smoothing_shifts_the_labels(llama: Any) -> None:
+    from transformers.trainer import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model = convert.upcycle(llama, 12, local=4, sinks=2)
+    assert model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def test_what_cannot_be_served_is_refused(llama: Any) -> None:
+    model = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2))
+    tokens = tokens_of(1, 20)
+    with pytest.raises(InvalidInputError, match="continuous batching"):
+        model.generate_batch([[5, 6, 7]])
+    with pytest.raises(InvalidInputError, match="sdpa"):
+        model.set_attn_implementation("sdpa")
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), 0)
+    cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), 1)
+    with pytest.raises(InvalidInputError, match="keys that have no ranks"):
+        model(tokens, past_key_values=cache)
+    with pytest.raises(InvalidInputError, match="attention_mask must be"):
+        model(tokens, attention_mask=torch.ones(1, 19))
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(InvalidInputError, match="gradient checkpointing drops"):
+        model(tokens, past_key_values=cache)
+
+
+def test_windows_are_checked(llama: Any) -> None:
+    model = convert.upcycle(llama, 12, local=4, sinks=2)
+    for wrong, message in (
+        ([12], "each of the 2 layers; got 1"),
+        ([[12, 12, 12], 12], "one per key/value head"),
+        ([5, 12], "local . sinks must be at most"),
+        ([None, 12], "dense layer"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            convert.set_windows(model, wrong)
+        assert model.config.windows == 12
+
+
+def test_a_model_converted_by_0_1_loads_with_a_message(llama: Any, tmp_path: Any) -> None:
+    import json
+
+    model = convert.upcycle(llama, 12, local=4, sinks=2)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    for name in ("windows", "sinks", "trained_ranks", "rank_predictor_width", "rank_loss_weight"):
+        fields.pop(name)
+    fields |= {"window": 12, "local": 6, "layer_windows": [12, 12], "layer_locals": [6, 6], "ranking": "attention"}
+    file.write_text(json.dumps(fields))
+    with pytest.warns(UserWarning, match="dynamask 0.1"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.head_windows == ((12, 12), (12, 12))
+    assert (loaded.config.local, loaded.config.sinks, loaded.config.trained_ranks) == (6, 0, False)
+
+
+def test_reasons_are_given(shape: dict[str, Any]) -> None:
+    config = hf.Gemma2Config(**shape)
+    assert "attn_logit_softcapping=50" in str(reason_not_convertible(config))
+    with pytest.raises(InvalidInputError, match="attn_logit_softcapping"):
+        convert.upcycle(hf.Gemma2ForCausalLM(config), 12, local=4, sinks=2)
+    assert "sink in every head" in str(reason_not_convertible(hf.GptOssConfig()))
+    assert "Supported: gemma2" in str(reason_not_convertible(hf.GPT2Config()))
