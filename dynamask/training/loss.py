@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from dynamask.models.modeling import AUXILIARY_WEIGHT
+
 TokenLosses = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """Output layer, states (n, hidden), targets (n,) -> losses (n,)."""
 
@@ -114,7 +116,7 @@ def use_chunked_loss(model: Any, token_losses: TokenLosses = plain_losses) -> No
         if aux_loss is not None:
             # A part of a batch carries its part of the auxiliary loss, as it does of the cross-entropy.
             share = 1.0 if num_items_in_batch is None else counts.sum() / num_items_in_batch
-            loss = loss + share * aux_loss
+            loss = loss + AUXILIARY_WEIGHT * share * aux_loss
         return LossOutput(loss=loss, row_losses=losses.detach().sum(-1), row_counts=counts, aux_loss=aux_loss)
 
     model.forward = forward

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from dynamask.data import PackedDataset
 from dynamask.errors import InvalidInputError, UsageError
 from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.models.modeling import AUXILIARY_WEIGHT
 from dynamask.training import TrainConfig, open_corpus, open_run, parameter_groups, train
 from dynamask.training import loss as loss_module
 from dynamask.training.loss import next_token_losses, use_chunked_loss
@@ -23,7 +24,7 @@ from tests.training.test_training import settings, text  # noqa: F401 -- a fixtu
 class WithPredictor(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.model = tiny_model()
+        self.model = tiny_model(ranking="paper")
         self.predictor = RankPredictor(32, 2)
         self.bias = nn.Parameter(torch.zeros(3))
 
@@ -38,7 +39,14 @@ def test_norms_gates_slopes_biases_and_predictors_do_not_decay() -> None:
         flat = model.get_parameter(name).dim() < 2
         assert decay == (0.0 if flat or name.startswith("predictor.") else 0.3), name
         assert rate == (0.5 if name.startswith("predictor.") else 0.2 if ".gate." in name else 0.1), name
-    assert any(name.endswith("log_recency") for name in found)
+    assert any(name.endswith("gate.gate") for name in found)
+    own = tiny_model()
+    named = {id(p): name for name, p in own.named_parameters()}
+    for group in parameter_groups(own, learning_rate=0.1, weight_decay=0.3, rank_rate=5.0):
+        for parameter in group["params"]:
+            predicts = ".rank_predictor." in named[id(parameter)]
+            assert group["lr"] == (0.5 if predicts else 0.1)
+            assert group["weight_decay"] == (0.0 if predicts or parameter.dim() < 2 else 0.3)
 
 
 def test_parameters_that_are_frozen_are_left_out() -> None:
@@ -98,8 +106,10 @@ def test_the_auxiliary_loss_scales_with_the_loss(monkeypatch: pytest.MonkeyPatch
         return outputs
 
     monkeypatch.setattr(model.model, "forward", forward)
-    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, plain + 0.5)
-    torch.testing.assert_close(model(input_ids=ids, labels=ids, num_items_in_batch=44).loss, (plain + 0.5) / 2)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, plain + 0.5 * AUXILIARY_WEIGHT)
+    torch.testing.assert_close(
+        model(input_ids=ids, labels=ids, num_items_in_batch=44).loss, (plain + 0.5 * AUXILIARY_WEIGHT) / 2
+    )
 
 
 def test_the_validation_loss_is_the_mean_per_token(

@@ -24,7 +24,7 @@ MODEL = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 16,
-    "window": 8,
+    "windows": 8,
 }
 
 
@@ -200,9 +200,9 @@ def test_left_out_files_are_reported(text, tmp_path) -> None:
 
 def test_settings_come_from_file_and_overrides(tmp_path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("steps: 7\nlearning_rate: 1e-3\nmodel: {window: 4}\n")
+    file.write_text("steps: 7\nlearning_rate: 1e-3\nmodel: {windows: 4}\n")
     config = TrainConfig.load(file, ["steps=9", "model.local=2", "data=[a.txt, b.txt]", "tokenizer=null"])
-    assert (config.steps, config.learning_rate, config.model) == (9, 1e-3, {"window": 4, "local": 2})
+    assert (config.steps, config.learning_rate, config.model) == (9, 1e-3, {"windows": 4, "local": 2})
     assert config.data == ["a.txt", "b.txt"]
     assert TrainConfig.load(None, ["data=a.txt"]).data == ["a.txt"]
 
@@ -218,7 +218,7 @@ def test_settings_come_from_file_and_overrides(tmp_path) -> None:
         (["precision=fp8"], "precision must be"),
         (["compile=3"], "compile must be bool"),
         (["data=[a"], "not valid YAML"),
-        (["model=3", "model.window=4"], "model must hold keys and values"),
+        (["model=3", "model.windows=4"], "model must hold keys and values"),
         (["learning_rate=.nan"], "learning_rate must be a positive number"),
         (["warmup=-1"], "warmup must be at least 0"),
     ],
