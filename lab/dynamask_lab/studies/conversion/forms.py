@@ -102,9 +102,10 @@ class ValueFed(nn.Module):
         self._value = [value]  # in a list: not a parameter of this module
         self.heads = heads
         self.up = nn.Parameter(torch.empty(heads, head_dim, width))
-        self.down = nn.Parameter(torch.zeros(heads, width))
-        self.bias = nn.Parameter(torch.zeros(heads, 1))
+        self.down = nn.Linear(width, heads)  # one row per head; `learn_ranks` begins with its bias
         nn.init.normal_(self.up, std=head_dim**-0.5)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, N, hidden) -> (B, G, N) float32."""
@@ -113,7 +114,8 @@ class ValueFed(nn.Module):
         values = values.unflatten(-1, (self.heads, -1)).transpose(1, 2).float()
         values = torch.nn.functional.rms_norm(values, values.shape[-1:])
         hidden = torch.nn.functional.silu(values @ self.up.float())
-        return settle(torch.einsum("bgnw,gw->bgn", hidden, self.down.float()) + self.bias.float())
+        ranks = torch.einsum("bgnw,gw->bgn", hidden, self.down.weight.float())
+        return settle(ranks + self.down.bias.float()[:, None])
 
 
 class Workshop:

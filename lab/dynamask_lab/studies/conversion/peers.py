@@ -19,7 +19,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from dynamask.errors import UsageError
 
 PEERS = ("streaming_llm", "snapkv", "tova", "expected_attention", "keydiff", "ada_snapkv", "ada_expected_attention")
-_UNUSED = {"cachetools": ("LRUCache", "cached"), "fire": ("Fire",), "peft": (), "requests": ("get",)}
+_UNUSED = {
+    "cachetools": ("LRUCache", "cached"),
+    "datasets": ("load_dataset",),
+    "fire": ("Fire",),
+    "pandas": (),
+    "peft": (),
+    "requests": ("get",),
+}
 
 
 def _missing(*_: Any, **__: Any) -> Any:
@@ -34,8 +41,10 @@ def load() -> Any:
     """
     if "kvpress" in sys.modules:
         return sys.modules["kvpress"]
+    stand_ins = []
     for name, members in _UNUSED.items():
-        if importlib.util.find_spec(name) is None:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            stand_ins.append(name)
             module = types.ModuleType(name)
             for member in members:
                 setattr(module, member, _missing)
@@ -45,6 +54,9 @@ def load() -> Any:
         import kvpress
     except ImportError as error:
         raise UsageError(f"kvpress cannot be imported ({error}): pip install --no-deps kvpress==0.5.5") from error
+    finally:
+        for name in stand_ins:  # others may look for the real module, and must not find this one
+            del sys.modules[name]
     from kvpress.presses import base_press
 
     for name, function in functions.items():  # it wraps every attention function, in a way that fits dense ones alone
