@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 LAYERS = (
     ("errors", "registration"),
+    ("hub", "lock"),
     ("ops",),
     ("packed_ranks", "cache"),
     ("mixers",),
