@@ -651,7 +651,8 @@ def _bounded_layers(
     num_hidden_layers: int | None,
 ) -> list[BoundedLayer]:
     """The layers of a `BoundedCache`."""
-    own = _layers_of_mixers(config)
+    make = getattr(config, "bounded_cache_layers", None)
+    own: list[BoundedLayer] | None = None if make is None else make()
     if own is not None and (windows, local, sinks, num_hidden_layers) == (None, None, None, None):
         return own
     count = num_hidden_layers if num_hidden_layers is not None else getattr(config, "num_hidden_layers", None)
@@ -686,23 +687,6 @@ def _bounded_layers(
     of_layers = getattr(config, "layer_sinks", None) if windows is None and local is None else None
     sinks_ = [sinks] * count if of_layers is None else of_layers
     return [BoundedLayer(window, local=n, sinks=first) for window, n, first in zip(each, locals_, sinks_, strict=True)]
-
-
-def _layers_of_mixers(config: Any) -> list[BoundedLayer] | None:
-    """The layers that the mixers of a dynamask model decode with; None for another configuration."""
-    names = getattr(config, "layer_mixers", None)
-    if names is None:
-        return None
-    from dynamask.mixers import get_mixer  # mixers use this module
-
-    for name in names:
-        if not get_mixer(name).bounded:
-            raise InvalidInputError(
-                f"a bounded cache serves mixers that keep a bounded number of keys; this model has attention {name!r}, "
-                "whose queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
-            )
-    layers: Any = [get_mixer(name).cache_layer(config, index) for index, name in enumerate(names)]
-    return layers  # type: ignore[no-any-return]
 
 
 def _spread(windows: tuple[int, ...], heads: int) -> tuple[int, ...]:

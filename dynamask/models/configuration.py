@@ -144,6 +144,22 @@ class DynamaskConfig(PreTrainedConfig):
         ]
         return sum(kept) / len(kept) if kept else None
 
+    def bounded_cache_layers(self) -> list[Any]:
+        """Make the empty layers of a `BoundedCache` for this model.
+
+        Raises:
+            InvalidInputError: a layer's mixer does not keep a bounded number of keys.
+        """
+        from dynamask.mixers import get_mixer
+
+        for name in self.layer_mixers:
+            if not get_mixer(name).bounded:
+                raise InvalidInputError(
+                    "a bounded cache serves mixers that keep a bounded number of keys; this model has attention "
+                    f"{name!r}, whose queries see every past key: use dynamask.models.new_cache(config) or DynamicCache"
+                )
+        return [get_mixer(name).cache_layer(self, index) for index, name in enumerate(self.layer_mixers)]
+
     def dense_layers(self, context: int) -> list[str]:
         """Describe the layers whose windows hold the whole context, so that their attention is dense.
 
