@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 # These modules carry the names of their functions, so they are imported here: a module imported later would take the
 # function's place.
 from dynamask.convert.allocate_windows import allocate_windows
+from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import set_windows
 from dynamask.convert.upcycle import upcycle
 
 if TYPE_CHECKING:
+    from dynamask.convert.distillation_trainer import DistillationTrainer
     from dynamask.convert.doge import from_doge
 
-__all__ = ["allocate_windows", "from_doge", "learn_ranks", "set_windows", "upcycle"]
+__all__ = ["DistillationTrainer", "allocate_windows", "distill", "from_doge", "learn_ranks", "set_windows", "upcycle"]
 
-_HOME = {"from_doge": "doge"}
+_HOME = {"DistillationTrainer": "distillation_trainer", "from_doge": "doge"}
 """Name -> the module of this package that defines it, imported on first use."""
 
 

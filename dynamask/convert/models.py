@@ -20,6 +20,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
@@ -308,7 +309,8 @@ class ConvertedModel(OwnCacheGeneration):
             if use_cache and not training:
                 arguments[cache_name] = self._new_cache()
         learns = training and cache is None and self.config.rank_loss_weight
-        if facts.losses is None and learns and arguments.get("labels") is not None:
+        wanted = arguments.get("labels") is not None or arguments.get("loss_of_hidden") is not None
+        if facts.losses is None and learns and wanted:
             facts.losses = []
         return arguments
 
@@ -350,6 +352,10 @@ def _forward_of(original: Any) -> Callable[..., Any]:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = self._prepared({**dict(zip(names, args, strict=False)), **kwargs}, cache_name)
+        loss_of_hidden = arguments.pop("loss_of_hidden", None)
+        if loss_of_hidden is not None:  # a loss that does without the logits of all positions
+            hidden = self.model(**arguments).last_hidden_state
+            return CausalLMOutputWithPast(loss=loss_of_hidden(hidden, arguments["dynamask"]))
         as_tuple = arguments.get("return_dict") is False
         if as_tuple:
             arguments["return_dict"] = True

@@ -1,0 +1,257 @@
+"""Train a converted model to give the next-token distribution of the dense model it was made from."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dynamask.convert.attention import call_facts
+from dynamask.convert.chunked_kl import chunked_kl, output_head
+from dynamask.convert.learn_ranks import run_decoder
+from dynamask.convert.models import check_converted
+from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
+from dynamask.errors import InvalidInputError
+from dynamask.training.optimizer import adamw
+from dynamask.training.schedule import learning_rate_share
+
+_REPORT_EVERY = 5
+"""Steps between two looks at the loss; each look waits for the GPU."""
+
+
+def distill(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    blocks: Iterable[Tensor],
+    *,
+    steps: int,
+    learning_rate: float = 5e-5,
+    rank_learning_rate: float = 3e-4,
+    warmup: int | None = None,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    gradient_checkpointing: bool = False,
+    checkpoint: str | Path | None = None,
+    save_every: float = 120.0,
+    progress: Report | None = None,
+) -> list[float]:
+    """Train a converted model, with its windows on, towards the teacher's distribution at every position.
+
+    The loss is KL(teacher || student), see `chunked_kl`. The rank predictors go on learning beside it by their own
+    loss, from the student's attention, at their own rate. AdamW without weight decay; a short warm-up, then a cosine to
+    a tenth. On a GPU in bfloat16 over float32 weights.
+
+    Args:
+        model: made by `dynamask.convert.upcycle`, with trained ranks. Trained in place, in float32, and returned to its
+            dtype.
+        teacher: the dense model, or any causal LM with the same vocabulary. Not changed. If it shares weights with
+            `model`, as after `upcycle(copy_weights=False)`, a copy of it is made first.
+        blocks: iterable of (B, N) token ids; a list is read again from its beginning.
+        steps: blocks to train on.
+        learning_rate: highest rate of the model.
+        rank_learning_rate: highest rate of the rank predictors; 0 leaves them as they are.
+        warmup: steps of linear warm-up; None: a twentieth of the steps, at most 20.
+        temperature: of both distributions.
+        chunk: positions whose logits are in memory at a time.
+        gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
+        checkpoint: file that keeps the state of the training. If it exists, training continues from it.
+        save_every: seconds between two writes of the checkpoint.
+        progress: called every few steps.
+
+    Returns:
+        The divergence of every step, in nats per token.
+
+    Raises:
+        InvalidInputError: a model that is not converted, a teacher with another vocabulary, blocks that are too few or
+            no token ids, a loss that is not finite, or a checkpoint of another run.
+    """
+    check_converted(model, "distill")
+    if steps < 1 or learning_rate <= 0 or rank_learning_rate < 0 or chunk < 1 or temperature <= 0:
+        raise InvalidInputError(
+            "distill: steps and chunk must be at least 1, learning_rate and temperature above 0, rank_learning_rate at "
+            f"least 0; got {steps}, {chunk}, {learning_rate}, {temperature} and {rank_learning_rate}"
+        )
+    check_teacher(model, teacher)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    teacher = separate_teacher(model, teacher)
+    student: Any = model
+    config = student.config
+    training, wanted_grad = student.training, [parameter.requires_grad for parameter in student.parameters()]
+    dtypes = [tensor.dtype for tensor in student.parameters()]
+    checkpointed = bool(getattr(student, "is_gradient_checkpointing", False))
+    identity = {"stage": "distill", "steps": steps, "learning_rate": learning_rate}
+    state = load_state(checkpoint, identity)
+    try:
+        _widen(student)
+        for name, parameter in student.named_parameters():
+            parameter.requires_grad_(rank_learning_rate > 0 or "rank_predictor" not in name)
+        if gradient_checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.train()
+        share = rank_learning_rate / learning_rate
+        optimizer = adamw(student, learning_rate=learning_rate, weight_decay=0.0, rank_rate=share)
+        start, history = 0, torch.zeros(steps)
+        if state is not None:
+            student.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            start, history = state["step"], state["losses"]
+        warmup = min(20, steps // 20) if warmup is None else warmup
+        rates = [group["lr"] for group in adamw_rates(optimizer, learning_rate)]
+        clock, saved = Clock("distill", steps, start), time.perf_counter()
+        device = next(student.parameters()).device
+        losses: list[Tensor] = []
+        source = token_blocks(blocks, start, "distill")
+        for step in range(start, steps):
+            tokens = next(source).to(device, non_blocking=True)
+            now = learning_rate_share("cosine", step, steps, warmup)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * now
+            loss, ranks = distillation_losses(
+                student, teacher, tokens, temperature=temperature, chunk=chunk, ranks=rank_learning_rate > 0
+            )
+            (loss if ranks is None else loss + ranks).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.detach())
+            clock.tokens += tokens.numel()
+            last = step + 1 == steps
+            if last or step == start or (step + 1) % _REPORT_EVERY == 0:
+                history[step + 1 - len(losses) : step + 1] = torch.stack(losses).cpu()
+                losses.clear()
+                if not math.isfinite(float(history[step])):
+                    raise InvalidInputError(
+                        f"distill: the divergence is {float(history[step])} at step {step + 1}: the student or the "
+                        "teacher computes NaN or infinity. Check both on this text, or lower learning_rate"
+                    )
+                if progress is not None:
+                    progress(clock.progress(step + 1, float(history[step])))
+                if checkpoint is not None and (last or time.perf_counter() - saved > save_every):
+                    weights = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
+                    save_state({"identity": identity, "step": step + 1, "losses": history, **weights}, checkpoint)
+                    saved = time.perf_counter()
+    finally:
+        if gradient_checkpointing and not checkpointed:
+            student.gradient_checkpointing_disable()
+        for parameter, dtype, wanted in zip(student.parameters(), dtypes, wanted_grad, strict=True):
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+        student.train(training)
+    if rank_learning_rate > 0:
+        config.trained_ranks = True
+    return history.tolist()  # type: ignore[no-any-return]
+
+
+def adamw_rates(optimizer: torch.optim.Optimizer, learning_rate: float) -> list[dict[str, float]]:
+    """Return the highest rate of every group of an optimizer that `adamw` built."""
+    return [{"lr": learning_rate * float(group["factor"])} for group in optimizer.param_groups]
+
+
+def distillation_losses(
+    student: Any,
+    teacher: Any,
+    tokens: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+    ranks: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the losses of one batch of distillation.
+
+    Args:
+        student: a converted model.
+        teacher: a causal LM with the same vocabulary.
+        tokens: (B, N) token ids.
+        attention_mask: (B, N), 1 for a real token, or None.
+        temperature, chunk: see `chunked_kl`.
+        ranks: whether the ranks' loss is computed, too.
+
+    Returns:
+        The mean divergence in nats per real token, and the mean loss of the ranks, or None.
+    """
+    teacher_hidden = teacher_states(teacher, tokens, attention_mask)
+    facts = call_facts(tokens.shape[0], tokens.shape[1], attention_mask, None, 0, tokens.device)
+    facts.losses = [] if ranks else None
+    hidden = run_decoder(student, tokens, facts)
+    return losses_of_hidden(
+        student, teacher, hidden, teacher_hidden, facts.losses, attention_mask, temperature=temperature, chunk=chunk
+    )
+
+
+def losses_of_hidden(
+    student: Any,
+    teacher: Any,
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    rank_losses: list[Tensor] | None,
+    attention_mask: Tensor | None,
+    *,
+    temperature: float,
+    chunk: int,
+) -> tuple[Tensor, Tensor | None]:
+    """`distillation_losses` from the last hidden states (B, N, hidden) of both models."""
+    with _narrow(student):
+        loss = chunked_kl(
+            hidden,
+            teacher_hidden,
+            output_head(student),
+            output_head(teacher),
+            list(student.get_output_embeddings().parameters()),
+            mask=None if attention_mask is None else attention_mask.bool(),
+            temperature=temperature,
+            chunk=chunk,
+        )
+    aux = torch.stack([each.to(loss.device) for each in rank_losses]).mean() if rank_losses else None
+    return loss, aux
+
+
+@torch.no_grad()
+def teacher_states(teacher: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Run a causal LM without its output layer: (B, N) token ids to (B, N, hidden)."""
+    with _narrow(teacher):
+        decoder = teacher.get_decoder() if hasattr(teacher, "get_decoder") else teacher.model
+        outputs = decoder(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
+    return outputs.last_hidden_state  # type: ignore[no-any-return]
+
+
+def _narrow(model: Any) -> Any:
+    """Autocast to bfloat16 where float32 weights lie on a GPU."""
+    weight = next(model.parameters())
+    return torch.autocast("cuda", torch.bfloat16) if weight.is_cuda and weight.dtype == torch.float32 else nullcontext()
+
+
+def check_teacher(model: Any, teacher: Any) -> None:
+    """Raise `InvalidInputError` unless both models have one vocabulary."""
+    sizes = [getattr(getattr(each, "config", None), "vocab_size", None) for each in (model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise InvalidInputError(
+            f"the teacher has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}: distillation compares "
+            "their distributions token by token"
+        )
+
+
+def separate_teacher(model: Any, teacher: Any) -> Any:
+    """Return the teacher, frozen for evaluation: a copy of it if it shares weights with the model, or trains."""
+    mine = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
+    shares = any(parameter.data_ptr() in mine for parameter in teacher.parameters() if parameter.numel())
+    if shares:
+        teacher = copy.deepcopy(teacher)
+        teacher.requires_grad_(False)
+    return teacher.eval()
+
+
+def _widen(model: Any) -> None:
+    """Train in float32: the steps of AdamW are smaller than bfloat16 resolves."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize < 4:
+            parameter.data = parameter.data.float()

@@ -1,0 +1,92 @@
+"""Distillation with transformers' Trainer, for any data set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer
+
+from dynamask.convert.attention import CallFacts
+from dynamask.convert.distill import check_teacher, losses_of_hidden, separate_teacher, teacher_states
+from dynamask.convert.models import check_converted
+from dynamask.training.optimizer import adamw
+
+
+class DistillationTrainer(Trainer):
+    """Trains a converted model towards a teacher's next-token distributions, with the arguments of `Trainer`.
+
+    The data set gives `input_ids` and, with padding, `attention_mask`; labels are ignored. The loss, also the
+    evaluation's, is `distill`'s: KL(teacher || student) in nats per token, a few positions' logits at a time, and, in
+    training, the loss of the ranks. bf16, gradient checkpointing, accumulation and several GPUs work as in `Trainer`.
+
+    Args:
+        teacher: a causal LM with the same vocabulary. A copy is made of one that shares weights with the model.
+        temperature, chunk: see `dynamask.convert.chunked_kl.chunked_kl`.
+        rank_rate: learning rate of the rank predictors, divided by that of the model; 0 leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Any,
+        temperature: float = 1.0,
+        chunk: int = 1024,
+        rank_rate: float = 6.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        student: Any = self.model
+        base = student.get_base_model() if hasattr(student, "get_base_model") else student
+        check_converted(base, "DistillationTrainer")
+        check_teacher(base, teacher)
+        self.teacher = separate_teacher(base, teacher).to(next(base.parameters()).device)
+        self.temperature, self.chunk, self.rank_rate = temperature, chunk, rank_rate
+        self.model_accepts_loss_kwargs = False  # a mean over tokens: Trainer divides by the accumulation steps
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build AdamW over dynamask's parameter groups."""
+        if self.optimizer is None:
+            self.optimizer: torch.optim.Optimizer | None = adamw(
+                self.model if model is None else model,
+                learning_rate=self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                rank_rate=self.rank_rate,
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Compute the divergence and, in training, the loss of the ranks."""
+        tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+        student = self.accelerator.unwrap_model(model)
+        hidden_of_teacher = teacher_states(self.teacher, tokens, mask)
+
+        def losses(hidden: Tensor, facts: CallFacts) -> Tensor:
+            loss, ranks = losses_of_hidden(
+                student,
+                self.teacher,
+                hidden,
+                hidden_of_teacher,
+                facts.losses,
+                mask,
+                temperature=self.temperature,
+                chunk=self.chunk,
+            )
+            return loss if ranks is None else loss + ranks
+
+        # Through the model's own forward, so that wrappers around it (DDP, autocast) see the call.
+        outputs = model(input_ids=tokens, attention_mask=mask, loss_of_hidden=losses)
+        return (outputs.loss, {"loss": outputs.loss}) if return_outputs else outputs.loss
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Compute the loss, which needs no labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        return loss.detach(), None, None

@@ -1,0 +1,51 @@
+"""The divergence in chunks equals the divergence of all logits, gradients included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+
+from dynamask.convert.chunked_kl import chunked_kl, output_head
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_equals_the_divergence_of_all_logits(masked: bool, temperature: float) -> None:
+    hidden = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    other = torch.randn(2, 7, 4, dtype=torch.float64)
+    student, teacher = torch.nn.Linear(5, 11).double(), torch.nn.Linear(4, 11).double()
+    mask = torch.rand(2, 7) > 0.4 if masked else None
+    parameters = list(student.parameters())
+    loss = chunked_kl(hidden, other, student, teacher, parameters, mask=mask, temperature=temperature, chunk=3)
+    given = (student(hidden) / temperature).log_softmax(-1)
+    target = (teacher(other) / temperature).log_softmax(-1)
+    each = F.kl_div(given, target, log_target=True, reduction="none").sum(-1) * temperature**2
+    expected = each.mean() if mask is None else each[mask].mean()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-6)
+    wanted = torch.autograd.grad(3 * expected, [hidden, *parameters])
+    found = torch.autograd.grad(3 * loss, [hidden, *parameters])
+    for one, two in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_no_gradient_is_computed_where_none_is_wanted() -> None:
+    head = torch.nn.Linear(5, 11).requires_grad_(False)
+    loss = chunked_kl(torch.randn(1, 3, 5), torch.randn(1, 3, 5), head, head, list(head.parameters()))
+    assert not loss.requires_grad
+    assert loss > 0
+
+
+@pytest.mark.parametrize("name", ["gemma2", "granite", "llama"])
+@torch.no_grad()
+def test_the_output_head_gives_the_models_logits(name: str, shape: dict[str, Any]) -> None:
+    model: Any = {
+        "gemma2": lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**shape, head_dim=8, final_logit_softcapping=3.0)),
+        "granite": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**shape, logits_scaling=5.0)),
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**shape)),
+    }[name]()
+    tokens = torch.randint(3, 300, (1, 9))
+    torch.testing.assert_close(output_head(model)(model.model(tokens).last_hidden_state), model(tokens).logits)

@@ -1,0 +1,118 @@
+"""Distillation lowers the divergence, resumes exactly, and works in a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from dynamask import InvalidInputError, convert
+from dynamask.convert.distill import distillation_losses
+
+
+def blocks(count: int = 3, rows: int = 2) -> list[torch.Tensor]:
+    return [torch.randint(3, 300, (rows, 48)) for _ in range(count)]
+
+
+def student_of(dense: Any) -> Any:
+    torch.manual_seed(1)
+    model = convert.upcycle(dense, 10, local=4, sinks=2, copy_weights=True)
+    model.config.trained_ranks = True
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_lowers_the_divergence(llama: Any, checkpointing: bool) -> None:
+    model, data = student_of(llama), blocks(1)
+    before = float(distillation_losses(model, llama, data[0])[0].detach())
+    teacher = {name: value.clone() for name, value in llama.state_dict().items()}
+    predictor = model.model.layers[0].self_attn.rank_predictor.down.weight.clone()
+    losses = convert.distill(
+        model, llama, data, steps=15, learning_rate=1e-3, chunk=20, gradient_checkpointing=checkpointing
+    )
+    assert losses[0] == pytest.approx(before, rel=1e-4)
+    assert float(distillation_losses(model, llama, data[0])[0]) < 0.8 * before
+    assert all(torch.equal(value, teacher[name]) for name, value in llama.state_dict().items())
+    assert not torch.equal(predictor, model.model.layers[0].self_attn.rank_predictor.down.weight)
+    assert not model.is_gradient_checkpointing
+
+
+def test_within_the_windows_there_is_nothing_to_learn(llama: Any) -> None:
+    loss, ranks = distillation_losses(student_of(llama), llama, torch.randint(3, 300, (1, 10)))
+    assert loss < 1e-6
+    assert ranks is not None
+
+
+def test_a_teacher_that_shares_weights_is_copied(llama: Any) -> None:
+    shared = convert.upcycle(llama.to(torch.bfloat16), 10, local=4, sinks=2)
+    before = shared.lm_head.weight.clone()
+    losses = convert.distill(shared, llama, blocks(1), steps=4, learning_rate=1e-2, rank_learning_rate=0.0)
+    assert losses[-1] > 0
+    assert shared.lm_head.weight.dtype == torch.bfloat16
+    assert not torch.equal(shared.lm_head.weight, before)
+    assert not shared.config.trained_ranks
+    assert shared.model.layers[0].self_attn.rank_predictor.down.weight.abs().max() == 0
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_killed_run_continues_to_the_same_weights(llama: Any, tmp_path: Path) -> None:
+    data = blocks()
+
+    def kill(report: Any) -> None:
+        if report.step == 10:
+            raise Killed
+
+    whole, broken, again = student_of(llama), student_of(llama), student_of(llama)
+    expected = convert.distill(whole, llama, data, steps=12)
+    file = tmp_path / "distill.pt"
+    with pytest.raises(Killed):
+        convert.distill(broken, llama, data, steps=12, checkpoint=file, save_every=0.0, progress=kill)
+    assert convert.distill(again, llama, data, steps=12, checkpoint=file) == expected
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_in_a_trainer(llama: Any, tmp_path: Path) -> None:
+    model = student_of(llama)
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in torch.cat(blocks(2))]
+    before = float(distillation_losses(model, llama, torch.stack([row["input_ids"] for row in rows]))[0].detach())
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = convert.DistillationTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, teacher=llama)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-3)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    assert model.model.layers[0].self_attn.rank_predictor.down.weight.abs().max() > 0
+
+
+def test_bad_input(llama: Any, shape: dict[str, Any]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = student_of(llama)
+    other = LlamaForCausalLM(LlamaConfig(**{**shape, "vocab_size": 299}))
+    with pytest.raises(InvalidInputError, match="vocabulary of 299"):
+        convert.distill(model, other, blocks(), steps=1)
+    with pytest.raises(InvalidInputError, match="distill takes a model made by"):
+        convert.distill(llama, llama, blocks(), steps=1)
+    with pytest.raises(InvalidInputError, match="steps and chunk must be"):
+        convert.distill(model, llama, blocks(), steps=0)
+    with torch.no_grad():
+        llama.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(InvalidInputError, match="divergence is nan at step 1"):
+        convert.distill(model, llama, blocks(), steps=1)
