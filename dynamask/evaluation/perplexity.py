@@ -19,7 +19,7 @@ class PositionPerplexity:
 
     Attributes:
         loss: mean over all predicted tokens, nats per token.
-        edges: bucket boundaries; bucket b covers positions edges[b] <= p < edges[b + 1].
+        edges: bucket boundaries; bucket b covers positions edges[b] <= p < edges[b + 1], the last one its end, too.
         losses: mean per bucket, NaN for an empty one.
         counts: predicted tokens per bucket.
     """
@@ -57,7 +57,8 @@ def perplexity_by_position(
 
     Args:
         model: returns `.logits` (B, N, vocab).
-        blocks: items as `PackedDataset` gives them: input_ids, labels, position_ids, each (N,).
+        blocks: items as `PackedDataset` gives them: input_ids, labels, position_ids, each (N,); shift_labels (N,)
+            where the token after the block counts, too.
         batch_size: blocks per forward pass.
         buckets: how many; their edges double, so that early positions are resolved.
         limit: evaluate at most so many blocks.
@@ -74,11 +75,12 @@ def perplexity_by_position(
     model.eval()
     loader: Iterable[dict[str, Tensor]] = DataLoader(blocks, batch_size=batch_size)
     for batch in progress(loader, "evaluating") if progress else loader:
-        labels = batch.pop("labels")[:, 1:]
+        labels = F.pad(batch.pop("labels")[:, 1:], (0, 1), value=-100)
+        labels = batch.pop("shift_labels", labels)
         logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).logits
-        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels.to(device), reduction="none").cpu()
+        losses = F.cross_entropy(logits.float().transpose(1, 2), labels.to(device), reduction="none").cpu()
         counted = labels != -100
-        bucket = torch.bucketize(batch["position_ids"][:, 1:].contiguous(), bounds, right=True)
+        bucket = torch.bucketize(batch["position_ids"] + 1, bounds, right=True)
         sums.index_add_(0, bucket[counted], losses[counted].double())
         counts.index_add_(0, bucket[counted], torch.ones_like(bucket[counted]))
     model.train(was_training)

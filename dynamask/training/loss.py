@@ -97,9 +97,9 @@ def use_chunked_loss(model: Any, token_losses: TokenLosses = plain_losses) -> No
         if labels is None:
             return own(*args, **inputs)
         inputs["use_cache"] = False
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if "shift_labels" in inputs:
-            targets = inputs.pop("shift_labels")
+        targets = inputs.pop("shift_labels", None)
+        if targets is None:
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)
         if chunked:
             outputs = model.get_decoder()(*args, **inputs)
             hidden = outputs.last_hidden_state.flatten(0, 1)
@@ -123,7 +123,7 @@ def use_chunked_loss(model: Any, token_losses: TokenLosses = plain_losses) -> No
 
 
 def next_token_losses(model: Any, tokens: Tensor, token_losses: TokenLosses = plain_losses, **inputs: Any) -> Tensor:
-    """Cross-entropy of every next token.
+    """Cross-entropy of every next token, without the auxiliary loss of learned ranks.
 
     Args:
         model: a causal LM of transformers.
@@ -134,9 +134,27 @@ def next_token_losses(model: Any, tokens: Tensor, token_losses: TokenLosses = pl
     Returns:
         (B, N) float32, nats.
     """
-    hidden = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False, **inputs).last_hidden_state
+    return _next_token_losses(model, tokens, token_losses, inputs)[0]
+
+
+def training_loss(model: Any, tokens: Tensor, token_losses: TokenLosses = plain_losses, **inputs: Any) -> Tensor:
+    """Mean cross-entropy of every next token, with the auxiliary loss of learned ranks.
+
+    Args:
+        model, tokens, token_losses, **inputs: see `next_token_losses`.
+
+    Returns:
+        Scalar, nats.
+    """
+    losses, aux_loss = _next_token_losses(model, tokens, token_losses, inputs)
+    return losses.mean() if aux_loss is None else losses.mean() + AUXILIARY_WEIGHT * aux_loss
+
+
+def _next_token_losses(
+    model: Any, tokens: Tensor, token_losses: TokenLosses, inputs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    outputs = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False, **inputs)
     targets = tokens[:, 1:]
-    losses = chunked_losses(
-        model.get_output_embeddings(), hidden.flatten(0, 1), targets.flatten(), model.config.vocab_size, token_losses
-    )
-    return losses.view(targets.shape)
+    hidden, head = outputs.last_hidden_state.flatten(0, 1), model.get_output_embeddings()
+    losses = chunked_losses(head, hidden, targets.flatten(), model.config.vocab_size, token_losses)
+    return losses.view(targets.shape), getattr(outputs, "aux_loss", None)

@@ -135,7 +135,7 @@ def _train(
             vocab_size=shape.vocab_size,
             tokenizer=config.tokenizer,
             validation=config.validation,
-            block=config.context,
+            block=config.context + 1,
             errors=config.errors,
             progress=progress,
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
@@ -20,25 +19,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dynamask.training.checkpointing import checkpoints
 from dynamask.training.loss import TokenLosses, plain_losses, use_chunked_loss
 from dynamask.training.optimizer import adamw
+from dynamask.training.sampler import ShuffledBlocks
 from dynamask.training.schedule import learning_rate_share
-
-
-class ShuffledBlocks(Sampler[int]):
-    """Every block once an epoch, in an order that the seed and the epoch alone decide.
-
-    Args:
-        count: blocks.
-        seed: of the order.
-    """
-
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed, self.epoch = count, seed, 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.count).tolist())
 
 
 class _Epochs(TrainerCallback):
@@ -120,6 +102,14 @@ class AtomicTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         self.sampler = ShuffledBlocks(len(dataset), self.args.data_seed or self.args.seed)
         return self.sampler
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Count the targets: those of `shift_labels` where the data has them."""
+        counted = [
+            {**batch, "labels": F.pad(batch["shift_labels"], (1, 0), value=-100)} if "shift_labels" in batch else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynamask_lab.language.engine import LanguageConfig, build_model, compile_training, next_token_loss, plain_losses
+from dynamask.training.loss import plain_losses, training_loss
+from dynamask_lab.language.engine import LanguageConfig, build_model, compile_training
 from dynamask_lab.studies.scaling.study import PLANS, SHAPES
 from dynamask_lab.sweeps import provenance
 
@@ -43,7 +44,7 @@ def measure(settings: LanguageConfig, *, warmup: int, steps: int) -> dict[str, A
 
     def step() -> torch.Tensor:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
-            loss = next_token_loss(model, tokens, token_losses).mean()
+            loss = training_loss(model, tokens, token_losses)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()

@@ -298,11 +298,11 @@ def test_validation_holds_a_block(tmp_path, monkeypatch, held_first: bool, large
         return type("Digest", (), {"digest": lambda self: digest})() if data.endswith(b"__init__.py") else real(data)
 
     monkeypatch.setattr(shards.hashlib, "sha256", chosen)
-    corpus = prepare([str(source)], tmp_path / "corpus", vocab_size=300, block=128)
+    corpus = prepare([str(source)], tmp_path / "corpus", vocab_size=300, block=129)
     for split in ("train", "validation"):
         assert len(PackedDataset(corpus, split, 128)) >= 1
     assert corpus.index["splits"]["train"]["tokens"] > corpus.index["splits"]["validation"]["tokens"] / 2
-    wider = prepare([str(source)], tmp_path / "corpus", vocab_size=300, block=512)
+    wider = prepare([str(source)], tmp_path / "corpus", vocab_size=300, block=513)
     assert len(PackedDataset(wider, "validation", 512)) >= 1
 
 

@@ -1,6 +1,8 @@
 """Small language models, one engine for every experiment that compares mixers by their loss.
 
-A run is its `LanguageConfig`, plain JSON; two runs that differ in the mixer alone see the same tokens in the same order
+Optimizer, schedule, loss, order of the data and operations counted are those of `dynamask.training`: a run here and
+`dynamask train` with the same settings have the same losses. This loop is for sweeps of many small models. A run is its
+`LanguageConfig`, plain JSON; two runs that differ in the mixer alone see the same tokens in the same order
 and start from the same seed. The loop is made for throughput on one device: the corpus lies in its memory, layers are
 compiled, and nothing is read back between two looks at the validation split. A run stops whenever its caller raises
 from `progress`, and the next call with the same config continues it from the state it left, to the same numbers.
@@ -16,7 +18,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask.models.window_schedule import check_window_schedule
+from dynamask.training import adamw, flops
+from dynamask.training.loss import TokenLosses, next_token_losses, plain_losses, training_loss
+from dynamask.training.optimizer import GATES
+from dynamask.training.sampler import ShuffledBlocks
+from dynamask.training.schedule import learning_rate_share
 from dynamask_lab.language.data import token_streams
 from dynamask_lab.language.kept_models import keep
 from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
@@ -38,20 +43,14 @@ from dynamask_lab.sweeps.registry import Config, Progress
 from dynamask_lab.sweeps.results import run_key
 from dynamask_lab.sweeps.settings import WINDOWLESS, plain_settings, read_settings
 
-TokenLosses = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""Output layer, states (n, hidden), targets (n,) -> losses (n,)."""
-
 SCHEDULES = ("cosine", "wsd")
 STATE_FOLDER = "DYNAMASK_STATE"
 """Environment variable: where unfinished runs and kept models lie. Default: runs/experiments."""
 
-_GATES = (".gate.", ".penalty.")
 _RANKS = ("gate.delta.weight", "gate.log_rank_recency")
 """Of a gate with ranking="attention": they have a loss of their own, so nothing that they do shakes the logits."""
 
 _FIRST_LOOK = 25
-_LOGITS = 1 << 30
-"""Logits that exist at a time; more positions go through the output layer in parts, recomputed backward."""
 _PROGRESS_EVERY = 10
 _SAVE_SECONDS = 120.0
 _TIMED_FROM = 5
@@ -229,32 +228,27 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
 def learning_rate_at(settings: LanguageConfig, step: int) -> float:
     """The rate of a step, the first being 0."""
     steps = settings.total_steps
-    warm = max(1, round(settings.warmup * steps))
-    if step < warm:
-        return settings.learning_rate * (step + 1) / warm
-    if settings.schedule == "wsd":
-        decay = max(1, steps // 5)
-        return settings.learning_rate * min(1.0, (steps - step) / decay)
-    share = (step - warm) / max(1, steps - warm)
-    return settings.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share)))
+    warmup = max(1, round(settings.warmup * steps))
+    return settings.learning_rate * learning_rate_share(settings.schedule, step, steps, warmup)
 
 
 def training_flops(settings: LanguageConfig, model: DynamaskForCausalLM) -> float:
-    """Useful floating-point operations of the whole run: weights, output layer, attention over the keys that are seen.
-
-    Forward and twice that backward. What a mixer spends on choosing keys (dma's sort, nsa's block scores) is left out;
-    nsa's compressed branch, which every query reads, is counted.
-    """
+    """Useful floating-point operations of the whole run, see `dynamask.training.flops`."""
     counts = parameter_counts(model)
-    weights = 6.0 * (counts["non_embedding"] + counts["embedding"])  # the tied embedding multiplies as output layer
-    total = 0.0
-    for step in range(settings.total_steps):
-        windows = _windows(settings, settings.window_at(step))
-        layers = zip(settings.mixers, windows, strict=True)
-        pairs = sum(_pairs(settings, model.config, name, window) for name, window in layers) / settings.length
-        per_token = weights + 12.0 * settings.width * pairs
-        total += per_token * settings.batch_tokens
-    return total
+    steps = (_windows(settings, settings.window_at(step)) for step in range(settings.total_steps))
+    return flops.training_flops(
+        parameters=counts["non_embedding"] + counts["embedding"],
+        query_width=settings.width,
+        length=settings.length,
+        tokens=settings.batch_tokens,
+        pairs=(
+            [
+                _pairs(settings, model.config, name, window)
+                for name, window in zip(settings.mixers, windows, strict=True)
+            ]
+            for windows in steps
+        ),
+    )
 
 
 def _windows(settings: LanguageConfig, window: int | None) -> list[int | None]:
@@ -266,24 +260,17 @@ def _windows(settings: LanguageConfig, window: int | None) -> list[int | None]:
 
 def _pairs(settings: LanguageConfig, config: DynamaskConfig, mixer: str, window: int | None) -> float:
     """Query-key pairs of one sequence in one head."""
-    length = settings.length
-
-    def seen(keys: float) -> float:
-        keys = min(keys, length)
-        return keys * (keys + 1) / 2 + (length - keys) * keys
-
     if mixer == "nsa":
         assert config.nsa is not None
-        block, chosen = config.nsa["block_size"], config.nsa["block_counts"] * config.nsa["block_size"]
-        return length * length / (2 * block) + seen(chosen) + seen(config.nsa["window"])
-    return seen(length if window is None or mixer in WINDOWLESS else window)
+        return flops.block_sparse_pairs(settings.length, **config.nsa)
+    return flops.causal_pairs(settings.length, None if window is None or mixer in WINDOWLESS else window)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """ "embedding" (shared with the output layer), "non_embedding", and of the latter "gates"."""
     embedding = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" in name)
     rest = sum(p.numel() for name, p in model.named_parameters()) - embedding
-    gates = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in _GATES))
+    gates = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in GATES))
     return {"embedding": embedding, "non_embedding": rest, "gates": gates}
 
 
@@ -397,7 +384,15 @@ class _Run:
             torch.manual_seed(settings.seed)
             self.model = build_model(settings, self.streams.vocab_size).to(self.device)
         self.generators = _Generators(settings.seed, self.device)
-        self.optimizer = _optimizer(self.model, settings, fused=self.device.type == "cuda")
+        self.optimizer = adamw(
+            self.model,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(0.9, settings.beta2),
+            gate_rate=settings.gate_rate,
+            rank_rate=settings.rank_rate,
+            ranks=_RANKS if settings.ranking == "attention" else (),
+        )
         steps = settings.total_steps
         # Filled on the device and read at looks alone: reading a number every step would stop the device every step.
         self.losses = torch.zeros(steps, device=self.device)
@@ -458,7 +453,7 @@ class _Run:
         """Take the weights of another run's kept model; only gates may be missing in it."""
         weights = DynamaskForCausalLM.from_pretrained(folder).state_dict()
         missing, unexpected = self.model.load_state_dict(weights, strict=False)
-        left = unexpected + [name for name in missing if not any(part in name for part in _GATES)]
+        left = unexpected + [name for name in missing if not any(part in name for part in GATES)]
         if left:
             raise InvalidInputError(f"{folder} holds a model of another shape: {', '.join(left[:5])} do not fit")
 
@@ -517,7 +512,7 @@ class _Run:
             group["lr"] = rate * group["factor"]
         tokens = batches(step)
         with self._autocast():
-            loss = next_token_loss(self.model, tokens, self.token_losses).mean()
+            loss = training_loss(self.model, tokens, self.token_losses)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
@@ -559,7 +554,7 @@ class _Run:
             part = rows[start : start + size]
             padded = F.pad(part, (0, 0, 0, size - len(part)))
             with self._autocast():
-                total += next_token_loss(self.model, padded, self.token_losses)[: len(part)].double().sum(0)
+                total += next_token_losses(self.model, padded, self.token_losses)[: len(part)].double().sum(0)
         return (total / count).cpu()
 
     def _result(self) -> dict[str, Any]:
@@ -646,15 +641,17 @@ class _Generators:
 class _Batches:
     """Sequences of a stream by step number, in an order that the seed alone decides, epoch after epoch.
 
-    Neighbouring sequences share one token, the last target of one and the first input of the next.
+    The order is that of `dynamask.training`'s ShuffledBlocks. Neighbouring sequences share one token, the last target
+    of one and the first input of the next.
     """
 
     def __init__(self, settings: LanguageConfig, stream: np.ndarray, device: torch.device) -> None:
-        self.length, self.seed = settings.length, settings.seed
+        self.length = settings.length
         self.size = settings.batch_tokens // settings.length
         self.count = (len(stream) - 1) // settings.length
         if self.count < 1:
             raise InvalidInputError(f"the training split has {len(stream)} tokens, less than length={settings.length}")
+        self.blocks = ShuffledBlocks(self.count, settings.seed)
         self.tokens = torch.from_numpy(np.asarray(stream, dtype=np.int32)).to(device)
         self.offset = torch.arange(settings.length + 1, device=device)
         self._epoch = -1
@@ -668,8 +665,8 @@ class _Batches:
 
     def _starts(self, epoch: int, part: slice) -> Tensor:
         if epoch != self._epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.count) * self.length
-            self._order, self._epoch = torch.from_numpy(order).to(self.tokens.device), epoch
+            self.blocks.epoch = self._epoch = epoch
+            self._order = torch.tensor(list(self.blocks), device=self.tokens.device) * self.length
         return self._order[part]
 
 
@@ -684,39 +681,12 @@ def _by_epoch(places: range, count: int) -> list[tuple[int, slice]]:
     return parts
 
 
-def plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    """(n, hidden), (n,) -> (n,) float32, nats."""
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-
 def compile_training(model: DynamaskForCausalLM) -> TokenLosses:
-    """Compile the layers, and losses for `next_token_loss`: eager, float32 logits cost more than several layers."""
+    """Compile the layers, and losses for `next_token_losses`: eager, float32 logits cost more than several layers."""
     torch._dynamo.reset()  # a sweep of many mixers would run into dynamo's limit of graphs per function
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     return torch.compile(plain_losses, dynamic=False)
-
-
-def next_token_loss(model: DynamaskForCausalLM, tokens: Tensor, token_losses: TokenLosses = plain_losses) -> Tensor:
-    """Cross-entropy of every next token, in parts where all logits at once would be too many.
-
-    Args:
-        model: the model.
-        tokens: (B, N + 1) int64.
-        token_losses: of the output layer, states (n, hidden) and targets (n,): (n,); a compiled one is faster.
-
-    Returns:
-        (B, N) float32, nats.
-    """
-    hidden = model.model(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-    targets = tokens[:, 1:]
-    flat, wanted = hidden.flatten(0, 1), targets.flatten()
-    part = max(1, _LOGITS // model.config.vocab_size)
-    if len(wanted) <= part:
-        return token_losses(model.lm_head, flat, wanted).view(targets.shape)
-    pieces = zip(flat.split(part), wanted.split(part), strict=True)
-    losses = [checkpoint(token_losses, model.lm_head, states, goal, use_reentrant=False) for states, goal in pieces]
-    return torch.cat(losses).view(targets.shape)
 
 
 def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:
@@ -727,29 +697,6 @@ def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:
         buckets.append({"from": start, "to": stop, "loss": float(by_position[start:stop].mean())})
         start, size = stop, stop
     return buckets
-
-
-def _optimizer(model: nn.Module, settings: LanguageConfig, *, fused: bool) -> torch.optim.AdamW:
-    """AdamW; norms, gates' scalars and slopes are not decayed, and gates have a rate of their own."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        factor = settings.gate_rate if any(part in name for part in _GATES) else 1.0
-        if settings.ranking == "attention" and name.endswith(_RANKS):
-            factor = settings.rank_rate
-        groups.setdefault((factor, parameter.dim() >= 2), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": settings.weight_decay if decayed else 0.0,
-                "factor": factor,
-            }
-            for (factor, decayed), parameters in groups.items()
-        ],
-        lr=settings.learning_rate,
-        betas=(0.9, settings.beta2),
-        fused=fused,
-    )
 
 
 def _gates(model: DynamaskForCausalLM) -> list[dict[str, list[float]]]:

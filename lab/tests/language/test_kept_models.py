@@ -120,5 +120,5 @@ def test_held_out_documents_are_whole_and_in_no_training_token(corpora: Path) ->
     assert documents
     assert set(documents) <= set(TEXTS)
     assert len(token_streams("text").validation) > 0
-    with pytest.raises(UsageError, match=r"benchmarks/corpora\.py"):
+    with pytest.raises(UsageError, match=r"lab/scripts/corpora\.py"):
         held_out_documents("nothing")

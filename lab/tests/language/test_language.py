@@ -13,6 +13,8 @@ import torch
 
 from dynamask import DynamaskForCausalLM
 from dynamask.errors import InvalidInputError, UsageError
+from dynamask.training import loss
+from dynamask.training.loss import next_token_losses
 from dynamask_lab.language import engine as language
 from dynamask_lab.language.data import TokenStreams, token_streams
 from dynamask_lab.language.engine import (
@@ -20,7 +22,6 @@ from dynamask_lab.language.engine import (
     _Batches,
     build_model,
     learning_rate_at,
-    next_token_loss,
     position_buckets,
     run_language,
     training_flops,
@@ -125,9 +126,9 @@ def test_a_kept_model_is_the_trained_one(folders: Path) -> None:
     (saved,) = folders.glob("state/*/model")
     model = DynamaskForCausalLM.from_pretrained(saved).eval()
     stream = torch.from_numpy(language.token_streams("code").validation[: 15 * 32 + 1].astype(np.int64))
-    assert model.config.window == 8
+    assert model.config.windows == 8
     with torch.no_grad():
-        loss = next_token_loss(model, stream.unfold(0, 33, 32)).mean()
+        loss = next_token_losses(model, stream.unfold(0, 33, 32)).mean()
     assert float(loss) == pytest.approx(result["loss"], abs=0.1)  # other blocks of the same split
 
 
@@ -151,12 +152,12 @@ def test_the_loss_in_parts_is_the_models_own_loss(monkeypatch: pytest.MonkeyPatc
     model = build_model(LanguageConfig.of(config()), VOCABULARY)
     tokens = torch.randint(VOCABULARY, (3, 33))
     expected = model(tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
-    losses = next_token_loss(model, tokens)
+    losses = next_token_losses(model, tokens)
     assert losses.shape == (3, 32)
     # transformers' loss knows no target for the last position.
     torch.testing.assert_close(losses[:, :-1].mean(), expected)
-    monkeypatch.setattr(language, "_LOGITS", VOCABULARY * 10)
-    torch.testing.assert_close(next_token_loss(model, tokens), losses)
+    monkeypatch.setattr(loss, "MOST_LOGITS", VOCABULARY * 10)
+    torch.testing.assert_close(next_token_losses(model, tokens), losses)
 
 
 def test_rates_rise_and_fall() -> None:
