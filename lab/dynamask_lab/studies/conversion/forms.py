@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dynamask.convert.calibration import CalibrationBlocks
+from dynamask.errors import UsageError
 from dynamask.mixers.rank_predictor import Float32Linear, RankPredictor, settle
 from dynamask_lab.studies.conversion import peers
 from dynamask_lab.studies.conversion.distil import train
@@ -24,6 +26,8 @@ from dynamask_lab.studies.conversion.measure import Form
 
 KINDS = ("dense", "dense trained", "converted", "peer")
 LOCAL, SINKS = 128, 4
+STEPS = 100
+"""Batches that a form is trained on, unless its spec says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Spec:
             hidden layer per head on its value vectors).
         peer: name of a press, for peers.
         rope: factor of YaRN; 1 leaves the positions alone.
+        steps: batches that the model is trained on, where it is trained.
     """
 
     kind: str
@@ -52,6 +57,12 @@ class Spec:
     predictor: str = "hidden"
     peer: str = ""
     rope: int = 1
+    steps: int = STEPS
+
+    @property
+    def trained(self) -> bool:
+        """Whether the model itself is trained."""
+        return self.distilled or self.kind == "dense trained"
 
     @property
     def name(self) -> str:
@@ -65,6 +76,7 @@ class Spec:
             parts += ["distilled" if self.distilled else "frozen"]
         parts += [f"seed{self.seed}"] if self.seed else []
         parts += [f"rope{self.rope}"] if self.rope != 1 else []
+        parts += [f"steps{self.steps}"] if self.trained and self.steps != STEPS else []
         return "-".join(parts)
 
 
@@ -75,7 +87,7 @@ class Schedule:
     Attributes:
         block, batch: tokens of a block, and blocks of a batch.
         rank_steps, rank_rate: of the predictors alone.
-        distil_steps, distil_rate: of the model.
+        distil_rate: of the model.
         calibration: blocks that windows are allocated by.
     """
 
@@ -83,7 +95,6 @@ class Schedule:
     batch: int = 4
     rank_steps: int = 300
     rank_rate: float = 3e-3
-    distil_steps: int = 100
     distil_rate: float = 5e-5
     calibration: int = 8
 
@@ -128,6 +139,9 @@ class Workshop:
         schedule: how long things are trained.
         device: where models live.
         report: receives (spec, seconds and losses) of every training.
+
+    Raises:
+        UsageError: the folder holds what another schedule trained.
     """
 
     def __init__(
@@ -145,6 +159,12 @@ class Workshop:
         self._dense: dict[int, Any] = {}
         self._kept: tuple[Spec, Any] | None = None
         state.mkdir(parents=True, exist_ok=True)
+        record, now = state / "schedule.json", json.dumps(asdict(schedule))
+        if record.exists() and record.read_text() != now:
+            raise UsageError(f"{state} holds what {record.read_text()} trained, not {now}: give another folder")
+        partial = state / f"schedule.{os.getpid()}"
+        partial.write_text(now)
+        partial.replace(record)  # another lane may be reading it
 
     def form(self, spec: Spec) -> Form:
         """Make the form, training what it needs."""
@@ -227,6 +247,7 @@ class Workshop:
 
     def windows(self, spec: Spec, model: Any) -> list[list[int] | None]:
         """The windows per layer and KV head, `spec.budget` on the mean."""
+        assert spec.budget is not None
         file = self.state / f"windows-{spec.budget}-{spec.predictor}-seed{spec.seed}.json"
         if not file.exists():
             from dynamask.convert import allocate_windows
@@ -258,11 +279,11 @@ class Workshop:
         start = time.perf_counter()
         # Not the batches that the ranks were learned on.
         batches = self.blocks(spec.seed + 1000)
-        history = train(model, batches, teacher=teacher, steps=schedule.distil_steps, rate=schedule.distil_rate)
+        history = train(model, batches, teacher=teacher, steps=spec.steps, rate=schedule.distil_rate)
         _synchronise(self.device)
         seconds = time.perf_counter() - start
         _save(model.state_dict(), file)
-        tokens = schedule.distil_steps * schedule.batch * schedule.block
+        tokens = spec.steps * schedule.batch * schedule.block
         self.report(spec, "train", {"seconds": seconds, "tokens": tokens, "history": history})
 
 

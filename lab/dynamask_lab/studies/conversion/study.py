@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dynamask_lab.studies.conversion import measure
-from dynamask_lab.studies.conversion.forms import Schedule, Spec, Workshop
+from dynamask_lab.studies.conversion.forms import STEPS, Schedule, Spec, Workshop
 from dynamask_lab.studies.conversion.peers import PEERS
 from dynamask_lab.studies.conversion.tasks import NEEDLE_TASKS, TASKS, Example, Tasks
 from dynamask_lab.sweeps.provenance import commit, device_name, versions
@@ -68,8 +68,8 @@ def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def jobs() -> list[Job]:
-    """All jobs, the most telling first."""
+def jobs(steps: int = STEPS) -> list[Job]:
+    """All jobs, the most telling first; forms that are trained are trained on `steps` batches."""
     dense = Spec("dense")
     frozen, distilled = Spec("converted", BUDGET), Spec("converted", BUDGET, distilled=True)
     newest = [Spec("converted", BUDGET, ranks="newest", distilled=d) for d in (False, True)]
@@ -108,6 +108,7 @@ def jobs() -> list[Job]:
     for rope, length in ((2, 16384), (4, 32768)):
         for spec in (Spec("dense", rope=rope), Spec("converted", BUDGET, rope=rope)):
             made += [Job(spec, "long", {"corpus": corpus, "length": length}) for corpus in ("text", "code")]
+    made = [replace(job, spec=replace(job.spec, steps=steps)) if job.spec.trained else job for job in made]
     return list({job.key: job for job in made}.values())
 
 
@@ -294,6 +295,7 @@ def main() -> int:
     parser.add_argument("--measure", nargs="*", help="only these measures")
     parser.add_argument("--limit", type=int, help="blocks, examples and questions of each job; for trials")
     parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
+    parser.add_argument("--steps", type=int, default=STEPS, help="batches that forms are trained on")
     parser.add_argument("--schedule", default="{}", help="JSON: fields of Schedule that differ")
     parser.add_argument("--list", action="store_true", help="print the jobs instead of running them")
     arguments = parser.parse_args()
@@ -301,7 +303,7 @@ def main() -> int:
     start = time.monotonic()
     chosen = [
         job
-        for job in jobs()
+        for job in jobs(arguments.steps)
         if arguments.lane in ("all", lane_of(job))
         and arguments.only in job.spec.name
         and (not arguments.measure or job.measure in arguments.measure)

@@ -163,7 +163,8 @@ def test_jobs_are_different_and_begin_with_the_dense_model() -> None:
     assert len({job.key for job in made}) == len(made)
     assert made[0].spec == Spec("dense")
     assert {study.lane_of(job) for job in made} == {"converted", "dense", "speed"}
-    names = {job.spec.name: job.spec for job in made}
+    names = {job.spec.name: job.spec for job in made + study.jobs(steps=7)}
+    made += [job for job in study.jobs(steps=7) if job.spec.trained]
     assert len(names) == len({job.spec for job in made}), "another form, another name"
 
 

@@ -1,0 +1,115 @@
+"""The conversion study's forms: what is trained, what is kept, and what stays the dense model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dynamask.errors import UsageError
+from dynamask_lab.studies.conversion.forms import LOCAL, SINKS, Schedule, Spec, Workshop, predictors
+
+BUDGET = LOCAL + SINKS + 12
+SCHEDULE = Schedule(block=256, batch=1, rank_steps=3, distil_rate=1e-2, calibration=2)
+
+
+@pytest.fixture
+def told() -> list[tuple[str, str]]:
+    return []
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, told: list[tuple[str, str]]) -> Workshop:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokens = np.random.default_rng(0).integers(0, 64, 4096).astype(np.uint16)
+    np.save(tmp_path / "train.npy", tokens)
+    np.save(tmp_path / "validation.npy", tokens[:1024].reshape(4, 256))
+    return _workshop(tmp_path, told)
+
+
+def _workshop(folder: Path, told: list[tuple[str, str]]) -> Workshop:
+    def report(spec: Spec, what: str, result: dict[str, Any]) -> None:
+        assert result["seconds"] > 0
+        told.append((spec.name, what))
+
+    return Workshop(folder / "model", folder, folder / "state", SCHEDULE, "cpu", report)
+
+
+def test_learned_windows_have_the_budget_and_are_kept(
+    workshop: Workshop, told: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    spec = Spec("converted", BUDGET)
+    model = workshop.form(spec).model
+    windows = np.array(model.config.head_windows)
+    assert windows.shape == (2, 2)
+    assert windows.mean() == BUDGET
+    assert [what for _, what in told] == ["learn_ranks", "allocate_windows"]
+    again = _workshop(tmp_path, told).form(spec).model
+    assert len(told) == 2, "nothing is trained twice"
+    tokens = torch.arange(256)[None] % 64
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens).logits, model(tokens).logits, rtol=0, atol=0)
+
+
+def test_newest_keys_use_the_same_windows_with_equal_ranks(workshop: Workshop) -> None:
+    learned = workshop.form(Spec("converted", BUDGET)).model
+    newest = workshop.form(Spec("converted", BUDGET, ranks="newest")).model
+    assert newest.config.head_windows == learned.config.head_windows
+    hidden = torch.randn(1, 8, 32, dtype=torch.bfloat16)
+    for module in predictors(newest).values():
+        assert not module(hidden).any()
+    assert any(module(hidden).any() for module in predictors(learned).values())
+    equal = workshop.form(Spec("converted", BUDGET, ranks="newest", windows="equal")).model
+    assert equal.config.head_windows == ((BUDGET, BUDGET),) * 2
+
+
+@pytest.mark.parametrize("predictor", ["linear", "values"])
+def test_other_predictors_learn(workshop: Workshop, predictor: str) -> None:
+    model = workshop.form(Spec("converted", BUDGET, predictor=predictor)).model
+    found = predictors(model)
+    assert len(found) == 2
+    for module in found.values():
+        ranks = module(torch.randn(1, 8, 32, dtype=torch.bfloat16))
+        assert ranks.shape == (1, 2, 8)
+        assert ranks.std(dim=-1).min() > 0
+
+
+def test_training_leaves_the_dense_model_alone(workshop: Workshop, told: list[tuple[str, str]], tmp_path: Path) -> None:
+    before = {name: p.clone() for name, p in workshop.dense().state_dict().items()}
+    distilled = workshop.form(Spec("converted", BUDGET, distilled=True, steps=2)).model
+    trained = workshop.form(Spec("dense trained", steps=2)).model
+    for name, parameter in workshop.dense().state_dict().items():
+        assert torch.equal(parameter, before[name])
+    for model in (distilled, trained):
+        assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items() if name in before)
+    assert [what for _, what in told].count("train") == 2
+    again = _workshop(tmp_path, told).form(Spec("converted", BUDGET, distilled=True, steps=2)).model
+    assert [what for _, what in told].count("train") == 2
+    for name, parameter in distilled.state_dict().items():
+        assert torch.equal(parameter, again.state_dict()[name])
+
+
+def test_what_another_schedule_trained_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give another folder"):
+        Workshop(tmp_path / "model", tmp_path, tmp_path / "state", Schedule(), "cpu", lambda *_: None)
+
+
+def test_longer_positions_are_scaled(workshop: Workshop) -> None:
+    assert workshop.dense(4).config.max_position_embeddings == 2048
+    assert workshop.dense(4).config.rope_parameters["rope_type"] == "yarn"
+    assert workshop.dense().config.rope_parameters["rope_type"] == "default"
