@@ -479,6 +479,8 @@ def report_results(
 ) -> None:
     """Draw docs/results anew: every table, picture and verdict, from the raw lines in lab/results.
 
+    In a checkout, with the default folders, the marked tables of README.md and of the site's pages are drawn as well.
+
     **Examples**
 
     - `dynamask report results` — in a checkout
@@ -488,6 +490,7 @@ def report_results(
     - `dynamask report results --trace attention-decode` — which lines a table comes from
     """
     from dynamask_lab.report import results as report
+    from dynamask_lab.report.readme import write_pages
 
     if trace is not None:
         for line in report.trace(trace, results):
@@ -495,3 +498,6 @@ def report_results(
         return
     pages = report.render_results(results, output)
     console.print(f"written {len(pages)} pages, the first {pages[0]}", soft_wrap=True)
+    if (results, output) == (report.RESULTS, report.OUTPUT):
+        for page in write_pages(Path(), results):
+            console.print(f"written the tables of {page}", soft_wrap=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, RED, SKY, save_figure
+from dynamask_lab.report.conversion import PATTERN, conversion_section
 from dynamask_lab.report.masks import masks_section
 from dynamask_lab.report.masks_over_training import masks_over_training_section
 from dynamask_lab.report.tasks import tasks_section
@@ -282,6 +283,16 @@ BENCHMARKS: dict[str, Benchmark] = {
         "python lab/scripts/local_tasks.py; python lab/scripts/sweep_tasks.py MODELS --output "
         "lab/results/tasks/scaling.jsonl",
         tasks_section,
+        together=True,
+    ),
+    "conversion": Benchmark(
+        "Converting a pretrained model",
+        "A pretrained dense model with a bounded cache: what it keeps of its losses, of retrieval and of benchmarks, "
+        "beside methods that compress the cache of the dense model.",
+        PATTERN,
+        "python -m dynamask_lab.studies.conversion.study --model MODEL --data DATA --state STATE --out "
+        "lab/results/conversion.jsonl",
+        conversion_section,
         together=True,
     ),
 }

@@ -130,7 +130,7 @@ def _collect(results: Path, output: Path) -> list[_Page]:
     if not results.is_dir():
         raise UsageError(f"there is no folder {results} with raw results: give one with --results")
     records: dict[str, tuple[str, Record]] = {}
-    for file in sorted(results.glob("*.jsonl")):
+    for file in sorted(set(results.glob("*.jsonl")) - {file for name in BENCHMARKS for file in _files(name, results)}):
         for record in read_results(file):
             # Runs are numbered by their settings: a second one of the same key is the same run repeated, unless it read
             # another build of its corpus.
@@ -202,10 +202,14 @@ def _experiment_part(
     return _Part(name, title, section, rows, _provenance(runs))
 
 
+def _files(name: str, results: Path) -> list[Path]:
+    return sorted(results.glob(BENCHMARKS[name].pattern))
+
+
 def _benchmark_page(name: str, results: Path, output: Path) -> _Page:
     benchmark = BENCHMARKS[name]
     parts = []
-    for file in sorted(results.glob(benchmark.pattern)):
+    for file in _files(name, results):
         # Its folder counts where the pattern leaves it open, or two runs of one name would share an exhibit's.
         label = file.stem if file.parent == results else f"{file.parent.name}-{file.stem}"
         raws = _read(file)

@@ -139,8 +139,7 @@ def test_a_strangers_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_findings_name_known_claims(tmp_path: Path) -> None:
     records = [_record(c, 0.25) for c in MQAR.configs("smoke")]
-    assert MQAR.report is not None
-    findings: list[Finding] = list(MQAR.report(records, tmp_path).findings)
+    findings: list[Finding] = list(report_mqar(records, tmp_path).findings)
     assert {finding.claim for finding in findings} <= set(CLAIMS)
 
 

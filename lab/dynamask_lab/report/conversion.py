@@ -1,0 +1,180 @@
+"""The lines of the conversion study as tables: what a pretrained model keeps when its cache is bounded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dynamask_lab.sweeps.provenance import short_commit
+from dynamask_lab.sweeps.section import Exhibit, Row, Section
+
+PATTERN = "conversion*.jsonl"
+STUDY = "conversion"
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measure of the study as a column.
+
+    Attributes:
+        title: heading.
+        measure: of the lines it reads.
+        settings: of the lines it reads; others are free.
+        values: result of a line -> figures that are averaged.
+        form: format of a cell.
+    """
+
+    title: str
+    measure: str
+    settings: Mapping[str, Any]
+    values: Callable[[Mapping[str, Any]], Iterable[float]]
+    form: str
+
+
+def _losses(result: Mapping[str, Any]) -> Iterable[float]:
+    found = result["losses"]
+    return itertools.chain.from_iterable(found) if found and isinstance(found[0], list) else found
+
+
+def _scores(result: Mapping[str, Any]) -> Iterable[float]:
+    return [100 * score for scores in result["scores"] for score in scores]
+
+
+def _right(result: Mapping[str, Any]) -> Iterable[float]:
+    return [100 * right for right in result["acc"]]
+
+
+SHORT_COLUMNS = (
+    Column("text loss", "continuation", {"corpus": "text"}, _losses, ".3f"),
+    Column("code loss", "continuation", {"corpus": "code"}, _losses, ".3f"),
+    Column("retrieval, %", "tasks", {"haystack": "essays", "first": 0}, _scores, ".1f"),
+    Column("benchmarks, %", "benchmark", {}, _right, ".1f"),
+    Column("cache, MiB", "speed", {"batch": 1}, lambda result: [result["cache_bytes"] / 2**20], ".1f"),
+    Column("tokens/s", "speed", {"batch": 16}, lambda result: [result["decoded_tokens_per_second"]], ",.0f"),
+)
+"""What the README shows of a form."""
+
+
+def read_conversion(results: Path) -> list[dict[str, Any]]:
+    """Read the study's lines, each job once: later files repeat lines of earlier ones.
+
+    Args:
+        results: folder of raw lines.
+
+    Returns:
+        The lines of `conversion*.jsonl`, in order; a last line that a kill cut off is left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for file in sorted(results.glob(PATTERN)):
+        for text in file.read_text(encoding="utf-8").split("\n"):
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and line.get("study") == STUDY and "limit" not in line:
+                found.setdefault(line["key"], line)
+    return list(found.values())
+
+
+def form_name(spec: Mapping[str, Any]) -> str:
+    """Describe a form of the study in words."""
+    kind = spec["kind"]
+    if kind == "dense":
+        words = ["dense"]
+    elif kind == "dense trained":
+        words = ["dense, trained as long"]
+    elif kind == "peer":
+        words = [f"kvpress {spec['peer']}"]
+    else:
+        chosen = "learned ranks" if spec["ranks"] == "learned" else "newest keys"
+        words = [chosen, "a window per head" if spec["windows"] == "heads" else "one window"]
+        if spec["predictor"] != "hidden":
+            words.append({"linear": "linear predictor", "values": "ranks from values"}[spec["predictor"]])
+        words.append("distilled" if spec["distilled"] else "model frozen")
+    if spec["rope"] != 1:
+        words.append(f"YaRN {spec['rope']}")
+    return ", ".join(words)
+
+
+def conversion_table(lines: Sequence[Line], columns: Sequence[Column] = SHORT_COLUMNS, *, model: str = "") -> list[Row]:
+    """Average the measures of every form of one model.
+
+    A mean is over the settings (tasks and lengths, benchmarks) that every form with that measure has, so that the
+    cells of a column compare; a form that lacks a measure has an empty cell.
+
+    Args:
+        lines: of the study.
+        columns: measures to show.
+        model: name of the model; "": the one with most lines.
+
+    Returns:
+        One row per form and budget, the dense model first, then by retrieval.
+    """
+    lines = [line for line in lines if "cell" not in line]
+    if not lines:
+        return []
+    model = model or Counter(line["model"] for line in lines).most_common(1)[0][0]
+    lines = [line for line in lines if line["model"] == model]
+    rows: dict[tuple[str, int | None], dict[str, str]] = {}
+    order: dict[tuple[str, int | None], float] = {}
+    for column in columns:
+        cells: dict[tuple[str, int | None], dict[str, list[float]]] = {}
+        for line in lines:
+            if line["measure"] != column.measure:
+                continue
+            if any(line["settings"].get(name) != value for name, value in column.settings.items()):
+                continue
+            setting = json.dumps(line["settings"], sort_keys=True)
+            name = form_name(line["spec"]), line["spec"]["budget"]
+            cells.setdefault(name, {}).setdefault(setting, []).extend(column.values(line["result"]))
+        shared = set.intersection(*(set(found) for found in cells.values())) if cells else set()
+        for name, found in cells.items():
+            row = rows.setdefault(name, {})
+            if shared:
+                means = [sum(found[setting]) / len(found[setting]) for setting in sorted(shared)]
+                mean = sum(means) / len(means)
+                row[column.title] = format(mean, column.form)
+                if column.measure == "tasks":
+                    order[name] = mean
+    made = []
+    for name in sorted(rows, key=lambda name: (not name[0].startswith("dense"), -order.get(name, 0), name[0])):
+        made.append({"form": name[0], "keys per head": "all" if name[1] is None else f"{name[1]:,}", **rows[name]})
+    return made
+
+
+def training_seconds(lines: Sequence[Line]) -> dict[str, float]:
+    """Seconds that each step of a conversion took: "learn_ranks", "allocate_windows", "train"."""
+    return {
+        line["measure"]: line["result"]["seconds"]
+        for line in lines
+        if line["measure"] in ("learn_ranks", "allocate_windows", "train") and not line["spec"]["seed"]
+    }
+
+
+def sources(lines: Sequence[Line]) -> str:
+    """Name the devices and commits that the lines come from."""
+    devices = dict.fromkeys(str(line.get("device")) for line in lines)
+    commits = dict.fromkeys(short_commit(line.get("commit")) for line in lines)
+    return f"{', '.join(devices)}; commit {', '.join(commits)}"
+
+
+def conversion_section(lines: Sequence[Any], folder: Path) -> tuple[Section, dict[str, Any], str]:
+    """Show one file of the study. See `dynamask_lab.report.benchmarks.Benchmark.section`."""
+    own = [line for line in lines if line.get("study") == STUDY]
+    rows = {f"{line['form']}-{line['key']}": line for line in own}
+    exhibits = []
+    for model in dict.fromkeys(line["model"] for line in own):
+        keys = [key for key, line in rows.items() if line["model"] == model]
+        table = conversion_table(own, model=model)
+        text = (
+            "Losses in nats behind a compressed context; retrieval over the tasks and lengths that every form has; "
+            "`keys per head`: the mean over KV heads. Empty cells were not measured."
+        )
+        exhibits.append(Exhibit(f"forms-{model}", f"{model}", keys, text, table))
+    return Section("", exhibits), rows, sources(own)
