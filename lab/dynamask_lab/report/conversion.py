@@ -62,7 +62,7 @@ SHORT_COLUMNS = (
 
 
 def read_conversion(results: Path) -> list[dict[str, Any]]:
-    """Read the study's lines, each job once: later files repeat lines of earlier ones.
+    """Read the study's lines, each job once: of lines with one key the last counts.
 
     Args:
         results: folder of raw lines.
@@ -78,7 +78,7 @@ def read_conversion(results: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             if isinstance(line, dict) and line.get("study") == STUDY and "limit" not in line:
-                found.setdefault(line["key"], line)
+                found[line["key"]] = line
     return list(found.values())
 
 

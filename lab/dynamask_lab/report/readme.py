@@ -92,9 +92,9 @@ class Measured:
     """A row of the quality table, and the raw lines it averages.
 
     Attributes:
-        recipe: name in `dynamask.recipes`; "" for a rival, and for a form that only dynamask 0.1 has.
+        recipe: name in `dynamask.recipes`; "" for a rival that is none.
         attention: what the row shows, in words.
-        form: name of its runs in the ledger of the language sweeps (`variant_name` of their fields).
+        form: name of its runs in the ledger of the language sweeps (`variant_name` of their fields); "": not run there.
         needle: name of its scores in the ledger of the retrieval sweep; "": not run there.
     """
 
@@ -105,18 +105,16 @@ class Measured:
 
 
 QUALITY = (
-    Measured("", "dense (mha)", "mha", "mha"),
+    Measured("dense", "every key (mha)", "mha", "mha"),
     Measured("", "latent (mla)", "mla"),
-    Measured("", "sliding window (swa)", "swa"),
-    Measured("", "sliding windows, few layers wide", "swa, narrow windows 32", "swa, windows 128/1280"),
-    Measured(
-        "",
-        "dynamask 0.1: learned ranks, few layers wide",
-        "dma, gentle, ranked by attention, narrow windows 32",
-        "dma, windows 128/1280, from dense, ranked by attention^4",
-    ),
+    Measured("", "newest keys, even windows (swa)", "swa"),
+    Measured("sliding", "newest keys, few layers wide", "swa, narrow windows 32", "swa, windows 128/1280"),
+    Measured("default", "0.1's ranks, few layers wide", "dma, gentle, ranked by attention, narrow windows 32"),
+    Measured("recall", "0.1's ranks, wide at first", "", "dma, windows 128/1280, from dense, ranked by attention^4"),
+    Measured("even", "0.1's ranks, even windows", "dma, gentle, ranked by attention"),
     Measured("paper", "the paper's scores", "dma, paper", "dma, paper"),
 )
+"""Runs in which dynamask 0.1 ranked keys stand in for recipes whose ranks are learned from the hidden state."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,9 @@ def quality_table(results: Path) -> str:
         title = f"retrieval, {sizes}" if sizes else "retrieval"
         cells[title] = "" if found is None else f"{100 * found:.0f}%"
         flat = [line for lines in own for line in lines]
-        cells["pairs"] = _range([share_of_pairs(line["config"]) for line in flat])
+        cells["pairs"] = _range(
+            [share_of_pairs(line["config"]) for line in [*flat, *_searching(needle, measured.needle)]]
+        )
         if flat or found is not None:
             rows.append(cells)
             used += flat
@@ -173,7 +173,7 @@ def quality_table(results: Path) -> str:
     note = (
         f"Losses in nats per token of held-out text at contexts of {context}, in brackets the seeds; retrieval: "
         "needles found that do not stand next to the question, up to the trained length, one seed; `pairs`: query-key "
-        "pairs of the models with a loss, as a share of dense attention's. Empty cells were not run."
+        "pairs as a share of dense attention's. Empty cells were not run."
     )
     return _table(rows, note)
 
@@ -218,9 +218,14 @@ def _retrieved(lines: Sequence[Mapping[str, Any]], model: str) -> tuple[float | 
     return sum(exact) / len(exact) if exact else None, f"{min(sizes) / 1e6:.1f}M" if sizes else ""
 
 
+def _searching(lines: Sequence[Mapping[str, Any]], model: str) -> list[Mapping[str, Any]]:
+    """The lines of the retrieval sweep whose trained model, not one made of it, has that name."""
+    return [line for line in lines if line["result"]["scores"][0]["model"] == model]
+
+
 def share_of_pairs(config: Mapping[str, Any]) -> float:
     """Compute the query-key pairs that a run's attention sees, as a share of causal dense attention's."""
-    length, layers = config["length"], config["layers"]
+    length, layers = config.get("length") or config["context"], config["layers"]
     windows = config.get("layer_windows") or [config["window"]] * layers
     mixers = config.get("layer_attention") or [config["attention"]] * layers
     dense = length * (length + 1) / 2
@@ -263,7 +268,7 @@ def _is_main(spec: Mapping[str, Any]) -> bool:
     if spec["budget"] not in (None, _BUDGET) or spec["rope"] != 1 or spec["predictor"] != "hidden":
         return False
     if spec["kind"] != "converted":
-        return True
+        return spec["kind"] != "dense trained"
     return (spec["windows"], spec["ranks"]) in (("heads", "learned"), ("equal", "newest"))
 
 
@@ -314,7 +319,7 @@ def cost_table(results: Path) -> str:
         contexts = sorted({row["context"] for row in raw["generation"]})
         contexts = [contexts[0], contexts[-1]]
         for batch in (batches[0], batches[-1]):
-            for context in contexts:
+            for context in contexts if batch == 1 else contexts[-1:]:
                 pair = _pair(raw["generation"], "tokens_per_s", max, context=context, batch=batch)
                 title = f"decoding at {_kilo(context)}, batch {batch}, tokens/s"
                 rows.append(_cost(title, pair, lambda value: f"{value:,.0f}"))

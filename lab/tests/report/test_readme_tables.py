@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dynamask.errors import UsageError
+from dynamask.recipes import RECIPES
 from dynamask_lab.report.conversion import conversion_table, read_conversion
 from dynamask_lab.report.readme import NOT_MEASURED, PAGES, QUALITY, TABLES, fill, share_of_pairs, write_pages
 from dynamask_lab.studies.conversion.forms import Spec
@@ -61,9 +62,10 @@ def test_quality_rows_are_means_over_the_seeds_of_their_runs() -> None:
     assert row["code, 4.4M"] == f"{sum(losses) / len(losses):.3f} ({len(losses)})"
 
 
-def test_every_quality_row_has_runs() -> None:
+def test_every_quality_row_has_runs_and_every_recipe_a_row() -> None:
     shown = {row["attention"] for row in _table("quality")}
     assert shown == {measured.attention for measured in QUALITY}
+    assert {measured.recipe for measured in QUALITY} - {""} == set(RECIPES)
 
 
 def test_the_share_of_pairs() -> None:
