@@ -17,7 +17,8 @@ pytestmark = pytest.mark.skipif(
     not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
 )
 POOLS = ("keys", "values", "ranks", "positions", "clock")
-STEPS = 60 if GPU else 12
+STEPS = 60 if GPU else 5
+FILLED = 5  # tokens that the plain step takes alone: some heads are full then
 
 
 def empty_pools(batch: int, windows: tuple[int, ...], dim: int, value_dim: int) -> dict[str, Tensor]:
@@ -41,9 +42,8 @@ def ranks_of(*shape: int) -> Tensor:
     ("windows", "local", "sinks", "ranked", "masked"),
     [
         ((5, 9, 2), 0, 0, True, False),
-        ((5, 9), 1, 1, True, True),
         ((6, 6), 6, 0, False, False),
-        ((7, 11), 3, 4, True, False),
+        ((7, 5), 2, 3, True, True),
         ((4, 6), 0, 4, True, True),  # nothing but sinks in the first head
         ((3, 4), 0, 0, False, True),
     ],
@@ -59,16 +59,16 @@ def test_one_launch_is_the_plain_step(
     batch, groups = 2, len(windows)
     layout = ragged_layout(windows, DEVICE)
     plain = empty_pools(batch, windows, 6, 3)
-    ranks = ranks_of(batch, groups, 4 + STEPS)
-    for t in range(4 + STEPS):
+    ranks = ranks_of(batch, groups, FILLED + STEPS)
+    for t in range(FILLED + STEPS):
         key = torch.randn(batch, 1, groups, 6, device=DEVICE).transpose(1, 2)
         value = key[..., :3]
         rank = ranks[..., t : t + 1] if ranked else None
         mask = torch.rand(batch, 1, device=DEVICE) < 0.7 if masked else None
-        if t == 4:
+        if t == FILLED:
             fused = {name: pool.clone() for name, pool in plain.items()}
         insert_key_reference(key, value, rank, mask, **plain, layout=layout, local=local, sinks=sinks)
-        if t >= 4:
+        if t >= FILLED:
             insert_key_launch(key, value, rank, mask, **fused, table=layout.table, local=local, sinks=sinks)
             for name in POOLS:
                 assert torch.equal(plain[name].nan_to_num(nan=7.5), fused[name].nan_to_num(nan=7.5)), (name, t)
