@@ -7,11 +7,13 @@ different sizes, and each takes the memory of its window: the keys of a layer ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
@@ -266,6 +268,8 @@ class BoundedLayer(CacheLayerMixin):
 
     def _decode(self, query: Tensor, live: Tensor | None, bias: Tensor | None, scale: float | None) -> Tensor:
         """The queries of one token against all occupied slots."""
+        if not query.is_cuda and live is None and bias is None:
+            return self._decode_full(query, scale)
         if not query.is_cuda or query.dtype == torch.float64 or torch.compiler.is_compiling() or not triton_available():
             return ragged_decode(query, self.keys, self.values, live, self.offsets, bias, scale)
         from dynamask.ops.triton.ragged_decode import ragged_decode_launch
@@ -273,6 +277,18 @@ class BoundedLayer(CacheLayerMixin):
         # The operator and its checks around the kernels would take longer than they.
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         return ragged_decode_launch(query, self.keys, self.values, live, self.offsets, bias, scale)
+
+    def _decode_full(self, query: Tensor, scale: float | None) -> Tensor:
+        """Do `_decode` on a CPU where every slot is occupied: by dense attention, head by head if windows differ."""
+        grouped = query.unflatten(1, (len(self.windows), -1)).flatten(2, 3)
+        if self._layout.uniform:
+            keys, values = (pool.unflatten(1, (len(self.windows), -1)) for pool in (self.keys, self.values))
+            return scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(*query.shape[:-1], -1)
+        outputs = []
+        for group, (start, stop) in enumerate(itertools.pairwise(self.offsets)):
+            pools = (pool[:, None, start:stop] for pool in (self.keys, self.values))
+            outputs.append(scaled_dot_product_attention(grouped[:, group, None], *pools, scale=scale))
+        return torch.cat(outputs, 1).reshape(*query.shape[:-1], -1)
 
     def _merge(self, key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
         """The general step: past and new keys side by side, expiry over both, survivors kept."""

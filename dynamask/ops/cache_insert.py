@@ -73,22 +73,33 @@ def insert_key_reference(
     """Compute `insert_key` with torch operations over all slots at once."""
     batch, groups = clock.shape
     head = layout.head
-    # A head with free slots takes the first of them.
-    sizes = layout.table.diff()
-    free = clock < sizes
-    chosen = free[:, head] & (layout.place == clock[:, head])
     if rank is None:
         rank = ranks.new_zeros(batch, groups, 1)
-    if not bool(free.all()):
-        now = clock[:, head]
-        contest = (positions >= sinks) & (positions <= now - local) & ~free[:, head]
+    # A head with free slots takes the first of them.
+    free = clock < layout.table.diff()
+    some_free = bool(free.any())
+    now = clock[:, :1]  # of all heads of a row
+    chosen = layout.place == now if some_free else None
+    if not (some_free and bool(free.all())):
+        contest = (positions >= sinks) & (positions <= now - local)
+        if some_free:
+            contest &= ~free[:, head]
         score = sortable_scores(ranks)
-        lowest = _least_per_head(score, contest, head, groups)
-        tied = contest & (score == lowest[:, head])
-        # On equal ranks the later key wins.
-        chosen |= tied & (positions == _least_per_head(positions, tied, head, groups)[:, head])
+        if score.dtype == torch.int32:
+            # Lowest rank first, then the oldest: one integer says both, positions being below 2^31.
+            code = (score.long() << 31) + positions
+            lowest = _least_per_head(code, contest, layout, groups)
+            loses = contest & (code == lowest[:, head])
+            lowest >>= 31
+        else:
+            lowest = _least_per_head(score, contest, layout, groups)
+            tied = contest & (score == lowest[:, head])
+            # On equal ranks the later key wins.
+            loses = tied & (positions == _least_per_head(positions, tied, layout, groups)[:, head])
         if local == 0:
-            chosen &= (free | (sortable_scores(rank)[..., 0] >= lowest))[:, head]
+            loses &= (sortable_scores(rank)[..., 0] >= lowest)[:, head]
+        chosen = loses if chosen is None else chosen | loses
+    assert chosen is not None
     if mask is not None:
         chosen &= mask
     row, slot = chosen.nonzero(as_tuple=True)
@@ -98,11 +109,14 @@ def insert_key_reference(
     clock += 1 if mask is None else mask
 
 
-def _least_per_head(number: Tensor, counts: Tensor, head: Tensor, groups: int) -> Tensor:
+def _least_per_head(number: Tensor, counts: Tensor, layout: RaggedLayout, groups: int) -> Tensor:
     """(B, S) integers -> (B, G), the least of each head where `counts`; the dtype's largest where there is none."""
     most = torch.iinfo(number.dtype).max
+    number = number.masked_fill(~counts, most)
+    if layout.uniform:
+        return number.unflatten(1, (groups, -1)).amin(-1)
     least = number.new_full((number.shape[0], groups), most)
-    return least.scatter_reduce_(1, head.expand_as(number), number.masked_fill(~counts, most), "amin")
+    return least.scatter_reduce_(1, layout.head.expand_as(number), number, "amin")
 
 
 def _kernels() -> bool:

@@ -20,24 +20,22 @@ class RaggedLayout:
     Attributes:
         sizes: the argument.
         offsets: G + 1 integers, the first slot of each head, then the number of slots S.
-        table: (G + 1,) int32, the same on the device.
+        widest: slots of the head that has most of them.
+        uniform: whether all heads have the same number of slots.
+        table: (G + 1,) int32, the offsets on the device.
     """
 
     def __init__(self, sizes: tuple[int, ...], device: torch.device) -> None:
         self.sizes, self.device = sizes, device
         self.offsets = tuple(itertools.accumulate(sizes, initial=0))
         self.widest = max(sizes, default=0)
+        self.uniform = len(set(sizes)) <= 1
         with torch.inference_mode(False):  # shared by layers and calls, whatever mode each is in
             self.table = torch.tensor(self.offsets, dtype=torch.int32, device=device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedLayout:
         """Share the layout between copies of a cache: nothing writes to it."""
         return self
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all heads have the same number of slots."""
-        return len(set(self.sizes)) <= 1
 
     @cached_property
     def head(self) -> Tensor:
