@@ -28,6 +28,9 @@ from dynamask.ops.ragged_layout import RaggedLayout, ragged_layout
 
 _POOLS = ("keys", "values", "ranks", "positions")
 
+_ROOM = 64
+"""Slots to grow into, at least, where windows are wider than the text: copying pools for every token would be slow."""
+
 Windows = SupportsIndex | Sequence[int]
 
 
@@ -127,8 +130,9 @@ class BoundedLayer(CacheLayerMixin):
         Raises:
             InvalidInputError: they are not those the layer was made for.
         """
-        exactly = (windows, local, sinks)
-        if isinstance(windows, (int, tuple)) and self._fitting == exactly:
+        exactly = (tuple(windows) if isinstance(windows, list) else windows, local, sinks)
+        known = isinstance(windows, (int, tuple, list))
+        if known and self._fitting == exactly:
             return
         wanted = check_window(windows, local, sinks)
         heads = max(len(wanted), len(self.windows))
@@ -142,7 +146,7 @@ class BoundedLayer(CacheLayerMixin):
                 f"the layer that uses it has windows {_shown(wanted)}, local {local}, sinks {sinks}: make the cache "
                 "from the configuration of the model, BoundedCache(model.config)"
             )
-        self._fitting = exactly if isinstance(windows, (int, tuple)) else None
+        self._fitting = exactly if known else None
 
     def attend(
         self,
@@ -394,7 +398,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def _spacious(self) -> RaggedLayout:
         """The layout for one more token and, where windows are wider than the text, some room to grow."""
-        wanted = self._most + 1 + max(16, self._most // 8)
+        wanted = self._most + 1 + max(_ROOM, self._most // 8)
         if wanted >= self._widest:
             wanted = self._widest
         sizes = tuple(min(window, wanted) for window in self.windows)
@@ -429,12 +433,17 @@ class BoundedLayer(CacheLayerMixin):
         column = torch.arange(width, dtype=torch.int32, device=key.device)
         return LiveKeys(key, value, score, position, torch.where(position >= 0, width, column))
 
+    @property
+    def steps_in_place(self) -> int:
+        """Tokens that the layer can take one by one before its pools must grow."""
+        return self._room - self._most
+
     def addresses(self) -> tuple[int, ...] | None:
-        """Where the tensors lie that decoding works on in place; None while steps still change their shapes.
+        """Where the tensors lie that the next token changes in place; None where its pools must grow for it.
 
         The last number says whether every slot is known to be occupied, in which case a step launches less.
         """
-        if not self.is_initialized or self._layout.sizes != self.windows:
+        if not self.is_initialized or self.steps_in_place <= 0:
             return None
         tensors = (self.keys, self.values, self.ranks, self.positions, self.clock)
         return (*(tensor.data_ptr() for tensor in tensors), int(self._least >= self._widest))

@@ -180,7 +180,7 @@ def test_memory_is_the_sum_of_the_windows_and_less_for_short_texts() -> None:
     given_text = text(400, (10, 20, 300), batch=1)
     layer = given_text.layer()
     given_text.step(layer, 0, 100)
-    assert layer.keys.shape[1] < 10 + 20 + 150
+    assert layer.keys.shape[1] < 10 + 20 + 200
     for start in range(100, 400, 50):
         given_text.step(layer, start, start + 50)
     assert layer.offsets == (0, 10, 30, 330)

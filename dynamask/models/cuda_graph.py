@@ -1,8 +1,8 @@
-"""Decoding from a full `BoundedCache` as a CUDA graph.
+"""Decoding from a `BoundedCache` as a CUDA graph.
 
-A full bounded cache never changes its shapes or addresses again, so the step of one token is the same list of
-launches for ever: it is recorded once and replayed. A model of hundreds of small launches per token otherwise waits for
-the CPU most of the time.
+A full bounded cache never changes its shapes or addresses again, and one that still grows does so seldom. The step of
+one token is the same list of launches meanwhile: it is recorded once and replayed. A model of hundreds of small
+launches per token otherwise waits for the CPU most of the time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from dynamask.cache import BoundedCache, BoundedLayer
 _EAGER_STEPS = 2
 """Steps before recording: they compile the kernels, and a short generation is over sooner without a graph."""
 
+_WORTH_RECORDING = 24
+"""Steps that a graph must be able to serve before a layer of the cache grows: recording takes about as long as a few."""
+
 
 class StepGraph:
     """One token's forward, recorded.
 
     Args:
         model: a causal LM called as `model(input_ids=..., position_ids=..., past_key_values=...)`.
-        cache: one whose tensors stay where they are, such as a full `BoundedCache` (`BoundedLayer.addresses`).
+        cache: one whose tensors stay where they are: a `BoundedCache` that need not grow (`BoundedLayer.addresses`).
         input_ids, position_ids: (B, 1) of the step that is recorded and then run.
     """
 
@@ -34,7 +37,8 @@ class StepGraph:
         self._model = weakref.ref(model)
         self._parts = _parts(model)
         self._at = _addresses(cache) if isinstance(cache, BoundedCache) else None
-        self.input_ids, self.position_ids = input_ids.clone(), position_ids.clone()
+        with torch.inference_mode(False):  # a later step may run in another mode, and writes to them
+            self.input_ids, self.position_ids = input_ids.clone(), position_ids.clone()
         self.graph = torch.cuda.CUDAGraph()
         # Recording runs the Python code, which counts the token, but no kernel: `replay` does that.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
@@ -72,7 +76,7 @@ def decode_by_graph(
 
     Args:
         model: see `StepGraph`.
-        cache: graphs serve a `BoundedCache` that is full and was not made with `graphs=False`.
+        cache: graphs serve a `BoundedCache` that need not grow for the token and was not made with `graphs=False`.
         input_ids: (B, 1).
         attention_mask: (B, past + 1), 1 = real token, or None.
         position_ids: (B, 1), or None to count, skipping padding.
@@ -108,6 +112,8 @@ def decode_by_graph(
     _GRAPHS.pop(cache, None)
     _EAGER[cache] = _EAGER.get(cache, 0) + 1
     if _EAGER[cache] <= _EAGER_STEPS or _hooked(model) or any(p.device != input_ids.device for p in model.parameters()):
+        return None
+    if min(layer.steps_in_place for layer in cache.layers) < _WORTH_RECORDING:  # type: ignore[attr-defined]
         return None
     _EAGER[cache] = 0  # should the cache move, it starts over
     _GRAPHS[cache] = graph = StepGraph(model, cache, input_ids, position_ids)
