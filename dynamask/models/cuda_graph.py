@@ -21,7 +21,7 @@ _EAGER_STEPS = 2
 """Steps before recording: they compile the kernels, and a short generation is over sooner without a graph."""
 
 _WORTH_RECORDING = 24
-"""Steps that a graph must be able to serve before a layer of the cache grows: recording takes about as long as a few."""
+"""Steps that a graph must be able to serve before a layer grows: recording takes about as long as a few."""
 
 
 class StepGraph:

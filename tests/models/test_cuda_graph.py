@@ -16,10 +16,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 def small_model(attention: str = "dma", **fields: object) -> DynamaskForCausalLM:
     torch.manual_seed(0)
-    shape = {"hidden_size": 64, "head_dim": 64, "window": 64}
+    shape = {"hidden_size": 64, "head_dim": 64, "windows": 64}
     model = DynamaskForCausalLM(tiny_config(attention, **(shape | fields)))
     for name, parameter in model.named_parameters():
-        if name.endswith("gate.gate"):
+        if "gate." in name or "rank_predictor" in name:  # untrained ranks would slide
             torch.nn.init.normal_(parameter)
     return model.cuda().bfloat16().eval()
 
@@ -37,15 +37,15 @@ def logits_of(
     return torch.cat(parts, 1), cache
 
 
-UNEVEN = {"layer_windows": [24, 72]}
+UNEVEN = {"windows": [[24, 40], [72, 30]]}
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         *({}, {"local": 0, "sinks": 0}, {"ranking": "paper"}, {"attention": "swa"}),
-        *({**UNEVEN, "ranking": "attention"}, {**UNEVEN, "rope_layers": "narrow"}),
-        {**UNEVEN, "attention": "swa", "rope_layers": "narrow"},
+        *(UNEVEN, {**UNEVEN, "local": 5, "sinks": 3}, {**UNEVEN, "attention": "swa"}),
+        {"windows": [[24, 40], [300, 30]]},  # a head that still grows
     ],
 )
 @torch.no_grad()
@@ -106,3 +106,37 @@ def test_generate_agrees() -> None:
     eager = BoundedCache(model.config, graphs=False)
     expected = model.generate(prompt, past_key_values=eager, **options)
     assert torch.equal(model.generate(prompt, **options), expected)
+
+
+@torch.no_grad()
+def test_a_growing_cache_is_recorded_anew_after_each_enlargement() -> None:
+    model = small_model(windows=[[24, 40], [400, 30]])
+    tokens = torch.randint(0, 50, (2, 420), device="cuda")
+    expected, _ = logits_of(model, tokens, graphs=False)
+    recorded = []
+    made = cuda_graph.StepGraph.__init__
+
+    def count(self: cuda_graph.StepGraph, *arguments: object) -> None:
+        recorded.append(arguments[1])
+        made(self, *arguments)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_graph.StepGraph, "__init__", count)
+        actual, _ = logits_of(model, tokens, graphs=True)
+    assert len(recorded) > 3
+    assert torch.equal(actual, expected)
+
+
+def test_a_graph_recorded_in_inference_mode_serves_no_grad() -> None:
+    model = small_model()
+    tokens = torch.randint(0, 50, (2, 120), device="cuda")
+    with torch.inference_mode():
+        _, cache = logits_of(model, tokens, graphs=True)
+        twin = copy.deepcopy(cache)
+        twin.graphs = False
+    assert cache in cuda_graph._GRAPHS
+    with torch.no_grad():
+        for step in range(5):
+            token = tokens[:, step : step + 1]
+            actual = model(token, past_key_values=cache, use_cache=True).logits
+            assert torch.equal(actual, model(token, past_key_values=twin, use_cache=True).logits)
