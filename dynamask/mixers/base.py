@@ -30,6 +30,8 @@ class SequenceInfo:
         angles: of `position_ids`, as `RotaryFrequencies.angles` gives them for one mixer's `rotary_dim`; None: not
             computed yet.
         blocks: nsa's, of all N keys; None: not laid out yet.
+        learns: whether mixers that learn beside the language model return their losses. Decided once for a forward: a
+            checkpointed layer runs without gradients first, and must return as much as when it runs again.
     """
 
     position_ids: Tensor
@@ -38,6 +40,7 @@ class SequenceInfo:
     length: int | None = None
     angles: tuple[Tensor, Tensor] | None = None
     blocks: BlockLayout | None = None
+    learns: bool = False
 
     @property
     def plain(self) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -73,7 +72,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
             gate=self.gate,
         )
         output = self.merge_heads(output)
-        if self.rank_predictor is not None and cache is None and self.training and torch.is_grad_enabled():
+        if self.rank_predictor is not None and cache is None and sequence.learns:
             return output, self._rank_loss(query, key, ranks, sequence)
         return output
 

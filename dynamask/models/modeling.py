@@ -194,7 +194,8 @@ class DynamaskModel(DynamaskPreTrainedModel):
 
         # Once for all layers that rotate by the same angles.
         mixers = [cast(DynamaskDecoderLayer, layer).mixer for layer in self.layers]
-        sequence = replace(sequence, angles=mixers[0].angles(sequence, hidden_states.dtype))
+        angles = mixers[0].angles(sequence, hidden_states.dtype)
+        sequence = replace(sequence, angles=angles, learns=learns and past_key_values is None)
         for kind in {type(mixer): mixer for mixer in mixers}.values():
             sequence = kind.prepared(sequence)
 

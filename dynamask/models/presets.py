@@ -44,7 +44,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 _CHECKED = frozenset(DynamaskConfig.__annotations__) - {"eos_token_id"}
-_LISTS = {"attention": (str, list), "windows": (int, list), "rope_parameters": dict, "mixer_options": dict}
+_LISTS: dict[str, Any] = {
+    "attention": (str, list),
+    "windows": (int, list),
+    "rope_parameters": dict,
+    "mixer_options": dict,
+}
 _LISTS |= {"mla": dict, "nsa": dict}
 """Fields that take more than the kind of their default."""
 _WANTED: dict[Any, str] = {
@@ -73,7 +78,7 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
             raise UsageError(f"unknown model field {field!r}{did_you_mean(field, fields)}")
         default = fields[field].default
         # A field whose default is None is one of DynamaskConfig's optional numbers, or a token id transformers checks.
-        kinds = _LISTS.get(field, (int, float) if default is None or isinstance(default, float) else type(default))
+        kinds: Any = _LISTS.get(field, (int, float) if default is None or isinstance(default, float) else type(default))
         given = overrides[field]
         fits = isinstance(given, kinds) and (isinstance(default, bool) or not isinstance(given, bool))
         if field in _CHECKED and not fits and not (given is None and default is None):
