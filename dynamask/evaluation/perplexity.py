@@ -1,4 +1,4 @@
-"""Perplexity by position in the context: does a model use what it can see?"""
+"""Perplexity by position in the context, which shows whether a model uses long contexts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class PositionPerplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """Return exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures as plain JSON values."""
         buckets = [
             {"from": low, "to": high, "tokens": count, "perplexity": math.exp(min(loss, 700.0)) if count else None}
             for low, high, loss, count in zip(self.edges, self.edges[1:], self.losses, self.counts, strict=False)

@@ -18,7 +18,7 @@ _LINE = 88  # characters of text per line of a panel
 
 @torch.no_grad()
 def layer_expiry(model: Any, input_ids: Tensor) -> Tensor:
-    """The mask of every layer and head on a text.
+    """Compute the mask of every layer and head on a text.
 
     Args:
         model: a causal LM with dynamic mask attention (a dynamask or a converted model).
@@ -112,7 +112,7 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
 
 
 def _layout(words: list[str]) -> list[tuple[int, int, str]]:
-    """Line, column and printable text of each token, broken at new lines and at the width of a panel."""
+    """Lay out line, column and printable text of each token, broken at new lines and at the width of a panel."""
     placed, line, column = [], 0, 0
     for word in words:
         # Mathematical text mode would swallow dollar signs.

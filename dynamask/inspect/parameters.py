@@ -1,4 +1,4 @@
-"""How many parameters each mixer gives a preset: a comparison is fair only between equals."""
+"""Parameter counts of a preset with each mixer, so that models of equal size are compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dynamask.models import DynamaskForCausalLM, preset
 
 
 def parameter_counts(preset_name: str) -> dict[str, int]:
-    """Parameters of the preset's model with each registered mixer; built on the meta device, no memory taken."""
+    """Count the parameters of a preset's model with each registered mixer, on the meta device (no memory)."""
     counts = {}
     for name in MIXERS:
         with torch.device("meta"):

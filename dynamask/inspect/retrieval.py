@@ -20,7 +20,7 @@ METRICS = {"exact": "exact match", "recall": "share of the values found"}
 def score_grid(
     scores: Sequence[RetrievalScore], lengths: Sequence[int], depths: Sequence[float], metric: str
 ) -> list[list[float]]:
-    """The metric (depths, lengths) of one model and task; NaN where it was not measured.
+    """Arrange the metric of one model and task by (depths, lengths); NaN where it was not measured.
 
     Raises:
         InvalidInputError: two scores of one length and depth.
@@ -54,7 +54,7 @@ def draw_needle(files: Sequence[str | Path], picture: str | Path, *, metric: str
 def draw_scores(
     scores: Sequence[RetrievalScore], picture: str | Path, *, metric: str = "exact", trained_on: int | None = None
 ) -> Path:
-    """`draw_needle` of scores at hand.
+    """Draw scores in memory; see `draw_needle`.
 
     Args:
         scores: of any models and tasks.
@@ -70,7 +70,7 @@ def draw_scores(
         raise InvalidInputError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
     models = list(dict.fromkeys(score.model for score in scores))
     tasks = list(dict.fromkeys(score.task for score in scores))
-    # One pair of axes for all panels: models are comparable at a glance, and what one was not asked stays blank.
+    # One pair of axes for all panels: models are comparable at a glance, and what one was not measured on stays blank.
     lengths = sorted({score.length for score in scores})
     depths = sorted({score.depth for score in scores})
 

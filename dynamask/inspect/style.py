@@ -1,4 +1,4 @@
-"""One look for all pictures: colour, marker and dash per mechanism, told apart by colour-blind eyes and in grey."""
+"""Colour, marker and dash of each mechanism in all pictures, distinguishable without colour."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SPARE = [
 
 
 def line_style(name: str, number: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `axes.plot` for a mechanism; for an unknown name, those of its number."""
+    """Return keyword arguments of `axes.plot` for a mechanism; for an unknown name, those of its number."""
     if name in MECHANISMS:
         return dict(MECHANISMS[name])
     # Six looks, then the same six dashed.
@@ -45,7 +45,7 @@ def save_figure(figure: Any, picture: str | Path) -> Path:
 
     path = Path(picture)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Ids of a drawing are random, and a date is written, unless told otherwise.
+    # By default ids of a drawing are random, and a date is written.
     metadata = {"Date": None} if path.suffix == ".svg" else {}
     with matplotlib.rc_context({"svg.hashsalt": "dynamask", "svg.fonttype": "path"}):
         figure.savefig(path, dpi=150, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Retrieval tasks: find what was said far back, after RULER's definitions (arXiv 2404.06654)."""
+"""Retrieval tasks after RULER's definitions (arXiv 2404.06654): find what stands far back in a text."""
 
 from dynamask.evaluation.retrieval.haystack import Haystack
 from dynamask.evaluation.retrieval.mixture import mixture

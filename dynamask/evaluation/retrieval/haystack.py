@@ -45,7 +45,7 @@ class Haystack:
             raise InvalidInputError("the haystack is empty: give documents that hold text, or None for the noise text")
 
     def cut(self, length: int, rng: random.Random) -> tuple[list[int], list[int]]:
-        """A filler of exactly `length` tokens, beginning with a word drawn at random.
+        """Cut a filler of exactly `length` tokens, beginning with a word drawn at random.
 
         Returns:
             Its tokens (length,), and the places in it where a word begins, ascending, with 0 and `length`.
@@ -59,7 +59,7 @@ class Haystack:
 
 
 def _words(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """The tokens of a text, and the indices of those that begin a word."""
+    """Tokenise a text, and find the tokens that begin a word."""
     if not getattr(tokenizer, "is_fast", False):  # no offsets: a needle may then stand between any two tokens
         ids = encode_text(tokenizer, text)
         return ids, list(range(len(ids)))

@@ -27,7 +27,7 @@ def mixture(
     lengths: tuple[int, int] = (512, 1024),
     tasks: Sequence[str] = tuple(TASKS),
 ) -> Iterator[Document]:
-    """All documents in their order, and between them retrieval examples, question and answer included.
+    """Yield all documents in their order, and between them retrieval examples, question and answer included.
 
     A model trained on text alone meets a few long-range copies in a thousand tokens; a small one does not learn to
     retrieve from so few. Half of the examples have a haystack of noise, in which nothing but the needle is worth

@@ -1,4 +1,4 @@
-"""How often a model's greedy answer is right, by task, length and depth; and the JSON lines these figures live in."""
+"""Accuracy of a model's greedy answers by task, length and depth, and the JSON lines of these figures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RetrievalScore:
 
     Attributes:
         model: a name for pictures and tables.
-        task, length, depth: as asked for.
+        task, length, depth: as given to `evaluate_retrieval`.
         exact: share of samples whose first generated tokens are the answer's, all of them.
         recall: mean share of an answer's values that occur in the generated text: RULER's string_match_all.
         samples: how many.
@@ -55,7 +55,7 @@ def evaluate_retrieval(
     name: str = "model",
     progress: Callable[[Iterable[Any], str], Iterable[Any]] | None = None,
 ) -> list[RetrievalScore]:
-    """Ask a causal LM, decoding greedily from its own cache (bounded for dma and swa), as `generate()` does.
+    """Evaluate a causal LM, decoding greedily from the cache that `generate()` would use (bounded for dma and swa).
 
     Args:
         model: has `generate`, `device`, `eval` and `train`, as transformers models do.
@@ -69,7 +69,7 @@ def evaluate_retrieval(
         batch_size: prompts per call of `generate`; only prompts of one length are batched, so nothing is padded.
         extra_tokens: generated beyond the answer's own; they count for `recall` alone. A model that was not trained
             on these formats may need some room for its own words.
-        name: what `RetrievalScore.model` says.
+        name: value of `RetrievalScore.model`.
         progress: wraps the batches, given a description.
 
     Returns:
@@ -119,7 +119,7 @@ def _arguments(cell: _Cell, tokenizer: Any) -> tuple[str, Any, int, float]:
 
 
 def _generate(model: Any, tokenizer: Any, examples: list[RetrievalExample], extra_tokens: int) -> list[list[int]]:
-    """What the model says after each prompt, all prompts being of one length."""
+    """Generate the continuation of each prompt, all prompts being of one length."""
     prompts = torch.tensor([example.prompt for example in examples], device=model.device)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     output = model.generate(

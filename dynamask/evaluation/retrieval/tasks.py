@@ -1,18 +1,18 @@
-"""The tasks themselves: what is hidden, what is asked, and a prompt of an exact number of tokens around both.
+"""Retrieval tasks: what is hidden, the question, and a prompt of an exact number of tokens around both.
 
-| task | hidden | asked |
+| task | hidden | question |
 | --- | --- | --- |
 | `single_needle` | one number under a key word | that number |
 | `multi_key` | four keys, a number each | the number of one of them |
 | `multi_value` | four numbers under one key | all four |
 | `multi_query` | four keys, a number each | the numbers of all four |
-| `passkey` | one number, said twice in one line | that number |
+| `passkey` | one number, written twice in one line | that number |
 | `variable_tracking` | a chain of assignments | the names of all variables that hold the value |
 
 Needles, questions and counts are RULER's (arXiv 2404.06654; github.com/NVIDIA/RULER, scripts/data/synthetic), the
-passkey's those of arXiv 2305.16300. What differs from RULER: the asked depth is met to a word instead of drawn; the
+passkey's those of arXiv 2305.16300. What differs from RULER: the given depth is met to a word instead of drawn; the
 length is met exactly; the values of an answer stand in the order in which they are hidden, so that there is one right
-continuation; variable tracking is asked without a worked example before it.
+continuation; variable tracking has no worked example before it.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class RetrievalExample:
     Attributes:
         task: its name in `TASKS`.
         prompt: token ids, with the tokenizer's begin-of-text token where it writes one.
-        answer: token ids that continue the prompt; `len(prompt) + len(answer)` is the length asked for.
-        values: what the answer says, each a string.
+        answer: token ids that continue the prompt; `len(prompt) + len(answer)` is the given length.
+        values: the values in the answer, each a string.
         depth: share of the haystack that stands before the first needle needed; 0 is the beginning.
         position: index in `prompt` of that needle's first token, which breaks the line.
     """
@@ -57,11 +57,11 @@ class RetrievalExample:
 
 @dataclass(frozen=True)
 class Puzzle:
-    """What a task hides and asks, before there is a haystack.
+    """Needles and question of a task, before there is a haystack.
 
     Attributes:
         head, tail: the text before and after the haystack.
-        needles: needed for the answer, in the order in which they are hidden: the first at the asked depth, the
+        needles: needed for the answer, in the order in which they are hidden: the first at the given depth, the
             others after it.
         distractors: hidden anywhere, not needed.
         answer: the text that follows `tail`.
@@ -79,7 +79,7 @@ class Puzzle:
 
 
 def _numbers(rng: random.Random, count: int) -> list[str]:
-    """Different seven-digit numbers."""
+    """Draw different seven-digit numbers."""
     return [str(n) for n in rng.sample(range(10**6, 10**7), count)]
 
 
@@ -107,13 +107,13 @@ def _one_number(rng: random.Random, distractors: int) -> Puzzle:
 
 
 def _many_numbers(keys: list[str], values: list[str]) -> Puzzle:
-    asked = _listed(list(dict.fromkeys(keys)))
+    named = _listed(list(dict.fromkeys(keys)))
     return Puzzle(
         head="Some special magic numbers are hidden within the following text. Make sure to memorize it. "
         "I will quiz you about the numbers afterwards.\n",
         needles=[_needle(k, v) for k, v in zip(keys, values, strict=True)],
-        tail=f"\nWhat are all the special magic numbers for {asked} mentioned in the provided text? "
-        f"The special magic numbers for {asked} mentioned in the provided text are",
+        tail=f"\nWhat are all the special magic numbers for {named} mentioned in the provided text? "
+        f"The special magic numbers for {named} mentioned in the provided text are",
         answer=f" {_listed(values)}",
         values=values,
         secrets=list(dict.fromkeys(keys)) + values,
@@ -121,27 +121,27 @@ def _many_numbers(keys: list[str], values: list[str]) -> Puzzle:
 
 
 def single_needle(rng: random.Random) -> Puzzle:
-    """One number under a key word: RULER's niah_single."""
+    """Hide one number under a key word: RULER's niah_single."""
     return _one_number(rng, 0)
 
 
 def multi_key(rng: random.Random) -> Puzzle:
-    """One number asked for, three more under other keys: RULER's niah_multikey_1."""
+    """Hide the wanted number, and three more under other keys: RULER's niah_multikey_1."""
     return _one_number(rng, NEEDLES - 1)
 
 
 def multi_value(rng: random.Random) -> Puzzle:
-    """Four numbers under one key, all asked for: RULER's niah_multivalue."""
+    """Hide four wanted numbers under one key: RULER's niah_multivalue."""
     return _many_numbers(draw_keys(rng, 1) * NEEDLES, _numbers(rng, NEEDLES))
 
 
 def multi_query(rng: random.Random) -> Puzzle:
-    """Four numbers under four keys, all asked for: RULER's niah_multiquery."""
+    """Hide four wanted numbers under four keys: RULER's niah_multiquery."""
     return _many_numbers(draw_keys(rng, NEEDLES), _numbers(rng, NEEDLES))
 
 
 def passkey(rng: random.Random) -> Puzzle:
-    """A five-digit pass key, said twice (arXiv 2305.16300, section 4.2)."""
+    """Hide a five-digit pass key, written twice (arXiv 2305.16300, section 4.2)."""
     value = str(rng.randrange(10**4, 10**5))
     return Puzzle(
         head="There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
@@ -155,7 +155,7 @@ def passkey(rng: random.Random) -> Puzzle:
 
 
 def variable_tracking(rng: random.Random) -> Puzzle:
-    """One chain of four hops: RULER's vt."""
+    """Hide one chain of four hops: RULER's vt."""
     names: list[str] = []
     while len(names) <= HOPS:
         name = "".join(rng.choices(string.ascii_uppercase, k=5))
@@ -180,7 +180,7 @@ TASKS: dict[str, Callable[[random.Random], Puzzle]] = {
 
 
 def check_task(task: str) -> None:
-    """Raises InvalidInputError for an unknown task, naming the nearest known one."""
+    """Raise InvalidInputError for an unknown task, naming the nearest known one."""
     if task not in TASKS:
         raise InvalidInputError(
             f"unknown retrieval task {task!r}{did_you_mean(task, TASKS)}: one of {', '.join(TASKS)}"
@@ -188,7 +188,7 @@ def check_task(task: str) -> None:
 
 
 def least_length(task: str, tokenizer: Any) -> int:
-    """A length, in tokens, that every example of the task fits in, whatever its seed: a tenth above twenty examples.
+    """Return a length, in tokens, that holds every example of the task: a tenth above twenty examples.
 
     Raises:
         InvalidInputError: an unknown task.
@@ -207,7 +207,7 @@ def make_example(
     *,
     haystack: Haystack | None = None,
 ) -> RetrievalExample:
-    """One example of a task, the same for the same arguments.
+    """Make one example of a task, the same for the same arguments.
 
     Args:
         task: a name in `TASKS`.
@@ -220,7 +220,7 @@ def make_example(
 
     Raises:
         InvalidInputError: an unknown task, a depth outside 0 to 1, a length too short for needles and question (the
-            message says how many tokens they take), or a haystack that keeps holding the answers itself.
+            message gives the number of tokens they take), or a haystack that keeps holding the answers itself.
     """
     check_task(task)
     if not 0 <= depth <= 1:
@@ -242,7 +242,7 @@ def make_example(
 def _assemble(
     task: str, puzzle: Puzzle, tokenizer: Any, haystack: Haystack, length: int, depth: float, rng: random.Random
 ) -> tuple[RetrievalExample, list[int]]:
-    """The example, and the filler in it."""
+    """Assemble the example; return it with its filler."""
     pieces = _encode(puzzle, tokenizer)
     head, tail, answer, needles, distractors = pieces
     taken = _size(pieces)
@@ -302,6 +302,6 @@ def _encode(puzzle: Puzzle, tokenizer: Any) -> _Pieces:
 
 
 def _begin_of_text(tokenizer: Any) -> list[int]:
-    """What the tokenizer writes before a text: its begin-of-text token, or nothing."""
+    """Return what the tokenizer writes before a text: its begin-of-text token, or nothing."""
     written = list(tokenizer("")["input_ids"])
     return written[:1] if tokenizer.bos_token_id is not None and written[:1] == [tokenizer.bos_token_id] else []

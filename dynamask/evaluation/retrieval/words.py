@@ -26,6 +26,6 @@ NOUNS = tuple(_NOUNS_TEXT.split())
 
 
 def draw_keys(rng: random.Random, count: int) -> list[str]:
-    """`count` different keys, such as "brave-otter"."""
+    """Draw `count` different keys, such as "brave-otter"."""
     picked = rng.sample(range(len(ADJECTIVES) * len(NOUNS)), count)
     return [f"{ADJECTIVES[i // len(NOUNS)]}-{NOUNS[i % len(NOUNS)]}" for i in picked]
