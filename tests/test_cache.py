@@ -81,14 +81,15 @@ def text(
     ranked: bool = True,
     padding: str = "none",
     share: int = 2,
+    dim: int = 4,
     seed: int = 0,
 ) -> Text:
     """See `Text`. `padding`: none, left, or holes anywhere. Few distinct ranks: ties are where evictions go wrong."""
     random = torch.Generator().manual_seed(seed)
     groups = len(windows)
-    query = torch.randn(batch, groups * share, length, 4, generator=random, dtype=torch.float64)
-    key = torch.randn(batch, groups, length, 4, generator=random, dtype=torch.float64)
-    value = torch.randn(batch, groups, length, 3, generator=random, dtype=torch.float64)
+    query = torch.randn(batch, groups * share, length, dim, generator=random, dtype=torch.float64)
+    key = torch.randn(batch, groups, length, dim, generator=random, dtype=torch.float64)
+    value = torch.randn(batch, groups, length, dim - 1, generator=random, dtype=torch.float64)
     ranks = torch.randint(-2, 3, (batch, groups, length), generator=random).double() if ranked else None
     mask = None
     if padding == "holes":
@@ -173,6 +174,23 @@ def test_text_grows_slot_by_slot_into_uneven_windows(start: int) -> None:
     outputs = [given_text.step(layer, 0, start)] if start else []
     outputs += [given_text.step(layer, t, t + 1) for t in range(start, 150)]
     torch.testing.assert_close(torch.cat(outputs, 2), given_text.expected(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the kernels of a step")
+@pytest.mark.parametrize("padding", ["none", "left", "holes"])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_steps_on_a_gpu(padding: str, bias: bool) -> None:
+    given_text = text(300, (9, 40, 200), local=3, sinks=2, padding=padding, bias=bias, dim=32)
+    tensors = {name: getattr(given_text, name) for name in ("query", "key", "value", "ranks", "mask")}
+    moved = {name: t if t is None else t.cuda() for name, t in tensors.items()}
+    narrow = {name: t.float() if name != "mask" and t is not None else t for name, t in moved.items()}
+    there = given_text._replace(**narrow)
+    for start in (0, 50, 250):
+        layer = there.layer()
+        outputs = [there.step(layer, 0, start)] if start else []
+        outputs += [there.step(layer, t, t + 1) for t in range(start, 300)]
+        torch.testing.assert_close(torch.cat(outputs, 2).double().cpu(), given_text.expected(), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()

@@ -335,9 +335,9 @@ def longest_trainable(
 def cache_size(config: DynamaskConfig, cache: str, context: int, batch: int) -> int:
     """Bytes of keys and values (and scores and positions, bounded) in bfloat16 after `context` tokens."""
     bounded = cache.startswith("bounded")
-    slots = min(context, config.window) if bounded else context
-    per_slot = 2 * 2 * config.head_dim + (12 if bounded else 0)
-    return config.num_hidden_layers * config.num_key_value_heads * batch * slots * per_slot
+    heads = [window if bounded else context for windows in config.head_windows for window in windows]
+    per_slot = 2 * 2 * config.head_dim + (8 if bounded else 0)
+    return batch * per_slot * sum(min(context, window) for window in heads)
 
 
 def filled_cache(config: DynamaskConfig, cache: str, context: int, batch: int, spare: int) -> Cache:
@@ -365,17 +365,18 @@ def filled_cache(config: DynamaskConfig, cache: str, context: int, batch: int, s
         made = StaticCache(config=config, max_cache_len=context + spare)
     else:
         raise UsageError(f"cache must be bounded, bounded-eager, dynamic, static or fixed; got {cache!r}")
-    slots = min(context, config.window) if bounded else context
-    shape = (batch, config.num_key_value_heads, slots, config.head_dim)
     device = _device()
-    for index in range(config.num_hidden_layers):
+    for index, windows in enumerate(config.head_windows):
+        slots = min(context, max(windows)) if bounded else context
+        shape = (batch, config.num_key_value_heads, slots, config.head_dim)
         key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
         if not bounded:
             made.update(key, value, index)
             continue
         layer = made.layers[index]
         assert isinstance(layer, BoundedLayer)
-        layer.extend(key, value, torch.randn(shape[:3], device=device), None)
+        with torch.no_grad():
+            layer.extend(key, value, torch.randn(shape[:3], device=device), None)
         # As if these were what `context` tokens left: the layer's cost knows positions only by comparison.
         layer.skip(context - slots)
     return made
