@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dynamask_lab.studies.conversion.forms import STEPS
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.section import Exhibit, Row, Section
 
@@ -97,6 +98,8 @@ def form_name(spec: Mapping[str, Any]) -> str:
         if spec["predictor"] != "hidden":
             words.append({"linear": "linear predictor", "values": "ranks from values"}[spec["predictor"]])
         words.append("distilled" if spec["distilled"] else "model frozen")
+    if spec.get("steps", STEPS) != STEPS:
+        words.append(f"{spec['steps']} steps")
     if spec["rope"] != 1:
         words.append(f"YaRN {spec['rope']}")
     return ", ".join(words)
@@ -105,8 +108,8 @@ def form_name(spec: Mapping[str, Any]) -> str:
 def conversion_table(lines: Sequence[Line], columns: Sequence[Column] = SHORT_COLUMNS, *, model: str = "") -> list[Row]:
     """Average the measures of every form of one model.
 
-    A mean is over the settings (tasks and lengths, benchmarks) that every form with that measure has, so that the
-    cells of a column compare; a form that lacks a measure has an empty cell.
+    A mean is over the settings (tasks and lengths, benchmarks) that the forms have in common, so that the cells of a
+    column compare. A form that lacks a measure, or most of its settings, has an empty cell.
 
     Args:
         lines: of the study.
@@ -116,7 +119,6 @@ def conversion_table(lines: Sequence[Line], columns: Sequence[Column] = SHORT_CO
     Returns:
         One row per form and budget, the dense model first, then by retrieval.
     """
-    lines = [line for line in lines if "cell" not in line]
     if not lines:
         return []
     model = model or Counter(line["model"] for line in lines).most_common(1)[0][0]
@@ -133,28 +135,37 @@ def conversion_table(lines: Sequence[Line], columns: Sequence[Column] = SHORT_CO
             setting = json.dumps(line["settings"], sort_keys=True)
             name = form_name(line["spec"]), line["spec"]["budget"]
             cells.setdefault(name, {}).setdefault(setting, []).extend(column.values(line["result"]))
-        shared = set.intersection(*(set(found) for found in cells.values())) if cells else set()
+        shared = _in_common(list(cells.values()))
         for name, found in cells.items():
             row = rows.setdefault(name, {})
-            if shared:
+            if shared and shared <= set(found):
                 means = [sum(found[setting]) / len(found[setting]) for setting in sorted(shared)]
                 mean = sum(means) / len(means)
                 row[column.title] = format(mean, column.form)
                 if column.measure == "tasks":
                     order[name] = mean
-    made = []
+    made: list[Row] = []
     for name in sorted(rows, key=lambda name: (not name[0].startswith("dense"), -order.get(name, 0), name[0])):
         made.append({"form": name[0], "keys per head": "all" if name[1] is None else f"{name[1]:,}", **rows[name]})
     return made
 
 
+def _in_common(found: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The settings that all forms have, those that hold less than half of the most left out of account."""
+    most = max((len(settings) for settings in found), default=0)
+    whole = [set(settings) for settings in found if 2 * len(settings) >= most]
+    return set.intersection(*whole) if whole else set()
+
+
 def training_seconds(lines: Sequence[Line]) -> dict[str, float]:
-    """Seconds that each step of a conversion took: "learn_ranks", "allocate_windows", "train"."""
-    return {
-        line["measure"]: line["result"]["seconds"]
-        for line in lines
-        if line["measure"] in ("learn_ranks", "allocate_windows", "train") and not line["spec"]["seed"]
-    }
+    """Return the seconds of each step of a conversion: "learn_ranks", "allocate_windows", "train" (distillation)."""
+    found: dict[str, float] = {}
+    for line in lines:
+        spec = line["spec"]
+        main = spec["kind"] == "converted" and spec["predictor"] == "hidden" and not spec["seed"]
+        if main and line["measure"] in ("learn_ranks", "allocate_windows", "train"):
+            found.setdefault(line["measure"], line["result"]["seconds"])
+    return found
 
 
 def sources(lines: Sequence[Line]) -> str:

@@ -252,6 +252,10 @@ def conversion_summary(results: Path) -> str:
     """A pretrained model, dense and with a bounded cache, beside the best rivals at the same cache."""
     lines = read_conversion(results)
     main = [line for line in lines if _is_main(line["spec"])]
+    longest: dict[tuple[Any, ...], int] = {}
+    for line in main:
+        longest[_family(line)] = max(longest.get(_family(line), 0), line["spec"].get("steps") or 0)
+    main = [line for line in main if (line["spec"].get("steps") or 0) == longest[_family(line)]]
     rows = conversion_table(main)
     rivals = [row for row in rows if row["form"].startswith("kvpress")]
     left_out = [row["form"] for row in rivals[_PEERS:]]
@@ -262,6 +266,11 @@ def conversion_forms(results: Path) -> str:
     """All forms, budgets and seeds of the conversion study."""
     lines = read_conversion(results)
     return _conversion(lines, conversion_table(lines))
+
+
+def _family(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What forms have in common that differ by the length of their training alone."""
+    return tuple(line["spec"][name] for name in ("kind", "budget", "windows", "ranks", "distilled", "peer"))
 
 
 def _is_main(spec: Mapping[str, Any]) -> bool:
