@@ -315,7 +315,7 @@ def main() -> int:
         return 0
     schedule = Schedule(**json.loads(arguments.schedule))
     facts = {
-        "commit": commit(),
+        "commit": commit() or os.environ.get("DYNAMASK_COMMIT"),  # a copied tree may lack its history
         "versions": versions(),
         "model": arguments.model.name,
         "data": json.loads((arguments.data / "data.json").read_text())["arrays"],
@@ -332,7 +332,7 @@ def main() -> int:
     while arguments.after and not arguments.after.exists() and time.monotonic() - start < WAIT:
         time.sleep(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results.facts["device"] = device_name()
+    results.facts["device"] = device_name(2 if arguments.lane in ("converted", "dense") else 1)
 
     def report(spec: Spec, what: str, result: dict[str, Any]) -> None:
         settings: dict[str, Any] = {"lane": arguments.lane}
