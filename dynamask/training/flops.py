@@ -21,11 +21,8 @@ def causal_pairs(length: int, keys: float | None = None) -> float:
 
 def block_sparse_pairs(length: int, *, block_size: int, block_counts: int, window: int) -> float:
     """Count the query-key pairs of nsa in one head: its compressed branch, the chosen blocks and the window."""
-    return (
-        length * length / (2 * block_size)
-        + causal_pairs(length, block_counts * block_size)
-        + causal_pairs(length, window)
-    )
+    chosen = causal_pairs(length, block_counts * block_size)
+    return length * length / (2 * block_size) + chosen + causal_pairs(length, window)
 
 
 def training_flops(

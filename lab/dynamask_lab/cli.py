@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dynamask.cli.common import Model, console, errors, progress
-from dynamask.errors import UsageError
+from dynamask.cli.common import (
+    Model,
+    check_output_file,
+    check_output_folder,
+    console,
+    errors,
+    progress,
+    quiet_libraries,
+)
+from dynamask.errors import Interrupted, UsageError
 
 benchmark = typer.Typer(
     help="Time the kernels against their peers, each correct first, and whole models.", no_args_is_help=True
@@ -99,7 +108,7 @@ def experiment(
     if at_a_time < 1:
         raise UsageError(f"--workers must be at least 1; got {at_a_time}")
     if listing:
-        console.print(runs_table(chosen, configs, earlier, at_a_time))
+        console.print(runs_table(chosen, configs, earlier, at_a_time, console.width))
         return
     if results is None:
         raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
@@ -107,13 +116,18 @@ def experiment(
         if not chosen.trains_language_models:
             raise UsageError(f"--keep-models keeps language models, and {name} trains none: leave it out")
         os.environ[KEPT_FOLDER] = str(keep_models.absolute())
-    with SweepDisplay(errors, configs) as display:
-        report = run_sweep(
-            *(chosen, configs, results, seconds),
-            workers=at_a_time,
-            follow_up=wanted,
-            observer=display,
-        )
+    try:
+        with SweepDisplay(errors, configs) as display:
+            report = run_sweep(
+                *(chosen, configs, results, seconds),
+                workers=at_a_time,
+                follow_up=wanted,
+                observer=display,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; the finished runs are in {results}: run the same command again to go on", signal.SIGINT
+        ) from None
     configs = wanted(report.records)
     title = f"{name} {size}: {len(report.records)} of {len(configs)} runs"
     console.print(summary_table(chosen.summary(report.records), title) if report.records else title)
@@ -142,6 +156,7 @@ def benchmark_cpu_command(
     for name, value in (("length", min(lengths or [1])), ("window", window), ("repeats", repeats)):
         if value < 1:
             raise UsageError(f"--{name} must be at least 1; got {value}")
+    check_output_file(output)
 
     rows = benchmark_cpu(lengths or [2048, 4096, 8192], window, repeats=repeats)
     table = Table(
@@ -211,6 +226,8 @@ def benchmark_gpu_command(
         return
     if not torch.cuda.is_available():
         raise UsageError("no CUDA device here: `dynamask benchmark cpu` times the CPU path")
+    if output:
+        check_output_folder(output.parent)
     if not budget > 0:
         raise UsageError(f"--budget must be positive; got {budget}")
     given: dict[str, Any] = {"lengths": lengths, "scaling": scaling, "windows": windows, "scores": scores}
@@ -263,6 +280,7 @@ def benchmark_scores_command(
         raise UsageError(f"--length must be at least 1; got {length}")
     if output.suffix != ".npz":
         raise UsageError(f"scores are written as .npz; got {output}")
+    check_output_file(output)
     content, size = [], 0
     for document in documents([text]):
         content.append(document.text)
@@ -358,6 +376,8 @@ def benchmark_model_command(
             raise UsageError(f"--{name} must be at least {least}; got {value}")
     if not budget > 0:
         raise UsageError(f"--budget must be positive; got {budget}")
+    if output:
+        check_output_folder(output)
     settings = Settings(
         preset=preset,
         lengths=lengths or LENGTHS,
@@ -435,6 +455,10 @@ def report_masks(
 
     if texts < 1:
         raise UsageError(f"--texts must be at least 1; got {texts}")
+    check_output_folder(output)
+    if line:
+        check_output_folder(line.parent)
+    quiet_libraries()
     loaded, tokenizer = open_run(model)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     size = length or 8 * getattr(loaded.config, "window", 32)
@@ -496,6 +520,7 @@ def report_results(
         for line in report.trace(trace, results):
             print(line)
         return
+    check_output_folder(output)
     pages = report.render_results(results, output)
     console.print(f"written {len(pages)} pages, the first {pages[0]}", soft_wrap=True)
     if (results, output) == (report.RESULTS, report.OUTPUT):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from rich.console import Console
 
 from dynamask.cli import common, main
+from dynamask.errors import UsageError
+from dynamask_lab.report.results import render_results
 from dynamask_lab.studies import MQAR, Record, read_results, run_key
+from dynamask_lab.sweeps.display import runs_table
 from dynamask_lab.sweeps.provenance import device_name
 from dynamask_lab.sweeps.results import ResultsFile
 
@@ -79,7 +84,7 @@ def test_an_exhausted_budget_says_how_to_go_on(dynamask: Command, tmp_path: Path
     assert done.returncode == 0, done.stderr
     assert "0 of 10 runs" in done.stdout
     assert "10 runs are left: run the same command again" in done.stderr
-    assert path.read_bytes() == b""
+    assert not path.exists(), "nothing came of it"
 
 
 @pytest.mark.parametrize(
@@ -100,4 +105,46 @@ def test_mistakes_end_with_a_message_and_code_2(
     assert done.returncode == 2, done.stderr[-2000:]
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_fits_a_terminal(dynamask: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns every setting in which runs differ is there in full, and no two runs read alike."""
+    configs = MQAR.configs("smoke")
+    for width in (80, 200):
+        table = runs_table(MQAR, configs, [], 1, width)
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(table)
+        printed = console.export_text()
+        assert "…" not in printed
+        assert max(map(len, printed.splitlines())) <= width
+        cells = {tuple(column._cells[row] for column in table.columns) for row in range(len(configs))}
+        assert len(cells) == len(configs)
+
+
+def test_an_interrupted_sweep_says_how_to_go_on(
+    dynamask: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynamask_lab.studies.run_sweep", interrupted)
+    done = dynamask("mqar", "--size", "smoke", "--results", str(tmp_path / "r.jsonl"))
+    assert done.returncode == 130
+    assert "run the same command again to go on" in " ".join(done.stderr.split())
+
+
+def test_a_failed_sweep_leaves_no_empty_file(tmp_path: Path) -> None:
+    with ResultsFile(tmp_path / "new.jsonl"):
+        assert (tmp_path / "new.jsonl").exists()
+    assert not (tmp_path / "new.jsonl").exists()
+    (tmp_path / "old.jsonl").touch()
+    with ResultsFile(tmp_path / "old.jsonl"):
+        pass
+    assert (tmp_path / "old.jsonl").exists(), "another's file is not removed"
+
+
+def test_a_report_outside_a_checkout_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="run `dynamask report results` in a checkout"):
+        render_results(tmp_path / "lab" / "results", tmp_path / "docs" / "results")
     assert list(tmp_path.iterdir()) == []

@@ -126,8 +126,8 @@ def test_the_validation_loss_is_the_mean_per_token(
     model.requires_grad_(False)
     total = count = 0.0
     for block in DataLoader(blocks, batch_size=1):
-        labels = block["labels"][:, 1:]
-        logits = model(block["input_ids"], position_ids=block["position_ids"], use_cache=False).logits[:, :-1]
+        labels = block["shift_labels"]
+        logits = model(block["input_ids"], position_ids=block["position_ids"], use_cache=False).logits
         total += float(nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
         count += int((labels != -100).sum())
     assert result.loss == pytest.approx(total / count, rel=1e-5)

@@ -75,6 +75,10 @@ def render_results(results: Path = RESULTS, output: Path = OUTPUT) -> list[Path]
         UsageError: no such folder, or a file in it that cannot be read as what its place says it is; an output
             folder that holds something else than a report.
     """
+    if not results.is_dir():
+        raise UsageError(
+            f"there is no folder {results} of raw results: run `{COMMAND}` in a checkout, or give --results FOLDER"
+        )
     _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
     for old in [*output.glob("*.md"), *output.glob("*/*.svg")]:

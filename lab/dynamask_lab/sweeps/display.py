@@ -110,28 +110,39 @@ class SweepDisplay(Observer):
         self.bars.stop()
 
 
-def runs_table(experiment: Experiment, configs: Sequence[Config], records: Sequence[Record], workers: int = 1) -> Table:
-    """Every run with the settings in which they differ, and its time: measured, or estimated for this device.
+def runs_table(
+    experiment: Experiment, configs: Sequence[Config], records: Sequence[Record], workers: int = 1, width: int = 200
+) -> Table:
+    """List every run with the settings in which they differ, and its time: measured, or estimated for this device.
+
+    The settings have a column each where they fit, and else one for all, as name=value.
 
     Args:
         experiment: whose runs.
         configs: the runs.
         records: finished ones.
         workers: runs at a time, see `run_sweep`.
+        width: of the terminal, in characters.
     """
     done = {record.key: record for record in records}
     estimator = Estimator(experiment, records, device_name(Counter(places(workers)).most_common(1)[0][1]))
     varied = _varied(configs)
-    table = Table(*varied, "state", "seconds")
+    together = _width([varied, *([_cell(config.get(key)) for key in varied] for config in configs)]) > width - _STATE
+    table = Table(*(["run"] if together else varied), Column("state", no_wrap=True), Column("seconds", no_wrap=True))
+
+    def settings(config: Config) -> list[str]:
+        cells = {key: _cell(config.get(key)) for key in varied}
+        return [" ".join(f"{key}={cell}" for key, cell in cells.items() if cell)] if together else [*cells.values()]
+
     finished = [config for config in configs if run_key(experiment.name, config) in done]
     pending = estimator.shortest_first(config for config in configs if run_key(experiment.name, config) not in done)
     for config in finished:
         measured = done[run_key(experiment.name, config)].seconds
-        table.add_row(*(_cell(config.get(key)) for key in varied), "done", f"{measured:.1f}")
+        table.add_row(*settings(config), "done", f"{measured:.1f}")
     estimates = [estimator.seconds(config) for config in pending]
     for config, estimate in zip(pending, estimates, strict=True):
         guess = "?" if estimate is None else f"about {estimate:.1f}"
-        table.add_row(*(_cell(config.get(key)) for key in varied), "to do", guess)
+        table.add_row(*settings(config), "to do", guess)
     known = [estimate for estimate in estimates if estimate is not None]
     at_a_time = f" with {workers} workers" if workers > 1 else ""
     time_left = f", about {format_seconds(sum(known) / workers)} on this device{at_a_time}" if known else ""
@@ -146,6 +157,15 @@ def summary_table(rows: Sequence[dict[str, str]], title: str) -> Table:
     for row in rows:
         table.add_row(*(row.get(column, "") for column in columns))
     return table
+
+
+_STATE = 30
+"""Characters of a line that the columns for state and seconds take."""
+
+
+def _width(rows: Sequence[Sequence[str]]) -> int:
+    """Characters that a table of these rows is wide."""
+    return sum(3 + max(map(len, column)) for column in zip(*rows, strict=True))
 
 
 def _key(config: Config) -> str:

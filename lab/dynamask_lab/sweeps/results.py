@@ -88,7 +88,8 @@ def run_key(experiment: str, config: dict[str, Any]) -> str:
 class ResultsFile:
     """The results file, open for a sweep: locked, mended, ready to be appended to.
 
-    Use as a context manager. A last line that a kill or a power cut left unfinished is cut off on opening.
+    Use as a context manager. A file that it created and that is still empty at the end is removed. A last line that a
+    kill or a power cut left unfinished is cut off on opening.
 
     Args:
         path: created where it does not exist; its folder must.
@@ -104,6 +105,7 @@ class ResultsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        existed = path.exists()
         try:
             # O_APPEND: every write goes to the end, even if something else moved it.
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -118,6 +120,7 @@ class ResultsFile:
                 os.ftruncate(self._descriptor, whole)
                 os.fsync(self._descriptor)
             _flush_folder(path)  # or a power cut could forget the file that the first record went to
+            self._created = not existed
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -155,6 +158,8 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._created and os.fstat(self._descriptor).st_size == 0:
+            self.path.unlink(missing_ok=True)  # nothing came of the sweep that made it
         os.close(self._descriptor)
 
 
