@@ -290,8 +290,8 @@ class BoundedLayer(CacheLayerMixin):
             return scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(*query.shape[:-1], -1)
         outputs = []
         for group, (start, stop) in enumerate(itertools.pairwise(self.offsets)):
-            pools = (pool[:, None, start:stop] for pool in (self.keys, self.values))
-            outputs.append(scaled_dot_product_attention(grouped[:, group, None], *pools, scale=scale))
+            keys, values = (pool[:, None, start:stop] for pool in (self.keys, self.values))
+            outputs.append(scaled_dot_product_attention(grouped[:, group, None], keys, values, scale=scale))
         return torch.cat(outputs, 1).reshape(*query.shape[:-1], -1)
 
     def _merge(self, key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
