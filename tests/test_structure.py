@@ -18,10 +18,10 @@ LAYERS = (
     ("mixers",),
     ("models",),
     ("recipes", "data"),
-    ("convert",),
     ("training",),
     ("evaluation",),
     ("inspect",),
+    ("convert",),
     ("serving", "cli"),
     ("__main__",),
 )

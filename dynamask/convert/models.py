@@ -230,7 +230,7 @@ class ConvertedModel(OwnCacheGeneration):
     def _convert_layers(self) -> None:
         for layer in self.model.layers:
             if self.config.ranking == "paper":
-                from dynamask.convert.doge import convert_layer
+                from dynamask.convert.doge_attention import convert_layer
 
                 convert_layer(layer, self.config, self._init_weights)
             else:

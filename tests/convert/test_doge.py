@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dynamask import InvalidInputError, convert
-from dynamask.convert.doge import doge_layer_unpacks_experts, first_output
+from dynamask.convert.doge_attention import doge_layer_unpacks_experts, first_output
 
 SHAPE = {
     "vocab_size": 500,

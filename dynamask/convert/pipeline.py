@@ -1,0 +1,352 @@
+"""All stages of a conversion in a row, resumable at any kill: measure, learn ranks, set windows, distil, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynamask.convert.allocate_windows import allocate_windows
+from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks
+from dynamask.convert.distill import distill
+from dynamask.convert.learn_ranks import learn_ranks
+from dynamask.convert.models import reason_not_convertible, set_windows
+from dynamask.convert.progress import Report
+from dynamask.convert.report import ConversionReport, Figures, figures_from, measure
+from dynamask.convert.upcycle import upcycle
+from dynamask.data import documents
+from dynamask.errors import UsageError
+from dynamask.hub import check_local_or_hub
+from dynamask.lock import locked
+from dynamask.ops.checks import check_window
+
+_LONGEST_BLOCK = 8192
+_HELD_OUT_BLOCKS = 8
+_ALLOCATION_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Settings of a conversion.
+
+    Attributes:
+        source: folder or hub name of a dense causal LM.
+        target: folder to write, which must not exist.
+        window: mean number of keys that a query keeps.
+        data: sources of text, as `dynamask.data.documents` takes them; none: the model is written with untrained
+            ranks and one window.
+        local, sinks: newest and first positions that are always kept.
+        dense_layers: indices of layers left dense.
+        block: tokens of a block; None: 8192, or what the model is made for if that is less.
+        batch: blocks of a step.
+        rank_steps, distill_steps: steps of the two trainings; no distillation with 0.
+        needles: examples of each needle task, length and depth; 0 leaves the needles out.
+        max_tokens: tokens read from the texts at most.
+        seed: of the order of the blocks and of the predictors.
+        device: "cuda", "cpu", ...; None: a GPU if there is one.
+    """
+
+    source: str
+    target: Path
+    window: int
+    data: Sequence[str] = ()
+    local: int = 128
+    sinks: int = 4
+    dense_layers: Sequence[int] = ()
+    block: int | None = None
+    batch: int = 4
+    rank_steps: int = 300
+    distill_steps: int = 0
+    needles: int = 2
+    max_tokens: int = 20_000_000
+    seed: int = 0
+    device: str | None = None
+
+    @property
+    def work(self) -> Path:
+        """The hidden folder beside the target that keeps the state of an unfinished conversion."""
+        return self.target.with_name(f".{self.target.name}.conversion")
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that stages depend on, as JSON has them."""
+        fields = asdict(self) | {"target": None, "device": None, "data": list(self.data)}
+        return json.loads(json.dumps(fields | {"dense_layers": list(self.dense_layers)}))  # type: ignore[no-any-return]
+
+
+Say = Callable[[str], None]
+
+
+def run_conversion(settings: Conversion, *, progress: Report | None = None, say: Say = lambda text: None) -> Any:
+    """Convert a model and write it.
+
+    Args:
+        settings: what to do.
+        progress: see `dynamask.convert.progress.Progress`.
+        say: called with one line about what happens.
+
+    Returns:
+        The `ConversionReport`, or None for a conversion without texts.
+
+    Raises:
+        UsageError, InvalidInputError: settings, a model or texts that do not fit; everything that can be checked is
+            checked before the first stage. The target is written whole or not at all.
+    """
+    tokenizer, block = _checked(settings)
+    if not settings.data:
+        model = upcycle(
+            _load(settings), settings.window, local=settings.local, sinks=settings.sinks,
+            dense_layers=settings.dense_layers,
+        )  # fmt: skip
+        _write(model, tokenizer, None, settings)
+        return None
+    work = settings.work
+    with locked(work.with_name(work.name + ".lock"), f"a conversion to {settings.target}"):
+        resumed = _open_work(settings, say)
+        try:
+            report = _run(settings, tokenizer, block, progress, say, resumed)
+        except OSError as error:
+            raise UsageError(f"cannot write to {work}: {error.strerror or error}") from error
+        except Exception:
+            if not (work / "ranks.pt").exists():  # nothing worth resuming
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def _checked(settings: Conversion) -> tuple[Any, int]:
+    """Check everything that needs no weights; return the tokenizer and the block length."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    for name, least in (("batch", 1), ("rank_steps", 1), ("distill_steps", 0), ("needles", 0), ("max_tokens", 1)):
+        if getattr(settings, name) < least:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(settings, name)}")
+    check_window(settings.window, settings.local, settings.sinks)
+    if settings.target.exists():
+        raise UsageError(f"{settings.target} exists already: choose another folder, or delete it")
+    check_local_or_hub(settings.source, "model")
+    try:
+        config = AutoConfig.from_pretrained(settings.source)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"cannot load a causal LM from {settings.source!r}: {_line(error)}") from error
+    reason = reason_not_convertible(config)
+    if reason is not None:
+        raise UsageError(f"cannot convert {settings.source}: {reason}")
+    longest = getattr(config, "max_position_embeddings", None) or _LONGEST_BLOCK
+    block = min(_LONGEST_BLOCK, longest) if settings.block is None else settings.block
+    if block > longest:
+        raise UsageError(f"--block {block} is longer than the model's context of {longest} tokens")
+    if settings.data and block < settings.local + settings.sinks + 16:
+        raise UsageError(
+            f"--block {block} is too short to learn from: keys within local = {settings.local} and sinks = "
+            f"{settings.sinks} are kept anyway"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(settings.source)
+    except Exception as error:  # a dozen kinds, all of which mean that there is none
+        tokenizer = None
+        if settings.data:
+            raise UsageError(
+                f"{settings.source} has no tokenizer, which --data needs: put the model's tokenizer files into its "
+                f"folder ({_line(error)})"
+            ) from error
+    _check_disk(settings)
+    return tokenizer, block
+
+
+def _check_disk(settings: Conversion) -> None:
+    folder = Path(settings.source).expanduser()
+    if not folder.is_dir():
+        return
+    weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
+    # Distillation keeps float32 weights and two moments of the optimizer, twice while a state replaces another.
+    needed = weights * (13 if settings.distill_steps else 1.2)
+    place = settings.target.parent
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UsageError(
+            f"{place} has {free / 2**30:.1f} GiB free and the conversion needs about {needed / 2**30:.1f} GiB: free "
+            "some, or choose another place"
+        )
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _open_work(settings: Conversion, say: Say) -> bool:
+    work, file = settings.work, settings.work / "settings.json"
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name, value in settings.identity().items() if before.get(name) != value]
+        if differing:
+            raise UsageError(
+                f"an unfinished conversion with another {', '.join(differing)} lies in {work}: give the same settings "
+                "to continue it, or delete the folder"
+            )
+        say(f"continuing the conversion in {work}")
+        return True
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        _replace(file, json.dumps(settings.identity()).encode())
+    except OSError as error:
+        raise UsageError(f"cannot write to {work}: {error.strerror or error}") from error
+    return False
+
+
+def _replace(file: Path, content: bytes) -> None:
+    partial = file.with_name(file.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, file)
+
+
+def _run(
+    settings: Conversion, tokenizer: Any, block: int, progress: Report | None, say: Say, resumed: bool
+) -> ConversionReport:
+    work = settings.work
+    tokens, held_out = _tokens(settings, tokenizer, block, say)
+    if settings.window >= block:
+        say(f"--window {settings.window} is not below the block of {block} tokens: within it, attention stays dense")
+    dense = _load(settings)
+    seconds: dict[str, float] = {}
+    stage = _Stages(work / "seconds.json", seconds)
+
+    texts = None  # needles are hidden in RULER's noise: the texts given may be code or tables
+    before_file = work / "before.json"
+    if before_file.exists():
+        before = figures_from(json.loads(before_file.read_text(encoding="utf-8")))
+    else:
+        say("measuring the dense model")
+        with stage("measure dense"):
+            before = measure(dense, held_out, tokenizer, texts, samples=settings.needles, batch=settings.batch)
+        _replace(before_file, json.dumps(asdict(before)).encode())
+
+    torch.manual_seed(settings.seed)
+    model = upcycle(
+        dense, settings.window, local=settings.local, sinks=settings.sinks, dense_layers=settings.dense_layers
+    )
+    blocks = CalibrationBlocks(tokens, block, batch=settings.batch, seed=settings.seed)
+    say("learning ranks")
+    with stage("ranks"):
+        learn_ranks(model, blocks, steps=settings.rank_steps, checkpoint=work / "ranks.pt", progress=progress)
+    windows_file = work / "windows.json"
+    if windows_file.exists():
+        set_windows(model, json.loads(windows_file.read_text(encoding="utf-8")))
+    else:
+        with stage("windows"):
+            batches = max(1, _ALLOCATION_BLOCKS // settings.batch)
+            windows = allocate_windows(model, blocks, settings.window, max_batches=batches, progress=progress)
+        _replace(windows_file, json.dumps(windows).encode())
+    if settings.distill_steps:
+        say("distilling")
+        with stage("distil"):
+            distill(
+                model,
+                dense,
+                CalibrationBlocks(tokens, block, batch=settings.batch, seed=settings.seed + 1),
+                steps=settings.distill_steps,
+                checkpoint=work / "distill.pt",
+                progress=progress,
+            )
+    say("measuring the converted model")
+    with stage("measure converted"):
+        after = measure(model, held_out, tokenizer, texts, samples=settings.needles, batch=settings.batch)
+    stored: Any = model.config
+    heads = [None if entry is None else list(entry) for entry in stored.head_windows]
+    shown = settings.identity() | {"block": block}
+    report = ConversionReport(settings.source, shown, heads, stage.seconds, before, after)
+    _write(model, tokenizer, report, settings)
+    return report
+
+
+class _Stages:
+    """Adds up the seconds of every stage over all runs of a conversion."""
+
+    def __init__(self, file: Path, seconds: dict[str, float]) -> None:
+        self.file = file
+        self.seconds = json.loads(file.read_text(encoding="utf-8")) if file.exists() else seconds
+        self.name, self.began = "", 0.0
+
+    def __call__(self, name: str) -> _Stages:
+        self.name = name
+        return self
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *error: Any) -> None:
+        spent = time.perf_counter() - self.began
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + spent
+        if error[0] is None:
+            _replace(self.file, json.dumps(self.seconds).encode())
+
+
+def _tokens(settings: Conversion, tokenizer: Any, block: int, say: Say) -> tuple[Any, Tensor]:
+    """Token ids to train on, and held-out blocks (B, block): the end of the texts."""
+    file = settings.work / "tokens.npy"
+    if file.exists():
+        tokens = np.load(file)
+    else:
+        say("reading the texts")
+        texts = (document.text for document in documents(settings.data))
+        try:
+            tokens = calibration_blocks(texts, tokenizer, 2, max_tokens=settings.max_tokens).tokens
+        except ValueError:
+            tokens = np.zeros(0, dtype=np.int64)
+        if len(tokens) < 2 * block:
+            raise UsageError(
+                f"the texts hold {len(tokens)} tokens, fewer than two blocks of {block}, one to learn from and one to "
+                f"measure with: give more text, or a smaller --block"
+            )
+        partial = file.with_name("tokens.partial.npy")
+        np.save(partial, tokens)
+        os.replace(partial, file)
+    count = max(1, min(_HELD_OUT_BLOCKS, len(tokens) // block // 8))
+    held_out = torch.from_numpy(np.asarray(tokens[len(tokens) - count * block :], dtype=np.int64)).view(count, block)
+    return tokens[: len(tokens) - count * block], held_out
+
+
+def _load(settings: Conversion) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(settings.source, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot load a causal LM from {settings.source!r}: {_line(error)}") from error
+    device = settings.device or ("cuda" if torch.cuda.is_available() and settings.data else "cpu")
+    return model.to(device).eval()
+
+
+def _write(model: Any, tokenizer: Any, report: ConversionReport | None, settings: Conversion) -> None:
+    """Write the target under another name beside it, and rename it when every file is there."""
+    partial = settings.target.with_name(f".{settings.target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.to("cpu").save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if report is not None:
+            report.save(partial)
+        os.rename(partial, settings.target)
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise UsageError(f"cannot write {settings.target}: {_line(error)}") from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+__all__ = ["Conversion", "Figures", "run_conversion"]
