@@ -21,7 +21,7 @@ from dynamask.convert.calibration import CalibrationBlocks
 from dynamask.errors import UsageError
 from dynamask.mixers.rank_predictor import Float32Linear, RankPredictor, settle
 from dynamask_lab.studies.conversion import peers
-from dynamask_lab.studies.conversion.distil import train
+from dynamask_lab.studies.conversion.adapt import adapt
 from dynamask_lab.studies.conversion.measure import Form
 
 KINDS = ("dense", "dense trained", "converted", "peer")
@@ -87,7 +87,7 @@ class Schedule:
     Attributes:
         block, batch: tokens of a block, and blocks of a batch.
         rank_steps, rank_rate: of the predictors alone.
-        distil_rate: of the model.
+        distil_rate, distil_rank_rate: of the model, and of the predictors beside it.
         calibration: blocks that windows are allocated by.
     """
 
@@ -96,6 +96,7 @@ class Schedule:
     rank_steps: int = 300
     rank_rate: float = 3e-3
     distil_rate: float = 5e-5
+    distil_rank_rate: float = 3e-4
     calibration: int = 8
 
 
@@ -221,7 +222,7 @@ class Workshop:
         if spec.ranks == "newest":
             silence_predictors(model)
         if spec.distilled:
-            self._distil(spec, model)
+            self._train(spec, model)
         return model.eval()
 
     def ranks(self, spec: Spec) -> dict[str, Tensor]:
@@ -263,13 +264,10 @@ class Workshop:
 
     def _trained_dense(self, spec: Spec) -> Any:
         model = copy.deepcopy(self.dense())
-        self._train(spec, model, None)
+        self._train(spec, model)
         return model.eval()
 
-    def _distil(self, spec: Spec, model: Any) -> None:
-        self._train(spec, model, self.dense(spec.rope))
-
-    def _train(self, spec: Spec, model: Any, teacher: Any) -> None:
+    def _train(self, spec: Spec, model: Any) -> None:
         """Train the model, or load what an earlier run trained."""
         file = self.state / f"model-{spec.name}.pt"
         if file.exists():
@@ -279,7 +277,21 @@ class Workshop:
         start = time.perf_counter()
         # Not the batches that the ranks were learned on.
         batches = self.blocks(spec.seed + 1000)
-        history = train(model, batches, teacher=teacher, steps=spec.steps, rate=schedule.distil_rate)
+        if spec.kind == "dense trained":
+            history = adapt(model, batches, steps=spec.steps, rate=schedule.distil_rate)
+        else:
+            from dynamask.convert import distill
+
+            # Where ranks stand for the newest keys, they must stay equal.
+            ranks = schedule.distil_rank_rate if spec.ranks == "learned" else 0.0
+            history = distill(
+                model,
+                self.dense(spec.rope),
+                batches,
+                steps=spec.steps,
+                learning_rate=schedule.distil_rate,
+                rank_learning_rate=ranks,
+            )
         _synchronise(self.device)
         seconds = time.perf_counter() - start
         _save(model.state_dict(), file)

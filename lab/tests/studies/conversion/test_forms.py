@@ -97,9 +97,12 @@ def test_training_leaves_the_dense_model_alone(workshop: Workshop, told: list[tu
         assert torch.equal(parameter, before[name])
     for model in (distilled, trained):
         assert any(not torch.equal(p, before[name]) for name, p in model.state_dict().items() if name in before)
-    assert [what for _, what in told].count("train") == 2
+    newest = workshop.form(Spec("converted", BUDGET, ranks="newest", distilled=True, steps=2)).model
+    for module in predictors(newest).values():
+        assert not module(torch.randn(1, 8, 32, dtype=torch.bfloat16)).any(), "its ranks must not learn"
+    assert [what for _, what in told].count("train") == 3
     again = _workshop(tmp_path, told).form(Spec("converted", BUDGET, distilled=True, steps=2)).model
-    assert [what for _, what in told].count("train") == 2
+    assert [what for _, what in told].count("train") == 3
     for name, parameter in distilled.state_dict().items():
         assert torch.equal(parameter, again.state_dict()[name])
 

@@ -1,4 +1,4 @@
-"""Training of the study's forms: by the divergence from a teacher's logits, or by the next token."""
+"""Training of the dense model on the tokens that converted models are distilled on: what adaptation alone gives."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WARMUP = 0.1
+WARMUP = 0.05
 CHUNK = 4096
 
 
-def train(
-    model: Any, batches: Iterable[Tensor], *, teacher: Any = None, steps: int, rate: float, clip: float = 1.0
-) -> list[float]:
-    """Train all parameters of a bfloat16 model with AdamW on float32 copies; the rate rises, then falls to zero.
+def adapt(model: Any, batches: Iterable[Tensor], *, steps: int, rate: float, clip: float = 1.0) -> list[float]:
+    """Train all parameters of a bfloat16 model on the next token, with AdamW on float32 copies.
+
+    The rate rises, then falls to zero.
 
     Args:
         model: a causal LM of transformers with `model` and `lm_head`.
         batches: token ids (B, N).
-        teacher: a model whose logits are the target, KL(teacher || model); None: the next token is.
         steps: batches to train on.
         rate: the highest learning rate.
         clip: largest norm of the gradient.
@@ -39,7 +38,7 @@ def train(
         progress = (step + 1) / steps
         for group in optimizer.param_groups:
             group["lr"] = rate * min(progress / WARMUP, (1 - progress) / (1 - WARMUP) + 1e-3)
-        history.append(_backward(model, teacher, tokens))
+        history.append(_backward(model, tokens))
         for master, parameter in zip(masters, parameters, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
@@ -51,29 +50,16 @@ def train(
     return [float(loss) for loss in history]
 
 
-def _backward(model: Any, teacher: Any, tokens: Tensor) -> Tensor:
+def _backward(model: Any, tokens: Tensor) -> Tensor:
     """Add the gradients of one batch, and return its mean loss. Logits exist for `CHUNK` positions at a time."""
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
-    if teacher is not None:
-        with torch.no_grad():
-            wanted = teacher.model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
-        rows = hidden.flatten(0, 1)
-    else:
-        wanted = tokens[:, 1:].flatten()
-        rows = hidden[:, :-1].flatten(0, 1)
+    rows, wanted = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     leaf = rows.detach().requires_grad_()
     total = torch.zeros((), device=tokens.device)
     for first in range(0, len(leaf), CHUNK):
         part = slice(first, first + CHUNK)
-        logits = model.lm_head(leaf[part]).float()
-        if teacher is not None:
-            with torch.no_grad():
-                target = F.log_softmax(teacher.lm_head(wanted[part]).float(), dim=-1)
-            loss = F.kl_div(F.log_softmax(logits, dim=-1), target, log_target=True, reduction="sum")
-        else:
-            loss = F.cross_entropy(logits, wanted[part], reduction="sum")
-        loss = loss / len(leaf)
-        loss.backward()
+        loss = F.cross_entropy(model.lm_head(leaf[part]).float(), wanted[part], reduction="sum") / len(leaf)
+        loss.backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
     rows.backward(leaf.grad)
     return total
