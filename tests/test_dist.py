@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,16 +18,33 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
+def _environment() -> dict[str, str]:
+    """The environment without what would let another copy of the product shadow the installed one."""
+    return {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+
 def _run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
-    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, ROOT, cwd=folder)
+    # A copy: a build leaves files in its source, and files of earlier builds would get into the wheel.
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    shutil.copytree(ROOT / "dynamask", source / "dynamask", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    _run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source, cwd=folder)
     (built,) = folder.glob("dynamask_attention-*.whl")
     return built
 
@@ -67,7 +86,13 @@ def test_the_readme_runs_from_the_wheel(number: int, python: Path, tmp_path: Pat
 )
 def test_what_an_extra_brings_is_named(command: list[str], needed: str, python: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [python, "-m", "dynamask", *command], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [python, "-m", "dynamask", *command],
+        cwd=tmp_path,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 2
     assert needed in done.stderr
