@@ -16,7 +16,7 @@ from dynamask.models.windows import check_kept_keys, default_local, default_sink
 RANKINGS = ("learned", "paper")
 
 _SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "max_position_embeddings"),
 )
 _SUB_CONFIGURATIONS = ("mla", "nsa")
@@ -192,6 +192,8 @@ class DynamaskConfig(PreTrainedConfig):
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.intermediate_size < 0:  # 0: no feed-forward
+            raise InvalidInputError(f"intermediate_size must be at least 0; got {self.intermediate_size}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InvalidInputError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "

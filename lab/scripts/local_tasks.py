@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from dynamask.data.sources import source_files
+from dynamask.models import uneven_windows
 from dynamask.training import TrainConfig, open_run, train
 from dynamask_lab.sweeps import provenance
 
@@ -34,7 +35,7 @@ TASK_FOLDER = Path(__file__).parents[2] / "examples" / "multiple_choice"
 TASKS = ("next_line", "plurals")
 MODELS: dict[str, dict[str, Any]] = {
     "dma": {"attention": "dma"},
-    "dma-uneven": {"attention": "dma", "layer_windows": "uneven"},
+    "dma-uneven": {"attention": "dma", "windows": uneven_windows(4, 64)},
     "mha": {"attention": "mha"},
     "swa": {"attention": "swa"},
     "mla": {"attention": "mla"},
@@ -48,7 +49,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "intermediate_size": 352,
-    "window": 64,
+    "windows": 64,
     "max_position_embeddings": 1024,  # also where the harness cuts a context: none is read longer than in training
 }
 TRAINING = {"preset": "tiny", "context": 1024, "batch_size": 2, "learning_rate": 3e-3, "seed": 0}

@@ -28,6 +28,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedCache, BoundedLayer, cache_bytes
 from dynamask.errors import UsageError
+from dynamask.mixers import RankPredictor
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
 from dynamask.models.cuda_graph import StepGraph
 from dynamask_lab.benchmarks.gpu import check
@@ -136,23 +137,20 @@ def build(name: str, attention: str, length: int, *, gates: str = "scattered") -
         name: the preset.
         attention: "dma", "mha" or "mha-cudnn".
         length: positions the model must be meant for.
-        gates: "scattered": without the recency term and with gates drawn from a normal distribution, so that random
-            tokens keep random keys. "initial": dma as it starts training, which is a sliding window.
+        gates: "scattered": with rank predictors drawn from a normal distribution, so that random tokens keep random
+            keys. "initial": dma as it starts training, which is a sliding window.
     """
     if gates not in ("scattered", "initial"):
         raise UsageError(f"gates must be scattered or initial; got {gates!r}")
     config = preset(name, attention=attention.partition("-")[0])
     config.max_position_embeddings = max(config.max_position_embeddings, length)
-    if gates == "scattered":
-        config.recency = 0.0
     torch.manual_seed(0)
     with torch.device(_device()):
         model = DynamaskForCausalLM(config)
     if gates == "scattered" and config.attention == "dma":
         for module in model.modules():
-            gate = getattr(module, "gate", None)
-            if isinstance(gate, torch.nn.Parameter):
-                torch.nn.init.normal_(gate)
+            if isinstance(module, RankPredictor):
+                torch.nn.init.normal_(module.down.weight)
     return model
 
 
@@ -168,7 +166,7 @@ def training_flops(config: DynamaskConfig, parameters: int, length: int) -> dict
         "weights" (6 per weight and token), "output" (the same of the output layer) and "attention" (4 per query-key
         pair and head dimension forward, twice that backward, over the pairs the mixer's mask lets through).
     """
-    seen = min(config.window, length) if config.attention == "dma" else length
+    seen = min(config.windows, length) if config.attention == "dma" else length
     pairs = seen * (seen + 1) / 2 + (length - seen) * seen
     attention = 3 * 4.0 * config.head_dim * config.num_attention_heads * config.num_hidden_layers * pairs
     output = 6.0 * config.hidden_size * config.vocab_size * length
@@ -245,7 +243,11 @@ def time_training(
             layer.compile(dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.1, fused=device == "cuda")
     tokens = torch.randint(config.vocab_size, (1, length), device=device)
-    row: dict[str, Any] = {"attention": attention, "N": length, "window": config.window if "dma" in attention else None}
+    row: dict[str, Any] = {
+        "attention": attention,
+        "N": length,
+        "window": config.windows if "dma" in attention else None,
+    }
     row |= {"compiled": compile}
     row |= {"preset": name, "weights": weights, "parameters_m": everything / 1e6, "steps": steps, "warmup": warmup}
     if attention == "dma":
@@ -463,7 +465,7 @@ def time_generation(
         row["skipped"] = f"the cache takes {need / 2**30:.0f} GiB, the device has {limit / 2**30:.0f} GiB"
         return row
     model = _decoder(name, attention, max(CONTEXTS) + spare, gates)
-    row["window"] = model.config.window if attention == "dma" else None
+    row["window"] = model.config.windows if attention == "dma" else None
     gc.collect()
     _reset_peak()  # the float32 weights of the construction are gone
     held = filled_cache(model.config, cache, context, batch, spare)
@@ -516,7 +518,7 @@ def time_prefill(name: str, attention: str, length: int, *, gates: str = "scatte
             taken.append(time.perf_counter() - start)
     seconds = statistics.median(taken[1:])
     row: dict[str, Any] = {"attention": attention, "cache": "bounded" if attention == "dma" else "dynamic", "N": length}
-    row |= {"preset": name, "window": model.config.window if attention == "dma" else None, "seconds": seconds}
+    row |= {"preset": name, "window": model.config.windows if attention == "dma" else None, "seconds": seconds}
     row |= {"tokens_per_s": length / seconds, "cache_mib": cache_bytes(cache) / 2**20, "peak_gib": _peak_gib()}
     return row
 
@@ -579,7 +581,7 @@ def check_kernels(name: str, deadline: float) -> list[dict[str, Any]]:
     """
     config = preset(name)
     case = {"dtype": "bfloat16", "dim": config.head_dim, "groups": config.num_key_value_heads}
-    case |= {"heads": config.num_attention_heads, "length": 16384, "window": config.window}
+    case |= {"heads": config.num_attention_heads, "length": 16384, "window": config.windows}
     (found,) = run_apart([Task("check", case)], deadline=deadline, timeout=deadline)
     if "error" in found:
         return [case | {"error": found["error"]}]
@@ -744,7 +746,7 @@ def markdown(results: dict[str, Any]) -> str:
     """The results as tables for people."""
     settings = results["settings"]
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
-    window = preset(settings["preset"]).window
+    window = preset(settings["preset"]).windows
     lines = [environment, "", f"Preset {settings['preset']}, dma's window {window}, gates {settings['gates']}.", ""]
     lines += [f"- {note}" for note in results["notes"]]
     for part, (title, columns) in TABLES.items():

@@ -15,6 +15,7 @@ from dynamask.data.tokenizer import encode_text
 from dynamask.errors import UsageError
 from dynamask.inspect.key_ranks import ranked_layers
 from dynamask.mixers import DynamicMaskGate
+from dynamask_lab.legacy import OldGate
 
 
 def layer_scores(model: Any, input_ids: Tensor) -> Tensor:
@@ -109,15 +110,16 @@ def extract_scores(run: str, text: str, length: int, path: Path) -> dict[str, An
         raise UsageError(f"the text has {ids.shape[1]} tokens and {length} are asked for: give more text")
     scores = layer_scores(model.eval(), ids)
     config = model.config
-    gates = [module.gate.tolist() for module in model.modules() if isinstance(module, DynamicMaskGate)]
+    gates = [module.gate.tolist() for module in model.modules() if isinstance(module, (DynamicMaskGate, OldGate))]
+    options = getattr(config, "mixer_options", None) or {}
     about = {
         "layers": scores.shape[0],
         "heads": scores.shape[1],
         "length": length,
-        "window": config.window,
-        "local": getattr(config, "local", None),
-        "recency": getattr(config, "recency", None),
-        "score_form": getattr(config, "score_form", None),
+        "window": options.get("window") or round(config.budget),
+        "local": options.get("local", config.local),
+        "recency": options.get("recency"),
+        "score_form": options.get("score_form"),
         "gates": [[round(value, 4) for value in layer] for layer in gates],
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }

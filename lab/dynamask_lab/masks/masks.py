@@ -18,6 +18,8 @@ from dynamask.data import documents
 from dynamask.errors import InvalidInputError, UsageError
 from dynamask.mixers import DynamicMaskGate, dma
 from dynamask.ops.expiry import key_expiry
+from dynamask_lab.legacy import OldGate
+from dynamask_lab.legacy import mixers as old_mixers
 from dynamask_lab.masks.token_kinds import KINDS, token_kinds
 
 QUANTILES = (0.5, 0.9, 0.99)
@@ -47,11 +49,18 @@ def _attention(replacement: Callable[..., Tensor]) -> Iterator[None]:
     architecture.
     """
     original = dma.attend
-    dma.attend = replacement
+    for module in (dma, old_mixers):
+        module.attend = replacement  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        dma.attend = original
+        for module in (dma, old_mixers):
+            module.attend = original  # type: ignore[attr-defined]
+
+
+def _option(config: Any, name: str, default: Any) -> Any:
+    """An option of dynamask 0.1's mixers, or the default for today's."""
+    return (getattr(config, "mixer_options", None) or {}).get(name, default)
 
 
 def mask_texts(run: str | Path, tokenizer: Any, data: Sequence[str] | None, length: int, count: int) -> list[list[int]]:
@@ -135,11 +144,11 @@ def measure_masks(
     Raises:
         InvalidInputError: no dynamic mask attention in the model, no texts, texts of different lengths or too short.
     """
-    gates = [module for module in model.modules() if isinstance(module, DynamicMaskGate)]
+    gates = [module for module in model.modules() if isinstance(module, (DynamicMaskGate, OldGate))]
     if not gates:
         raise InvalidInputError("the model has no dynamic mask attention, so there is no mask to measure")
     lengths = {len(text) for text in texts}
-    window = model.config.window
+    window = _option(model.config, "window", round(model.config.budget or 0))
     if len(lengths) != 1 or (length := lengths.pop()) < 4 * window:
         raise InvalidInputError(
             f"measuring masks takes texts of one length, at least four windows ({4 * window} tokens), so that there is "
@@ -174,12 +183,14 @@ def measure_masks(
     }
 
 
-def _slope(gate: DynamicMaskGate) -> Tensor:
+def _slope(gate: DynamicMaskGate | OldGate) -> Tensor:
     """(G,) learned recency per position."""
-    return gate.log_recency.float().exp() if gate.recency else torch.zeros_like(gate.gate, dtype=torch.float32)
+    if isinstance(gate, OldGate) and gate.recency:
+        return gate.log_recency.float().exp()
+    return torch.zeros_like(gate.gate, dtype=torch.float32)
 
 
-def _description(model: Any, gates: Sequence[DynamicMaskGate]) -> dict[str, Any]:
+def _description(model: Any, gates: Sequence[DynamicMaskGate | OldGate]) -> dict[str, Any]:
     config = model.config
     return {
         "type": config.model_type,
@@ -187,10 +198,10 @@ def _description(model: Any, gates: Sequence[DynamicMaskGate]) -> dict[str, Any]
         "layers": len(gates),
         "heads": config.num_attention_heads,
         "key_value_heads": config.num_key_value_heads,
-        "window": config.window,
-        "local": config.local,
-        "recency": gates[0].recency,
-        "score_form": config.score_form,
+        "window": _option(config, "window", round(config.budget or 0)),
+        "local": _option(config, "local", config.local),
+        "recency": getattr(gates[0], "recency", 0.0),
+        "score_form": _option(config, "score_form", "exp"),
     }
 
 
@@ -247,7 +258,9 @@ class _Sums:
     def __init__(self, layers: int, config: Any, length: int, window: int) -> None:
         groups, heads = config.num_key_value_heads, config.num_attention_heads
         self.length, self.window, self.half = length, window, length // 2
-        self.locals = getattr(config, "layer_locals", None) or [config.local] * layers
+        local, common = _option(config, "local", config.local), _option(config, "window", None)
+        own = [max(windows) for windows in config.head_windows[:layers]]
+        self.locals = [local if common is None else local * each // common for each in own]
         self.edges = [0, *(2**k for k in range(int(math.log2(self.half)) + 1) if 2**k < self.half), self.half]
         self.long = 2 * window
         self.lifetimes = torch.zeros(layers, groups, len(self.edges))

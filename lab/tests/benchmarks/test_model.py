@@ -31,7 +31,7 @@ def test_chunked_loss_is_the_models_own(chunk: int) -> None:
 @pytest.mark.parametrize(("attention", "length"), [("dma", 100), ("dma", 40), ("mha", 100)])
 def test_flops_count_the_pairs_the_mask_lets_through(attention: str, length: int) -> None:
     config = preset("tiny", attention=attention)
-    seen = [min(i + 1, config.window if attention == "dma" else length) for i in range(length)]
+    seen = [min(i + 1, config.windows if attention == "dma" else length) for i in range(length)]
     per_pair = 4 * config.head_dim * config.num_attention_heads * config.num_hidden_layers
     flops = bench.training_flops(config, 10, length)
     assert flops["attention"] == 3 * per_pair * sum(seen)

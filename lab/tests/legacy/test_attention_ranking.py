@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.attention_ranking import attention_loss, learn_ranks
-from dynamask.models import DynamaskConfig
-from tests.conftest import tiny_model
+from dynamask_lab.legacy import config_of_0_1
+from dynamask_lab.legacy.attention_ranking import attention_loss, learn_ranks
+from lab.tests.old_models import tiny_model
 
 B, H, G, N, D = 2, 4, 2, 24, 8
 
@@ -84,7 +84,7 @@ def test_ranks_come_to_order_keys_by_the_attention_they_get() -> None:
 
 def test_a_training_step_teaches_ranks_in_the_model() -> None:
     model = tiny_model("dma", ranking="attention", recency=0.05).train()
-    tokens = torch.randint(model.config.vocab_size, (2, 3 * model.config.window))
+    tokens = torch.randint(model.config.vocab_size, (2, 3 * model.config.windows))
     model(tokens, labels=tokens).loss.backward()
     gate = model.model.layers[0].mixer.gate
     assert gate.delta.weight.grad.abs().sum() > 0
@@ -94,4 +94,4 @@ def test_a_training_step_teaches_ranks_in_the_model() -> None:
 @pytest.mark.parametrize("wrong", [{"recency": 0.0}, {"rank_recency": 0.0}])
 def test_ranks_need_a_slope_to_start_from(wrong: dict[str, float]) -> None:
     with pytest.raises(InvalidInputError, match="slope of the ranks from a first one"):
-        DynamaskConfig(ranking="attention", **wrong)
+        config_of_0_1(ranking="attention", **wrong)

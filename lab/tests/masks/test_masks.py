@@ -11,14 +11,14 @@ import torch
 
 from dynamask.data import train_tokenizer
 from dynamask.errors import InvalidInputError, UsageError
-from dynamask.inspect import layer_expiry
-from dynamask.mixers import DynamicMaskGate
 from dynamask.models import DynamaskForCausalLM
+from dynamask.ops import key_expiry
+from dynamask_lab.legacy import OldGate
 from dynamask_lab.masks.masks import mask_texts, measure_masks
 from dynamask_lab.masks.token_kinds import KINDS, token_kinds
 from dynamask_lab.report.masks import lifts
 from dynamask_lab.report.results import render_results
-from tests.conftest import tiny_model
+from lab.tests.old_models import tiny_model
 
 LENGTH, WINDOW = 40, 6
 TOKENIZER = train_tokenizer(["the of and\n 12 (x) def"] * 4, 300)
@@ -31,9 +31,21 @@ def _texts(count: int = 3) -> list[list[int]]:
 def _untrained(**fields: object) -> DynamaskForCausalLM:
     model = tiny_model(**fields)
     for module in model.modules():
-        if isinstance(module, DynamicMaskGate):
+        if isinstance(module, OldGate):
             torch.nn.init.zeros_(module.gate)
     return model
+
+
+@torch.no_grad()
+def layer_expiry(model: DynamaskForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+    """The mask of every layer and head on a text, (layers, G, N)."""
+    scores: list[torch.Tensor] = []
+    gates = [module for module in model.modules() if isinstance(module, OldGate)]
+    hooks = [gate.register_forward_hook(lambda _m, _i, output: scores.append(output)) for gate in gates]
+    model(ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return torch.cat([key_expiry(score, WINDOW) for score in scores])
 
 
 def test_kinds_of_token() -> None:

@@ -21,7 +21,7 @@ from tests.training.test_training import settings, text  # noqa: F401 -- a fixtu
 def run(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     folder = tmp_path_factory.mktemp("run")
     config = settings(text, folder, steps=8, save_every=4, keep=5, context=64, learning_rate=1e-2)
-    config.model |= {"ranking": "attention", "gate_init": "delta", "recency_spread": 4.0}
+    config.model |= {"ranking": "paper"}
     train(config, quiet=True)
     return folder
 

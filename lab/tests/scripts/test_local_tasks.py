@@ -111,7 +111,7 @@ def test_finished_models_are_not_trained_again(benchmark: ModuleType, tmp_path: 
     assert "mha: in " in capsys.readouterr().out
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [line["model"] for line in lines] == ["mha", "dma-uneven"]
-    assert lines[1]["config"]["model"]["layer_windows"] == "uneven"
+    assert lines[1]["config"]["model"]["windows"] == [16, 16, 16, 208]
     assert str(tmp_path) not in output.read_text()
     benchmark.main([*command, "--steps", "9"])  # other settings are another measurement
     environment["python"] = "3.13.0"  # and so are other questions
@@ -123,7 +123,7 @@ def test_all_six_models_have_about_the_same_size(benchmark: ModuleType) -> None:
     from dynamask.models import DynamaskForCausalLM, preset
 
     sizes = {
-        name: sum(p.numel() for p in DynamaskForCausalLM(preset("tiny", **benchmark.SHAPE, **fields)).parameters())
+        name: sum(p.numel() for p in DynamaskForCausalLM(preset("tiny", **(benchmark.SHAPE | fields))).parameters())
         for name, fields in benchmark.MODELS.items()
     }
     assert set(sizes) == {"dma", "dma-uneven", "mha", "swa", "mla", "nsa"}

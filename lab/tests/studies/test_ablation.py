@@ -16,7 +16,7 @@ from dynamask_lab.studies import ABLATION, Record, run_key, run_sweep
 from dynamask_lab.studies.ablation.mixers import ABLATIONS, ablation_mixers
 from dynamask_lab.studies.ablation.report import report_ablation
 from dynamask_lab.studies.ablation.study import LEAKY, ablation_name, run_ablation
-from tests.conftest import tiny_config, tiny_model
+from lab.tests.old_models import tiny_config, tiny_model
 
 LENGTH = 40
 
@@ -83,7 +83,7 @@ def test_the_leaky_mask_is_the_best_of_the_whole_sequence() -> None:
     scores = torch.randn(1, 2, LENGTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     expiry = mixer.expiry(scores, None)
     for head in range(2):
-        best = set(scores[0, head].topk(mixer.config.window).indices.tolist())
+        best = set(scores[0, head].topk(mixer.max_window).indices.tolist())
         for key in range(LENGTH):
             assert expiry[0, head, key] == (LENGTH if key in best else min(key + 2, LENGTH))
     row, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)

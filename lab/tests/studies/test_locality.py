@@ -18,6 +18,7 @@ from dynamask_lab.language.engine import (
     parameter_counts,
     training_flops,
 )
+from dynamask_lab.legacy import set_window
 from dynamask_lab.studies import LOCALITY, SCALING, Experiment, Record, run_key, run_sweep
 from dynamask_lab.studies.locality.study import locality_summary, variant_name
 from dynamask_lab.studies.scaling.study import PLANS, SHAPES, scaling_summary
@@ -149,8 +150,8 @@ def test_uneven_windows_count_and_scale_with_a_schedule() -> None:
     uneven = LanguageConfig.of(config)
     with torch.device("meta"):
         model = build_model(uneven, 64)
-    model.config.window = 2 * uneven.window
-    assert [layer.mixer.layer_window for layer in model.model.layers] == [2 * window for window in uneven.layer_windows]
+    set_window(model, 2 * uneven.window)
+    assert [layer.mixer.max_window for layer in model.model.layers] == [2 * window for window in uneven.layer_windows]
     even = dataclasses.replace(uneven, layer_windows=[uneven.window] * uneven.layers)
     plain = dataclasses.replace(uneven, layer_windows=None)
     assert training_flops(even, model) == training_flops(plain, model)

@@ -81,10 +81,10 @@ def test_the_model_is_two_layers_of_the_mixer_and_nothing_else() -> None:
     assert len(model.model.layers) == 2
     assert model.config.head_dim == 64
     paper = build_model(MqarConfig("dma", window=16, local=0, recency=0.0))
-    assert (paper.config.local, paper.config.recency) == (0, 0.0)
+    assert (paper.config.mixer_options["local"], paper.config.mixer_options["recency"]) == (0, 0.0)
     assert not hasattr(paper.model.layers[0].mixer.gate, "log_recency")
     ours = build_model(MqarConfig("dma", window=16))
-    assert (ours.config.local, ours.config.recency) == (8, 1 / 16)
+    assert (ours.config.mixer_options["local"], ours.config.mixer_options["recency"]) == (8, 1 / 16)
 
 
 def test_accuracy_of_a_model_that_knows_nothing_is_chance() -> None:
@@ -123,14 +123,15 @@ def test_windows_shrink_while_it_trains_and_tests_are_at_its_own(monkeypatch: py
     seen: list[tuple[bool, int]] = []
 
     def watched(model: Any, *batch: Any) -> torch.Tensor:
-        seen.append((model.training, model.config.window))
+        seen.append((model.training, model.model.layers[0].mixer.max_window))
         return answer_logits(model, *batch)
 
     monkeypatch.setattr("dynamask_lab.studies.mqar.study.answer_logits", watched)
-    schedule = [[0.0, 4.0], [0.5, 2.0]]
+    schedule = [[0.0, 4.0], [0.5, 2.0], [0.75, 1.0]]
     run_mqar(easy(attention="dma", window=3, window_schedule=schedule, epochs=4, stop_at=2.0), lambda share, note: None)
     trained = [window for training, window in seen if training]
-    assert trained == [12] * (len(trained) // 2) + [6] * (len(trained) // 2)
+    quarter = len(trained) // 4
+    assert trained == [12] * (2 * quarter) + [6] * quarter + [3] * quarter
     assert {window for training, window in seen if not training} == {3}
 
 
