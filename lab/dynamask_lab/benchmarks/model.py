@@ -181,7 +181,8 @@ def chunked_loss(model: DynamaskForCausalLM, tokens: Tensor, chunk: int = _CHUNK
         tokens: (1, N) int64, input and target.
         chunk: positions.
     """
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state[:, :-1]
+    outputs = model.model(input_ids=tokens, use_cache=False)
+    hidden = outputs.last_hidden_state[:, :-1]
     targets = tokens[:, 1:]
     total = hidden.new_zeros((), dtype=torch.float32)
     for start in range(0, targets.shape[1], chunk):
@@ -189,7 +190,8 @@ def chunked_loss(model: DynamaskForCausalLM, tokens: Tensor, chunk: int = _CHUNK
         total = total + checkpoint(
             _loss_of_chunk, model.lm_head, hidden[:, part], targets[:, part], use_reentrant=False
         )
-    return total / targets.numel()
+    loss = total / targets.numel()
+    return loss if outputs.aux_loss is None else loss + outputs.aux_loss
 
 
 def _loss_of_chunk(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
