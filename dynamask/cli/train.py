@@ -31,6 +31,10 @@ def train(
 
     - `dynamask train model.attention=mha output=runs/dense` — a rival: dma, mha, swa, mla, nsa
 
+    - `dynamask train recipe=recall preset=30m` — twice the keys; recipes: default, recall, even, paper, sliding, dense
+
+    - `dynamask train init=sparse teacher=dense data=corpus/` — a converted model towards the one it was made from
+
     - `dynamask train -c run.yaml learning_rate=3e-4`
 
     - `accelerate launch -m dynamask train -c run.yaml` — several GPUs
@@ -41,16 +45,18 @@ def train(
     `stdlib`. A killed run continues from its last checkpoint when the same command is run again; Ctrl-C writes one
     first. Curves: `tensorboard --logdir runs`.
 
-    **Settings**: preset, model.*, data, tokenizer, validation, errors (fail, skip), output, corpus, context,
-    batch_size, gradient_accumulation, steps, window_schedule, learning_rate, gate_rate, rank_rate, schedule (cosine,
-    wsd, constant), warmup, weight_decay, beta1, beta2, clip, precision (auto, bf16, fp32), gradient_checkpointing,
-    compile, seed, log_every, eval_every, save_every, keep, resume.
+    **Settings**: preset, recipe, init, teacher, model.*, data, tokenizer, validation, errors (fail, skip), output,
+    corpus, context, batch_size, gradient_accumulation, steps, window_schedule, learning_rate, gate_rate, rank_rate,
+    schedule (cosine, wsd, constant), warmup, weight_decay, beta1, beta2, clip, precision (auto, bf16, fp32),
+    gradient_checkpointing, compile, seed, log_every, eval_every, save_every, keep, resume.
     """
     from dynamask.training import TrainConfig
     from dynamask.training import train as run
 
     settings = TrainConfig.load(config, overrides or [])
     quiet_libraries()
+    if settings.teacher is not None:
+        from dynamask.convert.distillation_run import train_towards as run
     try:
         result = run(
             settings,

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Head = Callable[[Tensor], Tensor]
-"""Hidden states (..., hidden) to logits (..., vocabulary)."""
-
-
-def output_head(model: Any) -> Head:
-    """Return the output layer of a causal LM with what its architecture does to the logits.
-
-    Args:
-        model: a causal LM of transformers; Granite's scale and Gemma's capping of the logits are applied.
-    """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    layer = model.get_output_embeddings()
-    scale = getattr(config, "logits_scaling", None)
-    cap = getattr(config, "final_logit_softcapping", None)
-
-    def head(hidden: Tensor) -> Tensor:
-        logits: Tensor = layer(hidden)
-        if scale:
-            logits = logits / scale
-        return torch.tanh(logits / cap) * cap if cap else logits
-
-    return head
+from dynamask.training.loss import Head
 
 
 def chunked_kl(

@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dynamask.convert.attention import call_facts
-from dynamask.convert.chunked_kl import chunked_kl, output_head
+from dynamask.convert.chunked_kl import chunked_kl
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
 from dynamask.errors import InvalidInputError
+from dynamask.training.loss import output_head
 from dynamask.training.optimizer import adamw
 from dynamask.training.schedule import learning_rate_share
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynamask.cache import cache_bytes
-from dynamask.convert.chunked_kl import output_head
 from dynamask.convert.distill import teacher_states
 from dynamask.evaluation.retrieval import evaluate_retrieval, least_length
+from dynamask.training.loss import output_head
 
 NEEDLE_TASKS = ("single_needle", "multi_key")
 _BINS = 8

@@ -20,6 +20,11 @@ class TrainConfig:
     """A training run.
 
     Attributes:
+        recipe: which attention, see `dynamask.recipes`; None: "default", unless `model` chooses the attention itself.
+        init: folder of a run, or of a saved or converted causal LM, or its hub name: training starts from that model,
+            with its tokenizer, and preset, recipe and model are not used.
+        teacher: folder or hub name of a dense causal LM whose distributions a converted model (`init`) is trained
+            towards, in place of the text itself.
         preset: model size, see `dynamask.models.PRESETS`.
         model: fields of `DynamaskConfig` to override, written `model.windows=128` on the command line.
         data: sources of text, see `dynamask.data.documents`.
@@ -52,6 +57,9 @@ class TrainConfig:
     """
 
     preset: str = "tiny"
+    recipe: str | None = None
+    init: str | None = None
+    teacher: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     data: list[str] = field(default_factory=lambda: ["stdlib"])
     tokenizer: str | None = None
@@ -102,6 +110,12 @@ class TrainConfig:
                 raise UsageError(f"{name} must be a positive number; got {getattr(self, name)}")
         if not 0 < self.validation < 1:
             raise UsageError(f"validation is the share held out, above 0 and below 1; got {self.validation}")
+        if self.init is not None and (self.model or self.recipe or self.preset != "tiny"):
+            raise UsageError(
+                f"init={self.init} brings its own shape and attention: leave out preset, recipe and model.*"
+            )
+        if self.teacher is not None and self.init is None:
+            raise UsageError("teacher=MODEL trains a converted model: name it by init=FOLDER (dynamask convert)")
         if self.schedule not in SCHEDULES:
             raise UsageError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
         try:

@@ -9,23 +9,45 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from dynamask.models.modeling import AUXILIARY_WEIGHT
 
-TokenLosses = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Head = Callable[[Tensor], Tensor]
+"""Hidden states (..., hidden) to logits (..., vocabulary)."""
+
+TokenLosses = Callable[[Head, Tensor, Tensor], Tensor]
 """Output layer, states (n, hidden), targets (n,) -> losses (n,)."""
 
 MOST_LOGITS = 1 << 30
 """Logits that exist at a time; more positions go through the output layer in parts, recomputed in the backward pass."""
 
-_RESCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Settings of transformers' models that change the logits after the output layer."""
+
+def output_head(model: Any) -> Head:
+    """Return the output layer of a causal LM with what its architecture does to the logits.
+
+    Args:
+        model: a causal LM of transformers; Granite's scale and Gemma's capping of the logits are applied.
+    """
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    layer = model.get_output_embeddings()
+    scale = getattr(config, "logits_scaling", None)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if not scale and not cap:
+        return layer  # type: ignore[no-any-return]
+
+    def head(hidden: Tensor) -> Tensor:
+        logits: Tensor = layer(hidden)
+        if scale:
+            logits = logits / scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return head
 
 
-def plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def plain_losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each state.
 
     Args:
@@ -40,7 +62,7 @@ def plain_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked_losses(
-    head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int, token_losses: TokenLosses = plain_losses
+    head: Head, hidden: Tensor, targets: Tensor, vocab_size: int, token_losses: TokenLosses = plain_losses
 ) -> Tensor:
     """`token_losses` of any number of states, with at most `MOST_LOGITS` logits at a time.
 
@@ -84,13 +106,11 @@ def use_chunked_loss(model: Any, token_losses: TokenLosses = plain_losses) -> No
     precision see one forward pass. Without labels it is the model's own.
 
     Args:
-        model: a causal LM of transformers. Where its class changes the logits after the output layer, all logits are
-            computed at once.
+        model: a causal LM of transformers, or a converted one.
         token_losses: see `chunked_losses`.
     """
     own = model.forward
     config = model.config
-    chunked = not any(getattr(config, name, None) not in (None, 1, 1.0) for name in _RESCALED)
 
     @functools.wraps(own)
     def forward(*args: Any, labels: Tensor | None = None, num_items_in_batch: Any = None, **inputs: Any) -> Any:
@@ -100,23 +120,35 @@ def use_chunked_loss(model: Any, token_losses: TokenLosses = plain_losses) -> No
         targets = inputs.pop("shift_labels", None)
         if targets is None:
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if chunked:
-            outputs = model.get_decoder()(*args, **inputs)
-            hidden = outputs.last_hidden_state.flatten(0, 1)
-            head = model.get_output_embeddings()
-            losses = chunked_losses(head, hidden, targets.flatten(), config.vocab_size, token_losses)
+
+        def of_hidden(hidden: Tensor) -> Tensor:
+            head = output_head(model)
+            return chunked_losses(head, hidden.flatten(0, 1), targets.flatten(), config.vocab_size, token_losses)
+
+        if getattr(config, "rank_loss_weight", None) is not None:  # converted: its own forward gives layers their facts
+            parts: list[Tensor | None] = []
+
+            def of_converted(hidden: Tensor, facts: Any) -> Tensor:
+                ranks = [each.to(hidden.device) for each in facts.losses or ()]
+                parts.extend((of_hidden(hidden), torch.stack(ranks).mean() if ranks else None))
+                return hidden.sum()
+
+            own(*args, **inputs, loss_of_hidden=of_converted)
+            losses, aux_loss = parts
+            weight = config.rank_loss_weight
+            assert losses is not None
         else:
-            outputs = own(*args, **inputs)
-            losses = F.cross_entropy(outputs.logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            outputs = model.get_decoder()(*args, **inputs)
+            losses, aux_loss = of_hidden(outputs.last_hidden_state), getattr(outputs, "aux_loss", None)
+            weight = AUXILIARY_WEIGHT
         losses = losses.view(targets.shape)
         counts = targets.ne(-100).sum(-1)
         total = losses.sum()
         loss = total / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
-        aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is not None:
             # A part of a batch carries its part of the auxiliary loss, as it does of the cross-entropy.
             share = 1.0 if num_items_in_batch is None else counts.sum() / num_items_in_batch
-            loss = loss + AUXILIARY_WEIGHT * share * aux_loss
+            loss = loss + weight * share * aux_loss
         return LossOutput(loss=loss, row_losses=losses.detach().sum(-1), row_counts=counts, aux_loss=aux_loss)
 
     model.forward = forward
@@ -155,6 +187,6 @@ def _next_token_losses(
 ) -> tuple[Tensor, Tensor | None]:
     outputs = model.get_decoder()(input_ids=tokens[:, :-1], use_cache=False, **inputs)
     targets = tokens[:, 1:]
-    hidden, head = outputs.last_hidden_state.flatten(0, 1), model.get_output_embeddings()
+    hidden, head = outputs.last_hidden_state.flatten(0, 1), output_head(model)
     losses = chunked_losses(head, hidden, targets.flatten(), model.config.vocab_size, token_losses)
     return losses.view(targets.shape), getattr(outputs, "aux_loss", None)

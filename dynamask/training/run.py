@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
 
+from dynamask import recipes
 from dynamask.data import Corpus, Document, PackedDataset, prepare
 from dynamask.errors import UsageError
+from dynamask.hub import check_local_or_hub
 from dynamask.lock import locked
-from dynamask.models import DynamaskForCausalLM, preset
+from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
 from dynamask.training.checkpointing import checkpoint_step, checkpoints, damage
 from dynamask.training.config import TrainConfig
-from dynamask.training.folder import SETTINGS
+from dynamask.training.folder import SETTINGS, model_folder, open_run
 from dynamask.training.interruption import StopAtSignal
 from dynamask.training.trainer import AtomicTrainer, flush
 from dynamask.training.window_schedule import ScheduledWindow
@@ -66,6 +68,7 @@ def train(
     callbacks: Iterable[TrainerCallback] = (),
     report: Report | None = None,
     quiet: bool = False,
+    trainer: Callable[..., AtomicTrainer] = AtomicTrainer,
 ) -> TrainResult:
     """Prepare the data, train, evaluate, save. Continues a killed run where its last checkpoint stands.
 
@@ -77,6 +80,7 @@ def train(
         callbacks: further Trainer callbacks.
         report: takes lines about the run; None: they go to standard error.
         quiet: no lines.
+        trainer: makes the trainer, with the arguments of `AtomicTrainer`.
 
     Raises:
         UsageError: bad data or settings, another run or another process in the same folder, too little disk, a package
@@ -89,14 +93,15 @@ def train(
     tell = report or _print_line
     if quiet or not first_rank:
         tell = _ignore_line
-    shape = preset(config.preset, **config.model)
-    config = replace(config, context=_context(config, shape.max_position_embeddings))
+    config, start = _resolved(config)
+    if config.teacher is not None and trainer is AtomicTrainer:
+        raise UsageError("teacher= is for dynamask.convert.train_towards, which `dynamask train` calls")
     if output.exists() and not output.is_dir():
         raise UsageError(f"cannot write a run to {output}: it is a file; choose another output")
     if not first_rank:
-        return _train(config, shape, output, progress, callbacks, tell)
+        return _train(config, start, output, progress, callbacks, tell, trainer)
     with locked(output / ".lock", f"a training in {output}"):
-        return _train(config, shape, output, progress, callbacks, tell)
+        return _train(config, start, output, progress, callbacks, tell, trainer)
 
 
 def _print_line(line: str) -> None:
@@ -116,11 +121,12 @@ def require_training() -> None:
 
 def _train(
     config: TrainConfig,
-    shape: Any,
+    start: DynamaskConfig | str,
     output: Path,
     progress: Callable[[Iterable[Document], str], Iterable[Document]] | None,
     callbacks: Iterable[TrainerCallback],
     tell: Report,
+    make_trainer: Callable[..., AtomicTrainer],
 ) -> TrainResult:
     assert config.context is not None
     _check_same_run(config, output)
@@ -132,7 +138,7 @@ def _train(
         corpus = prepare(
             config.data,
             config.corpus or output / "corpus",
-            vocab_size=shape.vocab_size,
+            vocab_size=_vocabulary(start),
             tokenizer=config.tokenizer,
             validation=config.validation,
             block=config.context + 1,
@@ -143,10 +149,8 @@ def _train(
     train_set = PackedDataset(corpus, "train", config.context)
     validation_set = PackedDataset(corpus, "validation", config.context)
     tokenizer = corpus.tokenizer
-    shape.eos_token_id = tokenizer.eos_token_id
-    shape.bos_token_id = tokenizer.eos_token_id
     set_seed(config.seed)
-    model = DynamaskForCausalLM(shape)
+    model = _model(start, tokenizer)
     _check_disk(model, output, config.keep)
     output.mkdir(parents=True, exist_ok=True)
     if arguments.process_index == 0:
@@ -156,7 +160,7 @@ def _train(
         (output / _CORPUS_OF_RUN).write_text(corpus.index["content"], encoding="utf-8")
 
     stop = StopAtSignal()
-    trainer = AtomicTrainer(
+    trainer = make_trainer(
         model=model,
         args=arguments,
         train_dataset=train_set,
@@ -191,6 +195,8 @@ def _train(
         final = output / "model"
         partial = output / ".model.partial"
         model.config.use_cache = True  # the Trainer turned it off for itself; whoever loads the model wants it
+        if getattr(model.config, "rank_loss_weight", None):
+            model.config.trained_ranks = True  # a converted model's, which learned beside it
         if trainer.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
@@ -212,6 +218,59 @@ def _train(
         raise
     history, skipped = trainer.state.log_history, corpus.index["skipped"]
     return TrainResult(final, loss, _perplexity(loss), history, skipped, trainer.state.global_step - begun)
+
+
+_ATTENTION = frozenset({"attention", "windows", "local", "sinks", "ranking", "mla", "nsa"})
+"""Fields of a model that choose its attention."""
+
+
+def _resolved(config: TrainConfig) -> tuple[TrainConfig, DynamaskConfig | str]:
+    """Fill in what recipe, preset or initial model decide.
+
+    Returns:
+        The settings with recipe, context and tokenizer given, and what the training starts from: the configuration of
+        a new model, or the folder or name of a saved one.
+    """
+    if config.init is not None:
+        check_local_or_hub(config.init, "folder")
+        folder = str(model_folder(config.init))
+        longest = _saved_config(folder).max_position_embeddings
+        tokenizer = config.tokenizer or folder
+        return replace(config, tokenizer=tokenizer, context=_context(config, longest)), folder
+    if config.recipe is None and not _ATTENTION & set(config.model):
+        config = replace(config, recipe="default")
+    if config.recipe is None:
+        shape = preset(config.preset, **config.model)
+        return replace(config, context=_context(config, shape.max_position_embeddings)), shape
+    recipe = recipes.get(config.recipe)
+    longest = preset(config.preset, **config.model).max_position_embeddings
+    context = _context(config, longest)
+    shape = recipes.apply(config.recipe, config.preset, context, **config.model)
+    schedule = config.window_schedule or recipe.training.get("window_schedule", [])
+    return replace(config, context=context, window_schedule=[list(pair) for pair in schedule]), shape
+
+
+def _saved_config(folder: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        first = str(error).strip().splitlines()[:1]
+        raise UsageError(f"cannot load a model from init={folder}: {' '.join(first)}") from error
+
+
+def _vocabulary(start: DynamaskConfig | str) -> int:
+    return int((_saved_config(start) if isinstance(start, str) else start).vocab_size)
+
+
+def _model(start: DynamaskConfig | str, tokenizer: Any) -> Any:
+    """The model that the training starts from, in float32."""
+    if isinstance(start, str):
+        return open_run(start)[0].float().train()
+    start.eos_token_id = tokenizer.eos_token_id
+    start.bos_token_id = tokenizer.eos_token_id
+    return DynamaskForCausalLM(start)
 
 
 def _perplexity(loss: float) -> float:
@@ -266,7 +325,7 @@ def _about(model: torch.nn.Module, corpus: Corpus, arguments: TrainingArguments)
     precision = "bf16" if arguments.bf16 else "fp32"
     processes = f" x {arguments.world_size}" if arguments.world_size > 1 else ""
     return (
-        f"model: {_count(parameters)} parameters, {len(model.model.layers)} layers; corpus: "  # type: ignore[union-attr,arg-type]
+        f"model: {_count(parameters)} parameters, {model.config.num_hidden_layers} layers; corpus: "  # type: ignore[union-attr]
         f"{_count(splits['train']['tokens'])} tokens, {_count(splits['validation']['tokens'])} held out; device: "
         f"{arguments.device.type}{processes}, {precision}"
     )

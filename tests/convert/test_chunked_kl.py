@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 
-from dynamask.convert.chunked_kl import chunked_kl, output_head
+from dynamask.convert.chunked_kl import chunked_kl
+from dynamask.training.loss import output_head
 
 
 @pytest.mark.parametrize("masked", [False, True])

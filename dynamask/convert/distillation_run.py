@@ -1,0 +1,42 @@
+"""A run of `dynamask train` towards a teacher."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamask.convert.distillation_trainer import DistillationTrainer
+from dynamask.errors import UsageError
+from dynamask.training import AtomicTrainer, TrainConfig, TrainResult, open_run, train
+
+
+class DistillationRunTrainer(DistillationTrainer, AtomicTrainer):
+    """Trains as `DistillationTrainer`, with the schedule, data order and checkpoints of `AtomicTrainer`."""
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Any:
+        return None  # the divergence is a mean of its own
+
+
+def train_towards(config: TrainConfig, **options: Any) -> TrainResult:
+    """Train the converted model `config.init` towards the distributions of the dense model `config.teacher`.
+
+    Blocks are read as texts that run on: the teacher sees what the student may see.
+
+    Args:
+        config: the run; `rank_rate` is that of the rank predictors.
+        **options: of `dynamask.training.train`.
+
+    Returns:
+        The result; its loss is the divergence, in nats per token.
+
+    Raises:
+        UsageError: no teacher, or whatever `dynamask.training.train` raises.
+        InvalidInputError: a model that is not converted, or a teacher with another vocabulary.
+    """
+    if config.teacher is None:
+        raise UsageError("train_towards needs a teacher: teacher=MODEL")
+    teacher, _ = open_run(config.teacher)
+
+    def make(*args: Any, rank_rate: float, **kwargs: Any) -> DistillationRunTrainer:
+        return DistillationRunTrainer(*args, teacher=teacher, rank_rate=rank_rate, **kwargs)
+
+    return train(config, trainer=make, **options)
