@@ -336,14 +336,11 @@ def cost_table(results: Path) -> str:
             pair = _pair(raw["generation"], "cache_mib", min, context=context, batch=batches[0])
             rows.append(_cost(f"cache of a sequence at {_kilo(context)}, MiB", pair, lambda value: f"{value:,.0f}"))
     seconds = training_seconds(read_conversion(results))
-    names = {
-        "learn_ranks": "conversion: learning the ranks, s",
-        "allocate_windows": "conversion: windows per head, s",
-        "train": "conversion: distillation, s",
-    }
-    for name, title in names.items():
-        if name in seconds:
-            rows.append({"": title, "dynamask": f"{seconds[name]:,.0f}", "dense": ""})
+    names = {"learn_ranks": "ranks", "allocate_windows": "windows", "train": "distillation"}
+    done = [name for name in names if name in seconds]
+    if done:
+        title = f"conversion, {' + '.join(names[name] for name in done)}, s"
+        rows.append({"": title, "dynamask": " + ".join(f"{seconds[name]:,.0f}" for name in done), "dense": ""})
     return _table(rows, note)
 
 
