@@ -217,7 +217,8 @@ class ConvertedModel(OwnCacheGeneration):
 
     config: Any
     model: Any
-    _keep_in_fp32_modules = ["rank_predictor"]  # noqa: RUF012 -- transformers reads a list; quantisers leave them out
+    # Loading in float16 keeps these in float32, and quantisers, which compare the ends of names, leave them out.
+    _keep_in_fp32_modules = ["rank_predictor", "rank_predictor.up", "rank_predictor.down"]  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         config._attn_implementation = IMPLEMENTATION

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
 
+from dynamask.cache import BoundedLayer
+from dynamask.errors import InvalidInputError
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
 
 
@@ -18,9 +22,15 @@ class OwnCacheGeneration:
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any = None, *args: Any, **kwargs: Any
     ) -> None:
         cache = given_cache(model_kwargs)
+        takes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant
+        if takes_back and cache is not None and any(isinstance(layer, BoundedLayer) for layer in cache.layers):
+            raise InvalidInputError(
+                "assisted generation takes tokens back, and a bounded cache has evicted keys by then: leave "
+                "past_key_values out, or give a DynamicCache()"
+            )
         if cache is not None:
             for name in ("past_key_values", "cache", "cache_params"):
                 model_kwargs.pop(name, None)
@@ -28,8 +38,17 @@ class OwnCacheGeneration:
         chosen = cache is not None or generation_config.cache_implementation
         if chosen or generation_config.use_cache is False:
             super()._prepare_cache_for_generation(  # type: ignore[misc]
-                generation_config, model_kwargs, *args, **kwargs
+                generation_config, model_kwargs, generation_mode, *args, **kwargs
             )
+        elif takes_back:
+            model_kwargs[CACHE_NAME] = DynamicCache()
+            if not self.__dict__.get("_said_full_cache"):
+                self.__dict__["_said_full_cache"] = True
+                warnings.warn(
+                    "assisted generation takes tokens back, which a bounded cache cannot: it uses a cache of all keys, "
+                    "which grows with the text",
+                    stacklevel=4,
+                )
         else:
             model_kwargs[CACHE_NAME] = self._new_cache()
 
