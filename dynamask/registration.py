@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 _REGISTRY = "transformers.models.auto.configuration_auto"
+_LORA_TARGETS = "peft.utils.constants"
 _NATIVE, _CONVERTED = "dynamask", "dynamask_"
 _CONVERTED_MODULE = "dynamask.convert.models"
 
@@ -65,13 +66,25 @@ def _attach(registry: ModuleType) -> None:
             converted.converted_classes(model_type)
 
 
+def _add_lora_targets(constants: ModuleType) -> None:
+    """Give PEFT the default targets of converted models: those of their originals, and the rank predictors."""
+    for name, known in vars(constants).items():
+        if name == "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING" and isinstance(known, dict):
+            found = {kind: targets for kind, targets in known.items() if isinstance(targets, list)}
+            for kind, targets in found.items():
+                known.setdefault(_CONVERTED + kind, [*targets, "rank_predictor.up", "rank_predictor.down"])
+
+
 class _AfterImport(MetaPathFinder):
-    """Runs `_attach` as soon as transformers' registry has been imported."""
+    """Runs an action as soon as a module has been imported."""
+
+    def __init__(self, name: str, action: Callable[[ModuleType], None]) -> None:
+        self.name, self.action = name, action
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
+        if fullname != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -82,16 +95,21 @@ class _AfterImport(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            _attach(module)
+            self.action(module)
 
         loader.exec_module = exec_module
         return spec
 
 
 def register() -> None:
-    """Make transformers' Auto classes know dynamask's models, now or when transformers is imported."""
+    """Make transformers' Auto classes and PEFT know dynamask's models, now or when these are imported."""
     registry = sys.modules.get(_REGISTRY)
     if registry is not None and hasattr(registry, "CONFIG_MAPPING"):
         _attach(registry)
     else:
-        sys.meta_path.insert(0, _AfterImport())
+        sys.meta_path.insert(0, _AfterImport(_REGISTRY, _attach))
+    constants = sys.modules.get(_LORA_TARGETS)
+    if constants is not None:
+        _add_lora_targets(constants)
+    else:
+        sys.meta_path.insert(0, _AfterImport(_LORA_TARGETS, _add_lora_targets))

@@ -22,7 +22,12 @@ class OwnCacheGeneration:
         raise NotImplementedError
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any = None, *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         cache = given_cache(model_kwargs)
         takes_back = generation_mode == GenerationMode.ASSISTED_GENERATION or generation_config.is_assistant

@@ -53,6 +53,7 @@ def tokens_of(rows: int, length: int) -> torch.Tensor:
 @torch.no_grad()
 def test_within_its_windows_it_is_the_dense_model(name: str, shape: dict[str, Any]) -> None:
     dense = DENSE[name](shape).double().eval()
+    dense.set_attn_implementation("sdpa")  # eager attention of some releases gives NaN behind padding in float64
     before = {key: value.clone() for key, value in dense.state_dict().items()}
     converted = random_ranks(convert.upcycle(dense, 48, local=8, sinks=2))
     tokens = tokens_of(2, 40)
