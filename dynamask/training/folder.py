@@ -50,14 +50,26 @@ def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
             f"cannot load a model from {model_dir!s}: {_first_line(error)}. Give the folder of a finished run "
             "(dynamask train output=FOLDER) or a saved causal LM"
         ) from error
+    words = folder
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("*.model")):
+        words = _tokenizer_of_checkpoint(folder)
+    if words is None:
         raise UsageError(
             f"{model_dir} holds a model without a tokenizer (no tokenizer.json): save one into the same folder"
         )
     try:
-        return model.eval(), AutoTokenizer.from_pretrained(str(folder))
+        return model.eval(), AutoTokenizer.from_pretrained(str(words))
     except Exception as error:
         raise UsageError(f"cannot load the tokenizer of {model_dir!s}: {_first_line(error)}") from error
+
+
+def _tokenizer_of_checkpoint(folder: Path) -> Path | None:
+    """Where the tokenizer of a run's checkpoint lies: in the run's corpus. None of another folder."""
+    settings = run_settings(folder.parent) if folder in checkpoints(folder.parent) else None
+    if settings is None:
+        return None
+    words = Path(settings.corpus or folder.parent / "corpus") / "tokenizer"
+    return words if words.is_dir() else None
 
 
 def open_corpus(model_dir: str | Path) -> Corpus:

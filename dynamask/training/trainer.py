@@ -48,6 +48,9 @@ class AtomicTrainer(Trainer):
         token_losses: see `use_chunked_loss`.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+
     def __init__(
         self,
         *args: Any,

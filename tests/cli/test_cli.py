@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Command
+from tests.cli.conftest import SMALL, Command
 
 
 @pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"], ["convert"], ["report"], ["retrieval"]])
@@ -159,3 +159,15 @@ def test_report(dynamask: Command, run: Path, tmp_path: Path) -> None:
     table = dynamask("report", "parameters", "--preset", "tiny")
     assert table.returncode == 0
     assert "+0.0" in table.stdout
+
+
+def test_the_mask_of_a_model_with_a_dense_layer(dynamask: Command, run: Path, tmp_path: Path) -> None:
+    from dynamask.training import TrainConfig, train
+
+    fields = "model={vocab_size: 300, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, windows: 8, "
+    small = [*SMALL[1:3], "steps=1", "save_every=0", "validation=0.3", fields + "attention: [mha, dma]}"]
+    train(TrainConfig.load(None, [f"data={run / 'texts'}", f"output={tmp_path / 'run'}", *small]), quiet=True)
+    picture = tmp_path / "mask.png"
+    done = dynamask("report", "mask", str(tmp_path / "run"), str(run / "texts" / "1.txt"), "--output", str(picture))
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -58,6 +58,12 @@ def test_a_finished_run_is_left_as_it_is(text: Path, finished: Path, run: Path) 
     assert again.loss == held_out[-1]
 
 
+def test_a_checkpoint_opens_with_its_runs_tokenizer(finished: Path) -> None:
+    model, tokenizer = open_run(finished / "checkpoint-4")
+    assert model.config.vocab_size >= len(tokenizer)
+    assert tokenizer.get_vocab() == open_run(finished)[1].get_vocab()
+
+
 def test_a_run_killed_before_its_final_save_is_saved_without_another_step(
     text: Path,  # noqa: F811
     finished: Path,
