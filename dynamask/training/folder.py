@@ -50,7 +50,7 @@ def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
             f"cannot load a model from {model_dir!s}: {_first_line(error)}. Give the folder of a finished run "
             "(dynamask train output=FOLDER) or a saved causal LM"
         ) from error
-    words = folder
+    words: Path | None = folder
     if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("*.model")):
         words = _tokenizer_of_checkpoint(folder)
     if words is None:
