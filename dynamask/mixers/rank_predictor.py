@@ -30,12 +30,11 @@ class RankPredictor(nn.Module):
         super().__init__()
         self.width = max(64, hidden_size // 4) if width is None else width
         self.up = nn.Linear(hidden_size, self.width, bias=False) if self.width else None
-        self.down = Float32Linear(self.width or hidden_size, num_key_value_heads)
+        self.down = RankHead(self.width or hidden_size, num_key_value_heads)
 
     def initialize_parameters(self) -> None:
-        """Set the last layer to zero: all ranks are equal, so the mask is a sliding window with sinks."""
-        init.zeros_(self.down.weight)
-        init.zeros_(self.down.bias)
+        """Make all ranks equal, so that the mask is a sliding window with sinks."""
+        self.down.initialize_parameters()
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the ranks of the given positions.
@@ -69,6 +68,18 @@ class Float32Linear(nn.Linear):
 
 _GRID = 64.0
 """Steps per nat of the grid of ranks: far finer than predictions are good for."""
+
+
+class RankHead(Float32Linear):
+    """The last layer of a predictor, which starts at zero.
+
+    A class of its own because transformers initialises modules that own parameters, and skips others.
+    """
+
+    def initialize_parameters(self) -> None:
+        """Set weight and bias to zero."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
 
 
 def on_grid(ranks: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dynamask import BoundedCache, InvalidInputError
+from dynamask import BoundedCache, DynamaskForCausalLM, InvalidInputError
 from dynamask.mixers.rank_loss import rank_target
 from dynamask.models import new_cache
 from dynamask.models.modeling import AUXILIARY_WEIGHT
@@ -76,6 +76,15 @@ def test_nothing_is_learned_without_gradients_or_in_evaluation() -> None:
     with torch.no_grad():
         assert model.train()(IDS).aux_loss is None
     assert tiny_model("dma", ranking="paper").train()(IDS, labels=IDS).aux_loss is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ranking", ["learned", "paper"])
+def test_a_new_model_is_a_sliding_window(ranking: str) -> None:
+    torch.manual_seed(0)
+    dma, swa = (DynamaskForCausalLM(tiny_config(name, ranking=ranking)).double().eval() for name in ("dma", "swa"))
+    swa.load_state_dict({k: v for k, v in dma.state_dict().items() if ".gate." not in k and ".rank_pred" not in k})
+    torch.testing.assert_close(dma(IDS).logits, swa(IDS).logits)
 
 
 @torch.no_grad()

@@ -127,7 +127,7 @@ def test_all_six_models_have_about_the_same_size(benchmark: ModuleType) -> None:
         for name, fields in benchmark.MODELS.items()
     }
     assert set(sizes) == {"dma", "dma-uneven", "mha", "swa", "mla", "nsa"}
-    assert max(sizes.values()) < 1.02 * min(sizes.values())
+    assert max(sizes.values()) < 1.05 * min(sizes.values())
 
 
 def test_an_untrained_model_is_asked(task: ModuleType, asked: list[dict], tmp_path: Path) -> None:

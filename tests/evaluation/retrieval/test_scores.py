@@ -62,7 +62,7 @@ def test_a_real_model_is_asked_through_its_bounded_cache(byte_tokenizer, monkeyp
     assert score.exact == 0  # untrained
     assert len(made) == 2
     assert all(isinstance(cache, BoundedCache) for cache in made)
-    assert bool((made[0].layers[0].keys_held == model.config.window).all())
+    assert bool((made[0].layers[0].keys_held == model.config.windows).all())
     assert model.training
 
 
