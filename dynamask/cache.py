@@ -99,12 +99,12 @@ class BoundedLayer(CacheLayerMixin):
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """First slot of each head, then the number of slots."""
+        """Return the first slot of each head, then the number of slots."""
         return self._layout.offsets
 
     @property
     def keys_held(self) -> Tensor:
-        """(B, G) int64, how many keys each head holds."""
+        """Return how many keys each head holds, (B, G) int64."""
         return torch.minimum(self.clock, self.clock.new_tensor(self.windows))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -435,11 +435,11 @@ class BoundedLayer(CacheLayerMixin):
 
     @property
     def steps_in_place(self) -> int:
-        """Tokens that the layer can take one by one before its pools must grow."""
+        """Return how many tokens the layer can take one by one before its pools must grow."""
         return self._room - self._most
 
     def addresses(self) -> tuple[int, ...] | None:
-        """Where the tensors lie that the next token changes in place; None where its pools must grow for it.
+        """Return where the tensors lie that the next token changes in place; None where its pools must grow.
 
         The last number says whether every slot is known to be occupied, in which case a step launches less.
         """
@@ -461,22 +461,22 @@ class BoundedLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int:
-        """Positions seen so far, padding and evicted ones included."""
+        """Return the number of positions seen so far, padding and evicted ones included."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the mask transformers would build: masks speak of all positions seen."""
+        """Return length and offset of transformers' mask, which covers all positions seen."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """-1: the layer accepts sequences of any length."""
+        """Return -1: the layer accepts sequences of any length."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.16
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors held, in bytes."""
+        """Return the memory of the tensors held, in bytes."""
         if not self.is_initialized:
             return 0
         held = [getattr(self, name) for name in (*_POOLS, "clock")]
@@ -537,7 +537,7 @@ class BoundedLayer(CacheLayerMixin):
             self._calls = [change(torch.cat([mask.expand(before, -1) for mask in masks], 1))]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Beam search: row b continues what row `beam_idx[b]` holds."""
+        """Reorder rows for beam search: row b continues what row `beam_idx[b]` holds."""
         self._over_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -628,7 +628,7 @@ class BoundedCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of all layers, in bytes."""
+        """Return the memory of all layers, in bytes."""
         return cache_bytes(self)
 
 
@@ -651,7 +651,7 @@ def check_consistent(cache: Cache) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Memory of a cache's tensors, in bytes, whatever its kind."""
+    """Return the memory of a cache's tensors, in bytes, whatever its kind."""
     total = 0
     for layer in cache.layers:
         held = getattr(layer, "num_bytes", None)
@@ -663,7 +663,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def bounded_layer(cache: Cache, layer_idx: int) -> BoundedLayer | None:
-    """The cache's layer if it is a bounded one."""
+    """Return the cache's layer if it is a bounded one."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
     return layer if isinstance(layer, BoundedLayer) else None
 

@@ -23,7 +23,7 @@ def convert_doge(
     source: Annotated[str, typer.Argument(help="Folder or hub name of a Doge model.")],
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
-    """A released Doge model, with the same logits, its attention on dynamask."""
+    """Convert a released Doge model, with the same logits, its attention on dynamask."""
     from dynamask.hub import check_local_or_hub
 
     check_output_folder(target)

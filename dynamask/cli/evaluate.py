@@ -48,7 +48,7 @@ def evaluate(
         Path | None, typer.Option(help="With --tasks: folder with task definitions of your own.")
     ] = None,
 ) -> None:
-    """Perplexity, overall and by position in the document: does the model use what it can see? Or benchmark tasks.
+    """Compute perplexity, overall and by position in the document, or run benchmark tasks.
 
     **Examples**
 
@@ -172,7 +172,7 @@ def retrieval(
     batch_size: Annotated[int, typer.Option(help="Prompts per call of generate().")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 0,
 ) -> None:
-    """Does the model find what was said far back? Needles, a passkey, variable tracking, after RULER.
+    """Measure retrieval from far back: needles, a passkey, variable tracking, after RULER.
 
     **Tasks**: single_needle, multi_key, multi_value, multi_query, passkey, variable_tracking.
 

@@ -18,7 +18,7 @@ app = typer.Typer(help="Tables and pictures about models and runs.", no_args_is_
 def report_parameters(
     preset: Annotated[str | None, typer.Option(help="One preset; default: all of them.")] = None,
 ) -> None:
-    """Parameter counts of every preset with every mixer, and how far each is from dense attention's."""
+    """Count the parameters of every preset with every mixer, and compare them with dense attention's."""
     from dynamask.inspect import parameter_counts
     from dynamask.models import PRESETS
     from dynamask.models import preset as make

@@ -33,7 +33,7 @@ def register(name: str, mixer: type[Mixer]) -> None:
 
 
 def get_mixer(name: str) -> type[Mixer]:
-    """The mixer class of that name. Raises InvalidInputError for an unknown one, naming those there are."""
+    """Return a mixer class by name. Raises InvalidInputError for an unknown one, naming those there are."""
     if name not in MIXERS:
         raise InvalidInputError(f"attention must be one of {', '.join(MIXERS)}; got {name!r}")
     return MIXERS[name]

@@ -44,15 +44,15 @@ class SequenceInfo:
 
     @property
     def plain(self) -> bool:
-        """Neither packed nor padded."""
+        """Return whether the rows are neither packed nor padded."""
         return self.segment_ids is None and self.key_mask is None
 
     def new_key_mask(self) -> Tensor | None:
-        """(B, Nq) bool, the part of `key_mask` that belongs to this call's own tokens."""
+        """Return the part of `key_mask` that belongs to the tokens of this call, (B, Nq) bool."""
         return None if self.key_mask is None else self.key_mask[:, -self.position_ids.shape[1] :]
 
     def key_position_ids(self, length: int) -> Tensor:
-        """(B, N) int64, the position of every key, cached ones included, inside its own document."""
+        """Return the position of every key inside its document, cached keys included, (B, N) int64."""
         if length == self.position_ids.shape[1]:
             return self.position_ids
         if self.key_mask is not None:
@@ -111,19 +111,19 @@ class Mixer(nn.Module, ABC):
 
     @property
     def max_window(self) -> int:
-        """The most keys that a query of any head keeps."""
+        """Return the most keys that a query of any head keeps."""
         return max(self.windows)
 
     @property
     @abstractmethod
     def rotary_dim(self) -> int:
-        """How many dimensions of a head vector are rotated by its position."""
+        """Return how many dimensions of a head vector are rotated by its position."""
 
     @abstractmethod
     def forward(
         self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Mix.
+        """Attend.
 
         Args:
             hidden_states: (B, Nq, hidden) in the model's dtype.
@@ -136,7 +136,7 @@ class Mixer(nn.Module, ABC):
         """
 
     def angles(self, sequence: SequenceInfo, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rotary angles of the queries: the model's, or this layer's where its heads are of another width."""
+        """Return rotary angles of the queries: the model's, or this layer's where its heads are of another width."""
         if sequence.angles is not None and sequence.angles[0].shape[-1] == self.rotary_dim:
             return sequence.angles
         if self._frequencies is None:
@@ -144,11 +144,11 @@ class Mixer(nn.Module, ABC):
         return self._frequencies.angles(sequence.position_ids, dtype)
 
     def rotated(self, heads: Tensor, sequence: SequenceInfo) -> Tensor:
-        """Head vectors (B, heads, Nq, rotary_dim), rotated by their positions."""
+        """Rotate head vectors (B, heads, Nq, rotary_dim) by their positions."""
         return rotate(heads, self.angles(sequence, heads.dtype))
 
     def prepared(self, sequence: SequenceInfo) -> SequenceInfo:
-        """The facts with what all layers of this kind would else compute each for itself. Most need nothing."""
+        """Add to the facts what all layers of this kind share. Most need nothing."""
         return sequence
 
     def remember(self, cache: Cache, key: Tensor, value: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., dim) -> (..., dim), in the input's dtype."""
+        """Normalise (..., dim), in the input's dtype."""
         # Under autocast weight and input differ, and only equal dtypes reach the fused kernel.
         weight = self.weight.to(hidden_states.dtype)
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
@@ -220,11 +220,11 @@ class GroupedQueryMixer(Mixer):
 
     @property
     def rotary_dim(self) -> int:
-        """All of a head."""
+        """Return the width of a head: all of it is rotated."""
         return self.head_dim
 
     def project(self, hidden_states: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
-        """Query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""
+        """Project to query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
@@ -232,7 +232,7 @@ class GroupedQueryMixer(Mixer):
         return self.rotated(query, sequence), self.rotated(key, sequence), value
 
     def merge_heads(self, output: Tensor) -> Tensor:
-        """(B, H, Nq, D) -> (B, Nq, hidden) through the output projection."""
+        """Project heads (B, H, Nq, D) to (B, Nq, hidden)."""
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
 

@@ -44,7 +44,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
 
     @classmethod
     def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
-        """A `BoundedLayer` of the layer's windows."""
+        """Make a `BoundedLayer` of the layer's windows."""
         return BoundedLayer(config.head_windows[layer_idx], local=config.local, sinks=config.sinks)
 
     def forward(

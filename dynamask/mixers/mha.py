@@ -20,7 +20,7 @@ class MultiHeadAttention(GroupedQueryMixer):
 
     @classmethod
     def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
-        """transformers' growing layer: dense attention forgets nothing."""
+        """Make transformers' growing layer: dense attention forgets nothing."""
         return DynamicLayer()
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
@@ -34,7 +34,7 @@ class MultiHeadAttention(GroupedQueryMixer):
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, sequence: SequenceInfo, scale: float | None = None
 ) -> Tensor:
-    """Causal attention of the last Nq positions over all N: fused SDPA where its masks suffice, else intervals.
+    """Attend from the last Nq positions to all N, causally: fused SDPA where its masks suffice, else intervals.
 
     Args:
         query: (B, H, Nq, D); key (B, G, N, D); value (B, G, N, Dv).

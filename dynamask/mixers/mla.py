@@ -73,12 +73,12 @@ class MultiHeadLatentAttention(Mixer):
 
     @property
     def rotary_dim(self) -> int:
-        """The part of a head that carries the position."""
+        """Return the width of the part of a head that carries the position."""
         return self.rope_dim
 
     @classmethod
     def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
-        """A `LatentLayer`."""
+        """Make a `LatentLayer`."""
         return LatentLayer()
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:

@@ -44,7 +44,7 @@ class NativeSparseAttention(GroupedQueryMixer):
 
     @classmethod
     def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
-        """transformers' growing layer: any block may be selected again, so every key is kept."""
+        """Make transformers' growing layer: any block may be selected again, so every key is kept."""
         return DynamicLayer()
 
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
@@ -65,7 +65,7 @@ class NativeSparseAttention(GroupedQueryMixer):
         return self.merge_heads(output)
 
     def layout(self, sequence: SequenceInfo, length: int) -> BlockLayout:
-        """Where the `length` keys of the batch lie in blocks."""
+        """Lay out the `length` keys of the batch in blocks."""
         ids = sequence.position_ids
         return block_layout(*(len(ids), length, self.block_size, ids.device, sequence.segment_ids, sequence.key_mask))
 

@@ -22,7 +22,7 @@ class SlidingWindowAttention(GroupedQueryMixer):
 
     @classmethod
     def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
-        """A `BoundedLayer` without a contest."""
+        """Make a `BoundedLayer` that keeps the newest keys."""
         windows = config.head_windows[layer_idx]
         return BoundedLayer(windows, local=min(windows) - config.sinks, sinks=config.sinks)
 

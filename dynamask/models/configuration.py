@@ -125,17 +125,17 @@ class DynamaskConfig(PreTrainedConfig):
 
     @property
     def layer_mixers(self) -> list[str]:
-        """The attention of each layer."""
+        """Return the attention of each layer."""
         return [self.attention] * self.num_hidden_layers if isinstance(self.attention, str) else list(self.attention)
 
     @property
     def head_windows(self) -> tuple[tuple[int, ...], ...]:
-        """Keys that each query keeps, L x G."""
+        """Return the keys that each query keeps, L x G."""
         return resolved_head_windows(self.windows, self.num_hidden_layers, self.num_key_value_heads)
 
     @property
     def budget(self) -> float | None:
-        """Mean window over the KV heads of the layers that keep a bounded number of keys; None where none does."""
+        """Return the mean window over the KV heads of bounded layers; None where no layer is bounded."""
         kept = [
             window
             for name, windows in zip(self.layer_mixers, self.head_windows, strict=True)

@@ -58,7 +58,7 @@ class StepGraph:
         )
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Logits (B, 1, vocab) of this token, which goes into the cache."""
+        """Compute logits (B, 1, vocab) of this token, which goes into the cache."""
         self.input_ids.copy_(input_ids)
         self.position_ids.copy_(position_ids)
         self.graph.replay()
@@ -72,7 +72,7 @@ _EAGER: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
 def decode_by_graph(
     model: nn.Module, cache: Cache | None, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Any
 ) -> Tensor | None:
-    """Logits (B, 1, vocab) of one more token by a recorded graph, or None where the model must run itself.
+    """Compute logits (B, 1, vocab) of one more token by a recorded graph; None where the model must run itself.
 
     Args:
         model: see `StepGraph`.

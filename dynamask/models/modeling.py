@@ -72,7 +72,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., hidden) -> (..., hidden)."""
+        """Compute (..., hidden) from (..., hidden)."""
         return self.down_proj(F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
@@ -89,7 +89,7 @@ class DynamaskDecoderLayer(nn.Module):
     def forward(
         self, hidden_states: Tensor, sequence: SequenceInfo, past_key_values: Cache | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """(B, Nq, hidden) -> (B, Nq, hidden), and the mixer's own loss () where it has one."""
+        """Compute (B, Nq, hidden), and the mixer's loss () where it has one."""
         mixed = self.mixer(self.mixer_norm(hidden_states), sequence, past_key_values)
         mixed, loss = mixed if isinstance(mixed, tuple) else (mixed, None)
         hidden_states = hidden_states + mixed

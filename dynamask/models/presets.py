@@ -61,7 +61,7 @@ _WANTED: dict[Any, str] = {
 
 
 def preset(name: str, **overrides: Any) -> DynamaskConfig:
-    """A configuration by name, with fields overridden.
+    """Make a configuration by name, with fields overridden.
 
     Args:
         name: one of `PRESETS`.

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes in on the tensor's device, None where it is off."""
+    """Return the dtype that autocast computes in on the tensor's device, None where it is off."""
     device = tensor.device.type
     # "meta" knows no autocast. `torch.amp.is_autocast_available` would say so, but torch 2.11 cannot compile that
     # question: it broke the graph of every layer.

@@ -205,7 +205,7 @@ def key_rank(scores: Tensor, key_mask: Tensor | None = None, sink: Tensor | None
 
 
 def sortable_scores(scores: Tensor, key_mask: Tensor | None = None, sink: Tensor | None = None) -> Tensor:
-    """Integers that compare as the scores rank: padding < NaN < -inf < ... < +inf < sinks, and -0.0 == 0.0.
+    """Map scores to integers of the same order: padding < NaN < -inf < ... < +inf < sinks, and -0.0 == 0.0.
 
     Args:
         scores: (..., N) float tensor; with `key_mask` or `sink`, (B, G, N).

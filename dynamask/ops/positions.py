@@ -63,7 +63,7 @@ def sink_keys(sinks: int, before: Tensor, nth: Tensor, segment_ids: Tensor | Non
 
 
 def segment_bounds(segment_ids: Tensor | None, batch: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First position and one past the last position of each position's segment.
+    """Return the first position and one past the last position of each position's segment.
 
     Args:
         segment_ids: (B, N) non-decreasing integers, or None for one segment.

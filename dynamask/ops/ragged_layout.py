@@ -39,34 +39,34 @@ class RaggedLayout:
 
     @cached_property
     def head(self) -> Tensor:
-        """(S,) int64, the head of each slot."""
+        """Return the head of each slot, (S,) int64."""
         with torch.inference_mode(False):
             heads = torch.arange(len(self.sizes), device=self.device)
             return heads.repeat_interleave(torch.tensor(self.sizes, device=self.device))
 
     @cached_property
     def place(self) -> Tensor:
-        """(S,) int64, the number of each slot inside its head."""
+        """Return the number of each slot inside its head, (S,) int64."""
         with torch.inference_mode(False):
             return torch.arange(self.offsets[-1], device=self.device) - self.table.long()[self.head]
 
     @cached_property
     def padded(self) -> Tensor:
-        """(G, widest) int64, the slot of each place of each head; slot 0 for places that a head does not have."""
+        """Return the slot of each place of each head, (G, widest) int64; slot 0 for places that a head lacks."""
         with torch.inference_mode(False):
             slot = self.table[:-1, None].long() + torch.arange(self.widest, device=self.device)
             return torch.where(self.there, slot, 0)
 
     @cached_property
     def there(self) -> Tensor:
-        """(G, widest) bool, the places that a head has."""
+        """Return which places a head has, (G, widest) bool."""
         with torch.inference_mode(False):
             return torch.arange(self.widest, device=self.device) < self.table.diff()[:, None]
 
 
 @lru_cache(maxsize=1024)
 def ragged_layout(sizes: tuple[int, ...], device: torch.device) -> RaggedLayout:
-    """The layout of these heads, made once: layers and calls share it."""
+    """Return the layout of these heads, made once: layers and calls share it."""
     return RaggedLayout(sizes, device)
 
 

@@ -127,7 +127,7 @@ class TrainConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of linear warm-up."""
+        """Return the steps of linear warm-up."""
         return min(50, self.steps // 10) if self.warmup is None else self.warmup
 
     @classmethod

@@ -48,7 +48,7 @@ def output_head(model: Any) -> Head:
 
 
 def plain_losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each state.
+    """Compute the cross-entropy of each state.
 
     Args:
         head: output layer.
@@ -64,7 +64,7 @@ def plain_losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 def chunked_losses(
     head: Head, hidden: Tensor, targets: Tensor, vocab_size: int, token_losses: TokenLosses = plain_losses
 ) -> Tensor:
-    """`token_losses` of any number of states, with at most `MOST_LOGITS` logits at a time.
+    """Compute `token_losses` of any number of states, with at most `MOST_LOGITS` logits at a time.
 
     Args:
         head, hidden, targets: see `plain_losses`.
@@ -155,7 +155,7 @@ def use_chunked_loss(model: Any, token_losses: TokenLosses = plain_losses) -> No
 
 
 def next_token_losses(model: Any, tokens: Tensor, token_losses: TokenLosses = plain_losses, **inputs: Any) -> Tensor:
-    """Cross-entropy of every next token, without the auxiliary loss of learned ranks.
+    """Compute the cross-entropy of every next token, without the auxiliary loss of learned ranks.
 
     Args:
         model: a causal LM of transformers.
@@ -170,7 +170,7 @@ def next_token_losses(model: Any, tokens: Tensor, token_losses: TokenLosses = pl
 
 
 def training_loss(model: Any, tokens: Tensor, token_losses: TokenLosses = plain_losses, **inputs: Any) -> Tensor:
-    """Mean cross-entropy of every next token, with the auxiliary loss of learned ranks.
+    """Compute the mean cross-entropy of every next token, with the auxiliary loss of learned ranks.
 
     Args:
         model, tokens, token_losses, **inputs: see `next_token_losses`.

@@ -43,12 +43,12 @@ class ScheduledWindow(TrainerCallback):
         self._windows = config.head_windows
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The window of this step."""
+        """Set the window of this step."""
         assert self._windows is not None
         windows = scheduled_windows(self._windows, self.schedule, state.global_step, state.max_steps)
         set_head_windows(kwargs["model"], windows)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What looks at the model between steps, or saves it, finds the config's own window."""
+        """Restore the window of the configuration, for whatever uses or saves the model between steps."""
         assert self._windows is not None
         set_head_windows(kwargs["model"], self._windows)

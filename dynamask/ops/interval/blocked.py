@@ -23,7 +23,7 @@ _STEEP = 64.0
 
 
 def key_lists(expiry: Tensor, num_queries: int, block: int) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-    """For each block of queries, the positions of the keys it can see.
+    """List, for each block of queries, the positions of the keys it can see.
 
     Args:
         expiry: (B, G, N) int32.

@@ -75,7 +75,7 @@ def interval_attention_backward_op(
     backend: str,
     max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to query, key, value and bias; see `dynamask.ops.interval.blocked.backward` for shapes."""
+    """Compute gradients to query, key, value and bias; see `dynamask.ops.interval.blocked.backward` for shapes."""
     if backend == "triton":
         from dynamask.ops import triton as kernels
 

@@ -9,7 +9,7 @@ from dynamask.ops.interval.weighted_sum import weighted_sum
 
 
 def visible(expiry: Tensor, num_queries: int) -> Tensor:
-    """The mask an expiry stands for.
+    """Materialise the mask of an expiry.
 
     Args:
         expiry: (B, G, N) int32.
@@ -27,7 +27,7 @@ def visible(expiry: Tensor, num_queries: int) -> Tensor:
 def interval_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """Interval attention over a materialised mask, differentiable by autograd (twice, too).
+    """Compute interval attention over a materialised mask, differentiable by autograd (twice, too).
 
     Arguments as in `dynamask.interval_attention`. Computes in float32, or float64 for float64 inputs.
     """

@@ -58,7 +58,7 @@ class BlockLayout:
     plain: bool
 
     def sliding_expiry(self, window: int) -> Tensor:
-        """(B, N) int32, the first query that no longer sees each key among the newest `window` of its document."""
+        """Return the first query past each key's window of `window` positions, (B, N) int32."""
         places = self.rows.shape[1]
         later = self.rows.gather(-1, (self.slot + window).clamp(max=places - 1))
         expiry = torch.where(self.left >= window, later, self.end)
@@ -137,7 +137,7 @@ def nsa_attention(
     scale: float | None = None,
     kernels: bool = True,
 ) -> Tensor:
-    """Gated sum of attention to compressed blocks, to selected blocks and to the newest keys.
+    """Compute the gated sum of attention to compressed blocks, to selected blocks and to the newest keys.
 
     Args:
         query: (B, H, Nq, D), the last Nq positions; key (B, G, N, D); value (B, G, N, Dv).

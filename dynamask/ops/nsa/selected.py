@@ -63,7 +63,7 @@ def kernels_take(query: Tensor, key: Tensor, value: Tensor, block_size: int) -> 
 def selected_attention(
     query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, *, block_size: int, scale: float
 ) -> Tensor:
-    """Causal attention of every query to the keys of its own blocks.
+    """Attend from every query to the keys of its blocks, causally.
 
     Args:
         query: (B, H, N, D); key (B, G, N, D); value (B, G, N, Dv), what `kernels_take` takes.
