@@ -284,10 +284,12 @@ class ConvertedModel(OwnCacheGeneration):
         batch, new = tokens.shape[:2]
         training = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
         past = 0 if cache is None else int(cache.get_seq_length())
-        if cache is not None and past and training and getattr(self, "is_gradient_checkpointing", False):
+        # transformers drops the cache of checkpointed layers, before 5.24 also where no gradient is computed.
+        drops = self.training and (training or cache_name != "cache")  # type: ignore[attr-defined]
+        if cache is not None and drops and getattr(self, "is_gradient_checkpointing", False):
             raise InvalidInputError(
-                "gradient checkpointing drops past_key_values: turn one of them off (prefix tuning needs "
-                "model.gradient_checkpointing_disable())"
+                "gradient checkpointing drops past_key_values: turn one of them off, by "
+                "model.gradient_checkpointing_disable(), or model.eval() before generate()"
             )
         if cache is not None:
             check_consistent(cache)

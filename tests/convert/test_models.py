@@ -237,6 +237,9 @@ def test_what_cannot_be_served_is_refused(llama: Any) -> None:
     model.train().gradient_checkpointing_enable()
     with pytest.raises(InvalidInputError, match="gradient checkpointing drops"):
         model(tokens, past_key_values=cache)
+    model.gradient_checkpointing_disable()
+    greedy = model.generate(tokens, max_new_tokens=6, do_sample=False)
+    assert torch.equal(greedy, model.eval().generate(tokens, max_new_tokens=6, do_sample=False))
 
 
 def test_windows_are_checked(llama: Any) -> None:
