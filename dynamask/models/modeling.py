@@ -36,8 +36,8 @@ class DynamaskModelOutput(BaseModelOutputWithPast):
     """Outputs of `DynamaskModel`.
 
     Attributes:
-        aux_loss: () what mixers that learn beside the language model add to its loss: `AUXILIARY_WEIGHT` times the mean
-            over the layers of their losses; None where there are none.
+        aux_loss: () mean over the layers of the losses of mixers that learn beside the language model; None where there
+            are none.
     """
 
     aux_loss: Tensor | None = None
@@ -48,7 +48,7 @@ class DynamaskCausalLMOutput(CausalLMOutputWithPast):
     """Outputs of `DynamaskForCausalLM`.
 
     Attributes:
-        aux_loss: as in `DynamaskModelOutput`, a part of `loss`.
+        aux_loss: as in `DynamaskModelOutput`; `AUXILIARY_WEIGHT` times it is a part of `loss`.
     """
 
     aux_loss: Tensor | None = None
@@ -259,7 +259,7 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
 
         Args:
             labels: (B, Nq) int64; the loss compares the logits at t with the label at t + 1. -100 is ignored. In
-                training, `aux_loss` is added to it.
+                training, `AUXILIARY_WEIGHT` times `aux_loss` is added to it.
             logits_to_keep: compute logits for the last so many positions only (0: all), or at these indices.
 
         The other arguments are those of `DynamaskModel.forward`.
@@ -290,7 +290,7 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if aux_loss is not None:
-                loss = loss + _share(labels, kwargs) * aux_loss.to(loss)
+                loss = loss + AUXILIARY_WEIGHT * _share(labels, kwargs) * aux_loss.to(loss)
         elif aux_loss is not None:
             logger.warning_once(
                 "this model learns ranks in training, by a loss of its own: without labels it is in outputs.aux_loss "
@@ -310,10 +310,10 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
 
 
 def _mean(losses: list[Tensor]) -> Tensor | None:
-    """The weighted mean of the layers' losses, which may be on several devices."""
+    """The mean of the layers' losses, which may be on several devices."""
     if not losses:
         return None
-    return AUXILIARY_WEIGHT * torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
 def _share(labels: Tensor, arguments: dict[str, Any]) -> Tensor | float:

@@ -31,6 +31,7 @@ from dynamask.errors import UsageError
 from dynamask.mixers import RankPredictor
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
 from dynamask.models.cuda_graph import StepGraph
+from dynamask.models.modeling import AUXILIARY_WEIGHT
 from dynamask_lab.benchmarks.gpu import check
 from dynamask_lab.benchmarks.gpu.apart import Task, run_apart
 from dynamask_lab.benchmarks.gpu.measure import whole
@@ -191,7 +192,7 @@ def chunked_loss(model: DynamaskForCausalLM, tokens: Tensor, chunk: int = _CHUNK
             _loss_of_chunk, model.lm_head, hidden[:, part], targets[:, part], use_reentrant=False
         )
     loss = total / targets.numel()
-    return loss if outputs.aux_loss is None else loss + outputs.aux_loss
+    return loss if outputs.aux_loss is None else loss + AUXILIARY_WEIGHT * outputs.aux_loss
 
 
 def _loss_of_chunk(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
