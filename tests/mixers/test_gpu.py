@@ -43,7 +43,7 @@ def test_flas_kernels_agree_with_the_torch_path(length: int, heads: int, groups:
 
 def _model(attention: str, **fields: object) -> DynamaskForCausalLM:
     torch.manual_seed(0)
-    shape = {"num_hidden_layers": 2, "vocab_size": 256, "window": 512, **fields}
+    shape = {"num_hidden_layers": 2, "vocab_size": 256, "windows": 512, **fields}
     return DynamaskForCausalLM(preset("tiny", attention=attention, **shape)).cuda().train()
 
 
@@ -57,7 +57,7 @@ def _step(model: DynamaskForCausalLM, tokens: torch.Tensor) -> list[torch.Tensor
 
 def _nsa_error(block_counts: int, compiled: bool) -> float:
     """The largest error of a gradient, by norm, of a training step that may not wait for the GPU."""
-    model = _model("nsa", nsa_block_counts=block_counts)
+    model = _model("nsa", nsa={"block_counts": block_counts})
     tokens = torch.randint(0, 256, (2, 1024), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
     expected = _step(model, tokens)
     if compiled:

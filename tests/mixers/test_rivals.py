@@ -56,11 +56,11 @@ def test_the_scaling_experiments_nsa_suits_flas_kernels(size: str, shape: str) -
     settings = PLANS[size].config({"attention": "nsa"}, shape, seed=0, rate=1e-3)
     with torch.device("meta"):
         config = build_model(LanguageConfig.of(settings), 8192).config
-    block = config.nsa_block_size
+    block = config.nsa["block_size"]
     assert block >= 16
     assert block & (block - 1) == 0
     assert 16 <= config.head_dim <= 256
-    assert config.nsa_block_counts * block + config.nsa_window == settings["window"]
+    assert config.nsa["block_counts"] * block + config.nsa["window"] == settings["window"]
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(24, 16), (16, 24)])
@@ -84,5 +84,5 @@ def test_values_of_another_width_may_be_filled_up(key_width: int, value_width: i
 def test_mla_has_equal_widths_unless_told_otherwise() -> None:
     for dim in (8, 64, 128):
         config = tiny_config("mla", head_dim=dim)
-        assert config.qk_nope_head_dim + config.qk_rope_head_dim == config.v_head_dim == dim
-    DynamaskForCausalLM(tiny_config("mla", v_head_dim=12))
+        assert config.mla["qk_nope_head_dim"] + config.mla["qk_rope_head_dim"] == config.mla["v_head_dim"] == dim
+    DynamaskForCausalLM(tiny_config("mla", mla={"v_head_dim": 12}))
