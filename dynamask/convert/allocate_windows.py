@@ -14,8 +14,11 @@ from dynamask.convert.attention import Projected, call_facts
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.models import check_converted, set_windows
 from dynamask.convert.progress import Clock, Report, checked_block
+from dynamask.convert.window_errors import candidate_windows, cheapest_windows, window_errors
 from dynamask.errors import InvalidInputError
 from dynamask.ops.checks import check_window
+
+METHODS = ("threshold", "loss")
 
 
 def allocate_windows(
@@ -23,7 +26,8 @@ def allocate_windows(
     blocks: Iterable[Tensor],
     window: int,
     *,
-    max_batches: int = 8,
+    method: str = "threshold",
+    max_batches: int | None = None,
     progress: Report | None = None,
 ) -> list[list[int] | None]:
     """Set a window for each key/value head, so that their mean is `window`.
@@ -32,11 +36,16 @@ def allocate_windows(
     it, over all heads, says how many keys each head needs at the end of a block; the threshold is chosen so that they
     are as many as the budget allows.
 
+    With method "loss" the divergence that each head's window causes is estimated from the model's gradients
+    (`dynamask.convert.window_errors`) for windows of several sizes, and the budget goes where it saves most. It takes
+    a backward pass of the model.
+
     Args:
         model: made by `dynamask.convert.upcycle`, with ranks trained by `learn_ranks`.
         blocks: iterable of (B, N) token ids; N is the context that the windows are made for.
         window: mean over the key/value heads of the layers that rank, at least local + sinks.
-        max_batches: read no more than so many of the blocks.
+        method: "threshold" or "loss".
+        max_batches: read no more than so many of the batches; None: all, so they must come to an end.
         progress: called after every block.
 
     Returns:
@@ -52,16 +61,25 @@ def allocate_windows(
     (window,) = check_window(window, config.local, config.sinks)
     if not config.trained_ranks:
         raise InvalidInputError("allocate_windows: the ranks of this model are untrained; run learn_ranks first")
+    if method not in METHODS:
+        raise InvalidInputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     layers, groups = config.ranked_layers, config.num_key_value_heads
-    ranks = _ranks(model, blocks, max_batches, progress)
-    context = max((part.shape[-1] for part in ranks), default=0) + config.local + config.sinks
-    if not ranks:
+    batches = [checked_block(block, "allocate_windows") for block in islice(blocks, max_batches)]
+    if not batches:
         raise InvalidInputError("allocate_windows: there are no blocks of tokens")
+    context, least = max(block.shape[1] for block in batches), config.local + config.sinks
     if window >= context:
         chosen = [window] * (len(layers) * groups)
+    elif method == "loss":
+        candidates = candidate_windows(max(least, 1), context)
+        wanted = cheapest_windows(
+            _errors(model, batches, candidates, progress), candidates, window * len(layers) * groups
+        )
+        spare = exact_sum(wanted - least, (window - least) * len(wanted), context - least)
+        chosen = [least + n for n in spare]
     else:
-        spare = window - config.local - config.sinks
-        chosen = [config.local + config.sinks + n for n in counts_above_threshold(ranks, spare)]
+        ranks = _ranks(model, batches, progress)
+        chosen = [least + n for n in counts_above_threshold(ranks, window - least)]
     heads = [chosen[start : start + groups] for start in range(0, len(chosen), groups)]
     by_layer = dict(zip(layers, heads, strict=True))
     windows: list[Any] = []
@@ -71,18 +89,39 @@ def allocate_windows(
     return windows
 
 
-def _ranks(model: Any, blocks: Iterable[Tensor], max_batches: int, progress: Report | None) -> list[Tensor]:
+def _errors(model: Any, batches: list[Tensor], candidates: list[int], progress: Report | None) -> Tensor:
+    """Errors (heads of all ranked layers, candidates), summed over the blocks."""
+    device = next(model.parameters()).device
+    clock = Clock("windows", len(batches))
+    total: Tensor | None = None
+    training = model.training
+    model.eval()
+    try:
+        for number, block in enumerate(batches):
+            found = window_errors(model, block.to(device), candidates)
+            total = found if total is None else total + found
+            clock.tokens += block.numel()
+            if progress is not None:
+                progress(clock.progress(number + 1))
+    finally:
+        model.train(training)
+    assert total is not None
+    if not bool(total.isfinite().all()):
+        raise InvalidInputError("allocate_windows: errors of windows are not finite: the model computes NaN")
+    return total
+
+
+def _ranks(model: Any, batches: list[Tensor], progress: Report | None) -> list[Tensor]:
     """Predicted ranks (heads of all ranked layers, B, contested keys) of every block."""
     config = model.config
     device = next(model.parameters()).device
-    batches = list(islice(blocks, max_batches))
     clock = Clock("windows", len(batches))
     ranks: list[Tensor] = []
     training = model.training
     model.eval()
     try:
         for number, block in enumerate(batches):
-            tokens = checked_block(block, "allocate_windows").to(device)
+            tokens = block.to(device)
             found: list[Tensor] = []
 
             def observe(layer: Projected, found: list[Tensor] = found) -> None:

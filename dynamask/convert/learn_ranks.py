@@ -200,15 +200,16 @@ def _step(
     return torch.stack(losses).mean(), torch.stack(sums).isfinite() & torch.stack(losses).isfinite().all()
 
 
-def run_decoder(model: Any, tokens: Tensor, facts: Any) -> Tensor:
-    """Run a converted model without its output layer: (B, N) token ids to (B, N, hidden).
+def run_decoder(model: Any, tokens: Tensor | None, facts: Any, embedded: Tensor | None = None) -> Tensor:
+    """Run a converted model without its output layer: (B, N) token ids, or their embeddings, to (B, N, hidden).
 
     In bfloat16 where float32 weights lie on a GPU.
     """
     weight = next(model.parameters())
     narrow = weight.is_cuda and weight.dtype == torch.float32
     with torch.autocast("cuda", torch.bfloat16) if narrow else nullcontext():
-        return model.model(input_ids=tokens, use_cache=False, dynamask=facts).last_hidden_state  # type: ignore[no-any-return]
+        outputs = model.model(input_ids=tokens, inputs_embeds=embedded, use_cache=False, dynamask=facts)
+    return outputs.last_hidden_state  # type: ignore[no-any-return]
 
 
 def _rate(step: int, steps: int, warmup: int) -> float:

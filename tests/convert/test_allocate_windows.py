@@ -21,10 +21,11 @@ def trained(llama: Any, **options: Any) -> Any:
     return model
 
 
+@pytest.mark.parametrize("method", ["threshold", "loss"])
 @pytest.mark.parametrize("window", [6, 7, 24, 63, 64, 100])
-def test_the_mean_is_the_budget(llama: Any, window: int) -> None:
+def test_the_mean_is_the_budget(llama: Any, window: int, method: str) -> None:
     model = trained(llama)
-    windows = convert.allocate_windows(model, [torch.randint(3, 300, (2, 64))] * 2, window)
+    windows = convert.allocate_windows(model, [torch.randint(3, 300, (2, 64))] * 2, window, method=method)
     heads = [head for layer in windows for head in layer]  # type: ignore[union-attr]
     assert sum(heads) == 4 * window
     assert min(heads) >= 6
@@ -44,6 +45,8 @@ def test_bad_input(llama: Any) -> None:
     model = trained(llama)
     with pytest.raises(InvalidInputError, match=r"local . sinks must be at most"):
         convert.allocate_windows(model, [torch.randint(3, 300, (2, 64))], 5)
+    with pytest.raises(InvalidInputError, match="method must be one of"):
+        convert.allocate_windows(model, [torch.randint(3, 300, (2, 64))], 24, method="best")
     with pytest.raises(InvalidInputError, match="no blocks"):
         convert.allocate_windows(model, [], 24)
 
