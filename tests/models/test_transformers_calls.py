@@ -144,3 +144,29 @@ def test_weights_on_disk_give_the_same_logits(tmp_path: Path) -> None:
 
 def test_every_variant_is_known() -> None:
     assert set(FEW) <= set(VARIANTS)
+
+
+class _Opaque(torch.nn.Module):
+    """A projection without a weight to read, as quantisers and adapters leave it."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: object) -> torch.Tensor:
+        return self.inner(*args)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["dma", "dma-paper", "swa", "mha", "mla", "nsa"])
+def test_projections_are_called_and_never_read(name: str) -> None:
+    model = variant(name)
+    expected = model(IDS, use_cache=False).logits
+    for module in list(model.modules()):
+        for key, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, key, _Opaque(child))
+    torch.testing.assert_close(model(IDS, use_cache=False).logits, expected)
+    cache = new_cache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in IDS.split([10, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
