@@ -16,7 +16,7 @@ with tempfile.TemporaryDirectory() as folder:
         (texts / f"{i}.txt").write_text(f"Verse {i}.\n" + "The rain in Spain stays mainly in the plain.\n" * 12)
     config = TrainConfig(
         preset="tiny",
-        model={"vocab_size": 400, "num_hidden_layers": 2, "window": 16, "attention": "dma"},
+        model={"vocab_size": 400, "num_hidden_layers": 2, "windows": 16, "attention": "dma"},
         data=[str(texts)],
         output=f"{folder}/run",
         context=64,
