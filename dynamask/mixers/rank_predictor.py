@@ -29,7 +29,7 @@ class RankPredictor(nn.Module):
     def __init__(self, hidden_size: int, num_key_value_heads: int, *, width: int | None = None) -> None:
         super().__init__()
         self.width = max(64, hidden_size // 4) if width is None else width
-        self.up = nn.Linear(hidden_size, self.width, bias=False) if self.width else None
+        self.up = CastingLinear(hidden_size, self.width, bias=False) if self.width else None
         self.down = RankHead(self.width or hidden_size, num_key_value_heads)
 
     def initialize_parameters(self) -> None:
@@ -53,6 +53,16 @@ class RankPredictor(nn.Module):
                 hidden_states = hidden_states.to(self.up.weight.dtype)
             hidden_states = F.silu(self.up(hidden_states))
         return on_grid(self.down(hidden_states)).transpose(1, 2)
+
+
+class CastingLinear(nn.Linear):
+    """A linear layer that takes inputs of any dtype: a predictor may be float32 in a bfloat16 model."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        if not torch.is_autocast_enabled(input.device.type):
+            input = input.to(self.weight.dtype)
+        return super().forward(input)
 
 
 class Float32Linear(nn.Linear):
