@@ -47,10 +47,6 @@ class RankPredictor(nn.Module):
         """
         hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:])
         if self.up is not None:
-            # Float16 models keep predictors in float32; a quantised weight says nothing about the dtype it computes in.
-            cast = self.up.weight.is_floating_point() and not torch.is_autocast_enabled(hidden_states.device.type)
-            if cast:
-                hidden_states = hidden_states.to(self.up.weight.dtype)
             hidden_states = F.silu(self.up(hidden_states))
         return on_grid(self.down(hidden_states)).transpose(1, 2)
 
