@@ -57,6 +57,9 @@ def convert_upcycle(
         int | None, typer.Option(help="Tokens of a block of text; default: the model's context, at most 8192.")
     ] = None,
     batch: Annotated[int, typer.Option(help="Blocks of a step.")] = 4,
+    allocation: Annotated[
+        str, typer.Option(help="Windows by a threshold on predicted importance, or by the loss that they cause.")
+    ] = "threshold",
     needles: Annotated[int, typer.Option(help="Needles of each task, length and depth in the report; 0: none.")] = 2,
     max_tokens: Annotated[int, typer.Option(help="Tokens read from the texts at most.")] = 20_000_000,
     seed: Annotated[int, typer.Option(help="Seed of predictors and order.")] = 0,
@@ -90,6 +93,7 @@ def convert_upcycle(
         batch=batch,
         rank_steps=rank_steps,
         distill_steps=distill_steps,
+        allocation=allocation,
         needles=needles,
         max_tokens=max_tokens,
         seed=seed,
@@ -166,6 +170,8 @@ def _save_converted(model: Any, source: str, target: Path) -> None:
 
     from transformers import AutoTokenizer
 
+    from dynamask.convert.report import plain_card
+
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -174,6 +180,8 @@ def _save_converted(model: Any, source: str, target: Path) -> None:
             AutoTokenizer.from_pretrained(source).save_pretrained(partial)
         except (OSError, ValueError):
             errors.print(f"{source} has no tokenizer; the converted model is saved without one")
+        about = "A Doge model with its attention on dynamask: the same logits, and a cache of fixed size."
+        (partial / "README.md").write_text(plain_card(source, about), encoding="utf-8")
         partial.rename(target)
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror or error}") from error

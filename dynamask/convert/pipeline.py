@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamask.convert.allocate_windows import allocate_windows
+from dynamask.convert.allocate_windows import METHODS, allocate_windows
 from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import reason_not_convertible, set_windows
 from dynamask.convert.progress import Report
-from dynamask.convert.report import ConversionReport, Figures, figures_from, measure
+from dynamask.convert.report import ConversionReport, Figures, figures_from, measure, plain_card
 from dynamask.convert.upcycle import upcycle
 from dynamask.data import documents
 from dynamask.errors import UsageError
@@ -49,6 +49,7 @@ class Conversion:
         block: tokens of a block; None: 8192, or what the model is made for if that is less.
         batch: blocks of a step.
         rank_steps, distill_steps: steps of the two trainings; no distillation with 0.
+        allocation: how windows are set, see `allocate_windows`.
         needles: examples of each needle task, length and depth; 0 leaves the needles out.
         max_tokens: tokens read from the texts at most.
         seed: of the order of the blocks and of the predictors.
@@ -66,6 +67,7 @@ class Conversion:
     batch: int = 4
     rank_steps: int = 300
     distill_steps: int = 0
+    allocation: str = "threshold"
     needles: int = 2
     max_tokens: int = 20_000_000
     seed: int = 0
@@ -130,6 +132,8 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
     for name, least in (("batch", 1), ("rank_steps", 1), ("distill_steps", 0), ("needles", 0), ("max_tokens", 1)):
         if getattr(settings, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(settings, name)}")
+    if settings.allocation not in METHODS:
+        raise UsageError(f"--allocation must be one of {', '.join(METHODS)}; got {settings.allocation!r}")
     check_window(settings.window, settings.local, settings.sinks)
     if settings.target.exists():
         raise UsageError(f"{settings.target} exists already: choose another folder, or delete it")
@@ -248,7 +252,9 @@ def _run(
     else:
         with stage("windows"):
             batches = max(1, _ALLOCATION_BLOCKS // settings.batch)
-            windows = allocate_windows(model, blocks, settings.window, max_batches=batches, progress=progress)
+            windows = allocate_windows(
+                model, blocks, settings.window, method=settings.allocation, max_batches=batches, progress=progress
+            )
         _replace(windows_file, json.dumps(windows).encode())
     if settings.distill_steps:
         say("distilling")
@@ -340,6 +346,12 @@ def _write(model: Any, tokenizer: Any, report: ConversionReport | None, settings
             tokenizer.save_pretrained(partial)
         if report is not None:
             report.save(partial)
+        else:
+            about = (
+                f"Each query sees {settings.window} keys: the first {settings.sinks} and the newest. The ranks are "
+                "untrained; `dynamask.convert.learn_ranks` trains them."
+            )
+            (partial / "README.md").write_text(plain_card(settings.source, about), encoding="utf-8")
         os.rename(partial, settings.target)
     except Exception as error:
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":

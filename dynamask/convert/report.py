@@ -21,6 +21,18 @@ from dynamask.training.loss import output_head
 
 NEEDLE_TASKS = ("single_needle", "multi_key")
 _BINS = 8
+_USE = (
+    "```python",
+    "import dynamask  # registers the architecture",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
+    'tokenizer = AutoTokenizer.from_pretrained("path/or/name")',
+    "```",
+    "",
+    "`pip install dynamask-attention` provides the import.",
+    "",
+)
 
 
 @dataclass(frozen=True)
@@ -197,16 +209,7 @@ class ConversionReport:
                 f"{settings['sinks']}, the newest {settings['local']} and those that a small predictor on the layer's "
                 "hidden state ranks highest. The cache keeps these keys and no others, at any length of the text.",
                 "",
-                "```python",
-                "import dynamask  # registers the architecture",
-                "from transformers import AutoModelForCausalLM, AutoTokenizer",
-                "",
-                'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
-                'tokenizer = AutoTokenizer.from_pretrained("path/or/name")',
-                "```",
-                "",
-                "`pip install dynamask-attention` provides the import.",
-                "",
+                *_USE,
                 "## Figures",
                 "",
                 *table,
@@ -229,6 +232,32 @@ class ConversionReport:
                 "",
             ]
         )
+
+
+def plain_card(source: str, about: str) -> str:
+    """Return the model card of a converted model that nothing was measured of.
+
+    Args:
+        source: the original model's name.
+        about: one sentence on what the conversion did.
+    """
+    base = source if not Path(source).exists() else Path(source).name
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            *([f"base_model: {base}"] if "/" in base else []),
+            "tags: [dynamask, sparse-attention, long-context]",
+            "---",
+            "",
+            f"# {base}, converted by dynamask",
+            "",
+            about,
+            "",
+            *_USE,
+        ]
+    )
 
 
 def _windows_of(entry: Any) -> str:

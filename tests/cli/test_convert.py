@@ -41,7 +41,17 @@ def test_upcycle_runs_all_stages_and_writes_a_report(
 ) -> None:
     target = tmp_path / "new" / "sparse"
     done = dynamask(
-        "convert", "upcycle", str(dense), str(target), *OPTIONS, "--data", str(texts), "--distill-steps", "3"
+        "convert",
+        "upcycle",
+        str(dense),
+        str(target),
+        *OPTIONS,
+        "--data",
+        str(texts),
+        "--distill-steps",
+        "3",
+        "--allocation",
+        "loss",
     )
     assert done.returncode == 0, done.stderr
     assert "loss, all positions" in done.stdout
@@ -98,6 +108,7 @@ def test_without_texts_the_ranks_stay_untrained(dynamask: Command, dense: Path, 
     assert done.returncode == 0, done.stderr
     assert "untrained" in done.said
     assert json.loads((target / "config.json").read_text())["model_type"] == "dynamask_llama"
+    assert "import dynamask" in (target / "README.md").read_text()
     assert dynamask("convert", "doge", str(dense), str(tmp_path / "x")).returncode == 2
     assert not (tmp_path / "x").exists()
 
@@ -136,6 +147,7 @@ Case = Callable[[Path, Path], list[str]]
         (lambda dense, _: [str(dense), "--block", "16"], "--block 16 is too short"),
         (lambda dense, _: [str(dense), "--block", "512"], "context of 256 tokens"),
         (lambda dense, _: [str(dense), "--max-tokens", "200"], "200 tokens, fewer than two blocks of 128"),
+        (lambda dense, _: [str(dense), "--allocation", "best"], "--allocation must be one of threshold, loss"),
         (lambda dense, _: [str(dense), "--batch", "0"], "--batch must be at least 1"),
         (lambda dense, _: [str(dense), "--data", "/no/texts"], "/no/texts"),
         (lambda dense, _: [str(dense), "--dense-layer", "2"], "indices of the 2 layers"),
