@@ -58,19 +58,23 @@ class Case:
 CASES = [
     Case("equal 1024", (1024,) * 4),
     Case("heads 136/136/400/3424", (136, 136, 400, 3424)),
-    Case("equal 512", (512,) * 4),
-    Case("narrow sliding 64", (64,) * 4, "sliding", 4),
     Case("narrow sliding 136", (136,) * 4, "sliding", 4),
-    Case("narrow sliding 300", (300,) * 4, "sliding", 4),
-    Case("narrow random 136", (136,) * 4),
     Case("narrow local 136", (136,) * 4, "random", 4, 128),
     Case("narrow local 300", (300,) * 4, "random", 4, 128),
+    Case("narrow sliding 136 g16", (136,) * 16, "sliding", 4),
+    Case("narrow sliding 64", (64,) * 4, "sliding", 4),
+    Case("narrow sliding 300", (300,) * 4, "sliding", 4),
+    Case("equal 512", (512,) * 4),
+    Case("equal 2048", (2048,) * 4),
     Case("equal 1024 d64", (1024,) * 3, heads=9, dim=64),
     Case("heads 150/200/2722 d64", (150, 200, 2722), heads=9, dim=64),
     Case("narrow sliding 136 d64", (136,) * 3, "sliding", 4, heads=9, dim=64),
-    Case("narrow sliding 136 g16", (136,) * 16, "sliding", 4),
     Case("equal 2048 bias", (2048,) * 4, bias=True),
+    Case("narrow random 136", (136,) * 4),
 ]
+
+FLEX = ("narrow sliding 136",)
+"""Cases in which FlexAttention, which takes long to compile, is timed too."""
 
 
 def expiry_of(case: Case, scores: Tensor) -> Tensor:
@@ -108,22 +112,26 @@ def our_parts(inputs: tuple[Tensor, ...], expiry: Tensor, limits: Any, scale: fl
     lists = kernels.forward_lists(query, value, expiry, limits)
     yield "lists", lambda: kernels.forward_lists(query, value, expiry, limits)
     yield "forward kernel", lambda: forward.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
-    output, lse = forward.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)[:2]
-    prepared = prepare(grad, output, lse)
-    yield "prepare", lambda: prepare(grad, output, lse)
+    output, *parts = forward.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+    sums = prepare(grad, output, *parts, parted=bias is not None)
+    yield "prepare", lambda: prepare(grad, output, *parts, parted=bias is not None)
     dq_lists = build_lists(expiry, query.shape[2], backward_dq.block_of(ratio), limits)
     yield (
         "dq kernel",
-        lambda: backward_dq.query_kernel_launch(grad, query, key, value, expiry, bias, *prepared, dq_lists, scale),
+        lambda: backward_dq.query_kernel_launch(
+            grad, query, key, value, expiry, bias, sums, tuple(parts), dq_lists, scale
+        ),
     )
     yield "walk order", lambda: walking_order(expiry)
     yield (
         "walk",
-        lambda: backward_dkv.walk_kernel_launch(grad, query, key, value, expiry, bias, *prepared, scale),
+        lambda: backward_dkv.walk_kernel_launch(grad, query, key, value, expiry, bias, sums, scale),
     )
 
 
-def peers(case: Case, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -> Iterator[tuple[str, Callable, Any]]:
+def peers(
+    case: Case, query: Tensor, key: Tensor, value: Tensor, grad: Tensor, flex: bool
+) -> Iterator[tuple[str, Callable, Any]]:
     """Sliding-window kernels: name, forward, and what a backward pass needs or None."""
     window = case.peer_window
     if window is None:
@@ -165,6 +173,8 @@ def peers(case: Case, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -
 
     yield "fa2 (keys repeated)", flash2, flash2_backward
 
+    if not flex:
+        return
     from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -176,17 +186,17 @@ def peers(case: Case, query: Tensor, key: Tensor, value: Tensor, grad: Tensor) -
     compiled = torch.compile(flex_attention, dynamic=False)
     leaves = [t.detach().requires_grad_() for t in (query, key, value)]
 
-    def flex() -> Tensor:
+    def flex_forward() -> Tensor:
         return compiled(*leaves, block_mask=blocks, enable_gqa=True)
 
     def flex_backward() -> Any:
-        output = flex()
+        output = flex_forward()
         return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
-    yield "flex", flex, flex_backward
+    yield "flex", flex_forward, flex_backward
 
 
-def measure(case: Case, with_peers: bool, old: bool) -> dict[str, Any]:
+def measure(case: Case, with_peers: bool, with_flex: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     groups, length = len(case.windows), case.length
     row: dict[str, Any] = {"name": case.name, "windows": case.windows, "N": length, "H": case.heads, "D": case.dim}
@@ -195,8 +205,7 @@ def measure(case: Case, with_peers: bool, old: bool) -> dict[str, Any]:
     scores = torch.randn(1, groups, length, device="cuda")
     bias = scores if case.bias else None
     expiry = expiry_of(case, scores)
-    live = tuple(window + case.sinks for window in case.windows)
-    limits: Any = max(live) if old else live
+    limits = tuple(window + case.sinks for window in case.windows)
     work = flops(case, expiry)
     if case.kind == "random":
         row["expiry"] = graph_milliseconds(lambda: key_expiry(scores, min(case.windows[-1], length), local=case.local))
@@ -220,7 +229,7 @@ def measure(case: Case, with_peers: bool, old: bool) -> dict[str, Any]:
     row["forward TFLOP/s"] = work / row["forward"] / 1e9
     row["backward TFLOP/s"] = 2.5 * work / row["backward, a call"] / 1e9
     if with_peers:
-        for name, forward, prepare_backward in peers(case, query, key, value, grad):
+        for name, forward, prepare_backward in peers(case, query, key, value, grad, with_flex):
             try:
                 with torch.no_grad():
                     row[name] = graph_milliseconds(forward)
@@ -235,19 +244,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--commit", help="of the code, where there is no repository")
     parser.add_argument("--no-peers", action="store_true")
-    parser.add_argument("--old", action="store_true", help="kernels that take one max_live for all heads")
+    parser.add_argument("--no-flex", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no case after this long")
     arguments = parser.parse_args()
     began = time.perf_counter()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = arguments.commit or found
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
+    flex = () if arguments.no_flex else FLEX
     rows = []
     for case in CASES:
         if arguments.only not in case.name or time.perf_counter() - began > arguments.seconds:
             continue
         try:
-            row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), arguments.old)
+            row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), case.name in flex)
         except Exception as error:
             row = {"name": case.name, "error": f"{type(error).__name__}: {error}"[:500]}
         rows.append(row)

@@ -99,7 +99,7 @@ def test_in_a_cuda_graph() -> None:
     from dynamask.ops.triton import tables
 
     query, keys = torch.randn(1, 4, 1, 64, device=DEVICE), torch.randn(1, 777, 64, device=DEVICE)
-    tables._cached_table.cache_clear()
+    tables._kept.clear()
     ragged_decode(query, keys, keys, None, (0, 100, 776), backend="triton")  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -108,4 +108,4 @@ def test_in_a_cuda_graph() -> None:
     graph.replay()
     expected = ragged_decode(query, keys, keys, None, (0, 100, 777), backend="torch")
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
-    assert tables._cached_table.cache_info().currsize == 1
+    assert len(tables._kept) == 1

@@ -4,7 +4,8 @@ The walk of `backward_walk.py` with loading and multiplying apart, as in `forwar
 of queries and output gradients, and two consumers hold 64 keys each, with their gradients in registers. All four
 products take one operand from registers or in its natural layout, so nothing goes back to shared memory. Walks differ
 in length by orders of magnitude, so they are cut into pieces that load persistent programs alike (`pieces_hopper.py`);
-a piece adds its sums to the result by atomics, a few thousandths of what one atomic per key and block of queries moves.
+a piece adds its sums to the result by atomics, a few thousandths of what one atomic per key and block of queries moves,
+or, where it takes a tile whole, writes them (`whole_tiles.py`).
 The producer, which is some steps ahead, finds the pieces and tells the consumers.
 """
 
@@ -24,7 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dynamask.ops.hopper.producer import by_lane, take, tell
+from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.hopper.tile_scheduler import chunk_steps, leg_of, own_queries, piece_queries, proceed, search_levels
+from dynamask.ops.hopper.whole_tiles import clear_split_tiles, narrow_split_tiles
 from dynamask.ops.triton.backward_walk import walk_steps, walking_order
 
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -47,6 +50,9 @@ _LEGS = 1 << 21
 _OVERHEAD = 2
 """Steps that beginning and ending a piece takes as long as."""
 
+WHOLE_TILES = True
+"""Write the gradients of tiles that one piece takes whole without atomics."""
+
 _FANOUT = 256
 """Numbers that each level of the search for a tile looks at."""
 
@@ -58,38 +64,49 @@ def walk_kernel_launch(
     value: Tensor,
     expiry: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
+    sums: RowSums,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward_walk.walk_kernel_launch`, all three in float32; inputs that `gluon.hopper` lets through."""
+    """As `backward_walk.walk_kernel_launch`; inputs that `gluon.hopper` lets through."""
     _, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
-    d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
+    key_sum, value_sum = (torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
+    d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
     order = walking_order(expiry)
     step = _ROWS // next_power_of_2(ratio)
     tiles = cdiv(length, 2 * _KEYS)
     span = step * max(_SPAN, cdiv(num_queries * tiles * (expiry.numel() // length), _LEGS * step))
     starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, span, _OVERHEAD)
-    _walk[(_programs(query.device),)](
+    programs = _programs(query.device)
+    cut = (num_queries, tiles, span, 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
+    whole = clear_split_tiles(order, starts, ends, through, (key_sum, value_sum), *cut)
+    if not WHOLE_TILES:
+        whole.clamp_(max=0)
+        key_sum.zero_()
+        value_sum.zero_()
+    _walk[(programs,)](
         grad_output,
         query,
         key,
         value,
         expiry,
-        expiry if bias is None else bias * _LOG2E.value,
-        lse,
-        delta,
+        expiry if bias is None else bias,
+        sums.lse if sums.top is None else sums.top,
+        sums.lse,
+        sums.delta,
         order,
         starts,
         ends,
         through,
+        whole,
+        key_sum,
+        value_sum,
         d_key,
         d_value,
         d_bias,
-        scale * _LOG2E.value,
+        scale * (_LOG2E.value if bias is None else 1.0),
         scale,
         heads,
         num_queries,
@@ -116,6 +133,7 @@ def walk_kernel_launch(
         num_warps=4,
         **_tuning(max(dim, value_dim)),
     )
+    narrow_split_tiles(order, expiry, whole, (key_sum, value_sum), (d_key, d_value), tiles, 2 * _KEYS)
     return d_key, d_value, d_bias
 
 
@@ -132,6 +150,7 @@ def _programs(device: torch.device) -> int:
 def _produce(
     grad_output,
     query,
+    top,
     lse,
     delta,
     heads,
@@ -140,6 +159,7 @@ def _produce(
     starts,
     ends,
     through,
+    whole,
     tiles,
     spans,
     span,
@@ -148,6 +168,7 @@ def _produce(
     queries,
     grads,
     tops,
+    lses,
     deltas,
     told,
     taken,
@@ -166,6 +187,7 @@ def _produce(
     SLOTS: gl.constexpr,
     STAGES: gl.constexpr,
     PART: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):
     """Find this program's pieces, tell the consumers, and copy what each piece's queries need, in order."""
     q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
@@ -196,7 +218,7 @@ def _produce(
         begin = first.to(gl.int32)
         end = last.to(gl.int32)
         if begin < end:
-            tell(pieces, told, taken, turn, item, begin, end, 0, SLOTS)
+            tell(pieces, told, taken, turn, item, begin, end, gl.load(whole + item), SLOTS)
             turn += 1
             first_head = row // GROUPS * heads + row % GROUPS * RATIO
             for start in range(begin, end, M):
@@ -205,7 +227,9 @@ def _produce(
                 position = start + tile % M
                 real = (tile // M < RATIO) & (position < length)
                 at = (first_head + tile // M).to(gl.int64) * num_queries + position - first_query
-                async_copy.async_copy_global_to_shared(tops.index(stage), lse + at, mask=real)
+                async_copy.async_copy_global_to_shared(lses.index(stage), lse + at, mask=real)
+                if HAS_BIAS:
+                    async_copy.async_copy_global_to_shared(tops.index(stage), top + at, mask=real)
                 async_copy.async_copy_global_to_shared(deltas.index(stage), delta + at, mask=real)
                 for part in gl.static_range(0, ROWS, PART):
                     r = part + gl.arange(0, PART, gl.SliceLayout(1, q_layout))
@@ -259,6 +283,8 @@ def _consume(
     expiry,
     bias,
     order,
+    key_sum,
+    value_sum,
     d_key,
     d_value,
     d_bias,
@@ -273,6 +299,7 @@ def _consume(
     queries,
     grads,
     tops,
+    lses,
     deltas,
     told,
     taken,
@@ -305,7 +332,7 @@ def _consume(
     columns: gl.constexpr = gl.SliceLayout(0, s_layout)
     step = 0
     turn = 0
-    item, begin, end, _ = take(pieces, told, taken, turn, SLOTS)
+    item, begin, end, whole = take(pieces, told, taken, turn, SLOTS)
     while item >= 0:
         row = item // tiles
         tile = item % tiles
@@ -363,10 +390,16 @@ def _consume(
             fence_async_shared()
             s = warpgroup_mma(keys, queries.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             dp = warpgroup_mma(values, grads.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            top = tops.index(stage).load(columns)
+            lse = lses.index(stage).load(columns)
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-            p = gl.exp2(s * factor + (own[:, None] - top[None, :]))
-            if (start < latest) | (start + M > soonest):
+            if HAS_BIAS:
+                # Differences first, as in the forward pass.
+                top = tops.index(stage).load(columns)
+                p = gl.exp2((s * factor + own[:, None] - top[None, :]) * _LOG2E - lse[None, :])
+            else:
+                p = gl.exp2(s * factor - lse[None, :])
+            tested = (start < latest) | (start + M > soonest)
+            if tested:
                 position = start + offset
                 age = position[None, :] - lives.index(2 * CONSUMER).load(s_rows)[:, None]
                 life = lives.index(2 * CONSUMER + 1).load(s_rows)[:, None]
@@ -379,6 +412,9 @@ def _consume(
             delta = deltas.index(stage).load(columns)
             dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
             ds = p * (dp - delta[None, :])
+            if tested:
+                # Queries that see a NaN elsewhere have one in `delta`.
+                ds = gl.where(p == 0.0, 0.0, ds)
             if HAS_BIAS:
                 b_sum += by_lane(ds)
             slopes = gl.convert_layout(ds.to(dtype), gl.DotOperandLayout(0, k_layout, 2))
@@ -389,24 +425,26 @@ def _consume(
             step += 1
         step = _pass_over(full, empty, step, after, STAGES)
         j = lives.index(2 * CONSUMER).load(k_rows)
-        lived = lives.index(2 * CONSUMER + 1).load(k_rows) > 0
+        k_lived = lives.index(2 * CONSUMER + 1).load(k_rows) > 0
         d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
-        gl.atomic_add(
-            d_key + ((base + j) * DIM)[:, None] + d[None, :], k_sum * scale, mask=lived[:, None], sem="relaxed"
-        )
+        k_place = ((base + j) * DIM)[:, None] + d[None, :]
         j = lives.index(2 * CONSUMER).load(v_rows)
-        lived = lives.index(2 * CONSUMER + 1).load(v_rows) > 0
+        v_lived = lives.index(2 * CONSUMER + 1).load(v_rows) > 0
         dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
-        gl.atomic_add(
-            d_value + ((base + j) * VALUE_DIM)[:, None] + dv[None, :], v_sum, mask=lived[:, None], sem="relaxed"
-        )
+        v_place = ((base + j) * VALUE_DIM)[:, None] + dv[None, :]
+        if whole > 0:
+            gl.store(d_key + k_place, (k_sum * scale).to(dtype), mask=k_lived[:, None])
+            gl.store(d_value + v_place, v_sum.to(dtype), mask=v_lived[:, None])
+        else:
+            gl.atomic_add(key_sum + k_place, k_sum * scale, mask=k_lived[:, None], sem="relaxed")
+            gl.atomic_add(value_sum + v_place, v_sum, mask=v_lived[:, None], sem="relaxed")
         if HAS_BIAS:
             j = lives.index(2 * CONSUMER).load(s_rows)
             lived = lives.index(2 * CONSUMER + 1).load(s_rows) > 0
             summed = gl.convert_layout(gl.sum(b_sum, 1), s_rows)
             gl.atomic_add(d_bias + base + j, summed, mask=lived, sem="relaxed")
         turn += 1
-        item, begin, end, _ = take(pieces, told, taken, turn, SLOTS)
+        item, begin, end, whole = take(pieces, told, taken, turn, SLOTS)
 
 
 @gluon.jit
@@ -417,12 +455,16 @@ def _walk(
     value,
     expiry,
     bias,
+    top,
     lse,
     delta,
     order,
     starts,
     ends,
     through,
+    whole,
+    key_sum,
+    value_sum,
     d_key,
     d_value,
     d_bias,
@@ -466,6 +508,7 @@ def _walk(
     queries = gl.allocate_shared_memory(dtype, [STAGES, ROWS, DIM], q_shared)
     grads = gl.allocate_shared_memory(dtype, [STAGES, ROWS, VALUE_DIM], g_shared)
     tops = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
+    lses = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
     deltas = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], flat)
     lives = gl.allocate_shared_memory(gl.int32, [4, KEYS], flat)
     pieces = gl.allocate_shared_memory(gl.int32, [SLOTS, 4], flat)
@@ -486,27 +529,27 @@ def _walk(
             (
                 _consume,
                 (
-                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
-                    tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
+                    key, value, expiry, bias, order, key_sum, value_sum, d_key, d_value, d_bias, factor, scale, length,
+                    tiles, pieces, keys, values, lives, queries, grads, tops, lses, deltas, told, taken, full, empty,
                     DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 0,
                 ),
             ),
             (
                 _consume,
                 (
-                    key, value, expiry, bias, order, d_key, d_value, d_bias, factor, scale, length,
-                    tiles, pieces, keys, values, lives, queries, grads, tops, deltas, told, taken, full, empty,
+                    key, value, expiry, bias, order, key_sum, value_sum, d_key, d_value, d_bias, factor, scale, length,
+                    tiles, pieces, keys, values, lives, queries, grads, tops, lses, deltas, told, taken, full, empty,
                     DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 1,
                 ),
             ),
             (
                 _produce,
                 (
-                    grad_output, query, lse, delta, heads, num_queries, length,
-                    starts, ends, through, tiles, spans, span, count, pieces, queries, grads, tops, deltas,
+                    grad_output, query, top, lse, delta, heads, num_queries, length,
+                    starts, ends, through, whole, tiles, spans, span, count, pieces, queries, grads, tops, lses, deltas,
                     told, taken, full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, TARGET, OVERHEAD, FANOUT, LEVELS, SLOTS, STAGES,
-                    PART,
+                    PART, HAS_BIAS,
                 ),
             ),
         ],

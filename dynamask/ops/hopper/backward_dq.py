@@ -19,6 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dynamask.ops.hopper.producer import produce, take
+from dynamask.ops.hopper.redo import redo_dq, tickets_and_flags
+from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.triton.lists import KeyLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -37,15 +39,16 @@ def query_kernel_launch(
     value: Tensor,
     expiry: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
+    sums: RowSums,
+    parts: tuple[Tensor, Tensor],
     lists: KeyLists,
     scale: float,
 ) -> Tensor:
     """dQ in the query's dtype.
 
     Args:
-        lse, delta: as `backward.prepare` gives them.
+        sums: as `backward.prepare` gives them.
+        parts: of the log-sum-exp, as the forward pass gives them.
         lists: of blocks of `block_of` queries.
 
     The others as in `backward.backward_kernel_launch`; inputs that `gluon.hopper` lets through.
@@ -57,22 +60,25 @@ def query_kernel_launch(
     d_query = torch.empty_like(query)
     items = blocks * batch * groups
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    tickets, flags = tickets_and_flags(items * _CONSUMERS, query.device)
     _backward_query[(programs,)](
         grad_output,
         query,
         key,
         value,
         expiry,
-        expiry if bias is None else bias * _LOG2E.value,
-        lse,
-        delta,
+        expiry if bias is None else bias,
+        sums.lse if sums.top is None else sums.top,
+        sums.lse,
+        sums.delta,
         lists.index,
         lists.whole,
         lists.partial,
         lists.table,
-        torch.zeros(1, dtype=torch.int32, device=query.device),
+        tickets,
+        flags,
         d_query,
-        scale * _LOG2E.value,
+        scale * (_LOG2E.value if bias is None else 1.0),
         scale,
         items,
         batch,
@@ -88,7 +94,7 @@ def query_kernel_launch(
         VALUE_DIM=value_dim,
         ROWS=_ROWS,
         N=64,
-        STAGES=4 if max(dim, value_dim) > 64 else 8,
+        STAGES=stages(max(dim, value_dim)),
         SLOTS=4,
         CONSUMERS=_CONSUMERS,
         PRODUCER_REGISTERS=72,
@@ -96,7 +102,13 @@ def query_kernel_launch(
         HAS_BIAS=bias is not None,
         num_warps=4,
     )
+    redo_dq(grad_output, query, key, value, expiry, bias, *parts, sums.delta, lists, flags, _CONSUMERS, d_query, scale)
     return d_query
+
+
+def stages(dim: int) -> int:
+    """Tiles of keys and values in shared memory, beside two buffers of queries and output gradients."""
+    return 3 if dim > 64 else 8
 
 
 def block_of(ratio: int) -> int:
@@ -105,12 +117,13 @@ def block_of(ratio: int) -> int:
 
 
 @gluon.jit
-def _weights(s, row_lse, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr):
+def _weights(s, row_top, row_lse, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr):
     """Attention weights of one tile of scores, from the forward's log-sum-exp."""
     columns: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     s = s * factor
     if HAS_BIAS:
-        s += biases.index(stage).load(columns)[None, :]
+        # Differences first, as in the forward pass.
+        s = (s + biases.index(stage).load(columns)[None, :] - row_top[:, None]) * _LOG2E
     p = gl.exp2(s - row_lse[:, None])
     if tested:
         born = places.index(stage).load(columns)
@@ -121,14 +134,15 @@ def _weights(s, row_lse, biases, deaths, places, position, stage, tested, factor
 
 @gluon.jit
 def _consume(
-    query,
-    grad_output,
+    top,
     lse,
     delta,
+    flags,
     d_query,
     heads,
     num_queries,
     length,
+    blocks,
     factor,
     scale,
     all_queries,
@@ -158,23 +172,16 @@ def _consume(
     CONSUMER: gl.constexpr,
 ):
     """dQ of the query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block."""
-    dtype: gl.constexpr = query.dtype.element_ty
+    dtype: gl.constexpr = d_query.dtype.element_ty
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     d_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
-    g_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // VALUE_DIM, VALUE_DIM // 8], [4, 1], [1, 0])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     QUERIES: gl.constexpr = ROWS // RATIO_PAD
     M: gl.constexpr = QUERIES * CONSUMERS
-    q_tile = gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
-    g_tile = gl.arange(0, ROWS, gl.SliceLayout(1, g_layout))
     s_tile = gl.arange(0, ROWS, s_rows)
     d_tile = gl.arange(0, ROWS, gl.SliceLayout(1, d_layout))
-    q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
-    g_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, g_layout))
     d_columns = gl.arange(0, DIM, gl.SliceLayout(0, d_layout))
-    queries, grads = all_queries.index(CONSUMER), all_grads.index(CONSUMER)
     nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
     step = 0
     turn = 0
@@ -182,22 +189,16 @@ def _consume(
     while row >= 0:
         first_head = row // GROUPS * heads + row % GROUPS * RATIO
         first_place = block * M + CONSUMER * QUERIES
-        q_place = first_place + q_tile % QUERIES
-        q_row = (first_head + q_tile // QUERIES).to(gl.int64) * num_queries + q_place
-        q_real = (q_tile // QUERIES < RATIO) & (q_place < num_queries)
-        queries.store(gl.load(query + (q_row * DIM)[:, None] + q_columns[None, :], mask=q_real[:, None], other=0.0))
-        g_place = first_place + g_tile % QUERIES
-        g_row = (first_head + g_tile // QUERIES).to(gl.int64) * num_queries + g_place
-        g_real = (g_tile // QUERIES < RATIO) & (g_place < num_queries)
-        grads.store(
-            gl.load(grad_output + (g_row * VALUE_DIM)[:, None] + g_columns[None, :], mask=g_real[:, None], other=0.0)
-        )
-        fence_async_shared()
+        buffer = turn % 2 * CONSUMERS + CONSUMER
+        queries, grads = all_queries.index(buffer), all_grads.index(buffer)
         s_place = first_place + s_tile % QUERIES
         s_row = (first_head + s_tile // QUERIES).to(gl.int64) * num_queries + s_place
         s_real = (s_tile // QUERIES < RATIO) & (s_place < num_queries)
         # A row of no query weighs nothing: exp2(s - inf) = 0.
         row_lse = gl.load(lse + s_row, mask=s_real, other=float("inf"))
+        row_top = row_lse
+        if HAS_BIAS:
+            row_top = gl.load(top + s_row, mask=s_real, other=0.0)
         row_delta = gl.load(delta + s_row, mask=s_real, other=0.0)
         position = length - num_queries + s_place
         mixed = gl.full([ROWS, DIM], 0.0, gl.float32, d_layout)
@@ -210,7 +211,7 @@ def _consume(
             s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             dp = warpgroup_mma(grads, values.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
-            p = _weights(s, row_lse, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
+            p = _weights(s, row_top, row_lse, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
             dp = warpgroup_mma_wait(num_outstanding=0, deps=(dp,))
             # One arrival a tile, for its values and for the keys of the tile before, of an earlier item if need be.
             mbarrier.arrive(empty.index(stage), count=1)
@@ -229,7 +230,17 @@ def _consume(
                 )
                 s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
                 p = _weights(
-                    s, row_lse, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
+                    s,
+                    row_top,
+                    row_lse,
+                    biases,
+                    deaths,
+                    places,
+                    position,
+                    following,
+                    begin + N > num_whole,
+                    factor,
+                    HAS_BIAS,
                 )
                 dp, mixed = warpgroup_mma_wait(num_outstanding=0, deps=(dp, mixed))
                 mbarrier.arrive(empty.index(following), count=1)
@@ -243,6 +254,11 @@ def _consume(
         d_row = (first_head + d_tile // QUERIES).to(gl.int64) * num_queries + d_place
         d_real = (d_tile // QUERIES < RATIO) & (d_place < num_queries)
         gl.store(d_query + (d_row * DIM)[:, None] + d_columns[None, :], (mixed * scale).to(dtype), mask=d_real[:, None])
+        # A key that is not finite reached rows that do not see it; `redo_dq` looks at the flag.
+        checksum = gl.sum(mixed, 1)
+        d_rows: gl.constexpr = gl.SliceLayout(1, d_layout)
+        flag = gl.zeros([ROWS], gl.int32, d_rows) + ((row * blocks + block) * CONSUMERS + CONSUMER)
+        gl.store(flags + flag, gl.full([ROWS], 1, gl.int32, d_rows), mask=checksum != checksum)
         turn += 1
         row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
 
@@ -255,6 +271,7 @@ def _backward_query(
     value,
     expiry,
     bias,
+    top,
     lse,
     delta,
     index,
@@ -262,6 +279,7 @@ def _backward_query(
     partial,
     table,
     tickets,
+    flags,
     d_query,
     factor,
     scale,
@@ -293,8 +311,8 @@ def _backward_query(
     v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, VALUE_DIM], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    queries = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], q_shared)
-    grads = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, VALUE_DIM], g_shared)
+    queries = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, ROWS, DIM], q_shared)
+    grads = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, ROWS, VALUE_DIM], g_shared)
     keys = gl.allocate_shared_memory(dtype, [STAGES, N, DIM], k_shared)
     values = gl.allocate_shared_memory(dtype, [STAGES, N, VALUE_DIM], v_shared)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
@@ -320,7 +338,7 @@ def _backward_query(
             (
                 _consume,
                 (
-                    query, grad_output, lse, delta, d_query, heads, num_queries, length, factor, scale, queries, grads,
+                    top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries, grads,
                     keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 0,
                 ),
@@ -328,7 +346,7 @@ def _backward_query(
             (
                 _consume,
                 (
-                    query, grad_output, lse, delta, d_query, heads, num_queries, length, factor, scale, queries, grads,
+                    top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries, grads,
                     keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 1,
                 ),
@@ -336,9 +354,10 @@ def _backward_query(
             (
                 produce,
                 (
-                    key, value, expiry, bias, index, whole, partial, table, tickets, items, batch_size, length, blocks,
-                    entries, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    1, 0, GROUPS, DIM, VALUE_DIM, N, STAGES, SLOTS, HAS_BIAS,
+                    query, grad_output, key, value, expiry, bias, index, whole, partial, table, tickets, items,
+                    batch_size, heads, num_queries, length, blocks, entries, queries, grads, keys, values, biases,
+                    deaths, places, work, told, taken, key_full, value_full, empty,
+                    1, 0, GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, True, HAS_BIAS,
                 ),
             ),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -25,7 +26,14 @@ def hopper(module: str, query: Tensor, value: Tensor) -> ModuleType | None:
         return None
     if any(width not in (32, 64, 128) for width in widths):
         return None
+    return importlib.import_module(f"dynamask.ops.hopper.{module}") if _has_gluon() else None
+
+
+@lru_cache(maxsize=1)
+def _has_gluon() -> bool:
+    """Looked for by itself: an import that fails in this package is a fault, and no reason to take the slower path."""
     try:
-        return importlib.import_module(f"dynamask.ops.hopper.{module}")
+        import triton.experimental.gluon  # noqa: F401
     except ImportError:
-        return None
+        return False
+    return True

@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from dynamask.ops.hopper.producer import by_lane, hold, produce, take
+from dynamask.ops.hopper.redo import redo_forward, tickets_and_flags
 from dynamask.ops.triton.lists import KeyLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -41,30 +42,33 @@ def forward_kernel_launch(
     bias: Tensor | None,
     lists: KeyLists,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """As `forward.forward_kernel_launch`; inputs that `gluon.hopper` lets through."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `dynamask.ops.triton.forward.forward_kernel_launch`; inputs that `dispatch.hopper` lets through."""
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
     blocks = lists.whole.shape[1]
     output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
-    lse = torch.empty(batch, heads, num_queries, dtype=torch.float32, device=query.device)
+    largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
     items = blocks * batch * groups
     programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
+    tickets, flags = tickets_and_flags(items * _CONSUMERS, query.device)
     _forward[(programs,)](
         query,
         key,
         value,
         expiry,
-        expiry if bias is None else bias * _LOG2E.value,
+        expiry if bias is None else bias,
         lists.index,
         lists.whole,
         lists.partial,
         lists.table,
-        torch.zeros(1, dtype=torch.int32, device=query.device),
+        tickets,
+        flags,
         output,
-        lse,
-        scale * _LOG2E.value,
+        largest,
+        rest,
+        scale * (_LOG2E.value if bias is None else 1.0),
         items,
         batch,
         heads,
@@ -82,9 +86,10 @@ def forward_kernel_launch(
         CONSUMERS=_CONSUMERS,
         HAS_BIAS=bias is not None,
         num_warps=4,
-        **tiles(max(dim, value_dim)),
+        **tiles(max(dim, value_dim), bias is not None),
     )
-    return output, lse
+    redo_forward(query, key, value, expiry, bias, lists, flags, _CONSUMERS, output, largest, rest, scale)
+    return output, largest, rest
 
 
 def block_of(ratio: int) -> int:
@@ -92,10 +97,12 @@ def block_of(ratio: int) -> int:
     return _CONSUMERS * _ROWS // next_power_of_2(ratio)
 
 
-def tiles(dim: int) -> dict[str, int]:
+def tiles(dim: int, bias: bool) -> dict[str, int]:
     """Keys per stage, stages and registers of the warps' roles for a head width."""
-    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md). All of a multiprocessor's registers are given out.
-    return {"N": 64, "STAGES": 4 if dim > 64 else 8, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 152}
+    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md). All of a multiprocessor's registers are given out, and
+    # with two buffers of queries nearly all of its shared memory: a bias leaves room for three stages.
+    stages = 8 if dim <= 64 else 3 if bias else 4
+    return {"N": 64, "STAGES": stages, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 152}
 
 
 @gluon.jit
@@ -104,6 +111,7 @@ def _softmax(s, top, biases, deaths, places, position, stage, tested, factor, HA
     columns: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     s = s * factor
     if HAS_BIAS:
+        # Not to base 2 yet: a large bias times log2(e) may be infinite.
         s += biases.index(stage).load(columns)[None, :]
     if tested:
         born = places.index(stage).load(columns)
@@ -113,17 +121,22 @@ def _softmax(s, top, biases, deaths, places, position, stage, tested, factor, HA
     new_top = gl.maximum(top, gl.max(s, 1))
     # A row that has seen nothing yet has top -inf; -inf - -inf would be NaN.
     base = gl.where(new_top == float("-inf"), 0.0, new_top)
-    return gl.exp2(s - base[:, None]), gl.exp2(top - base), new_top
+    if HAS_BIAS:
+        return gl.exp2((s - base[:, None]) * _LOG2E), gl.exp2((top - base) * _LOG2E), new_top
+    else:
+        return gl.exp2(s - base[:, None]), gl.exp2(top - base), new_top
 
 
 @gluon.jit
 def _consume(
-    query,
     output,
-    lse,
+    largest,
+    rest,
+    flags,
     heads,
     num_queries,
     length,
+    blocks,
     factor,
     all_queries,
     keys,
@@ -151,23 +164,19 @@ def _consume(
     CONSUMER: gl.constexpr,
 ):
     """The query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block, against every stage."""
-    dtype: gl.constexpr = query.dtype.element_ty
+    dtype: gl.constexpr = output.dtype.element_ty
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, VALUE_DIM, 16]
     )
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    q_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [4, 1], [1, 0])
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     QUERIES: gl.constexpr = ROWS // RATIO_PAD
     M: gl.constexpr = QUERIES * CONSUMERS
-    q_tile = gl.arange(0, ROWS, gl.SliceLayout(1, q_layout))
     s_tile = gl.arange(0, ROWS, s_rows)
     o_tile = gl.arange(0, ROWS, o_rows)
-    q_columns = gl.arange(0, DIM, gl.SliceLayout(0, q_layout))
     o_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, o_layout))
-    queries = all_queries.index(CONSUMER)
     nothing = gl.full([ROWS, N], 0.0, gl.float32, s_layout)
     step = 0
     turn = 0
@@ -175,12 +184,7 @@ def _consume(
     while row >= 0:
         first_head = row // GROUPS * heads + row % GROUPS * RATIO
         first_place = block * M + CONSUMER * QUERIES
-        q_place = first_place + q_tile % QUERIES
-        q_row = (first_head + q_tile // QUERIES).to(gl.int64) * num_queries + q_place
-        q_real = (q_tile // QUERIES < RATIO) & (q_place < num_queries)
-        q = gl.load(query + (q_row * DIM)[:, None] + q_columns[None, :], mask=q_real[:, None], other=0.0)
-        queries.store(q)
-        fence_async_shared()
+        queries = all_queries.index(turn % 2 * CONSUMERS + CONSUMER)
         position = length - num_queries + first_place + s_tile % QUERIES
         top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)
         total = by_lane(nothing)
@@ -227,12 +231,19 @@ def _consume(
         o_row = (first_head + o_tile // QUERIES).to(gl.int64) * num_queries + o_place
         o_real = (o_tile // QUERIES < RATIO) & (o_place < num_queries)
         summed = gl.convert_layout(gl.sum(total, 1), o_rows)
+        share = 1.0 / gl.where(summed == 0.0, 1.0, summed)
         gl.store(
             output + (o_row * VALUE_DIM)[:, None] + o_columns[None, :],
-            (mixed / gl.where(summed == 0.0, 1.0, summed)[:, None]).to(dtype),
+            (mixed * share[:, None]).to(dtype),
             mask=o_real[:, None],
         )
-        gl.store(lse + o_row, (gl.convert_layout(top, o_rows) + gl.log2(summed)) * _LN2, mask=o_real)
+        unit: gl.constexpr = 1.0 if HAS_BIAS else _LN2.value
+        gl.store(largest + o_row, gl.convert_layout(top, o_rows) * unit, mask=o_real)
+        gl.store(rest + o_row, gl.log2(summed) * _LN2, mask=o_real)
+        # A value that is not finite reached rows that may not see it: 0 · NaN is NaN. `redo_forward` looks at it.
+        checksum = gl.sum(mixed, 1)
+        flag = gl.zeros([ROWS], gl.int32, o_rows) + ((row * blocks + block) * CONSUMERS + CONSUMER)
+        gl.store(flags + flag, gl.full([ROWS], 1, gl.int32, o_rows), mask=checksum != checksum)
         turn += 1
         row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
 
@@ -249,8 +260,10 @@ def _forward(
     partial,
     table,
     tickets,
+    flags,
     output,
-    lse,
+    largest,
+    rest,
     factor,
     items,
     batch_size,
@@ -279,7 +292,7 @@ def _forward(
     v_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([N, VALUE_DIM], dtype)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
-    queries = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, DIM], q_shared)
+    queries = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, ROWS, DIM], q_shared)
     keys = gl.allocate_shared_memory(dtype, [STAGES, N, DIM], k_shared)
     values = gl.allocate_shared_memory(dtype, [STAGES, N, VALUE_DIM], v_shared)
     biases = gl.allocate_shared_memory(gl.float32, [STAGES, N], flat)
@@ -305,33 +318,34 @@ def _forward(
             (
                 _consume,
                 (
-                    query, output, lse, heads, num_queries, length, factor, queries, keys, values, biases, deaths,
-                    places, work, told, taken, key_full, value_full, empty,
+                    output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
+                    biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 0,
                 ),
             ),
             (
                 _consume,
                 (
-                    query, output, lse, heads, num_queries, length, factor, queries, keys, values, biases, deaths,
-                    places, work, told, taken, key_full, value_full, empty,
+                    output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
+                    biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 1,
                 ),
             ),
             (
                 _consume,
                 (
-                    query, output, lse, heads, num_queries, length, factor, queries, keys, values, biases, deaths,
-                    places, work, told, taken, key_full, value_full, empty,
+                    output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
+                    biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 2,
                 ),
             ),
             (
                 produce,
                 (
-                    key, value, expiry, bias, index, whole, partial, table, tickets, items, batch_size, length, blocks,
-                    entries, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    0, 1, GROUPS, DIM, VALUE_DIM, N, STAGES, SLOTS, HAS_BIAS,
+                    query, query, key, value, expiry, bias, index, whole, partial, table, tickets, items, batch_size,
+                    heads, num_queries, length, blocks, entries, queries, queries, keys, values, biases, deaths, places,
+                    work, told, taken, key_full, value_full, empty,
+                    0, 1, GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, False, HAS_BIAS,
                 ),
             ),
         ],

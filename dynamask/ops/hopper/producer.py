@@ -36,7 +36,40 @@ def take(slots, told, taken, turn, SLOTS: gl.constexpr):
 
 
 @gluon.jit
+def copy_queries(
+    source,
+    target,
+    buffer,
+    first_head,
+    first_place,
+    num_queries,
+    WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
+):
+    """Copy a block's rows of `source` (B, H, Nq, WIDTH) to the consumers' tiles of a buffer; zeros where are none."""
+    PART: gl.constexpr = 16
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    QUERIES: gl.constexpr = ROWS // RATIO_PAD
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    for consumer in gl.static_range(CONSUMERS):
+        for part in gl.static_range(0, ROWS, PART):
+            r = part + gl.arange(0, PART, gl.SliceLayout(1, layout))
+            place = first_place + consumer * QUERIES + r % QUERIES
+            at = (first_head + r // QUERIES).to(gl.int64) * num_queries + place
+            async_copy.async_copy_global_to_shared(
+                target.index(buffer * CONSUMERS + consumer).slice(part, PART),
+                source + (at * WIDTH)[:, None] + columns[None, :],
+                mask=((r // QUERIES < RATIO) & (place < num_queries))[:, None],
+            )
+
+
+@gluon.jit
 def produce(
+    query,
+    grad_output,
     key,
     value,
     expiry,
@@ -48,9 +81,13 @@ def produce(
     tickets,
     items,
     batch_size,
+    heads,
+    num_queries,
     length,
     blocks,
     entries,
+    queries,
+    grads,
     keys,
     values,
     biases,
@@ -65,18 +102,24 @@ def produce(
     KEY_LAG: gl.constexpr,
     VALUE_LAG: gl.constexpr,
     GROUPS: gl.constexpr,
+    RATIO: gl.constexpr,
+    RATIO_PAD: gl.constexpr,
     DIM: gl.constexpr,
     VALUE_DIM: gl.constexpr,
+    ROWS: gl.constexpr,
     N: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    HAS_GRADS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
 ):
     """Take work items, tell the consumers, and gather listed keys and values into the stages, in their order.
 
     An item is one block of queries of one head. Items are taken as programs become free, those with the longest lists
     first: the widest head's, the last blocks first. Consumers are told row, block, keys that the whole block sees and
-    all keys; a negative row ends the work.
+    all keys; a negative row ends the work. An item's queries (with HAS_GRADS its output gradients, too) are copied to
+    one of two buffers before its first keys, and are there when those are: while consumers work on the item before.
 
     Consumers arrive at `empty` once a tile, however many things they are done with: at tile t the keys of tile
     t - KEY_LAG and the values of tile t - VALUE_LAG are free. An arrival costs a barrier of four warps.
@@ -106,6 +149,19 @@ def produce(
         capacity = gl.load(table + group) * 16
         before = gl.load(table + GROUPS + group).to(gl.int64) * 16
         tell(work, told, taken, turn, row, block, num_whole, total, SLOTS)
+        # Who has taken the item before this one is done with the one before that, whose buffer this is.
+        past = turn + SLOTS - 1
+        mbarrier.wait(taken.index(past % SLOTS), (past // SLOTS - 1) & 1)
+        first_head = batch * heads + group * RATIO
+        first_place = block * (CONSUMERS * (ROWS // RATIO_PAD))
+        copy_queries(
+            query, queries, turn % 2, first_head, first_place, num_queries, DIM, ROWS, CONSUMERS, RATIO, RATIO_PAD
+        )
+        if HAS_GRADS:
+            copy_queries(
+                grad_output, grads, turn % 2, first_head, first_place, num_queries, VALUE_DIM, ROWS, CONSUMERS, RATIO,
+                RATIO_PAD,
+            )  # fmt: skip
         base = row.to(gl.int64) * length
         list_row = index + (batch.to(gl.int64) * entries + before) * blocks + block.to(gl.int64) * capacity
         k_base = key + base * DIM

@@ -58,10 +58,8 @@ def interval_forward(
         return decode(query, key, value, expiry, bias, scale)
     lists = forward_lists(query, value, expiry, max_live)
     forward_hopper = hopper("forward", query, value)
-    if forward_hopper is None:
-        return forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
-    output, lse = forward_hopper.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
-    return output, lse, torch.zeros_like(lse)
+    launch = forward_kernel_launch if forward_hopper is None else forward_hopper.forward_kernel_launch
+    return launch(query, key, value, expiry, bias, lists, scale)
 
 
 def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: Sequence[int]) -> KeyLists:

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynamask.ops.hopper.dispatch import hopper
+from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, load_row_sums, row_of
 from dynamask.ops.triton.lists import block_of, build_lists, list_of, rows_of, widest_first
@@ -43,14 +44,15 @@ def backward_kernel_launch(
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
-    lse, delta = prepare(grad_output, output, top, rest)
+    sums = prepare(grad_output, output, top, rest, parted=bias is not None)
+    delta = sums.delta
     walk = _walk_kernel(query, value)
     if deterministic:
         d_key, d_value, d_bias = walk_kernel_launch(
             grad_output, query, key, value, expiry, bias, top, rest, delta, scale
         )
     elif walk is not None:
-        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, lse, delta, scale)
+        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, sums, scale)
     else:
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
@@ -59,7 +61,7 @@ def backward_kernel_launch(
     if query_hopper is not None:
         lists = build_lists(expiry, num_queries, query_hopper.block_of(ratio), max_live)
         d_query = query_hopper.query_kernel_launch(
-            grad_output, query, key, value, expiry, bias, lse, delta, lists, scale
+            grad_output, query, key, value, expiry, bias, sums, (top, rest), lists, scale
         )
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
     d_query = torch.empty_like(query)
@@ -108,35 +110,34 @@ def backward_kernel_launch(
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
 
 
-def prepare(grad_output: Tensor, output: Tensor, top: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+def prepare(grad_output: Tensor, output: Tensor, top: Tensor, rest: Tensor, parted: bool) -> RowSums:
     """What every step needs of a query row, in one pass over it.
 
     Args:
         grad_output, output: (B, H, Nq, Dv), contiguous.
         top, rest: (B, H, Nq) float32, two parts of the log-sum-exp.
-
-    Returns:
-        The log-sum-exp to base 2, +inf where the query saw no key, so that exp2(s - it) is 0 there; and
-        do_i · o_i = sum_j p_ij · dp_ij (FlashAttention's identity), 0 where the query saw no key. Both (B, H, Nq)
-        float32.
+        parted: keep them apart, as large biases need it.
     """
     value_dim = output.shape[-1]
-    lse_2, delta = torch.empty_like(top), torch.empty_like(top)
+    lse, delta = torch.empty_like(top), torch.empty_like(top)
+    finite_top = torch.empty_like(top) if parted else None
     rows = 32
     _prepare[(triton.cdiv(top.numel(), rows),)](
         grad_output,
         output,
         top,
         rest,
-        lse_2,
+        lse,
+        lse if finite_top is None else finite_top,
         delta,
         top.numel(),
         ROWS=rows,
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
+        PARTED=parted,
         num_warps=4,
     )
-    return lse_2, delta
+    return RowSums(lse, finite_top, delta)
 
 
 def _walk_kernel(query: Tensor, value: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
@@ -162,12 +163,14 @@ def _prepare(
     output,
     top,
     rest,
-    lse_2,
+    lse,
+    finite_top,
     delta,
     rows,
     ROWS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_PAD: tl.constexpr,
+    PARTED: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < rows
@@ -176,10 +179,14 @@ def _prepare(
     mask = real[:, None] & (dv < VALUE_DIM)[None, :]
     do = tl.load(grad_output + place, mask=mask, other=0.0).to(tl.float32)
     o = tl.load(output + place, mask=mask, other=0.0).to(tl.float32)
-    lse = tl.load(top + row, mask=real, other=0.0) + tl.load(rest + row, mask=real, other=0.0)
-    dead = lse == float("-inf")
+    row_top, row_rest = tl.load(top + row, mask=real, other=0.0), tl.load(rest + row, mask=real, other=0.0)
+    dead = row_top + row_rest == float("-inf")
     tl.store(delta + row, tl.where(dead, 0.0, tl.sum(do * o, 1)), mask=real)
-    tl.store(lse_2 + row, tl.where(dead, float("inf"), lse * LOG2E), mask=real)
+    if PARTED:
+        tl.store(finite_top + row, tl.where(dead, 0.0, row_top), mask=real)
+        tl.store(lse + row, tl.where(dead, float("inf"), row_rest * LOG2E), mask=real)
+    else:
+        tl.store(lse + row, tl.where(dead, float("inf"), (row_top + row_rest) * LOG2E), mask=real)
 
 
 @triton.jit

@@ -140,7 +140,7 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence
             through,
             out,
             counts,
-            _layout(capacities, expiry.device),
+            _layout(capacities, expiry.device, keep=bool(max_live)),
             length,
             first,
             large_blocks,
@@ -167,12 +167,12 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence
     large_index = empty(batch * large_blocks * sum(large_capacities))
     build_large(large_index, large_capacities, write=True)
     index, whole, partial = empty(batch * blocks * sum(capacities)), empty(rows, blocks), empty(rows, blocks)
-    table = _layout(capacities, expiry.device)
+    table = _layout(capacities, expiry.device, keep=bool(max_live))
     _fine[(blocks, rows)](
         expiry,
         large_index,
         counts,
-        _layout(large_capacities, expiry.device),
+        _layout(large_capacities, expiry.device, keep=bool(max_live)),
         length,
         first,
         large_blocks,
@@ -192,11 +192,11 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence
     return KeyLists(index, whole, partial, block, table, capacities)
 
 
-def _layout(capacities: tuple[int, ...], device: torch.device) -> Tensor:
-    """`KeyLists.table` of these capacities."""
+def _layout(capacities: tuple[int, ...], device: torch.device, keep: bool) -> Tensor:
+    """`KeyLists.table` of these capacities, to be kept where the windows gave them."""
     before = tuple(sum(capacities[:group]) // _UNIT for group in range(len(capacities)))
     widest_first = tuple(sorted(range(len(capacities)), key=lambda group: -capacities[group]))
-    return device_table((tuple(capacity // _UNIT for capacity in capacities), before, widest_first), device)
+    return device_table((tuple(capacity // _UNIT for capacity in capacities), before, widest_first), device, keep=keep)
 
 
 @triton.jit
