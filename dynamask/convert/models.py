@@ -335,6 +335,7 @@ class ConvertedModel(OwnCacheGeneration):
         losses = arguments["dynamask"].losses if "dynamask" in arguments else None
         if not losses:
             return outputs
+        self.config.trained_ranks = True  # from here on they are, by whoever calls backward
         aux = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
         outputs.aux_loss = aux
         if outputs.loss is not None:
@@ -358,6 +359,7 @@ def _forward_of(original: Any) -> Callable[..., Any]:
         loss_of_hidden = arguments.pop("loss_of_hidden", None)
         if loss_of_hidden is not None:  # a loss that does without the logits of all positions
             hidden = self.model(**arguments).last_hidden_state
+            self.config.trained_ranks |= bool(arguments["dynamask"].losses)
             return CausalLMOutputWithPast(loss=loss_of_hidden(hidden, arguments["dynamask"]))
         as_tuple = arguments.get("return_dict") is False
         if as_tuple:

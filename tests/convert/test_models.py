@@ -181,12 +181,14 @@ def test_an_untrained_model_says_so_once(llama: Any) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_in_training_predictors_learn_beside_the_model(llama: Any, checkpointing: bool) -> None:
     model = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2)).train()
+    model.config.trained_ranks = False
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens = tokens_of(2, 40)
     outputs = model(tokens, labels=tokens)
     torch.testing.assert_close(outputs.loss, model.loss_function(outputs.logits, tokens, 300) + outputs.aux_loss)
     outputs.loss.backward()
+    assert model.config.trained_ranks
     predictor = model.model.layers[0].self_attn.rank_predictor
     assert predictor.up.weight.grad.abs().max() > 0
     # The auxiliary loss scales with the loss it belongs to, and moves nothing but the predictors.
