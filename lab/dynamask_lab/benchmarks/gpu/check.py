@@ -161,7 +161,8 @@ def sampled_errors(
     groups, length, dim = key.shape[1:]
     ratio, scale = query.shape[1] // groups, dim**-0.5
     inputs = tuple(t.detach().requires_grad_(backward) for t in (query, key, value, scores))
-    output, lse = interval_attention_op(*inputs[:3], expiry, inputs[3], scale, backend, [max_live] * groups)
+    output, top, rest = interval_attention_op(*inputs[:3], expiry, inputs[3], scale, backend, [max_live] * groups)
+    lse = top + rest
     gradients = torch.autograd.grad(output, inputs, grad) if backward else ()
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
