@@ -19,9 +19,9 @@ from pathlib import Path
 FILES = [
     "tests/ops/test_triton_kernels.py",
     "tests/ops/test_future_attention_kernels.py",
-    "tests/ops/test_nsa_selected.py",
+    "tests/ops/nsa/test_selected.py",
     "tests/mixers/test_gpu.py",
-    "tests/models/test_decoding_gpu.py",
+    "tests/models/test_cuda_graph.py",
 ]
 
 

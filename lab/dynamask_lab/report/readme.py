@@ -277,8 +277,10 @@ def _is_main(spec: Mapping[str, Any]) -> bool:
     if spec["budget"] not in (None, _BUDGET) or spec["rope"] != 1 or spec["predictor"] != "hidden":
         return False
     if spec["kind"] != "converted":
-        return spec["kind"] != "dense trained"
-    return (spec["windows"], spec["ranks"]) in (("heads", "learned"), ("equal", "newest"))
+        return True
+    if spec["ranks"] == "learned":
+        return bool(spec["windows"] == "heads")
+    return bool(spec["distilled"])  # the controls: newest keys, in the same windows and in one window for all heads
 
 
 def _conversion(lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
