@@ -170,7 +170,7 @@ def training_seconds(lines: Sequence[Line]) -> dict[str, float]:
 
 def sources(lines: Sequence[Line]) -> str:
     """Name the devices and commits that the lines come from."""
-    devices = dict.fromkeys(str(line.get("device")) for line in lines)
+    devices = dict.fromkeys(str(line.get("device")).replace("))", ")") for line in lines)
     commits = dict.fromkeys(short_commit(line.get("commit")) for line in lines)
     return f"{', '.join(devices)}; commit {', '.join(commits)}"
 
