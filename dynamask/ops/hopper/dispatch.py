@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ def hopper(module: str, query: Tensor, value: Tensor) -> ModuleType | None:
     """Module `module` of this package if its kernel can run on these inputs, else None.
 
     Args:
-        module: "forward", "backward_dkv" or "backward_dq".
+        module: "forward", "backward_dkv" or "backward_dq"; "backward" stands for both.
         query, value: as the kernel would get them. It takes 16-bit numbers, widths of 32, 64 or 128, and up to 64
             query heads per key/value head, on a Hopper GPU, under a Triton that has Gluon.
     """
@@ -26,7 +27,33 @@ def hopper(module: str, query: Tensor, value: Tensor) -> ModuleType | None:
         return None
     if any(width not in (32, 64, 128) for width in widths):
         return None
-    return importlib.import_module(f"dynamask.ops.hopper.{module}") if _has_gluon() else None
+    if not _has_gluon() or (_pass_of(module), *variant(query, value)) in _distrusted:
+        return None
+    return importlib.import_module(f"dynamask.ops.hopper.{_MODULES.get(module, module)}")
+
+
+_distrusted: set[tuple[Any, ...]] = set()
+_MODULES = {"backward": "backward_dkv"}
+"""A pass -> one of its modules, where they are named differently."""
+
+
+def variant(query: Tensor, value: Tensor) -> tuple[Any, ...]:
+    """What a kernel is compiled for: dtype, head widths, query heads per key/value head, and the device."""
+    return query.dtype, query.shape[3], value.shape[3], query.shape[1] // value.shape[1], query.device.index
+
+
+def distrust(attention_pass: str, query: Tensor, value: Tensor) -> None:
+    """Use the portable kernels in place of this package's from now on.
+
+    Args:
+        attention_pass: "forward" or "backward".
+        query, value: inputs of the variant.
+    """
+    _distrusted.add((attention_pass, *variant(query, value)))
+
+
+def _pass_of(module: str) -> str:
+    return module.split("_")[0]
 
 
 @lru_cache(maxsize=1)

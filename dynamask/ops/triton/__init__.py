@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dynamask.ops.hopper.dispatch import hopper
+from dynamask.ops.hopper.self_check import check_first_use
 from dynamask.ops.triton.backward import backward_kernel_launch
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
@@ -56,6 +57,7 @@ def interval_forward(
     bias = None if bias is None else bias.float().contiguous()
     if query.shape[2] <= MAX_QUERIES:
         return decode(query, key, value, expiry, bias, scale)
+    check_first_use("forward", query, value, bias, _small_forward)
     lists = forward_lists(query, value, expiry, max_live)
     forward_hopper = hopper("forward", query, value)
     launch = forward_kernel_launch if forward_hopper is None else forward_hopper.forward_kernel_launch
@@ -90,7 +92,23 @@ def interval_backward(
     """Gradients to query, key, value (their dtypes) and bias (float32); `deterministic`: the same bits every time."""
     query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
     bias = None if bias is None else bias.float().contiguous()
+    check_first_use("backward", query, value, bias, _small_backward)
     saved = (output.contiguous(), top.contiguous(), rest.contiguous())
     return backward_kernel_launch(
         grad_output.contiguous(), query, key, value, expiry, bias, *saved, scale, max_live, deterministic
     )
+
+
+def _small_forward(
+    _gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
+    """Compute the output of `check_first_use`'s problem."""
+    return (interval_forward(query, key, value, expiry, bias, scale, ())[0],)
+
+
+def _small_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
+    """Compute the gradients of `check_first_use`'s problem to query, key and value."""
+    parts = interval_forward(query, key, value, expiry, bias, scale, ())
+    return interval_backward(gradient, query, key, value, expiry, bias, *parts, scale, (), False)[:3]
