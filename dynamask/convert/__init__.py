@@ -11,13 +11,24 @@ from dynamask.convert.allocate_windows import allocate_windows
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import set_windows
+from dynamask.convert.ranks_file import load_ranks, save_ranks
 from dynamask.convert.upcycle import upcycle
 
 if TYPE_CHECKING:
     from dynamask.convert.distillation_trainer import DistillationTrainer
     from dynamask.convert.doge import from_doge
 
-__all__ = ["DistillationTrainer", "allocate_windows", "distill", "from_doge", "learn_ranks", "set_windows", "upcycle"]
+__all__ = [
+    "DistillationTrainer",
+    "allocate_windows",
+    "distill",
+    "from_doge",
+    "learn_ranks",
+    "load_ranks",
+    "save_ranks",
+    "set_windows",
+    "upcycle",
+]
 
 _HOME = {"DistillationTrainer": "distillation_trainer", "from_doge": "doge"}
 """Name -> the module of this package that defines it, imported on first use."""
