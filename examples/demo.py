@@ -217,7 +217,7 @@ def draw(readers: list[Reader], masks: list[Tensor], puzzle: Puzzle, picture: Pa
         axes.axvspan(start, end, color=RED, alpha=0.35)
         holding = int(mask[:, start:end].any(-1).sum())
         axes.set_title(f"{reader.name}: {holding} of {len(mask)} heads still hold keys of the needle", fontsize=11)
-        axes.set(xlabel="position in the text (red: the needle)", ylabel="key/value head, first layer on top")
+        axes.set(xlabel="position in the text (orange: the needle)", ylabel="key/value head, first layer on top")
     axes = figure.add_subplot(grid[1, :])
     sizes = [reader.size / 2**20 for reader in readers]
     axes.barh([reader.name for reader in readers], sizes, color=[BLACK, ORANGE, BLUE])
@@ -226,7 +226,7 @@ def draw(readers: list[Reader], masks: list[Tensor], puzzle: Puzzle, picture: Pa
         axes.text(
             size + 0.01 * max(sizes),
             row,
-            f"{size_of(reader)}: “{printable(reader.answer[:40])}” ({verdict})",
+            f"{size_of(reader)}: {printable(reader.answer[:40])} ({verdict})",
             va="center",
         )
     axes.invert_yaxis()
