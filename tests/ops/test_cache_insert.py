@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,8 +59,3 @@ def test_holds_what_survives(windows: tuple[int, ...], local: int, sinks: int) -
         part = slice(layout.offsets[g], layout.offsets[g + 1])
         there = pools["positions"][b, part] >= 0
         assert set(pools["keys"][b, part, 0][there].long().tolist()) == set(alive[b, g].nonzero()[:, 0].tolist())
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_cache_insert_kernels.py runs on the GPU itself")
-def test_kernel_under_the_interpreter(run_interpreted: Callable[[str, float], None]) -> None:
-    run_interpreted("test_cache_insert_kernels.py", 120)

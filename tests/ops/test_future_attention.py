@@ -209,8 +209,3 @@ def wrong(**changes: object) -> Callable[[], object]:
 def test_bad_input_is_named(changes: dict, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         wrong(**changes)()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_future_attention_kernels.py runs on the GPU itself")
-def test_kernels_under_the_interpreter(run_interpreted: Callable[[str, float], None]) -> None:
-    run_interpreted("test_future_attention_kernels.py", 300)

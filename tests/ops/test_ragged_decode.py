@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -86,8 +84,3 @@ def test_refused(change: dict, message: str) -> None:
     }
     with pytest.raises(InvalidInputError, match=message):
         ragged_decode(**(arguments | change))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_ragged_decode_kernels.py runs on the GPU itself")
-def test_kernels_under_the_interpreter(run_interpreted: Callable[[str, float], None]) -> None:
-    run_interpreted("test_ragged_decode_kernels.py", 120)

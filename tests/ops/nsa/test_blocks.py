@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
@@ -127,8 +125,3 @@ def test_only_packing_needs_a_look_at_the_data() -> None:
     key_mask = torch.arange(9).expand(2, 9) >= torch.tensor([[0], [4]])
     compiled = torch.compile(slots, backend="eager", fullgraph=True)
     assert compiled(key_mask) == slots(key_mask)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_nsa_selected.py runs on the GPU itself")
-def test_kernels_under_the_interpreter(run_interpreted: Callable[[str, float], None]) -> None:
-    run_interpreted("test_nsa_selected.py", 300)
