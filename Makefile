@@ -22,8 +22,12 @@ $(STAMP): pyproject.toml lab/pyproject.toml constraints.txt
 test: $(STAMP)  ## the product, a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests
 
-test-all: $(STAMP)  ## everything: slow tests, the laboratory
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests lab/tests
+test-lab: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) lab/tests
+
+# The laboratory first and by itself: it registers mixers that the product's tests must not meet.
+test-all: test-lab  ## everything: the laboratory, and the product with its slow tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
 
 # The model and cache tests with another release of transformers, installed beside the pinned one.
 VERSION_TESTS := tests/models tests/convert tests/mixers tests/test_cache.py

@@ -10,8 +10,6 @@ from dynamask.mixers import SequenceInfo, mha
 from dynamask.mixers import nsa as nsa_mixer
 from dynamask.models import DynamaskForCausalLM
 from dynamask.ops.nsa.blocks import block_layout
-from dynamask_lab.language.engine import LanguageConfig, build_model
-from dynamask_lab.studies.scaling.study import PLANS
 from tests.conftest import tiny_config, tiny_model
 
 
@@ -47,20 +45,6 @@ def test_blocks_are_laid_out_once_for_all_layers(packed: bool, monkeypatch: pyte
         calls.clear()
         model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
     assert [call[1] for call in calls] == [20 if packed else 21]
-
-
-@pytest.mark.parametrize(
-    ("size", "shape"), [(size, shape) for size in ("quick", "paper") for shape in PLANS[size].shapes]
-)
-def test_the_scaling_experiments_nsa_suits_flas_kernels(size: str, shape: str) -> None:
-    settings = PLANS[size].config({"attention": "nsa"}, shape, seed=0, rate=1e-3)
-    with torch.device("meta"):
-        config = build_model(LanguageConfig.of(settings), 8192).config
-    block = config.nsa["block_size"]
-    assert block >= 16
-    assert block & (block - 1) == 0
-    assert 16 <= config.head_dim <= 256
-    assert config.nsa["block_counts"] * block + config.nsa["window"] == settings["window"]
 
 
 @pytest.mark.parametrize(("key_width", "value_width"), [(24, 16), (16, 24)])

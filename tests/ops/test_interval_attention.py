@@ -297,7 +297,8 @@ def test_what_a_query_does_not_see_cannot_reach_it(backend: str, number: float, 
     spoilt_reaches_only_its_queries(backend, number, which, "cpu", torch.float64, 1e-9)
 
 
-def test_unknown_or_unavailable_backend_is_named() -> None:
+def test_unknown_or_unavailable_backend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     query, key, value, scores = inputs(length=8)
     with pytest.raises(InvalidInputError, match="'cuda'"):
         dynamic_mask_attention(query, key, value, scores, 4, backend="cuda")
