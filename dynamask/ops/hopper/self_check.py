@@ -77,8 +77,8 @@ def _agrees(
         expiry = torch.minimum(birth + lifetime, birth.new_tensor(_LENGTH)).to(torch.int32)
         bias = normal(1, _GROUPS, _LENGTH).float() if biased else None
         scale = query.shape[3] ** -0.5
-        inputs = [tensor.float().requires_grad_() for tensor in (q, k, v)]
-        expected = interval_attention_reference(*inputs, expiry, bias, scale)
+        wide_q, wide_k, wide_v = inputs = [tensor.float().requires_grad_() for tensor in (q, k, v)]
+        expected = interval_attention_reference(wide_q, wide_k, wide_v, expiry, bias, scale)
         wanted: tuple[Tensor, ...] = (expected,)
         if attention_pass == "backward":
             wanted = torch.autograd.grad(expected, inputs, gradient.float())

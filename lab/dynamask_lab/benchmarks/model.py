@@ -167,9 +167,11 @@ def training_flops(config: DynamaskConfig, parameters: int, length: int) -> dict
         "weights" (6 per weight and token), "output" (the same of the output layer) and "attention" (4 per query-key
         pair and head dimension forward, twice that backward, over the pairs the mixer's mask lets through).
     """
-    seen = min(config.windows, length) if config.attention == "dma" else length
-    pairs = seen * (seen + 1) / 2 + (length - seen) * seen
-    attention = 3 * 4.0 * config.head_dim * config.num_attention_heads * config.num_hidden_layers * pairs
+    groups = config.num_key_value_heads
+    windows = config.head_windows if config.attention == "dma" else ((length,) * groups,) * config.num_hidden_layers
+    kept = [min(window, length) for layer in windows for window in layer]
+    pairs = sum(seen * (seen + 1) / 2 + (length - seen) * seen for seen in kept) * config.num_attention_heads // groups
+    attention = 3 * 4.0 * config.head_dim * pairs
     output = 6.0 * config.hidden_size * config.vocab_size * length
     return {"weights": 6.0 * parameters * length, "output": output, "attention": attention}
 

@@ -116,7 +116,7 @@ def extract_scores(run: str, text: str, length: int, path: Path) -> dict[str, An
         "layers": scores.shape[0],
         "heads": scores.shape[1],
         "length": length,
-        "window": options.get("window") or round(config.budget),
+        "window": options.get("window") or round(config.budget or length),
         "local": options.get("local", config.local),
         "recency": options.get("recency"),
         "score_form": options.get("score_form"),

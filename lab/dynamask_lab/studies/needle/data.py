@@ -71,7 +71,7 @@ def prepare_mixture(settings: MixtureSettings) -> str:
     folder = root / settings.name
     if not (folder / "index.json").exists():
         root.mkdir(parents=True, exist_ok=True)
-        with _alone(root / f".{settings.name}.lock"):
+        with _alone(root / f".{settings.name}.mixture.lock"):  # `prepare` locks the folder itself
             if not (folder / "index.json").exists():
                 _prepare(settings, root, folder)
     return settings.name
