@@ -28,6 +28,7 @@ def test_example(name: str, tmp_path) -> None:
     assert run(str(EXAMPLES / name), cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_demo_falls_back_to_a_tiny_model(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("DYNAMASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # as on a machine without a registry

@@ -13,6 +13,7 @@ from dynamask.ops.nsa.blocks import block_layout
 from tests.conftest import tiny_config, tiny_model
 
 
+@pytest.mark.slow
 def test_an_nsa_layer_compiles_to_one_graph() -> None:
     mixer = tiny_model("nsa").model.layers[0].mixer
     hidden = torch.randn(2, 30, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -76,6 +76,7 @@ def test_bfloat16_runs_and_scores_stay_float32() -> None:
     assert predictor(torch.randn(1, 5, 32, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_compiles() -> None:
     model = tiny_model("dma").float()
     compiled = torch.compile(model, backend="aot_eager")

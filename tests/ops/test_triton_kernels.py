@@ -229,10 +229,16 @@ def test_keys_at_minus_infinity_alone_give_zeros(queries: int) -> None:
         torch.testing.assert_close(actual.double(), wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("which", "number", "queries"),
-    [("value", NAN, 40), ("key", NAN, 40), ("padding", NAN, 40), ("value", math.inf, 3), ("padding", NAN, 1)],
+    [
+        ("value", NAN, 40),
+        pytest.param("key", NAN, 40, marks=pytest.mark.slow),
+        pytest.param("padding", NAN, 40, marks=pytest.mark.slow),
+        ("value", math.inf, 3),
+        ("padding", NAN, 1),
+    ],
 )
 def test_what_a_query_does_not_see_cannot_reach_it(
     which: str, number: float, queries: int, deterministic: bool

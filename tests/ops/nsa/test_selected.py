@@ -37,6 +37,7 @@ def untuned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel.fn, "configs", kernel.fn.configs[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "groups"), [(4, 2), (3, 1), (16, 1), (1, 1)])
 @pytest.mark.parametrize("counts", [3, 4])
 def test_kernels_agree_with_gathered_keys(
