@@ -53,7 +53,9 @@ def tokens_of(rows: int, length: int) -> torch.Tensor:
 @torch.no_grad()
 def test_within_its_windows_it_is_the_dense_model(name: str, shape: dict[str, Any]) -> None:
     dense = DENSE[name](shape).double().eval()
-    dense.set_attn_implementation("sdpa")  # eager attention of some releases gives NaN behind padding in float64
+    sdpa = bool(type(dense)._supports_sdpa)  # not Gemma 2's in transformers 5.24
+    if sdpa:
+        dense.set_attn_implementation("sdpa")
     before = {key: value.clone() for key, value in dense.state_dict().items()}
     converted = random_ranks(convert.upcycle(dense, 48, local=8, sinks=2))
     tokens = tokens_of(2, 40)
@@ -62,8 +64,10 @@ def test_within_its_windows_it_is_the_dense_model(name: str, shape: dict[str, An
     mask = torch.ones_like(tokens)
     mask[1, :9] = 0
     padded, expected = (model(tokens, attention_mask=mask).logits for model in (converted, dense))
+    assert bool(padded.isfinite().all())
     torch.testing.assert_close(padded[0], expected[0], **close)
-    torch.testing.assert_close(padded[1, 9:], expected[1, 9:], **close)
+    if sdpa:  # eager attention of that release gives NaN behind padding in float64
+        torch.testing.assert_close(padded[1, 9:], expected[1, 9:], **close)
     position_ids = torch.cat([torch.arange(15), torch.arange(25)])[None].expand(2, -1)
     packed, expected = (m(tokens, position_ids=position_ids, use_cache=False).logits for m in (converted, dense))
     torch.testing.assert_close(packed, expected, **close)
