@@ -20,20 +20,20 @@ $(STAMP): pyproject.toml lab/pyproject.toml constraints.txt
 	touch $(STAMP)
 
 test: $(STAMP)  ## the product, a few minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests
 
 test-lab: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) lab/tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal lab/tests
 
 # The laboratory first and by itself: it registers mixers that the product's tests must not meet.
 test-all: test-lab  ## everything: the laboratory, and the product with its slow tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 
 # The model and cache tests with another release of transformers, installed beside the pinned one.
 VERSION_TESTS := tests/models tests/convert tests/mixers tests/test_cache.py
 
 test-oldest test-newest: test-%: $(STAMP)
-	PIP_ARGS="$(PIP_ARGS)" BIN=$(BIN) .ci/with-transformers $* -n $(WORKERS) -m "not slow" $(VERSION_TESTS)
+	PIP_ARGS="$(PIP_ARGS)" BIN=$(BIN) .ci/with-transformers $* -n $(WORKERS) --dist worksteal -m "not slow" $(VERSION_TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
