@@ -19,6 +19,9 @@ from pathlib import Path
 FILES = [
     "tests/ops/test_triton_kernels.py",
     "tests/ops/test_future_attention_kernels.py",
+    "tests/ops/test_ragged_decode_kernels.py",
+    "tests/ops/test_cache_insert_kernels.py",
+    "tests/test_cache.py",
     "tests/ops/nsa/test_selected.py",
     "tests/mixers/test_gpu.py",
     "tests/models/test_cuda_graph.py",
