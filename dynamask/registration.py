@@ -2,7 +2,7 @@
 
 `import dynamask` must stay cheap, and transformers takes seconds to import. A small import hook therefore waits for
 transformers' registry of configurations and adds an entry that imports dynamask's models on the first use of their
-`model_type`.
+`model_type`. Another waits for the registry of attention functions and adds `attn_implementation="dynamask"`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ _REGISTRY = "transformers.models.auto.configuration_auto"
 _LORA_TARGETS = "peft.utils.constants"
 _NATIVE, _CONVERTED = "dynamask", "dynamask_"
 _CONVERTED_MODULE = "dynamask.convert.models"
+_ATTENTION = "transformers.modeling_utils"
+_ATTENTION_MODULE = "dynamask.attention_function"
 
 
 def _module_of(model_type: Any) -> str | None:
@@ -101,15 +103,20 @@ class _AfterImport(MetaPathFinder):
         return spec
 
 
+def _add_attention(module: ModuleType) -> None:
+    """Register `attn_implementation="dynamask"`."""
+    importlib.import_module(_ATTENTION_MODULE)
+
+
 def register() -> None:
-    """Make transformers' Auto classes and PEFT know dynamask's models, now or when these are imported."""
-    registry = sys.modules.get(_REGISTRY)
-    if registry is not None and hasattr(registry, "CONFIG_MAPPING"):
-        _attach(registry)
-    else:
-        sys.meta_path.insert(0, _AfterImport(_REGISTRY, _attach))
-    constants = sys.modules.get(_LORA_TARGETS)
-    if constants is not None:
-        _add_lora_targets(constants)
-    else:
-        sys.meta_path.insert(0, _AfterImport(_LORA_TARGETS, _add_lora_targets))
+    """Register with transformers' Auto classes and attention functions and with PEFT, now or when they are imported."""
+    for name, ready, action in (
+        (_REGISTRY, "CONFIG_MAPPING", _attach),
+        (_ATTENTION, "ALL_ATTENTION_FUNCTIONS", _add_attention),
+        (_LORA_TARGETS, "", _add_lora_targets),
+    ):
+        module = sys.modules.get(name)
+        if module is not None and (not ready or hasattr(module, ready)):
+            action(module)
+        else:
+            sys.meta_path.insert(0, _AfterImport(name, action))
