@@ -10,6 +10,7 @@ single calls time. Rows are written as they come.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import time
@@ -71,7 +72,18 @@ CASES = [
     Case("narrow sliding 136 d64", (136,) * 3, "sliding", 4, heads=9, dim=64),
     Case("equal 2048 bias", (2048,) * 4, bias=True),
     Case("narrow random 136", (136,) * 4),
+    Case("equal 512 g16", (512,) * 16),
+    Case("equal 2048 g16", (2048,) * 16),
 ]
+
+BREAK_EVEN = [Case(f"break-even {w} at {n}w", (w,) * 4, length=n * w) for w in (1024, 2048) for n in (3, 4)]
+MASKS = [
+    Case(f"mask g{g} w {w} N {n}", (w,) * g, length=n)
+    for n in (8192, 32768, 131072)
+    for g in (4, 16)
+    for w in (512, 2048)
+]
+SHORT = [Case(f"short {n} w {w}", (w,) * 4, length=n) for n, w in ((8192, 512), (8192, 2048))]
 
 FLEX = ("narrow sliding 136",)
 """Cases in which FlexAttention, which takes long to compile, is timed too."""
@@ -173,6 +185,11 @@ def peers(
 
     yield "fa2 (keys repeated)", flash2, flash2_backward
 
+    try:
+        yield "cudnn", *cudnn_pass(query.detach(), key.detach(), value.detach(), grad, window)
+    except Exception as error:
+        print("no cudnn:", f"{type(error).__name__}: {error}"[:300], flush=True)
+
     if not flex:
         return
     from torch._functorch import config
@@ -194,6 +211,62 @@ def peers(
         return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
     yield "flex", flex_forward, flex_backward
+
+
+def cudnn_pass(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, window: int
+) -> tuple[Callable[[], Any], Callable[[], Callable[[], Any]]]:
+    """cuDNN's sliding window: the forward pass, and what prepares the backward pass."""
+    import cudnn
+
+    handle = cudnn.create_handle()
+    types = cudnn.data_type
+    output, d_query, d_key, d_value = (torch.empty_like(t) for t in (query, query, key, value))
+    stats = torch.empty(*query.shape[:3], 1, dtype=torch.float32, device=query.device)
+    band = {
+        "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
+        "diagonal_band_left_bound": window,
+        "diagonal_band_right_bound": 0,
+        "attn_scale": query.shape[-1] ** -0.5,
+    }
+
+    def graph() -> Any:
+        return cudnn.pygraph(
+            io_data_type=types.BFLOAT16, intermediate_data_type=types.FLOAT, compute_data_type=types.FLOAT,
+            handle=handle,
+        )  # fmt: skip
+
+    def built(made: Any, tensors: dict[Any, Tensor], results: dict[Any, Tensor]) -> Callable[[], Any]:
+        for symbol, tensor in results.items():
+            symbol.set_output(True).set_dim(list(tensor.shape)).set_stride(list(tensor.stride()))
+            symbol.set_data_type(types.FLOAT if tensor.dtype == torch.float32 else types.BFLOAT16)
+        made.validate()
+        made.build_operation_graph()
+        made.create_execution_plans([cudnn.heur_mode.A])
+        made.check_support()
+        made.build_plans()
+        room = torch.empty(max(1, made.get_workspace_size()), dtype=torch.uint8, device=query.device)
+
+        def run() -> None:
+            cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream().cuda_stream)
+            made.execute({**tensors, **results}, room, handle=handle)
+
+        return run
+
+    forward = graph()
+    q, k, v = (forward.tensor_like(t) for t in (query, key, value))
+    o, s = forward.sdpa(name="forward", q=q, k=k, v=v, generate_stats=True, **band)
+    run_forward = built(forward, {q: query, k: key, v: value}, {o: output, s: stats})
+
+    def prepare_backward() -> Callable[[], Any]:
+        run_forward()
+        backward = graph()
+        q, k, v, o, do, s = (backward.tensor_like(t) for t in (query, key, value, output, grad, stats))
+        dq, dk, dv = backward.sdpa_backward(name="backward", q=q, k=k, v=v, o=o, dO=do, stats=s, **band)
+        given = {q: query, k: key, v: value, o: output, do: grad, s: stats}
+        return built(backward, given, {dq: d_query, dk: d_key, dv: d_value})
+
+    return run_forward, prepare_backward
 
 
 def measure(case: Case, with_peers: bool, with_flex: bool) -> dict[str, Any]:
@@ -240,31 +313,114 @@ def measure(case: Case, with_peers: bool, with_flex: bool) -> dict[str, Any]:
     return row
 
 
+def mask_share(case: Case) -> dict[str, Any]:
+    """Expiry and lists beside the forward kernel."""
+    torch.manual_seed(0)
+    groups = len(case.windows)
+    query = torch.randn(1, case.heads, case.length, case.dim, device="cuda").bfloat16()
+    key, value = (torch.randn(1, groups, case.length, case.dim, device="cuda").bfloat16() for _ in range(2))
+    scores = torch.randn(1, groups, case.length, device="cuda")
+    expiry = key_expiry(scores, case.windows)
+
+    def call() -> Tensor:
+        return attend(query, key, value, expiry, backend="triton", max_live=case.windows)
+
+    row: dict[str, Any] = {"name": case.name}
+    with torch.no_grad():
+        row["expiry"] = graph_milliseconds(lambda: key_expiry(scores, case.windows))
+        row["lists"] = graph_milliseconds(lambda: kernels.forward_lists(query, value, expiry, case.windows))
+        row["forward"] = graph_milliseconds(call)
+    row["share"] = (row["expiry"] + row["lists"]) / (row["forward"] + row["expiry"])
+    return row
+
+
+def dense_times(case: Case) -> dict[str, float]:
+    """Dense causal attention by torch's fastest backends on the same shape: forward, backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    groups = len(case.windows)
+    shape = (1, case.heads, case.length, case.dim)
+    query, grad = (torch.randn(shape, device="cuda").bfloat16() for _ in range(2))
+    key, value = (torch.randn(1, groups, *shape[2:], device="cuda").bfloat16() for _ in range(2))
+    ratio = case.heads // groups
+    leaves = [t.detach().requires_grad_() for t in (query, *(t.repeat_interleave(ratio, 1) for t in (key, value)))]
+    times: dict[str, float] = {}
+    for name, backend in (("dense cudnn", SDPBackend.CUDNN_ATTENTION), ("dense flash", SDPBackend.FLASH_ATTENTION)):
+        with sdpa_kernel(backend):
+            with torch.no_grad():
+                times[name] = milliseconds(
+                    lambda: torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+                )
+            output = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True)
+            times[f"{name} backward"] = milliseconds(
+                lambda out=output: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+            )
+    return times
+
+
+def _once(run: Callable[[], Any]) -> float:
+    run()
+    return 1.0
+
+
+def settings(given: list[str]) -> Iterator[tuple[str, int]]:
+    """`module.NAME=value` -> name, value."""
+    for setting in given:
+        name, _, value = setting.partition("=")
+        yield name, int(value)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of at most 400 characters."""
+    short = {"forward": "fwd", "backward": "bwd", "a call": "call", "kernel": "k"}
+    parts = []
+    for name, value in row.items():
+        if name in ("windows", "N", "H", "D"):
+            continue
+        for long, brief in short.items():
+            name = name.replace(long, brief)
+        parts.append(f"{name} {value:.3f}" if isinstance(value, float) else f"{name} {value}"[:90])
+    return " | ".join(parts)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="cases whose name holds one of these, between commas")
     parser.add_argument("--commit", help="of the code, where there is no repository")
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--mask", action="store_true", help="time expiry and lists beside the forward pass instead")
+    parser.add_argument("--compile-only", action="store_true", help="run everything once, to fill Triton's cache")
+    parser.add_argument("--dense", action="store_true", help="time short rows beside dense attention instead")
+    parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, an integer")
     parser.add_argument("--no-flex", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no case after this long")
     arguments = parser.parse_args()
     began = time.perf_counter()
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     commit = arguments.commit or found
-    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit}
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "set": arguments.set}
     flex = () if arguments.no_flex else FLEX
     rows = []
-    for case in CASES:
-        if arguments.only not in case.name or time.perf_counter() - began > arguments.seconds:
+    for name, value in settings(arguments.set):
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(f"dynamask.ops.{module}"), constant, value)
+    only = arguments.only.split(",")
+    if arguments.compile_only:
+        globals().update(milliseconds=_once, graph_milliseconds=_once)
+    for case in MASKS if arguments.mask else [*BREAK_EVEN, *SHORT] if arguments.dense else CASES:
+        if not any(part in case.name for part in only) or time.perf_counter() - began > arguments.seconds:
             continue
         try:
-            row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), case.name in flex)
+            with_peers = not arguments.no_peers and case.name.startswith("narrow")
+            row = mask_share(case) if arguments.mask else measure(case, with_peers, case.name in flex)
+            if arguments.dense:
+                row |= dense_times(case)
         except Exception as error:
             row = {"name": case.name, "error": f"{type(error).__name__}: {error}"[:500]}
         rows.append(row)
-        shown = {k: f"{v:.4f}" if isinstance(v, float) else v for k, v in row.items()}
-        print(" | ".join(f"{k} {v}" for k, v in shown.items() if k not in ("windows", "N", "H", "D")), flush=True)
+        if not arguments.compile_only:
+            print(line(row), flush=True)
         if arguments.out:
             arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1))
         torch.cuda.empty_cache()

@@ -127,19 +127,20 @@ def walk_kernel_launch(
         FANOUT=_FANOUT,
         LEVELS=search_levels(through.numel(), _FANOUT),
         SLOTS=4,
-        PRODUCER_REGISTERS=24,
-        CONSUMER_REGISTERS=240,
         HAS_BIAS=bias is not None,
         num_warps=4,
-        **_tuning(max(dim, value_dim)),
+        **tuning(max(dim, value_dim)),
     )
     narrow_split_tiles(order, expiry, whole, (key_sum, value_sum), (d_key, d_value), tiles, 2 * _KEYS)
     return d_key, d_value, d_bias
 
 
-def _tuning(dim: int) -> dict[str, int]:
-    """Stages, and rows copied at a time."""
-    return {"STAGES": 4, "PART": 16} if dim > 64 else {"STAGES": 6, "PART": 8}
+def tuning(dim: int) -> dict[str, int]:
+    """Stages, rows copied at a time, and registers of the warps' roles for a head width."""
+    # All of a multiprocessor's registers are given out. Narrow heads leave the producer enough to spill nothing.
+    if dim > 64:
+        return {"STAGES": 4, "PART": 16, "PRODUCER_REGISTERS": 24, "CONSUMER_REGISTERS": 240}
+    return {"STAGES": 6, "PART": 8, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 224}
 
 
 def _programs(device: torch.device) -> int:

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import produce, take
+from dynamask.ops.hopper.producer import produce, store_rows, take
 from dynamask.ops.hopper.redo import redo_dq, tickets_and_flags
 from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.triton.lists import KeyLists
@@ -30,6 +30,9 @@ _ROWS = 64
 
 _CONSUMERS = 2
 """Consumers of a program; a third would leave too few registers for two tiles of scores."""
+
+WHOLE_ROWS = True
+"""Write dQ in whole rows, by way of the shared memory in which the queries were."""
 
 
 def query_kernel_launch(
@@ -100,6 +103,7 @@ def query_kernel_launch(
         PRODUCER_REGISTERS=72,
         CONSUMER_REGISTERS=216,
         HAS_BIAS=bias is not None,
+        WHOLE_ROWS=WHOLE_ROWS,
         num_warps=4,
     )
     redo_dq(grad_output, query, key, value, expiry, bias, *parts, sums.delta, lists, flags, _CONSUMERS, d_query, scale)
@@ -169,6 +173,7 @@ def _consume(
     SLOTS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """dQ of the query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block."""
@@ -253,7 +258,11 @@ def _consume(
         d_place = first_place + d_tile % QUERIES
         d_row = (first_head + d_tile // QUERIES).to(gl.int64) * num_queries + d_place
         d_real = (d_tile // QUERIES < RATIO) & (d_place < num_queries)
-        gl.store(d_query + (d_row * DIM)[:, None] + d_columns[None, :], (mixed * scale).to(dtype), mask=d_real[:, None])
+        result = (mixed * scale).to(dtype)
+        if WHOLE_ROWS:
+            store_rows(d_query, result, queries, first_head, first_place, num_queries, DIM, ROWS, QUERIES, RATIO)
+        else:
+            gl.store(d_query + (d_row * DIM)[:, None] + d_columns[None, :], result, mask=d_real[:, None])
         # A key that is not finite reached rows that do not see it; `redo_dq` looks at the flag.
         checksum = gl.sum(mixed, 1)
         d_rows: gl.constexpr = gl.SliceLayout(1, d_layout)
@@ -303,6 +312,7 @@ def _backward_query(
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
 ):
     dtype: gl.constexpr = query.dtype.element_ty
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
@@ -340,7 +350,8 @@ def _backward_query(
                 (
                     top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries, grads,
                     keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 0,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
+                    0,
                 ),
             ),
             (
@@ -348,7 +359,8 @@ def _backward_query(
                 (
                     top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries, grads,
                     keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 1,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
+                    1,
                 ),
             ),
             (

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import by_lane, hold, produce, take
+from dynamask.ops.hopper.producer import by_lane, hold, produce, store_rows, take
 from dynamask.ops.hopper.redo import redo_forward, tickets_and_flags
 from dynamask.ops.triton.lists import KeyLists
 
@@ -32,6 +32,9 @@ _ROWS = 64
 
 _CONSUMERS = 3
 """Consumers of a program. With two, keys are read from L2 half as often again; four leave too few registers."""
+
+WHOLE_ROWS = True
+"""Write the output in whole rows, by way of the shared memory in which the queries were."""
 
 
 def forward_kernel_launch(
@@ -85,6 +88,7 @@ def forward_kernel_launch(
         SLOTS=4,
         CONSUMERS=_CONSUMERS,
         HAS_BIAS=bias is not None,
+        WHOLE_ROWS=WHOLE_ROWS and dim == value_dim,
         num_warps=4,
         **tiles(max(dim, value_dim), bias is not None),
     )
@@ -161,6 +165,7 @@ def _consume(
     SLOTS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """The query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block, against every stage."""
@@ -232,11 +237,11 @@ def _consume(
         o_real = (o_tile // QUERIES < RATIO) & (o_place < num_queries)
         summed = gl.convert_layout(gl.sum(total, 1), o_rows)
         share = 1.0 / gl.where(summed == 0.0, 1.0, summed)
-        gl.store(
-            output + (o_row * VALUE_DIM)[:, None] + o_columns[None, :],
-            (mixed * share[:, None]).to(dtype),
-            mask=o_real[:, None],
-        )
+        result = (mixed * share[:, None]).to(dtype)
+        if WHOLE_ROWS:
+            store_rows(output, result, queries, first_head, first_place, num_queries, VALUE_DIM, ROWS, QUERIES, RATIO)
+        else:
+            gl.store(output + (o_row * VALUE_DIM)[:, None] + o_columns[None, :], result, mask=o_real[:, None])
         unit: gl.constexpr = 1.0 if HAS_BIAS else _LN2.value
         gl.store(largest + o_row, gl.convert_layout(top, o_rows) * unit, mask=o_real)
         gl.store(rest + o_row, gl.log2(summed) * _LN2, mask=o_real)
@@ -285,6 +290,7 @@ def _forward(
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    WHOLE_ROWS: gl.constexpr,
 ):
     dtype: gl.constexpr = query.dtype.element_ty
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
@@ -320,7 +326,8 @@ def _forward(
                 (
                     output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
                     biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 0,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
+                    0,
                 ),
             ),
             (
@@ -328,7 +335,8 @@ def _forward(
                 (
                     output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
                     biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 1,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
+                    1,
                 ),
             ),
             (
@@ -336,7 +344,8 @@ def _forward(
                 (
                     output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
                     biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, 2,
+                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
+                    2,
                 ),
             ),
             (

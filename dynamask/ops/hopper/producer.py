@@ -154,10 +154,12 @@ def produce(
         mbarrier.wait(taken.index(past % SLOTS), (past // SLOTS - 1) & 1)
         first_head = batch * heads + group * RATIO
         first_place = block * (CONSUMERS * (ROWS // RATIO_PAD))
-        copy_queries(
-            query, queries, turn % 2, first_head, first_place, num_queries, DIM, ROWS, CONSUMERS, RATIO, RATIO_PAD
-        )
-        if HAS_GRADS:
+        # A block that sees nothing waits for no key, hence for no query: none must be on its way.
+        if total > 0:
+            copy_queries(
+                query, queries, turn % 2, first_head, first_place, num_queries, DIM, ROWS, CONSUMERS, RATIO, RATIO_PAD
+            )
+        if HAS_GRADS and total > 0:
             copy_queries(
                 grad_output, grads, turn % 2, first_head, first_place, num_queries, VALUE_DIM, ROWS, CONSUMERS, RATIO,
                 RATIO_PAD,
@@ -202,6 +204,36 @@ def produce(
         turn += 1
     tell(work, told, taken, turn, -1, 0, 0, 0, SLOTS)
     async_copy.wait_group(0)
+
+
+@gluon.jit
+def store_rows(
+    target,
+    result,
+    scratch,
+    first_head,
+    first_place,
+    num_queries,
+    WIDTH: gl.constexpr,
+    ROWS: gl.constexpr,
+    QUERIES: gl.constexpr,
+    RATIO: gl.constexpr,
+):
+    """Write a consumer's tile to rows of `target` (B, H, Nq, WIDTH), 16 bytes a thread.
+
+    In the layout of the products a thread holds two neighbours of each row, and a store of a warp writes half sectors
+    of eight rows. `scratch` (ROWS, WIDTH) is the shared memory of the tile's queries, which nothing needs any more: the
+    producer fills it again only when all consumers have taken the item after this one.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    scratch.store(result)
+    gl.thread_barrier()
+    tile = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    place = first_place + tile % QUERIES
+    row = (first_head + tile // QUERIES).to(gl.int64) * num_queries + place
+    real = (tile // QUERIES < RATIO) & (place < num_queries)
+    gl.store(target + (row * WIDTH)[:, None] + columns[None, :], scratch.load(layout), mask=real[:, None])
 
 
 @gluon.jit

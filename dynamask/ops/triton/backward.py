@@ -19,6 +19,9 @@ from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, load_row_sums, row_of
 from dynamask.ops.triton.lists import block_of, build_lists, list_of, rows_of, widest_first
 
+WALK_FROM = 8192
+"""Queries from which on the walk is taken on Hopper: ordering the keys costs more than it saves on short rows."""
+
 
 def backward_kernel_launch(
     grad_output: Tensor,
@@ -143,8 +146,7 @@ def prepare(grad_output: Tensor, output: Tensor, top: Tensor, rest: Tensor, part
 def _walk_kernel(query: Tensor, value: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
     """The walk over each key's queries on Hopper; None where atomic sums in the pass for dQ give dK, dV and dbias."""
     backward_hopper = hopper("backward_dkv", query, value)
-    # Measured on an H100 (lab/kernels.md): ordering the keys costs more than it saves on short rows.
-    if backward_hopper is None or query.shape[2] < 8192:
+    if backward_hopper is None or query.shape[2] < WALK_FROM:
         return None
     return backward_hopper.walk_kernel_launch
 

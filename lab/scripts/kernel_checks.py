@@ -1,0 +1,147 @@
+"""Check the attention kernels of a Hopper GPU against float64, and that they repeat themselves bit for bit.
+
+    PYTHONPATH=.:lab python lab/scripts/kernel_checks.py --runs 100
+
+Windows from 1 to N beside each other in one call, sinks, with and without a bias, D = 64 and 128, both backward passes.
+Memory that a kernel allocates holds NaN before, so that a number it does not write is seen. One line per check; exit
+code 1 if any is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynamask import key_expiry
+from dynamask.ops import attend
+from dynamask.ops.hopper import dispatch
+from dynamask.ops.interval.reference import interval_attention_reference
+from dynamask.ops.triton import backward
+
+TOLERANCE = 0.016
+"""Of the norm of the difference over that of the result, in bfloat16."""
+
+
+@contextmanager
+def walk_from(queries: int) -> Iterator[None]:
+    """The walk for dK and dV from so many queries on."""
+    before = backward.WALK_FROM
+    backward.WALK_FROM = queries
+    try:
+        yield
+    finally:
+        backward.WALK_FROM = before
+
+
+def problem(
+    length: int, windows: tuple[int, ...], heads: int, dim: int, device: str, local: int = 0, sinks: int = 4
+) -> tuple[list[Tensor], Tensor, Tensor, tuple[int, ...]]:
+    """Fresh query, key, value and scores; an output gradient, the expiry and the most keys that a query sees."""
+    groups = len(windows)
+    query, grad = (torch.randn(1, heads, length, dim, device=device).bfloat16() for _ in range(2))
+    key, value = (torch.randn(1, groups, length, dim, device=device).bfloat16() for _ in range(2))
+    scores = torch.randn(1, groups, length, device=device)
+    rows = [
+        key_expiry(
+            scores[:, g : g + 1], window, local=min(local, window), sinks=min(sinks, window - min(local, window))
+        )
+        for g, window in enumerate(windows)
+    ]
+    return [query, key, value, scores], grad, torch.cat(rows, 1).contiguous(), windows
+
+
+def poison(device: str) -> None:
+    """Fill what the allocator hands out next with NaN."""
+    blocks = [
+        torch.full((size,), float("nan"), device=device) for size in (1 << 26, 1 << 24, 1 << 22, 1 << 20, 1 << 16)
+    ]
+    del blocks
+
+
+def run(inputs: list[Tensor], grad: Tensor, expiry: Tensor, live: tuple[int, ...], bias: bool, backend: str) -> Any:
+    leaves = [t.detach().requires_grad_() for t in inputs[: 4 if bias else 3]]
+    output = attend(*leaves[:3], expiry, bias=leaves[3] if bias else None, backend=backend, max_live=live)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def errors(inputs: list[Tensor], grad: Tensor, expiry: Tensor, found: list[Tensor], bias: bool) -> list[float]:
+    """Relative error of the output and each gradient against float64, a key/value head at a time."""
+    query, key, value, scores = inputs
+    ratio = query.shape[1] // key.shape[1]
+    parts = [torch.zeros(2, dtype=torch.float64) for _ in found]
+    for group in range(key.shape[1]):
+        heads, one = slice(group * ratio, (group + 1) * ratio), slice(group, group + 1)
+        wide = [query[:, heads], key[:, one], value[:, one], scores[:, one]][: 4 if bias else 3]
+        wide = [t.detach().double().requires_grad_() for t in wide]
+        output = interval_attention_reference(
+            *wide[:3], expiry[:, one], wide[3] if bias else None, query.shape[-1] ** -0.5
+        )
+        wanted = [output.detach(), *torch.autograd.grad(output, wide, grad[:, heads].double())]
+        chosen = [heads, heads, one, one, one]
+        for total, got, right, part in zip(parts, found, wanted, chosen, strict=False):
+            difference = (got[:, part].double() - right).square().sum().cpu()
+            total += torch.stack([difference, right.square().sum().cpu()])
+    return [(total[0] / total[1]).sqrt().item() for total in parts]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=100, help="of deterministic mode")
+    parser.add_argument("--small", action="store_true", help="short rows and few runs, on any device")
+    arguments = parser.parse_args()
+    device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch")
+    warnings.simplefilter("error", UserWarning)  # kernels that give way to others warn
+    torch.manual_seed(time.time_ns() % (1 << 31))
+    n = 200 if arguments.small else 4500
+    bad = 0
+
+    def report(name: str, good: bool, detail: str) -> None:
+        nonlocal bad
+        bad += not good
+        print(f"{'ok   ' if good else 'WRONG'} {name}: {detail}", flush=True)
+
+    shapes = [
+        (dim, heads, windows) for dim in (128, 64) for heads, windows in ((16, (1, n, 136, 700)), (9, (150, n, 1)))
+    ]
+    for dim, heads, windows in shapes:
+        windows = tuple(min(window, n) for window in windows)
+        for bias in (False, True):
+            for queries in (1, 1 << 30):
+                for local in (0, 1):
+                    inputs, grad, expiry, live = problem(n, windows, heads, dim, device, local)
+                    poison(device)
+                    with walk_from(queries):
+                        try:
+                            found = run(inputs, grad, expiry, live, bias, backend)
+                        except Exception as error:
+                            report(f"D {dim} H {heads} bias {bias}", False, f"{type(error).__name__}: {error}"[:300])
+                            continue
+                    off = errors(inputs, grad, expiry, found, bias)
+                    name = f"D {dim} H {heads} bias {bias} walk {queries == 1} local {local}"
+                    report(name, all(e < TOLERANCE for e in off), " ".join(f"{e:.4f}" for e in off))
+    for length in (n, 2 * n):
+        inputs, grad, expiry, live = problem(length, (1, length, 136, 700), 16, 128, device)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            first = run(inputs, grad, expiry, live, True, backend)
+            differ = 0
+            for _ in range(arguments.runs - 1):
+                again = run(inputs, grad, expiry, live, True, backend)
+                differ += not all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        report(f"{arguments.runs} deterministic runs, N {length}", differ == 0, f"{differ} differ")
+    report("kernels that gave way", not dispatch._distrusted, str(dispatch._distrusted or "none"))
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
