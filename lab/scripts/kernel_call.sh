@@ -18,21 +18,29 @@ $times --compile-only --no-peers > "$logs/compile.txt" 2>&1 &
 compile=$!
 timeout 170 python3 lab/scripts/kernel_checks.py --runs 100 > "$logs/checks.txt" 2>&1 &
 checks=$!
+rows="hopper.forward.WHOLE_ROWS=1 hopper.backward_dq.WHOLE_ROWS=1"
+few="equal 512,equal 1024,narrow sliding 136"
+timeout 175 python3 lab/scripts/kernel_checks.py --runs 5 --set $rows > "$logs/checks-rows.txt" 2>&1 &
+checks_rows=$!
+$times --compile-only --no-peers --only "$few" --set $rows > "$logs/compile-rows.txt" 2>&1 &
+compile_rows=$!
 python3 lab/scripts/gpu_tests.py --processes 8 --seconds 165 > "$logs/tests.txt" 2>&1
 echo "gpu_tests exit $?"
 grep -a "exit \|^FAILED\|^E  " "$logs/tests.txt" | cut -c1-150 | tail -32
 wait $checks
 echo "kernel_checks exit $?"
-grep -c ^ok "$logs/checks.txt"
+wait $checks_rows
+echo "kernel_checks of the candidate exit $?"
+grep -c ^ok "$logs"/checks*.txt
 grep -av ^ok "$logs/checks.txt" | cut -c1-300 | tail -12
-kill $compile 2> /dev/null
+grep -av ^ok "$logs/checks-rows.txt" | cut -c1-300 | tail -6
+kill $compile $compile_rows 2> /dev/null
 keep
 
 echo "== times ($SECONDS s)"
 timeout "$(left)" $times --out "$out/times.json" --seconds 75 2>&1 | tee "$logs/times.txt" | grep -av Warning | cut -c1-420
-echo "== output not in whole rows ($SECONDS s)"
-timeout "$(left)" $times --no-peers --only "equal 512,equal 1024,narrow sliding 136" --out "$out/times-rows.json" \
-    --set hopper.forward.WHOLE_ROWS=0 hopper.backward_dq.WHOLE_ROWS=0 2>&1 | cut -c1-300
+echo "== output in whole rows ($SECONDS s)"
+timeout "$(left)" $times --no-peers --only "$few" --out "$out/times-rows.json" --set $rows 2>&1 | cut -c1-300
 echo "== short rows: atomics, then the walk ($SECONDS s)"
 timeout "$(left)" $times --dense --out "$out/times-short.json" 2>&1 | cut -c1-420
 timeout "$(left)" $times --dense --set triton.backward.WALK_FROM=1024 --out "$out/times-short-walk.json" 2>&1 | cut -c1-300

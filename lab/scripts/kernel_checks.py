@@ -10,6 +10,7 @@ code 1 if any is wrong.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import time
 import warnings
@@ -95,8 +96,13 @@ def errors(inputs: list[Tensor], grad: Tensor, expiry: Tensor, found: list[Tenso
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100, help="of deterministic mode")
+    parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, an integer")
     parser.add_argument("--small", action="store_true", help="short rows and few runs, on any device")
     arguments = parser.parse_args()
+    for setting in arguments.set:
+        name, _, chosen = setting.partition("=")
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(f"dynamask.ops.{module}"), constant, int(chosen))
     device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch")
     warnings.simplefilter("error", UserWarning)  # kernels that give way to others warn
     torch.manual_seed(time.time_ns() % (1 << 31))
