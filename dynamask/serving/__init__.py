@@ -1,0 +1,1 @@
+"""Serving dynamask models in other engines."""
