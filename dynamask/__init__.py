@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from dynamask.cache import BoundedCache
     from dynamask.errors import CacheRollbackError, InvalidInputError
     from dynamask.models import DynamaskConfig, DynamaskForCausalLM, DynamaskModel
-    from dynamask.ops import dynamic_mask_attention, future_attention, interval_attention, key_expiry
+    from dynamask.ops import (
+        context_parallel,
+        context_parallel_attention,
+        dynamic_mask_attention,
+        future_attention,
+        interval_attention,
+        key_expiry,
+        split_sequence,
+    )
 
 __version__ = "0.2.0"
 
@@ -23,10 +31,13 @@ _HOME = {
     "DynamaskForCausalLM": "dynamask.models",
     "DynamaskModel": "dynamask.models",
     "InvalidInputError": "dynamask.errors",
+    "context_parallel": "dynamask.ops",
+    "context_parallel_attention": "dynamask.ops",
     "dynamic_mask_attention": "dynamask.ops",
     "future_attention": "dynamask.ops",
     "interval_attention": "dynamask.ops",
     "key_expiry": "dynamask.ops",
+    "split_sequence": "dynamask.ops",
 }
 """Public name -> the module that defines it, imported on first use so that `import dynamask` stays cheap."""
 
@@ -37,11 +48,14 @@ __all__ = [
     "DynamaskForCausalLM",
     "DynamaskModel",
     "InvalidInputError",
+    "context_parallel",
+    "context_parallel_attention",
     "convert",
     "dynamic_mask_attention",
     "future_attention",
     "interval_attention",
     "key_expiry",
+    "split_sequence",
 ]
 
 

@@ -25,6 +25,8 @@ from dynamask.mixers.base import SequenceInfo, recency_expiry
 from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_loss import rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.ops.context_parallel.api import context_parallel_attention
+from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
 from dynamask.packed_ranks import check_carries_ranks, pack_ranks, rank_channels, unpack_ranks
@@ -69,6 +71,7 @@ class CallFacts:
         position_ids: (B, Nq).
         observer: where given, every layer attends densely (a sliding layer within its window) and shows the observer
             what it has computed.
+        shards: how the sequence is split over processes, where it is.
         losses: where given, layers append the losses of their ranks.
     """
 
@@ -77,6 +80,7 @@ class CallFacts:
     segment_ids: Tensor | None
     position_ids: Tensor
     observer: Callable[[Projected], None] | None = None
+    shards: ContextShards | None = None
     losses: list[Tensor] | None = field(default=None, repr=False)
 
     def sequence(self) -> SequenceInfo:
@@ -114,6 +118,15 @@ def call_facts(
     if key_mask is not None and bool(key_mask.all()):
         key_mask = None
     counted = position_ids is None
+    if (group := current_group()) is not None:
+        if past or key_mask is not None:
+            raise InvalidInputError(
+                "a sequence that is split over processes (context_parallel) has neither a cache nor padding: leave "
+                "past_key_values out, and pack documents instead of padding them"
+            )
+        shards = context_shards(group, batch, new, device, position_ids=position_ids)
+        positions = shards.positions(batch, new, device) if position_ids is None else position_ids.expand(batch, new)
+        return CallFacts(new, None, shards.segment_ids, positions, shards=shards)
     if position_ids is None:
         position_ids = torch.arange(past, past + new, device=device)[None]
     position_ids = position_ids.to(device).expand(batch, new)
@@ -167,6 +180,11 @@ class ConvertedAttention(nn.Module):
         name = "cache" if kwargs.get("cache") is not None else "past_key_values"
         cache = kwargs.get(name)
         if dynamask is None:  # the decoder was called without the causal LM around it
+            if current_group() is not None:
+                raise InvalidInputError(
+                    "context_parallel: call the causal LM, not its decoder, which would count positions from 0 in "
+                    "every shard"
+                )
             past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
             mask = kwargs.get("attention_mask")
             batch, new = hidden_states.shape[:2]
@@ -228,8 +246,8 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
     predictor, sliding = module.rank_predictor, module.config.layer_slides(module.layer_idx)
     windows = module.windows
     if facts.observer is not None:
-        if cache is not None:
-            raise InvalidInputError("layers are observed over whole sequences, without a cache")
+        if cache is not None or facts.shards is not None:
+            raise InvalidInputError("layers are observed over whole sequences, without a cache or context_parallel")
         output = _newest(query, key, value, windows[0] if sliding else None, facts, scale)
         facts.observer(Projected(module, hidden_states, query, key, value, output, scale))
         return output
@@ -238,7 +256,7 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
 
     # Ranks decide which keys are kept and are not differentiated: their own loss trains them.
     learns = facts.losses is not None and cache is None
-    short = cache is None and facts.length <= min(windows)
+    short = cache is None and facts.shards is None and facts.length <= min(windows)
     ranks = None if short and not learns else predictor(hidden_states.detach())
     config = module.config
     if learns and ranks is not None and ranks.requires_grad and facts.losses is not None:
@@ -247,6 +265,9 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
         return dense_attention(query, key, value, facts.sequence(), scale=scale)
     assert ranks is not None
     ranks = ranks.detach()
+    if facts.shards is not None:
+        kept = {"shards": facts.shards, "local": config.local, "sinks": config.sinks, "scale": scale}
+        return context_parallel_attention(query, key, value, ranks, windows, **kept)
     if cache is not None:
         layer: Any = bounded_layer(cache, module.layer_idx)
         if layer is not None:
@@ -283,6 +304,12 @@ def _without_ranks(
 ) -> Tensor:
     """A layer that slides or is dense."""
     facts, cache, index = call.facts, call.cache, module.layer_idx
+    if facts.shards is not None:
+        if windows is None:
+            raise InvalidInputError(
+                f"layer {index} is dense: its keys cannot be split over processes by what is live (context_parallel)"
+            )
+        return context_parallel_attention(query, key, value, None, windows, shards=facts.shards, scale=scale)
     if cache is not None:
         layer: Any = bounded_layer(cache, index)
         if layer is not None:

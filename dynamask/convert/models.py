@@ -30,6 +30,7 @@ from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.cache_argument import given_cache
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_window
+from dynamask.ops.context_parallel.shards import current_group
 
 Windows = int | list[Any]
 
@@ -280,6 +281,8 @@ class ConvertedModel(OwnCacheGeneration):
             arguments.pop(name, None)
         arguments[cache_name] = cache
         if tokens is None or self.config.ranking == "paper":
+            if current_group() is not None:
+                raise InvalidInputError("models converted from Doge cannot be split over processes (context_parallel)")
             return arguments
         batch, new = tokens.shape[:2]
         training = self.training and torch.is_grad_enabled()  # type: ignore[attr-defined]
@@ -298,6 +301,13 @@ class ConvertedModel(OwnCacheGeneration):
         if facts is None:
             facts = call_facts(batch, new, mask, positions, past, tokens.device)
             arguments["dynamask"] = facts
+        if facts.shards is not None:
+            if cache is not None or arguments.get("use_cache"):
+                raise InvalidInputError(
+                    "a sequence that is split over processes (context_parallel) leaves no cache: leave past_key_values "
+                    "and use_cache out"
+                )
+            arguments["use_cache"], arguments["position_ids"] = False, facts.position_ids
         self._warn_of_untrained_ranks(facts)
         if cache is None:
             use_cache = arguments.get("use_cache")
@@ -342,7 +352,8 @@ class ConvertedModel(OwnCacheGeneration):
             weight = self.config.rank_loss_weight
             whole, labels = arguments.get("num_items_in_batch"), arguments.get("labels")
             if whole is not None and labels is not None:  # a part of a batch: the parts' losses are summed
-                weight = weight * (labels[:, 1:] != -100).sum() / whole
+                shifted = arguments.get("shift_labels")
+                weight = weight * ((labels[:, 1:] if shifted is None else shifted) != -100).sum() / whole
             outputs.loss = outputs.loss + weight * aux.to(outputs.loss.device)
         return outputs
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.mixers.rotary import RotaryFrequencies, rotate
+from dynamask.ops.context_parallel.shards import ContextShards
 from dynamask.ops.nsa.blocks import BlockLayout
 from dynamask.ops.positions import later_positions, real_positions, segment_bounds, sink_keys
 
@@ -30,6 +31,8 @@ class SequenceInfo:
         angles: of `position_ids`, as `RotaryFrequencies.angles` gives them for one mixer's `rotary_dim`; None: not
             computed yet.
         blocks: nsa's, of all N keys; None: not laid out yet.
+        shards: how the sequence is split over processes, where it is; `position_ids` and `segment_ids` are then of this
+            process's shard. Never with a cache or padding.
         learns: whether mixers that learn beside the language model return their losses. Decided once for a forward: a
             checkpointed layer runs without gradients first, and must return as much as when it runs again.
     """
@@ -40,6 +43,7 @@ class SequenceInfo:
     length: int | None = None
     angles: tuple[Tensor, Tensor] | None = None
     blocks: BlockLayout | None = None
+    shards: ContextShards | None = None
     learns: bool = False
 
     @property

@@ -13,6 +13,7 @@ from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
 from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.rank_loss import rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
 from dynamask.packed_ranks import check_carries_ranks, pack_ranks, unpack_ranks
@@ -126,6 +127,19 @@ def dynamic_mask_mix(
     Raises:
         InvalidInputError: a cache that cannot carry ranks.
     """
+    if sequence.shards is not None:
+        return context_parallel_attention(
+            query,
+            key,
+            value,
+            ranks if gate is not None else ranks.detach(),
+            windows,
+            shards=sequence.shards,
+            local=local,
+            sinks=sinks,
+            bias_is_rank=gate is not None,
+            scale=scale,
+        )
     layer = None if cache is None else bounded_layer(cache, layer_idx)
     if layer is not None:
         layer.check_fits(windows, local=local, sinks=sinks)

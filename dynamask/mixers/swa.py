@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer, bounded_layer
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, recency_expiry
+from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.interval.api import attend
 
 
@@ -29,6 +30,10 @@ class SlidingWindowAttention(GroupedQueryMixer):
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
         query, key, value = self.project(hidden_states, sequence)
+        if sequence.shards is not None:
+            shards, sinks = sequence.shards, self.sinks
+            output = context_parallel_attention(query, key, value, None, self.windows, shards=shards, sinks=sinks)
+            return self.merge_heads(output)
         layer = None if cache is None else bounded_layer(cache, self.layer_idx)
         if layer is not None:
             layer.check_fits(self.windows, local=min(self.windows) - self.sinks, sinks=self.sinks)

@@ -23,6 +23,7 @@ from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_segment_ids
+from dynamask.ops.context_parallel.shards import context_shards, current_group
 
 logger = logging.get_logger(__name__)
 
@@ -177,6 +178,9 @@ class DynamaskModel(DynamaskPreTrainedModel):
         learns = self.training and torch.is_grad_enabled()
         # Recomputing a layer in the backward pass would extend its cache twice: with a cache nothing is recomputed.
         checkpoints = self.gradient_checkpointing and learns and past_key_values is None
+        split = current_group() is not None
+        if split:
+            use_cache = _without_cache(past_key_values, use_cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
             if use_cache and past_key_values is None and _packed(attention_mask, position_ids, segment_ids):
@@ -194,6 +198,11 @@ class DynamaskModel(DynamaskPreTrainedModel):
 
         # Once for all layers that rotate by the same angles.
         mixers = [cast(DynamaskDecoderLayer, layer).mixer for layer in self.layers]
+        if split and not all(mixer.bounded for mixer in mixers):
+            raise InvalidInputError(
+                "layers that see every past key cannot be split over processes by their live keys; got "
+                f"attention={self.config.attention!r}: context parallelism serves dma and swa"
+            )
         angles = mixers[0].angles(sequence, hidden_states.dtype)
         sequence = replace(sequence, angles=angles, learns=learns and past_key_values is None)
         for kind in {type(mixer): mixer for mixer in mixers}.values():
@@ -338,6 +347,16 @@ def _packed(attention_mask: Tensor | None, position_ids: Tensor | None, segment_
     return packed_segments(position_ids, mask) is not None
 
 
+def _without_cache(cache: Cache | None, use_cache: bool | None) -> bool:
+    """Return False: shards of a sequence leave no cache. Refuse one that was asked for."""
+    if cache is not None or use_cache:
+        raise InvalidInputError(
+            "a sequence that is split over processes (context_parallel) leaves no cache: leave past_key_values and "
+            "use_cache out"
+        )
+    return False
+
+
 def _sequence_info(
     hidden_states: Tensor,
     attention_mask: Tensor | None,
@@ -366,6 +385,17 @@ def _sequence_info(
         if not torch.compiler.is_compiling() and bool(key_mask.all()):
             key_mask = None  # the unpadded paths are faster
 
+    group = current_group()
+    if group is not None:
+        if key_mask is not None:
+            raise InvalidInputError(
+                "padding cannot be split over processes (context_parallel): pack the documents instead"
+            )
+        given = None if segment_ids is not None or position_ids is None else position_ids.expand(batch, new)
+        shards = context_shards(group, batch, new, device, segment_ids=segment_ids, position_ids=given)
+        if position_ids is None:
+            position_ids = shards.positions(batch, new, device)
+        return SequenceInfo(position_ids.expand(batch, new), shards.segment_ids, shards=shards)
     if position_ids is None:
         if key_mask is not None:
             position_ids = (key_mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]

@@ -9,10 +9,12 @@
 | `triton/` | the GPU kernels, in Triton |
 | `hopper/` | the same passes for Hopper GPUs, in Gluon |
 | `ragged_decode.py` | a few queries over a ragged cache: one pool of keys, a length per head |
+| `context_parallel/` | a sequence split over processes |
 | `nsa/` | Native Sparse Attention, a rival |
 """
 
 from dynamask.ops.bias import finite_bias
+from dynamask.ops.context_parallel import context_parallel, context_parallel_attention, split_sequence
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.future_attention import future_attention
 from dynamask.ops.interval.api import BACKENDS, attend, dynamic_mask_attention, interval_attention
@@ -21,10 +23,13 @@ from dynamask.ops.interval.operators import triton_available
 __all__ = [
     "BACKENDS",
     "attend",
+    "context_parallel",
+    "context_parallel_attention",
     "dynamic_mask_attention",
     "finite_bias",
     "future_attention",
     "interval_attention",
     "key_expiry",
+    "split_sequence",
     "triton_available",
 ]

@@ -89,7 +89,7 @@ def attend(
             return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
-    backend = _choose_backend(backend, query)
+    backend = choose_backend(backend, query)
     if query.shape[0] == 0 or query.shape[2] == 0:
         empty = query.new_zeros(*query.shape[:3], value.shape[3])
         return empty + 0 * (query.sum() + key.sum() + value.sum())  # no number, but autograd finds the inputs
@@ -138,8 +138,8 @@ def dynamic_mask_attention(
 
     Source: arXiv 2508.02124, equations (5) to (9).
     """
-    _check_inputs(query, key, value)
-    _check_per_key("scores", scores, query, key, value)
+    check_inputs(query, key, value)
+    check_per_key("scores", scores, query, key, value)
     windows = check_window(window, local, sinks, groups=key.shape[1])
     expiry = key_expiry(scores, windows, local=local, sinks=sinks, segment_ids=segment_ids, key_mask=key_mask)
     bias = finite_bias(scores)
@@ -163,7 +163,7 @@ def _limits(max_live: int | tuple[int, ...], groups: int) -> list[int]:
     return limits if all(limits) else []
 
 
-def _choose_backend(backend: str, query: Tensor) -> str:
+def choose_backend(backend: str, query: Tensor) -> str:
     if backend not in BACKENDS:
         raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     if backend == "auto":
@@ -177,21 +177,21 @@ def _choose_backend(backend: str, query: Tensor) -> str:
 
 
 def _check_attention_arguments(query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None) -> None:
-    _check_inputs(query, key, value)
+    check_inputs(query, key, value)
     if not query.dtype == key.dtype == value.dtype:
         raise InvalidInputError(
             f"query, key and value must share one dtype; got {query.dtype}, {key.dtype}, {value.dtype}"
         )
-    _check_per_key("expiry", expiry, query, key, value)
+    check_per_key("expiry", expiry, query, key, value)
     if bias is not None:
-        _check_per_key("bias", bias, query, key, value)
+        check_per_key("bias", bias, query, key, value)
     tensors = {"query": query, "key": key, "value": value, "expiry": expiry, "bias": bias}
     devices = {name: str(tensor.device) for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         raise InvalidInputError(f"all tensors must be on one device; got {devices}")
 
 
-def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise `InvalidInputError` unless the shapes of query, key and value fit each other."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor, "(batch, heads, length, head_dim)")
@@ -219,7 +219,7 @@ def _check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise InvalidInputError(problem + _layout_hint(query, key, value))
 
 
-def _check_per_key(name: str, tensor: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_per_key(name: str, tensor: Tensor, query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise `InvalidInputError` unless `tensor` holds one number per key: expiry, bias or scores."""
     batch, groups, length = key.shape[:3]
     expected = (batch, groups, length)

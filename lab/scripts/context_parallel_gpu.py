@@ -1,0 +1,475 @@
+"""Context parallelism on several GPUs: exactness, speed and bytes beside one GPU and torch's ring attention; FSDP2.
+
+    torchrun --standalone --nproc-per-node 2 lab/scripts/context_parallel_gpu.py --out results.jsonl
+    torchrun --standalone --nproc-per-node 2 lab/scripts/context_parallel_gpu.py --tiny     # gloo, on a CPU
+
+Every part stands by itself: one that fails prints its error, and the rest go on. The exactness comes first; without it
+the times mean nothing. One JSON line per measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from dynamask import DynamaskForCausalLM, key_expiry
+from dynamask.models import preset
+from dynamask.ops.context_parallel import (
+    context_parallel,
+    context_parallel_attention,
+    context_shards,
+    split_sequence,
+)
+from dynamask.ops.interval.api import attend
+from dynamask.training.loss import use_chunked_loss
+from dynamask.training.optimizer import adamw
+
+TINY = "--tiny" in sys.argv
+DEVICE = torch.device("cpu") if TINY else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+DTYPE = torch.float32 if TINY else torch.bfloat16
+HEADS, GROUPS, DIM = (4, 2, 16) if TINY else (16, 8, 128)
+WINDOW, LOCAL, SINKS = (32, 8, 2) if TINY else (2048, 128, 4)
+LENGTHS = [256, 512] if TINY else [65536, 262144]
+
+
+def uneven_windows() -> list[int]:
+    """Windows of the heads from a quarter to a sixteenth more than the mean's double, the mean about `WINDOW`."""
+    return [max(LOCAL + SINKS, WINDOW // 4 + 7 * WINDOW * g // (4 * max(1, GROUPS - 1))) for g in range(GROUPS)]
+
+
+def inputs(length: int, seed: int = 0, dtype: torch.dtype = DTYPE) -> list[Tensor]:
+    """The same whole sequence in every process."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+
+    def rows(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator, device=DEVICE, dtype=torch.float32).to(dtype)
+
+    query, key, value = rows(HEADS, length, DIM), rows(GROUPS, length, DIM), rows(GROUPS, length, DIM)
+    ranks = torch.randn(1, GROUPS, length, generator=generator, device=DEVICE)
+    return [query, key, value, ranks]
+
+
+def own(length: int) -> slice:
+    size, rank = dist.get_world_size(), dist.get_rank()
+    return slice(length * rank // size, length * (rank + 1) // size)
+
+
+def synchronize() -> None:
+    if not TINY:
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], None], repeats: int, *, together: bool = True) -> list[float]:
+    """Wall-clock times; with `together` the processes begin each repeat at once and the slowest counts."""
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        if together:
+            dist.barrier()
+            synchronize()
+        begun = time.perf_counter()
+        run()
+        synchronize()
+        taken = torch.tensor(time.perf_counter() - begun, device=DEVICE, dtype=torch.float64)
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+        times.append(float(taken))
+    return times
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    return {"ms": statistics.median(times) * 1e3, "ms_least": min(times) * 1e3, "ms_most": max(times) * 1e3}
+
+
+class Report:
+    """Lines of the first process."""
+
+    def __init__(self, out: Path | None) -> None:
+        self.first = dist.get_rank() == 0
+        self.file = out.open("a", encoding="utf-8") if out is not None and self.first else None
+        self.device = "cpu" if TINY else torch.cuda.get_device_name(DEVICE)
+        self.failed: list[str] = []
+
+    def line(self, kind: str, **facts: Any) -> None:
+        if not self.first:
+            return
+        facts = {"kind": kind, "device": self.device, "gpus": dist.get_world_size(), "torch": torch.__version__} | facts
+        text = json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in facts.items()})
+        print(text, flush=True)
+        if self.file is not None:
+            self.file.write(text + "\n")
+            self.file.flush()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        except Exception:
+            self.failed.append(name)
+            print(f"process {dist.get_rank()}: {name} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        gc.collect()
+        if not TINY:
+            torch.cuda.empty_cache()
+        if self.first:
+            print(f"# {name}: {time.perf_counter() - begun:.1f} s", flush=True)
+
+
+def exactness(report: Report) -> None:
+    """Outputs and gradients against the whole sequence on this GPU, in float32 and the training dtype."""
+    length = 192 if TINY else 12288
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    for windows, packed, dtype in (
+        ([WINDOW] * GROUPS, False, DTYPE),
+        (uneven_windows(), False, DTYPE),
+        (uneven_windows(), True, DTYPE),
+        (uneven_windows(), False, torch.float32),
+    ):
+        whole = [each.requires_grad_() for each in inputs(length, 1, dtype)[:3]]
+        ranks = inputs(length, 1)[3]
+        segments = None
+        if packed:
+            cuts = torch.tensor([length // 7, length // 3, length // 2, length - length // 5], device=DEVICE)
+            segments = torch.bucketize(torch.arange(length, device=DEVICE), cuts, right=True)[None]
+        expiry = key_expiry(ranks, windows, local=LOCAL, sinks=SINKS, segment_ids=segments)
+        expected = attend(*whole, expiry, max_live=tuple(windows))
+        grad = torch.randn(expected.shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(3)).to(dtype)
+        expected.backward(grad)
+        part = own(length)
+        shard = [each.detach()[:, :, part].clone().requires_grad_() for each in whole]
+        output = context_parallel_attention(
+            *shard,
+            ranks[:, :, part],
+            windows,
+            mesh=mesh,
+            local=LOCAL,
+            sinks=SINKS,
+            segment_ids=None if segments is None else segments[:, part],
+        )
+        output.backward(grad[:, :, part].contiguous())
+        errors = {}
+        for name, ours, theirs in (
+            ("output", output, expected),
+            *((n, a.grad, b.grad) for n, a, b in zip(("dq", "dk", "dv"), shard, whole, strict=True)),
+        ):
+            theirs = theirs.detach()[:, :, part].float()
+            error = (ours.detach().float() - theirs).norm() / theirs.norm()
+            dist.all_reduce(error, dist.ReduceOp.MAX)
+            errors[name] = float(error)
+        allowed = 1e-5 if dtype == torch.float32 else 1e-2
+        if not TINY and dtype == torch.float32:
+            allowed = 5e-3  # products of float32 on tensor cores
+        report.line(
+            "context_parallel_exact",
+            length=length,
+            windows=windows,
+            packed=packed,
+            dtype=str(dtype).removeprefix("torch."),
+            **errors,
+            allowed=allowed,
+            ok=max(errors.values()) <= allowed,
+        )
+        if max(errors.values()) > allowed:
+            raise AssertionError(f"errors {errors} exceed {allowed}")
+
+
+def attention_times(report: Report) -> None:
+    """Forward and backward of one layer: one GPU, and split."""
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    for windows, name in (([WINDOW] * GROUPS, "even"), (uneven_windows(), "uneven")):
+        for length in LENGTHS:
+            _attention_times(report, mesh, windows, name, length)
+
+
+def _attention_times(report: Report, mesh: Any, windows: list[int], name: str, length: int) -> None:
+    repeats = 2 if TINY else 7
+    query, key, value, ranks = inputs(length)
+    whole = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_()]
+    grad = torch.randn_like(query)
+
+    def one_gpu() -> None:
+        for each in whole:
+            each.grad = None
+        expiry = key_expiry(ranks, windows, local=LOCAL, sinks=SINKS)
+        attend(*whole, expiry, max_live=tuple(windows)).backward(grad)
+
+    one_gpu()
+    alone = seconds(one_gpu, repeats, together=False)
+    part = own(length)
+    shard = [each.detach()[:, :, part].clone().requires_grad_() for each in whole]
+    shard_ranks, shard_grad = ranks[:, :, part].contiguous(), grad[:, :, part].contiguous()
+    for each in whole:
+        each.grad = None
+    shards = context_shards(mesh, 1, part.stop - part.start, DEVICE)
+
+    def split() -> None:
+        for each in shard:
+            each.grad = None
+        context_parallel_attention(*shard, shard_ranks, windows, shards=shards, local=LOCAL, sinks=SINKS).backward(
+            shard_grad
+        )
+
+    split()
+    shards.traffic.forward = shards.traffic.backward = 0
+    split()
+    sent = torch.tensor([shards.traffic.forward, shards.traffic.backward], device=DEVICE)
+    dist.all_reduce(sent, dist.ReduceOp.MAX)
+    times = seconds(split, repeats)
+    report.line(
+        "context_parallel_attention",
+        length=length,
+        windows=name,
+        window=WINDOW,
+        heads=HEADS,
+        groups=GROUPS,
+        head_dim=DIM,
+        one_gpu=spread(alone),
+        split=spread(times),
+        speedup=statistics.median(alone) / statistics.median(times),
+        bytes_forward=int(sent[0]),
+        bytes_backward=int(sent[1]),
+    )
+
+
+def ring_attention(report: Report) -> None:
+    """torch's own context parallelism, dense and causal, with its bytes counted at its collectives."""
+    if TINY:
+        print("# torch's ring attention has no CPU kernel", flush=True)
+        return
+    size = dist.get_world_size()
+    mesh = init_device_mesh(DEVICE.type, (size,))
+    counted = {"bytes": 0}
+
+    def counting(original: Callable[..., Any], factor: int) -> Callable[..., Any]:
+        def wrapped(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+            counted["bytes"] += tensor.numel() * tensor.element_size() * factor
+            return original(tensor, *args, **kwargs)
+
+        return wrapped
+
+    originals = {}
+    for name, factor in (("permute_tensor", 1), ("all_gather_tensor", size - 1), ("all_gather_single", size - 1)):
+        if hasattr(collectives, name):
+            originals[name] = getattr(collectives, name)
+            setattr(collectives, name, counting(originals[name], factor))
+    try:
+        for length in LENGTHS:
+            _ring_times(report, mesh, length, counted)
+    finally:
+        for name, original in originals.items():
+            setattr(collectives, name, original)
+
+
+def _ring_times(report: Report, mesh: Any, length: int, counted: dict[str, int]) -> None:
+    from torch.distributed.tensor.experimental import context_parallel as torch_context_parallel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    query, key, value, _ = inputs(length)
+    # SDPA repeats the key/value heads before the ring sends them.
+    buffers = [query.clone(), *(each.repeat_interleave(HEADS // GROUPS, 1) for each in (key, value))]
+    del query, key, value
+    with (
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+        torch_context_parallel(mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2]),
+    ):
+        leaves = [each.detach().requires_grad_() for each in buffers]
+        grad = torch.randn_like(leaves[0])
+        phases: dict[str, int] = {}
+
+        def ring() -> None:
+            for each in leaves:
+                each.grad = None
+            counted["bytes"] = 0
+            output = F.scaled_dot_product_attention(*leaves, is_causal=True)
+            phases["forward"] = counted["bytes"]
+            output.backward(grad)
+            phases["backward"] = counted["bytes"] - phases["forward"]
+
+        ring()
+        times = seconds(ring, 3)
+    ratio = HEADS // GROUPS
+    report.line(
+        "ring_attention",
+        length=length,
+        heads=HEADS,
+        groups=GROUPS,
+        head_dim=DIM,
+        split=spread(times),
+        bytes_forward=phases["forward"],
+        bytes_backward=phases["backward"],
+        bytes_forward_without_repeated_heads=phases["forward"] // ratio,
+        bytes_backward_without_repeated_heads=phases["backward"] // ratio,
+    )
+
+
+def model_of(context: int) -> Any:
+    fields: dict[str, Any] = {"max_position_embeddings": context}
+    if TINY:
+        fields |= {"windows": 32, "local": 8}
+    torch.manual_seed(0)
+    config = preset("tiny" if TINY else "1.7b", **fields)
+    with DEVICE:
+        model = DynamaskForCausalLM(config)
+    return model.train()
+
+
+def sharded(model: Any, mesh: Any, *, checkpointing: bool = False) -> Any:
+    use_chunked_loss(model)
+    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def training_speed(report: Report) -> None:
+    """Tokens per second and GPU of the 1.7b preset's shape: FSDP2 over all GPUs against each GPU by itself."""
+    size = dist.get_world_size()
+    grid = init_device_mesh(DEVICE.type, (size, 1), mesh_dim_names=("replicas", "alone"))
+    speeds = {}
+    for name, mesh in (("one", grid["alone"]), ("all", init_device_mesh(DEVICE.type, (size,)))):
+        speeds[name] = _training_step(report, name, mesh)
+        gc.collect()
+        if not TINY:
+            torch.cuda.empty_cache()
+    report.line("training_scaling", share_of_one_gpu=speeds["all"] / speeds["one"])
+
+
+def _training_step(report: Report, name: str, mesh: Any) -> float:
+    context, batch, repeats = (128, 1, 2) if TINY else (8192, 1, 6)
+    model = sharded(model_of(context), mesh)
+    optimizer = adamw(model, learning_rate=1e-4, weight_decay=0.1)
+    vocabulary = model.config.vocab_size
+    tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
+    losses: list[Tensor] = []
+
+    def step() -> None:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+
+    for _ in range(1 if TINY else 3):
+        step()
+    if not TINY:
+        torch.cuda.reset_peak_memory_stats()
+    times = seconds(step, repeats, together=name == "all")
+    speed = batch * context / statistics.median(times)
+    report.line(
+        "training_step",
+        preset="tiny" if TINY else "1.7b",
+        parameters=sum(p.numel() for p in model.parameters()),
+        sharded_over=1 if name == "one" else dist.get_world_size(),
+        context=context,
+        batch=batch,
+        step=spread(times),
+        tokens_per_second_and_gpu=speed,
+        peak_bytes=0 if TINY else torch.cuda.max_memory_allocated(),
+        loss_first=float(losses[0]),
+        loss_last=float(losses[-1]),
+    )
+    return speed
+
+
+def split_model(report: Report) -> None:
+    """One sequence of the 1.7b preset's shape over all GPUs: context parallelism and FSDP2 on the same processes."""
+    size = dist.get_world_size()
+    context, repeats = (256, 1) if TINY else (131072, 2)
+    mesh = init_device_mesh(DEVICE.type, (size,))
+    model = model_of(context)
+    reference = copy.deepcopy(model) if TINY else None
+    model = sharded(model, mesh, checkpointing=True)
+    tokens = torch.randint(model.config.vocab_size, (1, context), device=DEVICE, generator=_seeded())
+    batch = split_sequence(mesh, tokens)
+    values: list[Tensor] = []
+
+    def step() -> None:
+        with context_parallel(mesh):
+            output = model(**batch)
+        (output.loss * size).backward()  # FSDP averages what the processes must sum
+        values.append(output.row_losses.sum() / batch["num_items_in_batch"])
+        model.zero_grad()
+
+    step()
+    if not TINY:
+        torch.cuda.reset_peak_memory_stats()
+    times = seconds(step, repeats)
+    total = values[-1].clone()
+    dist.all_reduce(total)
+    expected = None
+    if reference is not None:
+        use_chunked_loss(reference)
+        alone = reference(input_ids=tokens, labels=tokens)
+        expected = float(alone.row_losses.sum() / alone.row_counts.sum())
+        if abs(expected - float(total)) > 1e-4:
+            raise AssertionError(f"loss {float(total)}, in one process {expected}")
+    report.line(
+        "split_model_step",
+        context=context,
+        step=spread(times),
+        tokens_per_second_and_gpu=context / size / statistics.median(times),
+        peak_bytes=0 if TINY else torch.cuda.max_memory_allocated(),
+        loss=float(total),
+        loss_in_one_process=expected,
+        recomputes_layers=True,
+    )
+
+
+def _seeded() -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(7)
+
+
+PARTS: dict[str, Callable[[Report], None]] = {
+    "exactness": exactness,
+    "attention": attention_times,
+    "ring": ring_attention,
+    "training": training_speed,
+    "split_model": split_model,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--tiny", action="store_true", help="gloo and small shapes, on a CPU")
+    arguments = parser.parse_args()
+    if not TINY:
+        torch.cuda.set_device(DEVICE)
+    wait = timedelta(seconds=120)
+    dist.init_process_group("gloo" if TINY else "nccl", timeout=wait, device_id=None if TINY else DEVICE)
+    report = Report(arguments.out)
+    for name in arguments.parts:
+        with report.part(name):
+            PARTS[name](report)
+        if name == "exactness" and report.failed:
+            break
+    dist.destroy_process_group()
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
