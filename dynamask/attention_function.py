@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from dynamask.errors import InvalidInputError
+from dynamask.ops.context_parallel.shards import current_group
 from dynamask.ops.interval.api import attend
 
 IMPLEMENTATION = "dynamask"
@@ -247,6 +248,7 @@ def interval_attention_forward(
         "position_bias": (kwargs.get("position_bias"), "a bias on pairs of positions"),
         "head_mask": (kwargs.get("head_mask"), "a mask of heads"),
         "output_attentions": (kwargs.get("output_attentions"), "attention weights, which are never materialised"),
+        "split": (current_group() is not None, "keys of other processes (context_parallel): convert the model"),
     }
     for given, what in refused.values():
         if given is not None and (isinstance(given, Tensor) or given):

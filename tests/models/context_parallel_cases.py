@@ -119,6 +119,9 @@ def refusals() -> None:
                 model(input_ids=tokens, attention_mask=torch.tensor([[0] + [1] * 7]))
         with pytest.raises(InvalidInputError, match="serves dma and swa"):
             native(attention="mha")(input_ids=tokens)
+        dense = LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, attn_implementation="dynamask"))
+        with pytest.raises(InvalidInputError, match="keys of other processes"):
+            dense(input_ids=tokens)
         with pytest.raises(InvalidInputError, match="call the causal LM"):
             llama().model(input_ids=tokens)
     with pytest.raises(InvalidInputError, match="cannot be split over"):
