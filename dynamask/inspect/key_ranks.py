@@ -18,12 +18,14 @@ class RankedLayer(NamedTuple):
         ranks: (1, G, N) float.
         windows: G numbers, keys that each query keeps.
         local, sinks: newest and first positions that are always kept.
+        layer: its number in the model.
     """
 
     ranks: Tensor
     windows: tuple[int, ...]
     local: int
     sinks: int
+    layer: int
 
 
 @torch.no_grad()
@@ -37,26 +39,59 @@ def ranked_layers(model: Any, input_ids: Tensor) -> list[RankedLayer]:
     Returns:
         One entry for every layer with dynamic mask attention, in order; nothing where there is none.
     """
-    found: list[RankedLayer] = []
-    hooks = []
-    for module in model.modules():
-        for child in module.children():
-            if isinstance(child, (DynamicMaskGate, RankPredictor)):
-                hooks.append(child.register_forward_hook(_recorder(module, model.config, found)))
+    recorder = RankRecorder(model)
     try:
-        if hooks:  # without the output layer, whose (N, vocabulary) logits nobody needs
+        if recorder.hooks:  # without the output layer, whose (N, vocabulary) logits nobody needs
             model.model(input_ids, use_cache=False)
     finally:
-        for hook in hooks:
+        recorder.remove()
+    return recorder.found
+
+
+class RankRecorder:
+    """Records the ranks of the next forward passes, until `remove`.
+
+    Args:
+        model: a causal LM.
+
+    Attributes:
+        found: one entry for every layer with dynamic mask attention and forward pass, in order.
+        hooks: what is attached to the model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.found: list[RankedLayer] = []
+        self.hooks: list[Any] = []
+        for module in model.modules():
+            for child in module.children():
+                if isinstance(child, DynamicMaskGate):
+                    self.hooks.append(child.register_forward_hook(self._gate_of(module, model.config)))
+                elif isinstance(child, RankPredictor):
+                    # Not on the predictor: a layer does not call it for a text that is shorter than its windows.
+                    hook = self._predictor_of(module, child, model.config)
+                    self.hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Detach from the model."""
+        for hook in self.hooks:
             hook.remove()
-    return found
 
+    def _gate_of(self, layer: nn.Module, config: Any) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._add(layer, config, output)
 
-def _recorder(layer: nn.Module, config: Any, found: list[RankedLayer]) -> Any:
-    def record(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        own: Any = layer
-        windows = getattr(own, "windows", None) or (own.window,) * output.shape[1]
-        local, sinks = getattr(own, "local", config.local), getattr(own, "sinks", config.sinks)
-        found.append(RankedLayer(output, tuple(windows), local, sinks))
+        return record
 
-    return record
+    def _predictor_of(self, layer: nn.Module, predictor: RankPredictor, config: Any) -> Any:
+        def record(_module: nn.Module, inputs: Any, named: dict[str, Any]) -> None:
+            hidden_states = inputs[0] if inputs else named["hidden_states"]
+            self._add(layer, config, predictor(hidden_states.detach()))
+
+        return record
+
+    def _add(self, layer: Any, config: Any, ranks: Tensor) -> None:
+        windows = getattr(layer, "windows", None)
+        if windows is None:
+            windows = config.head_windows[layer.layer_idx]
+        local, sinks = getattr(layer, "local", config.local), getattr(layer, "sinks", config.sinks)
+        self.found.append(RankedLayer(ranks.detach(), tuple(windows), local, sinks, int(layer.layer_idx)))

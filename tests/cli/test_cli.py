@@ -13,7 +13,9 @@ import pytest
 from tests.cli.conftest import SMALL, Command
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"], ["convert"], ["report"], ["retrieval"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["evaluate"], ["generate"], ["convert"], ["report"], ["retrieval"], ["inspect"]]
+)
 def test_every_help_teaches(dynamask: Command, command: list[str]) -> None:
     done = dynamask(*command, "--help")
     assert done.returncode == 0
