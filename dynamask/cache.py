@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
 from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.cache_contest import CacheContest
 from dynamask.ops.cache_insert import insert_key
 from dynamask.ops.checks import check_window
 from dynamask.ops.expiry import key_expiry
@@ -30,6 +31,10 @@ _POOLS = ("keys", "values", "ranks", "positions")
 
 _ROOM = 64
 """Slots to grow into, at least, where windows are wider than the text: copying pools for every token would be slow."""
+
+_FLAT_WORK = 1 << 19
+"""Products of a query and a key, in numbers and per head, below which one call over all heads is faster than one per
+head, although it computes as many times more."""
 
 Windows = SupportsIndex | Sequence[int]
 
@@ -91,11 +96,17 @@ class BoundedLayer(CacheLayerMixin):
 
     def _clear(self) -> None:
         self.is_initialized = False
+        self._contest: CacheContest | None = None  # on a CPU, while single tokens come
+        self._mask: tuple[tuple[RaggedLayout, int, torch.dtype], Tensor] | None = None  # see `_own_slots`
         self.seen = 0
         self._exact_from = 0  # the shortest length this layer can still be cropped to
         self._calls: list[int | Tensor] = []  # since then: tokens of each call, or its key mask
         self._least = self._most = 0  # bounds on the real tokens of a row, known without a look at the device
         self._room = 0  # real tokens that fit before the pools must grow
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of copies what is only remembered."""
+        return {**self.__dict__, "_contest": None, "_mask": None}
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -267,13 +278,20 @@ class BoundedLayer(CacheLayerMixin):
             for name in ("keys", "values", "ranks"):
                 setattr(self, name, getattr(self, name).detach().clone())
         pools = (self.keys, self.values, self.ranks, self.positions, self.clock)
-        insert_key(key, value, ranks, key_mask, *pools, self._layout, self.local, self.sinks)
+        if self.keys.device.type == "cpu" and not torch.compiler.is_compiling():
+            contest = self._contest
+            if contest is None or contest.positions is not self.positions:
+                state = (self.ranks, self.positions, self.clock, self._layout)
+                self._contest = contest = CacheContest(*state, self.local, self.sinks)
+            contest.insert(key, value, ranks, key_mask, *pools)
+        else:
+            insert_key(key, value, ranks, key_mask, *pools, self._layout, self.local, self.sinks)
         self._count(1, key_mask)
 
     def _decode(self, query: Tensor, live: Tensor | None, bias: Tensor | None, scale: float | None) -> Tensor:
         """The queries of one token against all occupied slots."""
-        if not query.is_cuda and live is None and bias is None:
-            return self._decode_full(query, scale)
+        if not query.is_cuda and bias is None:
+            return self._decode_by_torch(query, live, scale)
         if not query.is_cuda or query.dtype == torch.float64 or torch.compiler.is_compiling() or not triton_available():
             return ragged_decode(query, self.keys, self.values, live, self.offsets, bias, scale)
         from dynamask.ops.triton.ragged_decode import ragged_decode_launch
@@ -282,17 +300,42 @@ class BoundedLayer(CacheLayerMixin):
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
         return ragged_decode_launch(query, self.keys, self.values, live, self.offsets, bias, scale)
 
-    def _decode_full(self, query: Tensor, scale: float | None) -> Tensor:
-        """Do `_decode` on a CPU where every slot is occupied: by dense attention, head by head if windows differ."""
-        grouped = query.unflatten(1, (len(self.windows), -1)).flatten(2, 3)
-        if self._layout.uniform:
-            keys, values = (pool.unflatten(1, (len(self.windows), -1)) for pool in (self.keys, self.values))
-            return scaled_dot_product_attention(grouped, keys, values, scale=scale).reshape(*query.shape[:-1], -1)
-        outputs = []
-        for group, (start, stop) in enumerate(itertools.pairwise(self.offsets)):
-            keys, values = (pool[:, None, start:stop] for pool in (self.keys, self.values))
-            outputs.append(scaled_dot_product_attention(grouped[:, group, None], keys, values, scale=scale))
-        return torch.cat(outputs, 1).reshape(*query.shape[:-1], -1)
+    def _decode_by_torch(self, query: Tensor, live: Tensor | None, scale: float | None) -> Tensor:
+        """Do `_decode` without biases by torch's dense attention: in one call where that is little work."""
+        groups, layout = len(self.windows), self._layout
+        batch, heads, _, dim = query.shape
+        grouped = query.unflatten(1, (groups, -1)).flatten(2, 3)
+        mask = live
+        if layout.uniform:
+            keys, values = (pool.unflatten(1, (groups, -1)) for pool in (self.keys, self.values))
+            mask = None if live is None else live.unflatten(1, (groups, 1, -1))
+            output = scaled_dot_product_attention(grouped, keys, values, mask, scale=scale)
+        elif batch * heads * layout.offsets[-1] * dim <= _FLAT_WORK * groups:
+            # All queries against the slots of all heads, those of other heads masked.
+            mask = self._own_slots(heads, query.dtype)
+            if live is not None:
+                mask = torch.where(live[:, None, None], mask, float("-inf"))
+            keys, values = self.keys[:, None], self.values[:, None]
+            output = scaled_dot_product_attention(query.transpose(1, 2), keys, values, mask, scale=scale)
+        else:
+            outputs = []
+            for group, (start, stop) in enumerate(itertools.pairwise(layout.offsets)):
+                keys, values = (pool[:, None, start:stop] for pool in (self.keys, self.values))
+                mask = None if live is None else live[:, None, None, start:stop]
+                outputs.append(scaled_dot_product_attention(grouped[:, group, None], keys, values, mask, scale=scale))
+            output = torch.cat(outputs, 1)
+        return output.reshape(*query.shape[:-1], -1)
+
+    def _own_slots(self, heads: int, dtype: torch.dtype) -> Tensor:
+        """(H, S) of this dtype: 0 where a slot belongs to the key/value head of the query head, -inf elsewhere."""
+        made_for = (self._layout, heads, dtype)
+        if self._mask is None or self._mask[0] != made_for:
+            with torch.inference_mode(False):
+                group = torch.arange(heads, device=self.keys.device) // (heads // len(self.windows))
+                own = group[:, None] == self._layout.head
+                mask = torch.zeros(own.shape, dtype=dtype, device=own.device).masked_fill_(~own, float("-inf"))
+            self._mask = (made_for, mask)
+        return self._mask[1]
 
     def _merge(self, key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
         """The general step: past and new keys side by side, expiry over both, survivors kept."""
@@ -357,7 +400,7 @@ class BoundedLayer(CacheLayerMixin):
         layout = self._layout = self._spacious()
         batch, groups, length = survives.shape
         slots, device = layout.offsets[-1], survives.device
-        first = layout.table[:-1, None].long()
+        first = layout.first[:, None]
         slot = torch.where(survives, first + survives.cumsum(-1) - 1, slots)
         column = torch.arange(length, device=device).expand(batch, groups, length)
         chosen = torch.full((batch, slots + 1), -1, device=device).scatter_(-1, slot.flatten(1), column.flatten(1))
@@ -365,6 +408,13 @@ class BoundedLayer(CacheLayerMixin):
         index = (torch.arange(batch, device=device)[:, None], layout.head, chosen.clamp(min=0))
         self.keys, self.values, self.ranks = keys.key[index], keys.value[index], keys.score[index]
         self.positions = torch.where(chosen >= 0, keys.position[index], -1).to(torch.int32)
+        if self._least < self._widest:
+            self._clean()
+
+    def _clean(self) -> None:
+        """Put zeros into the empty slots: NaN there would reach dense attention, mask or no mask."""
+        empty = (self.positions < 0)[..., None]
+        self.keys, self.values = self.keys.masked_fill(empty, 0), self.values.masked_fill(empty, 0)
 
     def _count(self, new: int, key_mask: Tensor | None) -> None:
         """Count the tokens of a call on the host, after `clock` has counted them on the device."""
@@ -411,7 +461,7 @@ class BoundedLayer(CacheLayerMixin):
         if old is new:
             return
         # Slots keep their places inside the heads.
-        target = new.table[:-1].long()[old.head] + old.place
+        target = new.first[old.head] + old.place
         for name in _POOLS:
             pool = getattr(self, name)
             shape = (pool.shape[0], new.offsets[-1], *pool.shape[2:])
@@ -514,6 +564,7 @@ class BoundedLayer(CacheLayerMixin):
             left -= here
         self.clock = self.clock - removed
         self.positions = torch.where(self.positions < self.clock[:, :1], self.positions, -1)
+        self._clean()
         self._calls, self.seen = calls, length
         self._look()
 

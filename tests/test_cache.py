@@ -476,3 +476,25 @@ def test_a_cache_left_by_an_interrupted_forward_is_refused() -> None:
         check_consistent(cache)
     cache.reset()
     cache.check_consistent()
+
+
+@torch.no_grad()
+def test_what_empty_slots_were_made_of_reaches_no_query() -> None:
+    """Padding that holds NaN stands where the pools are packed from; a crop leaves slots behind."""
+    made = text(12, (9, 14), padding="left", local=2, sinks=1)
+    assert made.mask is not None
+    for tensor in (made.key, made.value):
+        tensor.transpose(1, 2)[~made.mask] = float("nan")
+    layer = made.layer()
+    outputs = [made.step(layer, 0, 5).nan_to_num(), *(made.step(layer, t, t + 1).nan_to_num() for t in range(5, 12))]
+    clean = made._replace(key=made.key.nan_to_num(), value=made.value.nan_to_num())
+    torch.testing.assert_close(torch.cat(outputs, 2), clean.expected(), rtol=1e-12, atol=1e-12)
+
+    made = text(12, (14, 20), local=2, sinks=1)
+    layer = made.layer()
+    made.step(layer, 0, 5)
+    bad = made._replace(key=made.key * float("nan"), value=made.value * float("nan"))
+    bad.step(layer, 5, 6)
+    layer.crop(5)
+    outputs = [made.step(layer, t, t + 1) for t in range(5, 12)]
+    torch.testing.assert_close(torch.cat(outputs, 2), made.expected()[:, :, 5:], rtol=1e-12, atol=1e-12)

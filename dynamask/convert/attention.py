@@ -73,6 +73,7 @@ class CallFacts:
             what it has computed.
         shards: how the sequence is split over processes, where it is.
         losses: where given, layers append the losses of their ranks.
+        head_windows: `ConvertedConfig.head_windows`, read once for all layers; None: each layer reads it.
     """
 
     length: int
@@ -82,6 +83,7 @@ class CallFacts:
     observer: Callable[[Projected], None] | None = None
     shards: ContextShards | None = None
     losses: list[Tensor] | None = field(default=None, repr=False)
+    head_windows: tuple[tuple[int, ...] | None, ...] | None = None
 
     def sequence(self) -> SequenceInfo:
         """Return the same facts in the form that `dense_attention` takes."""
@@ -243,11 +245,12 @@ def converted_attention(
 
 def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, call: _Call) -> Tensor:
     facts, cache, hidden_states = call.facts, call.cache, call.hidden_states
-    predictor, sliding = module.rank_predictor, module.config.layer_slides(module.layer_idx)
-    windows = module.windows
+    predictor = module.rank_predictor
+    windows = module.windows if facts.head_windows is None else facts.head_windows[module.layer_idx]
     if facts.observer is not None:
         if cache is not None or facts.shards is not None:
             raise InvalidInputError("layers are observed over whole sequences, without a cache or context_parallel")
+        sliding = module.config.layer_slides(module.layer_idx)
         output = _newest(query, key, value, windows[0] if sliding else None, facts, scale)
         facts.observer(Projected(module, hidden_states, query, key, value, output, scale))
         return output

@@ -300,6 +300,7 @@ class ConvertedModel(OwnCacheGeneration):
         facts = arguments.get("dynamask")
         if facts is None:
             facts = call_facts(batch, new, mask, positions, past, tokens.device)
+            facts.head_windows = self.config.head_windows
             arguments["dynamask"] = facts
         if facts.shards is not None:
             if cache is not None or arguments.get("use_cache"):

@@ -96,6 +96,8 @@ def on_grid(ranks: Tensor) -> Tensor:
     differently in cached and uncached runs; the grid is so much coarser that this does not happen.
     """
     rounded = (ranks.detach() * _GRID).round() / _GRID
+    if not ranks.requires_grad:
+        return rounded
     return ranks + (rounded - ranks.detach())
 
 

@@ -10,6 +10,7 @@
 | `hopper/` | the same passes for Hopper GPUs, in Gluon |
 | `ragged_decode.py` | a few queries over a ragged cache: one pool of keys, a length per head |
 | `context_parallel/` | a sequence split over processes |
+| `cache_insert.py`, `cache_contest.py` | a new key into a ragged cache: on tensors, and on the host by a heap |
 | `nsa/` | Native Sparse Attention, a rival |
 """
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from dynamask.ops.expiry import sortable_scores
 from dynamask.ops.ragged_layout import RaggedLayout
 
+_NOBODY = torch.iinfo(torch.int64).max
+
 
 def insert_key(
     key: Tensor,
@@ -71,52 +73,52 @@ def insert_key_reference(
     sinks: int,
 ) -> None:
     """Compute `insert_key` with torch operations over all slots at once."""
-    batch, groups = clock.shape
-    head = layout.head
     if rank is None:
-        rank = ranks.new_zeros(batch, groups, 1)
-    # A head with free slots takes the first of them.
-    free = clock < layout.table.diff()
-    some_free = bool(free.any())
-    now = clock[:, :1]  # of all heads of a row
-    chosen = layout.place == now if some_free else None
-    if not (some_free and bool(free.all())):
+        rank = ranks.new_zeros(*clock.shape, 1)
+    free = clock < layout.room
+    slot, arrives = layout.first + clock, mask  # a head with free slots takes the first of them
+    if not bool(free.all()):
+        now = clock[:, :1]  # of all heads of a row
         contest = (positions >= sinks) & (positions <= now - local)
-        if some_free:
-            contest &= ~free[:, head]
-        score = sortable_scores(ranks)
-        if score.dtype == torch.int32:
-            # Lowest rank first, then the oldest: one integer says both, positions being below 2^31.
-            code = (score.long() << 31) + positions
-            lowest = _least_per_head(code, contest, layout, groups)
-            loses = contest & (code == lowest[:, head])
-            lowest >>= 31
-        else:
-            lowest = _least_per_head(score, contest, layout, groups)
-            tied = contest & (score == lowest[:, head])
-            # On equal ranks the later key wins.
-            loses = tied & (positions == _least_per_head(positions, tied, layout, groups)[:, head])
+        loser, lowest = _loser(ranks, positions, contest, layout)
+        slot = torch.where(free, slot, loser)
         if local == 0:
-            loses &= (sortable_scores(rank)[..., 0] >= lowest)[:, head]
-        chosen = loses if chosen is None else chosen | loses
-    assert chosen is not None
-    if mask is not None:
-        chosen &= mask
-    row, slot = chosen.nonzero(as_tuple=True)
-    group = head[slot]
-    keys[row, slot], values[row, slot] = key[row, group, 0], value[row, group, 0]
-    ranks[row, slot], positions[row, slot] = rank[row, group, 0], clock[row, group].to(positions.dtype)
+            # The new key is in the contest too: it wins ties, and is dead on arrival below all.
+            wins = free | (sortable_scores(rank)[..., 0] >= lowest)
+            arrives = wins if mask is None else wins & mask
+    row = torch.arange(clock.shape[0], device=clock.device)[:, None]
+    new = [key[:, :, 0], value[:, :, 0], rank[..., 0], clock.to(positions.dtype)]
+    if arrives is not None:
+        row, group = arrives.expand_as(clock).nonzero(as_tuple=True)
+        slot, new = slot[row, group], [tensor[row, group] for tensor in new]
+    for pool, tensor in zip((keys, values, ranks, positions), new, strict=True):
+        pool[row, slot] = tensor
     clock += 1 if mask is None else mask
 
 
-def _least_per_head(number: Tensor, counts: Tensor, layout: RaggedLayout, groups: int) -> Tensor:
-    """(B, S) integers -> (B, G), the least of each head where `counts`; the dtype's largest where there is none."""
-    most = torch.iinfo(number.dtype).max
-    number = number.masked_fill(~counts, most)
+def _loser(ranks: Tensor, positions: Tensor, contest: Tensor, layout: RaggedLayout) -> tuple[Tensor, Tensor]:
+    """The slot (B, G) of the lowest-ranked key of each head's contest (B, S), and its sortable score.
+
+    On equal ranks the oldest loses. Where a contest is empty the slot is any, and the score the dtype's largest.
+    """
+    score = sortable_scores(ranks)
+    if score.dtype == torch.int32:
+        # One integer says both, positions being below 2^31.
+        code = torch.where(contest, (score.long() << 31) + positions, _NOBODY)
+        lowest, place = _least(code, layout)
+        return layout.first + place, lowest >> 31
+    lowest, _ = _least(torch.where(contest, score, _NOBODY), layout)
+    tied = contest & (score == lowest[:, layout.head])
+    _, place = _least(torch.where(tied, positions.long(), _NOBODY), layout)
+    return layout.first + place, lowest
+
+
+def _least(number: Tensor, layout: RaggedLayout) -> tuple[Tensor, Tensor]:
+    """(B, S) integers -> (B, G) the least of each head, and its place in the head."""
     if layout.uniform:
-        return number.unflatten(1, (groups, -1)).amin(-1)
-    least = number.new_full((number.shape[0], groups), most)
-    return least.scatter_reduce_(1, layout.head.expand_as(number), number, "amin")
+        return number.unflatten(1, (len(layout.sizes), -1)).min(-1)
+    found = [part.min(-1) for part in number.split(layout.sizes, 1)]
+    return torch.stack([least for least, _ in found], 1), torch.stack([place for _, place in found], 1)
 
 
 def _kernels() -> bool:

@@ -38,6 +38,18 @@ class RaggedLayout:
         return self
 
     @cached_property
+    def first(self) -> Tensor:
+        """Return the first slot of each head, (G,) int64."""
+        with torch.inference_mode(False):
+            return self.table[:-1].long()
+
+    @cached_property
+    def room(self) -> Tensor:
+        """Return how many slots each head has, (G,) int64."""
+        with torch.inference_mode(False):
+            return self.table.diff().long()
+
+    @cached_property
     def head(self) -> Tensor:
         """Return the head of each slot, (S,) int64."""
         with torch.inference_mode(False):
@@ -48,20 +60,20 @@ class RaggedLayout:
     def place(self) -> Tensor:
         """Return the number of each slot inside its head, (S,) int64."""
         with torch.inference_mode(False):
-            return torch.arange(self.offsets[-1], device=self.device) - self.table.long()[self.head]
+            return torch.arange(self.offsets[-1], device=self.device) - self.first[self.head]
 
     @cached_property
     def padded(self) -> Tensor:
         """Return the slot of each place of each head, (G, widest) int64; slot 0 for places that a head lacks."""
         with torch.inference_mode(False):
-            slot = self.table[:-1, None].long() + torch.arange(self.widest, device=self.device)
+            slot = self.first[:, None] + torch.arange(self.widest, device=self.device)
             return torch.where(self.there, slot, 0)
 
     @cached_property
     def there(self) -> Tensor:
         """Return which places a head has, (G, widest) bool."""
         with torch.inference_mode(False):
-            return torch.arange(self.widest, device=self.device) < self.table.diff()[:, None]
+            return torch.arange(self.widest, device=self.device) < self.room[:, None]
 
 
 @lru_cache(maxsize=1024)
