@@ -1,4 +1,4 @@
-"""The command line: `dynamask train | evaluate | generate | inspect | convert | report`, and what plugins add.
+"""The command line: `dynamask train | evaluate | generate | chat | inspect | convert | report`, and what plugins add.
 
 A package adds commands through the entry-point group `dynamask.commands`: name "NAME" or "GROUP NAME", value a
 function or a `typer.Typer`. The laboratory (`dynamask-lab`) adds `experiment`, `benchmark`, `report masks` and
@@ -19,6 +19,7 @@ import typer
 from rich.markup import escape
 
 from dynamask.cli import convert, evaluate, report
+from dynamask.cli.chat import chat
 from dynamask.cli.common import errors
 from dynamask.cli.inspect import inspect
 from dynamask.cli.train import train
@@ -50,6 +51,7 @@ app.command()(train)
 app.command()(evaluate.evaluate)
 app.command()(evaluate.retrieval)
 app.command()(evaluate.generate)
+app.command()(chat)
 app.command()(inspect)
 app.add_typer(convert.app, name="convert")
 app.add_typer(report.app, name="report")

@@ -14,7 +14,8 @@ from tests.cli.conftest import SMALL, Command
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["evaluate"], ["generate"], ["convert"], ["report"], ["retrieval"], ["inspect"]]
+    "command",
+    [[], ["train"], ["evaluate"], ["generate"], ["convert"], ["report"], ["retrieval"], ["inspect"], ["chat"]],
 )
 def test_every_help_teaches(dynamask: Command, command: list[str]) -> None:
     done = dynamask(*command, "--help")
