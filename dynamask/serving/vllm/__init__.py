@@ -11,30 +11,7 @@ from __future__ import annotations
 
 import logging
 
-TESTED_VLLM = "0.32"
-"""Release of vLLM that the plugin is tested with. Others are tried, with a warning."""
-
-_MODELS = "dynamask.serving.vllm.models"
-
-SERVED = (
-    "DynamaskForCausalLM",
-    "DynamaskLlamaForCausalLM",
-    "DynamaskMistralForCausalLM",
-    "DynamaskQwen2ForCausalLM",
-    "DynamaskQwen3ForCausalLM",
-    "DynamaskGemma2ForCausalLM",
-    "DynamaskGemma3ForCausalLM",
-    "DynamaskPhi3ForCausalLM",
-    "DynamaskGraniteForCausalLM",
-)
-"""Architectures that the plugin registers, as `config.json` names them."""
-
-NOT_SERVED = {
-    "DynamaskSmolLM3ForCausalLM": "vLLM has no model of its own for SmolLM3",
-    "DynamaskOlmo2ForCausalLM": "vLLM has no model of its own for OLMo 2",
-    "DynamaskDogeForCausalLM": "vLLM has no model of its own for Doge",
-}
-"""Converted architectures that are refused, and why."""
+from dynamask.serving.vllm.names import BACKEND, MODELS, NOT_SERVED, SERVED, TESTED_VLLM
 
 
 def vllm_version() -> str:
@@ -52,7 +29,6 @@ def register() -> None:
 
     import dynamask  # noqa: F401 -- lets AutoConfig read the configurations
     from dynamask.serving.vllm.checks import ServedConfig
-    from dynamask.serving.vllm.names import BACKEND
 
     version = vllm_version()
     if not version.startswith(f"{TESTED_VLLM}."):
@@ -60,7 +36,7 @@ def register() -> None:
             "dynamask's plugin is tested with vLLM %s and this is %s: check its outputs", TESTED_VLLM, version
         )
     for architecture in SERVED:
-        ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")
+        ModelRegistry.register_model(architecture, f"{MODELS}:{architecture}")
     for architecture in (*SERVED, *NOT_SERVED):
         MODELS_CONFIG_MAP[architecture] = ServedConfig
     if BACKEND not in MambaAttentionBackendEnum.__members__:

@@ -8,7 +8,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 
 from dynamask.errors import InvalidInputError
-from dynamask.serving.vllm import NOT_SERVED
+from dynamask.serving.vllm.names import NOT_SERVED
 
 logger = init_logger(__name__)
 
