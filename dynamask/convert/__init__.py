@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dynamask.convert.allocate_windows import allocate_windows
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
-from dynamask.convert.models import set_windows
+from dynamask.convert.models import set_slopes, set_windows
 from dynamask.convert.ranks_file import load_ranks, save_ranks
 from dynamask.convert.upcycle import upcycle
 
@@ -26,6 +26,7 @@ __all__ = [
     "learn_ranks",
     "load_ranks",
     "save_ranks",
+    "set_slopes",
     "set_windows",
     "upcycle",
 ]

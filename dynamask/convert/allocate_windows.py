@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,13 +13,17 @@ from transformers import PreTrainedModel
 
 from dynamask.convert.attention import Projected, call_facts
 from dynamask.convert.learn_ranks import run_decoder
-from dynamask.convert.models import check_converted, set_windows
+from dynamask.convert.models import check_converted, set_slopes, set_windows
 from dynamask.convert.progress import Clock, Report, checked_block
-from dynamask.convert.window_errors import candidate_windows, cheapest_windows, window_errors
+from dynamask.convert.window_errors import candidate_windows, cheapest_slopes, cheapest_windows, window_errors
 from dynamask.errors import InvalidInputError
+from dynamask.mixers.rank_predictor import slope_on_grid
 from dynamask.ops.checks import check_window
 
 METHODS = ("threshold", "loss")
+
+SLOPES = tuple(steps / 8192 for steps in (0, 1, 2, 4, 8, 16, 32, 128, 8192))
+"""Slopes that method "loss" tries, in nats per token: from none to the newest keys alone."""
 
 
 def allocate_windows(
@@ -27,10 +32,11 @@ def allocate_windows(
     window: int,
     *,
     method: str = "threshold",
+    slopes: Sequence[float] = SLOPES,
     max_batches: int | None = None,
     progress: Report | None = None,
 ) -> list[list[int] | None]:
-    """Set a window for each key/value head, so that their mean is `window`.
+    """Set a window for each key/value head, so that their mean is `window`, and with method "loss" a slope.
 
     Ranks of all heads and layers predict one quantity, the largest attention that a key gets later. One threshold on
     it, over all heads, says how many keys each head needs at the end of a block; the threshold is chosen so that they
@@ -38,18 +44,21 @@ def allocate_windows(
 
     With method "loss" the divergence that each head's window causes is estimated from the model's gradients
     (`dynamask.convert.window_errors`) for windows of several sizes, and the budget goes where it saves most. It takes
-    a backward pass of the model.
+    a backward pass of the model. Each head also gets the slope that costs least: how much its ranks rise per token, so
+    that keys lose against newer ones (`dynamask.mixers.rank_predictor.sloped_ranks`). Method "threshold" sets all
+    slopes to 0.
 
     Args:
         model: made by `dynamask.convert.upcycle`, with ranks trained by `learn_ranks`.
         blocks: iterable of (B, N) token ids; N is the context that the windows are made for.
         window: mean over the key/value heads of the layers that rank, at least local + sinks.
         method: "threshold" or "loss".
+        slopes: those that "loss" chooses from, in nats per token; (0,) leaves the ranks as they are.
         max_batches: read no more than so many of the batches; None: all, so they must come to an end.
         progress: called after every block.
 
     Returns:
-        The windows of every layer and head, which are also set in the model's configuration. None for layers left
+        The windows of every layer and head, which are also set in the model's configuration, as the slopes are. None for layers left
         dense. Their mean over the ranked layers is exactly `window`, each is at least local + sinks and at most the
         longest block. A window of at least the longest block gives every head that window: attention is dense then.
 
@@ -63,34 +72,42 @@ def allocate_windows(
         raise InvalidInputError("allocate_windows: the ranks of this model are untrained; run learn_ranks first")
     if method not in METHODS:
         raise InvalidInputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    if not slopes or not all(0 <= slope < math.inf for slope in slopes):
+        raise InvalidInputError(f"slopes must be numbers of at least 0, in nats per token; got {slopes!r}")
     layers, groups = config.ranked_layers, config.num_key_value_heads
     batches = [checked_block(block, "allocate_windows") for block in islice(blocks, max_batches)]
     if not batches:
         raise InvalidInputError("allocate_windows: there are no blocks of tokens")
     context, least = max(block.shape[1] for block in batches), config.local + config.sinks
+    heads_in_all = len(layers) * groups
+    steep = [0.0] * heads_in_all
     if window >= context:
-        chosen = [window] * (len(layers) * groups)
+        chosen = [window] * heads_in_all
     elif method == "loss":
         candidates = candidate_windows(max(least, 1), context)
-        wanted = cheapest_windows(
-            _errors(model, batches, candidates, progress), candidates, window * len(layers) * groups
-        )
-        spare = exact_sum(wanted - least, (window - least) * len(wanted), context - least)
+        tried = [slope_on_grid(slope) for slope in slopes]
+        errors = _errors(model, batches, candidates, tried, progress)
+        wanted = cheapest_windows(errors.amin(1), candidates, window * heads_in_all)
+        spare = exact_sum(wanted - least, (window - least) * heads_in_all, context - least)
         chosen = [least + n for n in spare]
+        steep = [tried[index] for index in cheapest_slopes(errors, candidates, chosen)]
     else:
         ranks = _ranks(model, batches, progress)
         chosen = [least + n for n in counts_above_threshold(ranks, window - least)]
-    heads = [chosen[start : start + groups] for start in range(0, len(chosen), groups)]
-    by_layer = dict(zip(layers, heads, strict=True))
-    windows: list[Any] = []
-    for layer, entry in enumerate(config.head_windows):
-        windows.append(by_layer.get(layer, None if entry is None else list(entry)))
+    windows: list[Any] = [None if entry is None else list(entry) for entry in config.head_windows]
+    rising: list[list[float] | None] = [None] * len(windows)
+    for number, layer in enumerate(layers):
+        part = slice(number * groups, (number + 1) * groups)
+        windows[layer], rising[layer] = chosen[part], steep[part]
     set_windows(model, windows)
+    set_slopes(model, rising)
     return windows
 
 
-def _errors(model: Any, batches: list[Tensor], candidates: list[int], progress: Report | None) -> Tensor:
-    """Errors (heads of all ranked layers, candidates), summed over the blocks."""
+def _errors(
+    model: Any, batches: list[Tensor], candidates: list[int], slopes: list[float], progress: Report | None
+) -> Tensor:
+    """Errors (heads of all ranked layers, slopes, candidates), summed over the blocks."""
     device = next(model.parameters()).device
     clock = Clock("windows", len(batches))
     total: Tensor | None = None
@@ -98,7 +115,7 @@ def _errors(model: Any, batches: list[Tensor], candidates: list[int], progress: 
     model.eval()
     try:
         for number, block in enumerate(batches):
-            found = window_errors(model, block.to(device), candidates)
+            found = window_errors(model, block.to(device), candidates, slopes)
             total = found if total is None else total + found
             clock.tokens += block.numel()
             if progress is not None:

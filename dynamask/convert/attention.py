@@ -24,7 +24,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import SequenceInfo, recency_expiry
 from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_loss import rank_loss, rank_target
-from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
 from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
 from dynamask.ops.expiry import key_expiry
@@ -69,6 +69,8 @@ class CallFacts:
         key_mask: (B, N) bool, True for a real token, or None where nothing is padding.
         segment_ids: (B, N) non-decreasing integers of packed documents, or None; only without a past.
         position_ids: (B, Nq).
+        ages: (B, Nq), the positions that slopes of ranks count from: real tokens before each one in its document, up
+            to a constant.
         observer: where given, every layer attends densely (a sliding layer within its window) and shows the observer
             what it has computed.
         shards: how the sequence is split over processes, where it is.
@@ -80,6 +82,7 @@ class CallFacts:
     key_mask: Tensor | None
     segment_ids: Tensor | None
     position_ids: Tensor
+    ages: Tensor
     observer: Callable[[Projected], None] | None = None
     shards: ContextShards | None = None
     losses: list[Tensor] | None = field(default=None, repr=False)
@@ -128,10 +131,13 @@ def call_facts(
             )
         shards = context_shards(group, batch, new, device, position_ids=position_ids)
         positions = shards.positions(batch, new, device) if position_ids is None else position_ids.expand(batch, new)
-        return CallFacts(new, None, shards.segment_ids, positions, shards=shards)
+        return CallFacts(new, None, shards.segment_ids, positions, positions, shards=shards)
     if position_ids is None:
         position_ids = torch.arange(past, past + new, device=device)[None]
     position_ids = position_ids.to(device).expand(batch, new)
+    ages = position_ids
+    if counted and key_mask is not None:
+        ages = (key_mask.cumsum(-1) - 1)[:, past:]
     segments = None
     if not counted and new > 1:
         starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -145,7 +151,7 @@ def call_facts(
                     "without a cache"
                 )
             segments = F.pad(starts.long(), (1, 0)).cumsum(-1)
-    return CallFacts(past + new, key_mask, segments, position_ids)
+    return CallFacts(past + new, key_mask, segments, position_ids, ages)
 
 
 @dataclass
@@ -200,6 +206,11 @@ class ConvertedAttention(nn.Module):
     def windows(self) -> tuple[int, ...] | None:
         """Keys that a query of each key/value head keeps; None: all (a layer left dense)."""
         return self.config.head_windows[self.layer_idx]  # type: ignore[no-any-return]
+
+    @property
+    def slopes(self) -> tuple[float, ...] | None:
+        """How much each key/value head's ranks rise per token, in nats; None: not at all."""
+        return self.config.head_slopes[self.layer_idx]  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -267,7 +278,7 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
     if short:
         return dense_attention(query, key, value, facts.sequence(), scale=scale)
     assert ranks is not None
-    ranks = ranks.detach()
+    ranks = sloped_ranks(ranks.detach(), module.slopes, facts.ages)
     if facts.shards is not None:
         kept = {"shards": facts.shards, "local": config.local, "sinks": config.sinks, "scale": scale}
         return context_parallel_attention(query, key, value, ranks, windows, **kept)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,13 +27,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
 from dynamask.convert.attention import IMPLEMENTATION, call_facts, convert_attention
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
 from dynamask.models.cache_argument import given_cache
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_window
 from dynamask.ops.context_parallel.shards import current_group
 
 Windows = int | list[Any]
+Slopes = list[list[float] | None] | None
 
 
 class Architecture(NamedTuple):
@@ -108,9 +110,12 @@ class ConvertedConfig:
         trained_ranks: whether the rank predictors have been trained.
         rank_predictor_width: hidden units of a rank predictor; None: its default; 0: linear predictors.
         rank_loss_weight: factor of the ranks' loss in a training forward with labels.
+        slopes: how much ranks rise per token, in nats: None for not at all, or a list of one entry per layer, each
+            None or a list of one number per key/value head (`dynamask.mixers.rank_predictor.sloped_ranks`).
     """
 
     windows: Windows
+    slopes: Slopes
     local: int
     sinks: int
     ranking: str
@@ -158,6 +163,18 @@ class ConvertedConfig:
         return tuple(resolved)
 
     @property
+    def head_slopes(self) -> tuple[tuple[float, ...] | None, ...]:
+        """Slopes of every layer and key/value head, L x G; None for a layer whose ranks do not rise."""
+        layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
+        slopes = self.slopes
+        key = None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
+        known = self.__dict__.get("_head_slopes")
+        if known is None or known[0] != key:
+            known = key, _checked_slopes(slopes, layers, groups)
+            self.__dict__["_head_slopes"] = known
+        return known[1]  # type: ignore[no-any-return]
+
+    @property
     def layer_locals(self) -> list[int]:
         """Newest positions that each layer keeps; in a layer that slides, its whole window."""
         slides = [self.sliding_window_of(layer) for layer in range(self.num_hidden_layers)]  # type: ignore[attr-defined]
@@ -183,7 +200,8 @@ class ConvertedConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, without what is only remembered."""
         fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        fields.pop("_head_windows", None)
+        for name in ("_head_windows", "_head_slopes"):
+            fields.pop(name, None)
         return fields
 
     @classmethod
@@ -192,6 +210,23 @@ class ConvertedConfig:
         if "layer_windows" in config_dict:
             config_dict = _from_0_1(dict(config_dict), paper=cls.model_type == "dynamask_doge")  # type: ignore[attr-defined]
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+
+def _checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, ...] | None, ...]:
+    if slopes is None:
+        return (None,) * layers
+    if len(slopes) != layers:
+        raise InvalidInputError(f"slopes must have an entry for each of the {layers} layers; got {len(slopes)}")
+    for layer, entry in enumerate(slopes):
+        if entry is not None and (len(entry) != groups or not all(0 <= slope < math.inf for slope in entry)):
+            raise InvalidInputError(
+                f"the slopes of layer {layer} must be {groups} numbers of at least 0, one per key/value head; got "
+                f"{entry!r}"
+            )
+    return tuple(
+        tuple(slope_on_grid(slope) for slope in entry) if entry is not None and any(entry) else None
+        for entry in slopes
+    )
 
 
 def _from_0_1(fields: dict[str, Any], *, paper: bool) -> dict[str, Any]:
@@ -410,6 +445,7 @@ def converted_classes(model_type: str) -> tuple[Any, Any]:
         "trained_ranks": (bool, False),
         "rank_predictor_width": (int | None, None),
         "rank_loss_weight": (float | int, 1.0),
+        "slopes": (list[list[float] | None] | None, None),
     }
     body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}
     body["__annotations__"] = {name: annotation for name, (annotation, _) in fields.items()}
@@ -475,6 +511,22 @@ def set_windows(model: Any, windows: Windows | Sequence[Any]) -> None:
         )
 
 
+def set_slopes(model: Any, slopes: Sequence[Sequence[float] | None] | None) -> None:
+    """Set how much the ranks of a converted model rise per token.
+
+    Args:
+        model: a converted model.
+        slopes: as `ConvertedConfig.slopes`; rounded to the grid of `dynamask.mixers.rank_predictor.slope_on_grid`.
+
+    Raises:
+        InvalidInputError: another number of layers or heads, or a number that is not finite or below 0. The model is
+            unchanged.
+    """
+    config = model.config
+    checked = _checked_slopes(slopes, config.num_hidden_layers, config.num_key_value_heads)
+    config.slopes = None if not any(checked) else [None if entry is None else list(entry) for entry in checked]
+
+
 def is_converted(model: Any) -> bool:
     """Whether a model is one that `upcycle` made, with learned ranks."""
     return isinstance(model, ConvertedModel) and model.config.ranking == "learned"
@@ -488,4 +540,4 @@ def check_converted(model: Any, caller: str) -> None:
         raise InvalidInputError(f"{caller}: no layer of this model chooses its keys (all slide or are left dense)")
 
 
-__all__ = ["ARCHITECTURES", "ConvertedConfig", "ConvertedModel", "converted_classes", "set_windows"]
+__all__ = ["ARCHITECTURES", "ConvertedConfig", "ConvertedModel", "converted_classes", "set_slopes", "set_windows"]

@@ -1,7 +1,7 @@
 """Save the rank predictors and windows of a converted model in one small file, and apply them to a dense model's copy.
 
 The file is safetensors. Its tensors are the predictors' parameters and a sample of the model's embeddings; its
-metadata holds the windows, `local`, `sinks` and the shapes that the predictors were trained for.
+metadata holds the windows, slopes, `local`, `sinks` and the shapes that the predictors were trained for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SETTINGS = ("local", "sinks", "rank_predictor_width")
 
 
 def save_ranks(model: Any, file: str | Path, *, notes: Mapping[str, str] | None = None) -> Path:
-    """Save the rank predictors, windows, `local` and `sinks` of a converted model, without the model.
+    """Save the rank predictors, windows, slopes, `local` and `sinks` of a converted model, without the model.
 
     Args:
         model: a model that `upcycle` made, with trained ranks.
@@ -59,6 +59,8 @@ def save_ranks(model: Any, file: str | Path, *, notes: Mapping[str, str] | None 
     described = {name: getattr(config, name) for name in (*_SHAPES, *_SETTINGS)}
     metadata = {name: json.dumps(value) for name, value in described.items()}
     metadata |= {"format": FORMAT, "windows": json.dumps(config.windows)}
+    if config.slopes is not None:
+        metadata["slopes"] = json.dumps(config.slopes)
     taken = sorted(metadata.keys() & (notes or {}).keys())
     if taken:
         raise InvalidInputError(f"save_ranks: notes cannot be named {', '.join(taken)}: the format uses these names")
@@ -76,7 +78,7 @@ def save_ranks(model: Any, file: str | Path, *, notes: Mapping[str, str] | None 
 
 @torch.no_grad()
 def load_ranks(model: Any, file: str | Path) -> dict[str, str]:
-    """Apply saved rank predictors, windows, `local` and `sinks` to a converted model.
+    """Apply saved rank predictors, windows, slopes, `local` and `sinks` to a converted model.
 
     Args:
         model: what `upcycle` returned for the dense model that the predictors were trained on, or for a fine-tuned or
@@ -95,6 +97,7 @@ def load_ranks(model: Any, file: str | Path) -> dict[str, str]:
     config = model.config
     try:
         described = {name: json.loads(metadata[name]) for name in (*_SHAPES, *_SETTINGS, "windows")}
+        described["slopes"] = json.loads(metadata.get("slopes", "null"))
     except (KeyError, json.JSONDecodeError) as error:
         raise InvalidInputError(f"load_ranks: the metadata of {file} is incomplete ({error}): save it again") from error
     others = [name for name in _SHAPES if described[name] != getattr(config, name)]
@@ -119,8 +122,8 @@ def load_ranks(model: Any, file: str | Path) -> dict[str, str]:
 
 
 def _apply_windows(config: Any, described: dict[str, Any], file: str | Path) -> None:
-    """Set windows, local and sinks together; a window may be too small for the old `local` or the new one."""
-    names = ("windows", "local", "sinks")
+    """Set all of them together; a window may be too small for the old `local` or the new one."""
+    names = ("windows", "local", "sinks", "slopes")
     before = {name: getattr(config, name) for name in names}
     ranked = config.ranked_layers
     try:
@@ -129,6 +132,7 @@ def _apply_windows(config: Any, described: dict[str, Any], file: str | Path) -> 
         config.__dict__.pop("_head_windows", None)  # remembered for the windows alone
         if config.ranked_layers != ranked:
             raise InvalidInputError(f"its layers that choose keys are not this model's {ranked}")
+        _ = config.head_slopes  # checked when they are resolved
     except Exception as error:
         for name in names:
             setattr(config, name, before[name])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynamask.mixers.gate import DynamicMaskGate
-from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
 
 
 class RankedLayer(NamedTuple):
@@ -94,4 +94,6 @@ class RankRecorder:
         if windows is None:
             windows = config.head_windows[layer.layer_idx]
         local, sinks = getattr(layer, "local", config.local), getattr(layer, "sinks", config.sinks)
-        self.found.append(RankedLayer(ranks.detach(), tuple(windows), local, sinks, int(layer.layer_idx)))
+        positions = torch.arange(ranks.shape[2], device=ranks.device)[None]
+        ranks = sloped_ranks(ranks.detach(), getattr(layer, "slopes", None), positions)
+        self.found.append(RankedLayer(ranks, tuple(windows), local, sinks, int(layer.layer_idx)))

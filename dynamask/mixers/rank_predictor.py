@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -99,6 +103,46 @@ def on_grid(ranks: Tensor) -> Tensor:
     if not ranks.requires_grad:
         return rounded
     return ranks + (rounded - ranks.detach())
+
+
+_SLOPE_GRID = 8192.0
+"""Steps per nat of the grid of slopes, a multiple of the grid of ranks: sums of both are exact below 2048 nats."""
+
+
+def slope_on_grid(slope: float) -> float:
+    """Round a slope, in nats per token, to the grid on which ranks with slopes are exact."""
+    return math.floor(slope * _SLOPE_GRID + 0.5) / _SLOPE_GRID
+
+
+def sloped_ranks(ranks: Tensor, slopes: Sequence[float] | None, positions: Tensor) -> Tensor:
+    """Raise every rank by its head's slope times its position, so that a key loses against newer ones as it ages.
+
+    Which of two keys ranks higher depends on their distance alone, and no rank changes when more tokens follow: the
+    mask of a key is still an interval. Slope 0 leaves the ranks as they are, a steep one keeps the newest keys.
+
+    On the grid of slopes the sums are exact in float32 while they stay below 2048 nats, wherever the text begins:
+    packed and padded rows then choose as separate ones do. Farther on they are rounded, and still rise with the
+    position.
+
+    Args:
+        ranks: (B, G, N) float.
+        slopes: G numbers of at least 0, in nats per token, on the grid (`slope_on_grid`). None: all 0.
+        positions: (B or 1, N) integers, the positions of the keys.
+
+    Returns:
+        (B, G, N) in the dtype of the ranks.
+    """
+    if slopes is None or not any(slopes):
+        return ranks
+    slope = _slope_tensor(tuple(slopes), ranks.device).to(ranks.dtype)
+    return ranks + slope[:, None] * positions[:, None].to(ranks.dtype)
+
+
+@functools.lru_cache(maxsize=4096)
+def _slope_tensor(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+    """(G,) float32. Kept, because a stream that is captured allows no copy to the device."""
+    with torch.inference_mode(False):
+        return torch.tensor(slopes, dtype=torch.float32, device=device)
 
 
 def settle(score: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from dynamask.mixers.gate import DynamicMaskGate
-from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
 from dynamask.serving.state import LayerState
 from dynamask.serving.vllm.attention import BoundedAttention, SequenceState
 from dynamask.serving.vllm.names import STATE
@@ -34,12 +34,15 @@ class RankedAttention(nn.Module):
 
     attn: BoundedAttention
     rank_predictor: RankPredictor | None
+    slopes: tuple[float, ...] | None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """(T, hidden) -> (T, hidden), as the class itself."""
         if self.rank_predictor is not None:
+            positions = kwargs["positions"] if "positions" in kwargs else args[0]
             hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
-            self.attn.ranks = self.rank_predictor(hidden_states[None])[0].transpose(0, 1)
+            ranks = sloped_ranks(self.rank_predictor(hidden_states[None]), self.slopes, positions[None])
+            self.attn.ranks = ranks[0].transpose(0, 1)
         output = super().forward(*args, **kwargs)
         self.attn.ranks = None
         return output
@@ -88,6 +91,7 @@ def attach(model: Any, vllm_config: VllmConfig) -> None:
         layer.scale = float(paged.impl.scale)
         module.attn = BoundedAttention(state, index, paged.num_heads, paged.num_kv_heads)
         module.rank_predictor = None
+        module.slopes = config.head_slopes[index] if hasattr(config, "head_slopes") else None
         if layer.bias_is_rank:
             module.gate = DynamicMaskGate(paged.num_kv_heads, dim)
             module.attn.gate = (module.gate,)
