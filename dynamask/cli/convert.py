@@ -60,6 +60,12 @@ def convert_upcycle(
     allocation: Annotated[
         str, typer.Option(help="Windows by a threshold on predicted importance, or by the loss that they cause.")
     ] = "threshold",
+    label_share: Annotated[
+        float, typer.Option(help="Share of the texts' own next tokens in the distillation's loss, 0 to 1.")
+    ] = 0.0,
+    start_windows: Annotated[
+        float, typer.Option(help="Factor of the windows when the distillation starts; they shrink over its first half.")
+    ] = 1.0,
     needles: Annotated[int, typer.Option(help="Needles of each task, length and depth in the report; 0: none.")] = 2,
     max_tokens: Annotated[int, typer.Option(help="Tokens read from the texts at most.")] = 20_000_000,
     seed: Annotated[int, typer.Option(help="Seed of predictors and order.")] = 0,
@@ -94,6 +100,8 @@ def convert_upcycle(
         rank_steps=rank_steps,
         distill_steps=distill_steps,
         allocation=allocation,
+        label_share=label_share,
+        start_windows=start_windows,
         needles=needles,
         max_tokens=max_tokens,
         seed=seed,

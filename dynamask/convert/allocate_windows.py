@@ -22,7 +22,7 @@ from dynamask.ops.checks import check_window
 
 METHODS = ("threshold", "loss")
 
-SLOPES = tuple(steps / 8192 for steps in (0, 1, 2, 4, 8, 16, 32, 128, 8192))
+SLOPES = tuple(steps / 8192 for steps in (0, 1, 2, 4, 6, 8, 12, 16, 32, 128, 8192))
 """Slopes that method "loss" tries, in nats per token: from none to the newest keys alone."""
 
 
@@ -58,9 +58,10 @@ def allocate_windows(
         progress: called after every block.
 
     Returns:
-        The windows of every layer and head, which are also set in the model's configuration, as the slopes are. None for layers left
-        dense. Their mean over the ranked layers is exactly `window`, each is at least local + sinks and at most the
-        longest block. A window of at least the longest block gives every head that window: attention is dense then.
+        The windows of every layer and head, which are also set in the model's configuration, as the slopes are. None
+        for layers left dense. Their mean over the ranked layers is exactly `window`, each is at least local + sinks and
+        at most the longest block. A window of at least the longest block gives every head that window: attention is
+        dense then.
 
     Raises:
         InvalidInputError: a model without ranks or with untrained ones, no blocks, or a window below local + sinks.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,6 +40,9 @@ def distill(
     warmup: int | None = None,
     temperature: float = 1.0,
     chunk: int = 1024,
+    label_share: float = 0.0,
+    start_windows: float = 1.0,
+    shrink_share: float = 0.5,
     gradient_checkpointing: bool = False,
     checkpoint: str | Path | None = None,
     save_every: float = 120.0,
@@ -49,6 +53,10 @@ def distill(
     The loss is KL(teacher || student), see `chunked_kl`. The rank predictors go on learning beside it by their own
     loss, from the student's attention, at their own rate. AdamW without weight decay; a short warm-up, then a cosine to
     a tenth. On a GPU in bfloat16 over float32 weights.
+
+    With `start_windows` above 1 the first steps see wider windows, which shrink to the model's: far from the teacher a
+    small step learns less than near it. With `label_share` above 0 the model also adapts to the texts, as the dense
+    model would if it were trained on them: a part of the loss is the cross-entropy of the next token.
 
     Args:
         model: made by `dynamask.convert.upcycle`, with trained ranks. Trained in place, in float32, and returned to its
@@ -62,23 +70,31 @@ def distill(
         warmup: steps of linear warm-up; None: a twentieth of the steps, at most 20.
         temperature: of both distributions.
         chunk: positions whose logits are in memory at a time.
+        label_share: share of the cross-entropy of the next token in the loss, from 0 to 1. At 1 the teacher is not run.
+        start_windows: factor of all windows at the first step, at least 1. No window rises above the block.
+        shrink_share: share of the steps after which the windows are the model's, above 0 to 1.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
         checkpoint: file that keeps the state of the training. If it exists, training continues from it.
         save_every: seconds between two writes of the checkpoint.
         progress: called every few steps.
 
     Returns:
-        The divergence of every step, in nats per token.
+        The loss of every step, in nats per token: the divergence, or with `label_share` its mixture.
 
     Raises:
-        InvalidInputError: a model that is not converted, a teacher with another vocabulary, blocks that are too few or
-            no token ids, a loss that is not finite, or a checkpoint of another run.
+        InvalidInputError: a number out of its range, a model that is not converted, a teacher with another vocabulary,
+            blocks that are too few or no token ids, a loss that is not finite, or a checkpoint of another run.
     """
     check_converted(model, "distill")
     if steps < 1 or learning_rate <= 0 or rank_learning_rate < 0 or chunk < 1 or temperature <= 0:
         raise InvalidInputError(
             "distill: steps and chunk must be at least 1, learning_rate and temperature above 0, rank_learning_rate at "
             f"least 0; got {steps}, {chunk}, {learning_rate}, {temperature} and {rank_learning_rate}"
+        )
+    if not 0 <= label_share <= 1 or not start_windows >= 1 or not 0 < shrink_share <= 1:
+        raise InvalidInputError(
+            "distill: label_share must be from 0 to 1, start_windows at least 1, shrink_share above 0 and at most 1; "
+            f"got {label_share}, {start_windows} and {shrink_share}"
         )
     check_teacher(model, teacher)
     checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -88,7 +104,15 @@ def distill(
     training, wanted_grad = student.training, [parameter.requires_grad for parameter in student.parameters()]
     dtypes = [tensor.dtype for tensor in student.parameters()]
     checkpointed = bool(getattr(student, "is_gradient_checkpointing", False))
-    identity = {"stage": "distill", "steps": steps, "learning_rate": learning_rate}
+    identity = {
+        "stage": "distill",
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "label_share": label_share,
+        "start_windows": start_windows,
+        "shrink_share": shrink_share,
+    }
+    windows = config.windows
     state = load_state(checkpoint, identity)
     try:
         _widen(student)
@@ -112,11 +136,19 @@ def distill(
         source = token_blocks(blocks, start, "distill")
         for step in range(start, steps):
             tokens = next(source).to(device, non_blocking=True)
+            if start_windows > 1:
+                _widen_windows(student, windows, start_windows, step / (steps * shrink_share), tokens.shape[1])
             now = learning_rate_share("cosine", step, steps, warmup)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * now
             loss, ranks = distillation_losses(
-                student, teacher, tokens, temperature=temperature, chunk=chunk, ranks=rank_learning_rate > 0
+                student,
+                teacher,
+                tokens,
+                temperature=temperature,
+                chunk=chunk,
+                ranks=rank_learning_rate > 0,
+                label_share=label_share,
             )
             (loss if ranks is None else loss + ranks).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -130,8 +162,9 @@ def distill(
                 losses.clear()
                 if not math.isfinite(float(history[step])):
                     raise InvalidInputError(
-                        f"distill: the divergence is {float(history[step])} at step {step + 1}: the student or the "
-                        "teacher computes NaN or infinity. Check both on this text, or lower learning_rate"
+                        f"distill: the {'loss' if label_share else 'divergence'} is {float(history[step])} at step "
+                        f"{step + 1}: the student or the teacher computes NaN or infinity. Check both on this text, or "
+                        "lower learning_rate"
                     )
                 if progress is not None:
                     progress(clock.progress(step + 1, float(history[step])))
@@ -140,6 +173,7 @@ def distill(
                     save_state({"identity": identity, "step": step + 1, "losses": history, **weights}, checkpoint)
                     saved = time.perf_counter()
     finally:
+        config.windows = windows
         if gradient_checkpointing and not checkpointed:
             student.gradient_checkpointing_disable()
         for parameter, dtype, wanted in zip(student.parameters(), dtypes, wanted_grad, strict=True):
@@ -150,6 +184,26 @@ def distill(
     if rank_learning_rate > 0:
         config.trained_ranks = True
     return history.tolist()  # type: ignore[no-any-return]
+
+
+_SHRINKINGS = 8
+"""Sizes that windows go through: each may be compiled for."""
+
+
+def _widen_windows(model: Any, windows: Any, factor: float, share: float, length: int) -> None:
+    """Set windows that fall from `factor` times the model's to the model's, as `share` rises from 0 to 1."""
+    config = model.config
+    done = min(_SHRINKINGS, math.floor(share * _SHRINKINGS))
+    factor = factor ** (1 - done / _SHRINKINGS)
+
+    def wide(window: int) -> int:
+        return max(window, min(length, round(window * factor)))
+
+    config.windows = windows
+    if factor > 1:
+        config.windows = [
+            None if entry is None else [wide(window) for window in entry] for entry in config.head_windows
+        ]
 
 
 def adamw_rates(optimizer: torch.optim.Optimizer, learning_rate: float) -> list[dict[str, float]]:
@@ -166,6 +220,7 @@ def distillation_losses(
     temperature: float = 1.0,
     chunk: int = 1024,
     ranks: bool = True,
+    label_share: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the losses of one batch of distillation.
 
@@ -176,16 +231,32 @@ def distillation_losses(
         attention_mask: (B, N), 1 for a real token, or None.
         temperature, chunk: see `chunked_kl`.
         ranks: whether the ranks' loss is computed, too.
+        label_share: see `distill`.
 
     Returns:
-        The mean divergence in nats per real token, and the mean loss of the ranks, or None.
+        The mean divergence in nats per real token, or its mixture with the cross-entropy, and the mean loss of the
+        ranks, or None.
     """
-    teacher_hidden = teacher_states(teacher, tokens, attention_mask)
+    teacher_hidden = teacher_states(teacher, tokens, attention_mask) if label_share < 1 else None
     facts = call_facts(tokens.shape[0], tokens.shape[1], attention_mask, None, 0, tokens.device)
     facts.losses = [] if ranks else None
     hidden = run_decoder(student, tokens, facts)
+    labels = None
+    if label_share:
+        labels = F.pad(tokens[:, 1:], (0, 1), value=-1)
+        if attention_mask is not None:
+            labels = labels.masked_fill(F.pad(attention_mask[:, 1:], (0, 1)) == 0, -1)
     return losses_of_hidden(
-        student, teacher, hidden, teacher_hidden, facts.losses, attention_mask, temperature=temperature, chunk=chunk
+        student,
+        teacher,
+        hidden,
+        hidden if teacher_hidden is None else teacher_hidden,
+        facts.losses,
+        attention_mask,
+        temperature=temperature,
+        chunk=chunk,
+        labels=labels,
+        label_share=label_share,
     )
 
 
@@ -199,6 +270,8 @@ def losses_of_hidden(
     *,
     temperature: float,
     chunk: int,
+    labels: Tensor | None = None,
+    label_share: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """`distillation_losses` from the last hidden states (B, N, hidden) of both models."""
     with _narrow(student):
@@ -211,6 +284,8 @@ def losses_of_hidden(
             mask=None if attention_mask is None else attention_mask.bool(),
             temperature=temperature,
             chunk=chunk,
+            labels=labels,
+            label_share=label_share,
         )
     aux = torch.stack([each.to(loss.device) for each in rank_losses]).mean() if rank_losses else None
     return loss, aux

@@ -224,8 +224,7 @@ def _checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float,
                 f"{entry!r}"
             )
     return tuple(
-        tuple(slope_on_grid(slope) for slope in entry) if entry is not None and any(entry) else None
-        for entry in slopes
+        tuple(slope_on_grid(slope) for slope in entry) if entry is not None and any(entry) else None for entry in slopes
     )
 
 

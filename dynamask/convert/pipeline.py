@@ -19,7 +19,7 @@ from dynamask.convert.allocate_windows import METHODS, allocate_windows
 from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
-from dynamask.convert.models import reason_not_convertible, set_windows
+from dynamask.convert.models import reason_not_convertible, set_slopes, set_windows
 from dynamask.convert.progress import Report
 from dynamask.convert.report import ConversionReport, Figures, figures_from, measure, plain_card
 from dynamask.convert.upcycle import upcycle
@@ -50,6 +50,7 @@ class Conversion:
         batch: blocks of a step.
         rank_steps, distill_steps: steps of the two trainings; no distillation with 0.
         allocation: how windows are set, see `allocate_windows`.
+        label_share, start_windows: of the distillation, see `distill`.
         needles: examples of each needle task, length and depth; 0 leaves the needles out.
         max_tokens: tokens read from the texts at most.
         seed: of the order of the blocks and of the predictors.
@@ -68,6 +69,8 @@ class Conversion:
     rank_steps: int = 300
     distill_steps: int = 0
     allocation: str = "threshold"
+    label_share: float = 0.0
+    start_windows: float = 1.0
     needles: int = 2
     max_tokens: int = 20_000_000
     seed: int = 0
@@ -132,6 +135,10 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
     for name, least in (("batch", 1), ("rank_steps", 1), ("distill_steps", 0), ("needles", 0), ("max_tokens", 1)):
         if getattr(settings, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(settings, name)}")
+    if not 0 <= settings.label_share <= 1:
+        raise UsageError(f"--label-share must be from 0 to 1; got {settings.label_share}")
+    if not settings.start_windows >= 1:
+        raise UsageError(f"--start-windows must be at least 1; got {settings.start_windows}")
     if settings.allocation not in METHODS:
         raise UsageError(f"--allocation must be one of {', '.join(METHODS)}; got {settings.allocation!r}")
     check_window(settings.window, settings.local, settings.sinks)
@@ -248,14 +255,17 @@ def _run(
         learn_ranks(model, blocks, steps=settings.rank_steps, checkpoint=work / "ranks.pt", progress=progress)
     windows_file = work / "windows.json"
     if windows_file.exists():
-        set_windows(model, json.loads(windows_file.read_text(encoding="utf-8")))
+        kept = json.loads(windows_file.read_text(encoding="utf-8"))
+        set_windows(model, kept["windows"])
+        set_slopes(model, kept["slopes"])
     else:
         with stage("windows"):
             batches = max(1, _ALLOCATION_BLOCKS // settings.batch)
-            windows = allocate_windows(
+            allocate_windows(
                 model, blocks, settings.window, method=settings.allocation, max_batches=batches, progress=progress
             )
-        _replace(windows_file, json.dumps(windows).encode())
+        chosen: Any = model.config
+        _replace(windows_file, json.dumps({"windows": chosen.windows, "slopes": chosen.slopes}).encode())
     if settings.distill_steps:
         say("distilling")
         with stage("distil"):
@@ -264,6 +274,8 @@ def _run(
                 dense,
                 CalibrationBlocks(tokens, block, batch=settings.batch, seed=settings.seed + 1),
                 steps=settings.distill_steps,
+                label_share=settings.label_share,
+                start_windows=settings.start_windows,
                 checkpoint=work / "distill.pt",
                 progress=progress,
             )

@@ -6,7 +6,8 @@
 #     conversion_gpu.sh speed CARRIED SECONDS     cache bytes and tokens per second, alone on the GPU
 #
 # CARRIED holds the parts of the model's file (fetch_models.py --parts), data.tar.xz (conversion_data.py --pack),
-# benchmarks.tar.xz, the wheels of gguf and kvpress, and, to continue elsewhere, results of earlier runs (*.jsonl).
+# benchmarks.tar.xz, the wheels of gguf and kvpress, and, to continue elsewhere, results of earlier runs (*.jsonl) and
+# what they trained (ranks-*.pt, windows.tar). EXTRA holds further arguments of the study, such as "--plan levers".
 # Everything is kept in $CONVERSION_WORK (default: a folder in the system's temporary one), results go to $OUT too.
 set -uo pipefail
 what=$1 carried=$2 seconds=${3:-500}
@@ -24,6 +25,9 @@ if [ ! -f "$work/ready" ]; then
     find "$work/carried" -name data.tar.xz -exec tar -C "$work/data" -xf {} \;
     find "$work/carried" -name benchmarks.tar.xz -exec tar -C "$work/benchmarks" -xf {} \;
     python3 lab/scripts/fetch_models.py "$work/models" --join "$work/carried" || exit 1
+    # What was trained on a machine before, as it came back from there.
+    find "$work/carried" -name 'ranks-*.pt' -exec cp -n {} "$work/state/" \;
+    find "$work/carried" -name windows.tar -exec tar -C "$work/state" --skip-old-files -xf {} \;
     touch "$work/ready"
     echo "ready after $SECONDS s"
 fi
@@ -42,6 +46,6 @@ else
     lane dense "$((seconds - SECONDS))" --after "$work/state/ranks-hidden-seed0.pt" ${EXTRA:-} &
     wait
 fi
-cp "$work/state/ranks-hidden-seed0.pt" "$out/" 2>/dev/null
+cp "$work"/state/ranks-*.pt "$out/" 2>/dev/null
 tar -C "$work/state" -cf "$out/windows.tar" --exclude '*.pt' . 2>/dev/null
 ls -la "$out"

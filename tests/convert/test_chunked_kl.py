@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 
+from dynamask import InvalidInputError
 from dynamask.convert.chunked_kl import chunked_kl
 from dynamask.training.loss import output_head
 
@@ -31,6 +32,26 @@ def test_equals_the_divergence_of_all_logits(masked: bool, temperature: float) -
     found = torch.autograd.grad(3 * loss, [hidden, *parameters])
     for one, two in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_labels_take_a_share_of_the_loss(share: float) -> None:
+    hidden = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    other, head = torch.randn(2, 7, 5, dtype=torch.float64), torch.nn.Linear(5, 11).double()
+    mask, labels = torch.rand(2, 7) > 0.3, torch.randint(-1, 11, (2, 7))
+    parameters = list(head.parameters())
+    options: dict[str, Any] = {"mask": mask, "temperature": 2.0, "chunk": 3}
+    divergence = chunked_kl(hidden, other, head, head, parameters, **options)
+    counted = labels.masked_fill(~mask, -100).masked_fill(labels < 0, -100)
+    entropy = F.cross_entropy(head(hidden).flatten(0, 1), counted.flatten())
+    expected = (1 - share) * divergence + share * entropy
+    loss = chunked_kl(hidden, other, head, head, parameters, **options, labels=labels, label_share=share)
+    torch.testing.assert_close(loss.double(), expected.double(), atol=1e-6, rtol=1e-6)
+    wanted = torch.autograd.grad(expected, [hidden, *parameters], allow_unused=True)
+    for one, two in zip(torch.autograd.grad(loss, [hidden, *parameters]), wanted, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    with pytest.raises(InvalidInputError, match="needs labels"):
+        chunked_kl(hidden, other, head, head, parameters, label_share=share)
 
 
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:

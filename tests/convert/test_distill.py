@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,39 @@ def test_a_teacher_that_shares_weights_is_copied(llama: Any) -> None:
     assert not torch.equal(shared.lm_head.weight, before)
     assert not shared.config.trained_ranks
     assert shared.model.layers[0].self_attn.rank_predictor.down.weight.abs().max() == 0
+
+
+def test_labels_adapt_the_model(llama: Any) -> None:
+    model, data = student_of(llama), blocks(1)
+    labels = data[0][:, 1:].flatten()
+
+    def entropy() -> float:
+        with torch.no_grad():
+            return float(torch.nn.functional.cross_entropy(model(data[0]).logits[:, :-1].flatten(0, 1), labels))
+
+    before = entropy()
+    losses = convert.distill(model, llama, data, steps=10, learning_rate=1e-2, label_share=1.0)
+    assert losses[0] == pytest.approx(before, rel=1e-3)
+    assert entropy() < before - 0.1
+
+
+def test_windows_shrink_to_the_models(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = student_of(llama)
+    convert.set_windows(model, [[10, 14]] * 2)
+    seen: list[Any] = []
+    module = sys.modules["dynamask.convert.distill"]
+    original = module.distillation_losses
+
+    def spy(student: Any, *args: Any, **options: Any) -> Any:
+        seen.append(student.config.head_windows[0])
+        return original(student, *args, **options)
+
+    monkeypatch.setattr(module, "distillation_losses", spy)
+    convert.distill(model, llama, blocks(1), steps=8, start_windows=4.0, shrink_share=0.5)
+    assert seen[0] == (40, 48)
+    assert seen[2] == (20, 28)
+    assert seen[4:] == [(10, 14)] * 4
+    assert model.config.windows == [[10, 14]] * 2
 
 
 class Killed(Exception):
@@ -112,6 +146,9 @@ def test_bad_input(llama: Any, shape: dict[str, Any]) -> None:
         convert.distill(llama, llama, blocks(), steps=1)
     with pytest.raises(InvalidInputError, match="steps and chunk must be"):
         convert.distill(model, llama, blocks(), steps=0)
+    for options in ({"label_share": 1.5}, {"start_windows": 0.5}, {"shrink_share": 0.0}):
+        with pytest.raises(InvalidInputError, match="label_share must be from 0 to 1, start_windows at least 1"):
+            convert.distill(model, llama, blocks(), steps=1, **options)
     with torch.no_grad():
         llama.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(InvalidInputError, match="divergence is nan at step 1"):

@@ -97,7 +97,15 @@ def form_name(spec: Mapping[str, Any]) -> str:
         words = [chosen, "a window per head" if spec["windows"] == "heads" else "one window"]
         if spec["predictor"] != "hidden":
             words.append({"linear": "linear predictor", "values": "ranks from values"}[spec["predictor"]])
+        if spec.get("allocation", "threshold") != "threshold":
+            words.append("windows and slopes by loss" if spec.get("slopes") else "windows by loss")
         words.append("distilled" if spec["distilled"] else "model frozen")
+        if spec.get("label_share"):
+            words.append(f"{spec['label_share']:.0%} next tokens")
+        if spec.get("start_windows", 1.0) != 1:
+            words.append(f"from {spec['start_windows']:g} times the windows")
+    if spec.get("rate") is not None:
+        words.append(f"rate {spec['rate']:g}")
     if spec.get("steps", STEPS) != STEPS:
         words.append(f"{spec['steps']} steps")
     if spec["rope"] != 1:
@@ -163,6 +171,7 @@ def training_seconds(lines: Sequence[Line]) -> dict[str, float]:
     for line in lines:
         spec = line["spec"]
         main = spec["kind"] == "converted" and spec["predictor"] == "hidden" and not spec["seed"]
+        main = main and spec.get("allocation", "threshold") == "threshold"
         if main and line["measure"] in ("learn_ranks", "allocate_windows", "train"):
             found.setdefault(line["measure"], line["result"]["seconds"])
     return found

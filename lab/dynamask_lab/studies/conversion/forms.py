@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,11 @@ class Spec:
         peer: name of a press, for peers.
         rope: factor of YaRN; 1 leaves the positions alone.
         steps: batches that the model is trained on, where it is trained.
+        allocation: how windows per head are set: "threshold" or "loss". Under "loss", those of newest keys are set for
+            newest keys.
+        slopes: whether "loss" may choose slopes.
+        label_share, start_windows: of the distillation, see `dynamask.convert.distill`.
+        rate: highest learning rate of the model; None: the schedule's.
     """
 
     kind: str
@@ -58,6 +63,16 @@ class Spec:
     peer: str = ""
     rope: int = 1
     steps: int = STEPS
+    allocation: str = "threshold"
+    slopes: bool = False
+    label_share: float = 0.0
+    start_windows: float = 1.0
+    rate: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """The fields, without later ones that have their default: lines written before they existed stay the same."""
+        fields = asdict(self)
+        return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
     @property
     def trained(self) -> bool:
@@ -73,11 +88,21 @@ class Spec:
         if self.kind == "converted":
             parts += [str(self.budget), self.windows, self.ranks]
             parts += [] if self.predictor == "hidden" else [self.predictor]
+            parts += [] if self.allocation == "threshold" else [self.allocation]
+            parts += ["slopes"] if self.slopes else []
             parts += ["distilled" if self.distilled else "frozen"]
         parts += [f"seed{self.seed}"] if self.seed else []
         parts += [f"rope{self.rope}"] if self.rope != 1 else []
         parts += [f"steps{self.steps}"] if self.trained and self.steps != STEPS else []
+        if self.trained:
+            parts += [f"labels{self.label_share}"] if self.label_share else []
+            parts += [f"from{self.start_windows}"] if self.start_windows != 1 else []
+            parts += [f"rate{self.rate}"] if self.rate is not None else []
         return "-".join(parts)
+
+
+_LATER = {"allocation": "threshold", "slopes": False, "label_share": 0.0, "start_windows": 1.0, "rate": None}
+"""Fields of `Spec` that came after the first lines were written, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -170,16 +195,16 @@ class Workshop:
     def form(self, spec: Spec) -> Form:
         """Make the form, training what it needs."""
         if spec.kind == "dense":
-            return Form(spec.name, self.dense(spec.rope), settings=asdict(spec))
+            return Form(spec.name, self.dense(spec.rope), settings=spec.facts())
         if spec.kind == "peer":
             model = self.dense(spec.rope)
             assert spec.budget is not None
-            return Form(spec.name, model, peers.compressing(model, spec.peer, spec.budget), asdict(spec))
+            return Form(spec.name, model, peers.compressing(model, spec.peer, spec.budget), spec.facts())
         if self._kept is None or self._kept[0] != spec:
             self._kept = None
             gc.collect()
             self._kept = (spec, self._trained_dense(spec) if spec.kind == "dense trained" else self.converted(spec))
-        return Form(spec.name, self._kept[1], settings=asdict(spec))
+        return Form(spec.name, self._kept[1], settings=spec.facts())
 
     def dense(self, rope: int = 1) -> Any:
         """The pretrained model in bfloat16."""
@@ -217,8 +242,12 @@ class Workshop:
         exchange_predictors(model, spec.predictor)
         if spec.ranks == "learned" or spec.windows == "heads":
             load_predictors(model, self.ranks(spec))
+        if spec.ranks == "newest" and spec.allocation == "loss":
+            silence_predictors(model)
         if spec.windows == "heads":
-            set_windows(model, self.windows(spec, model))
+            windows, slopes = self.windows(spec, model)
+            set_windows(model, windows)
+            model.config.slopes = slopes
         if spec.ranks == "newest":
             silence_predictors(model)
         if spec.distilled:
@@ -246,21 +275,39 @@ class Workshop:
             self.report(told, "learn_ranks", {"seconds": seconds, "history": _plain(history)})
         return dict(torch.load(file, map_location=self.device, weights_only=True))
 
-    def windows(self, spec: Spec, model: Any) -> list[list[int] | None]:
-        """The windows per layer and KV head, `spec.budget` on the mean."""
+    def windows(self, spec: Spec, model: Any) -> tuple[list[Any], list[Any] | None]:
+        """The windows per layer and KV head, `spec.budget` on the mean, and the slopes or None."""
         assert spec.budget is not None
-        file = self.state / f"windows-{spec.budget}-{spec.predictor}-seed{spec.seed}.json"
+        name = f"windows-{spec.budget}-{spec.predictor}-seed{spec.seed}"
+        if spec.allocation != "threshold":
+            name += f"-{spec.allocation}-{spec.ranks}" + ("-slopes" if spec.slopes else "")
+        file = self.state / f"{name}.json"
         if not file.exists():
             from dynamask.convert import allocate_windows
 
+            options: dict[str, Any] = {"method": spec.allocation}
+            if not spec.slopes:
+                options["slopes"] = (0.0,)
             start = time.perf_counter()
-            made = allocate_windows(model, self.calibration(), spec.budget)
+            made = allocate_windows(model, self.calibration(), spec.budget, **options)
+            _synchronise(self.device)
             seconds = time.perf_counter() - start
             windows = [layer and [int(window) for window in layer] for layer in made]
-            file.write_text(json.dumps(windows))
-            told = Spec("converted", spec.budget, spec.seed, predictor=spec.predictor)
-            self.report(told, "allocate_windows", {"seconds": seconds, "windows": windows})
-        return list(json.loads(file.read_text()))
+            slopes = model.config.slopes
+            kept = windows if slopes is None else {"windows": windows, "slopes": slopes}
+            partial = file.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(kept))
+            partial.replace(file)
+            told = replace(spec, distilled=False, steps=STEPS, label_share=0.0, start_windows=1.0, rate=None)
+            told = (
+                told
+                if spec.allocation != "threshold"
+                else Spec("converted", spec.budget, spec.seed, predictor=spec.predictor)
+            )
+            found = {"seconds": seconds, "windows": windows} | ({} if slopes is None else {"slopes": slopes})
+            self.report(told, "allocate_windows", found)
+        kept = json.loads(file.read_text())
+        return (kept["windows"], kept["slopes"]) if isinstance(kept, dict) else (kept, None)
 
     def _trained_dense(self, spec: Spec) -> Any:
         model = copy.deepcopy(self.dense())
@@ -274,11 +321,12 @@ class Workshop:
             model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True), strict=False)
             return
         schedule = self.schedule
+        rate = schedule.distil_rate if spec.rate is None else spec.rate
         start = time.perf_counter()
         # Not the batches that the ranks were learned on.
         batches = self.blocks(spec.seed + 1000)
         if spec.kind == "dense trained":
-            history = adapt(model, batches, steps=spec.steps, rate=schedule.distil_rate)
+            history = adapt(model, batches, steps=spec.steps, rate=rate)
         else:
             from dynamask.convert import distill
 
@@ -289,8 +337,10 @@ class Workshop:
                 self.dense(spec.rope),
                 batches,
                 steps=spec.steps,
-                learning_rate=schedule.distil_rate,
+                learning_rate=rate,
                 rank_learning_rate=ranks,
+                label_share=spec.label_share,
+                start_windows=spec.start_windows,
             )
         _synchronise(self.device)
         seconds = time.perf_counter() - start

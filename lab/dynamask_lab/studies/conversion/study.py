@@ -61,7 +61,7 @@ class Job:
     @property
     def key(self) -> str:
         """16 hexadecimal digits that stand for the job."""
-        return _key(asdict(self.spec), self.measure, self.settings)
+        return _key(self.spec.facts(), self.measure, self.settings)
 
 
 def _key(*parts: Any) -> str:
@@ -82,29 +82,29 @@ def jobs(steps: int = STEPS) -> list[Job]:
     adapted = Spec("dense trained")
 
     first = range(0, 25), range(25, 100)
-    made = [*_losses(dense), *_losses(frozen), *_losses(distilled)]
-    made += [*_tasks(dense, first[0]), *_tasks(frozen, first[0]), *_tasks(distilled, first[0])]
+    made = [*losses_of(dense), *losses_of(frozen), *losses_of(distilled)]
+    made += [*tasks_of(dense, first[0]), *tasks_of(frozen, first[0]), *tasks_of(distilled, first[0])]
     for spec in rivals[:5]:
-        made += [*_tasks(spec, first[0]), *_continuations(spec)]
+        made += [*tasks_of(spec, first[0]), *_continuations(spec)]
     for spec in [newest[1], sinks[1], newest[0], sinks[0], equal]:
-        made += _losses(spec)
-    made += [*_losses(adapted)]
+        made += losses_of(spec)
+    made += [*losses_of(adapted)]
     for spec in [newest[1], newest[0], sinks[0]]:
-        made += _tasks(spec, first[0])
+        made += tasks_of(spec, first[0])
     for spec in [dense, distilled, frozen, adapted]:
         made += [Job(spec, "benchmark", {"name": name, "limit": 1000}) for name in measure.BENCHMARKS]
     for spec in [dense, frozen, distilled, sinks[0]]:
         made += [Job(spec, "speed", {"batch": batch, "length": 8192}) for batch in (1, 16)]
     for spec in rivals[5:]:  # they mask keys by a search that finds nothing for as many queries as a continuation has
-        made += _tasks(spec, first[0])
+        made += tasks_of(spec, first[0])
     for spec in other:
-        made += _losses(spec)
+        made += losses_of(spec)
     for spec in other:
-        made += _tasks(spec, first[0])
-    made += [job for spec in [*seeds, *ablations] for job in _losses(spec)]
-    made += [job for spec in [*seeds, *ablations] for job in _tasks(spec, first[0])]
+        made += tasks_of(spec, first[0])
+    made += [job for spec in [*seeds, *ablations] for job in losses_of(spec)]
+    made += [job for spec in [*seeds, *ablations] for job in tasks_of(spec, first[0])]
     for spec in [dense, frozen, distilled, *rivals[:5]]:
-        made += [*_tasks(spec, first[1]), *_tasks(spec, first[0], "documents")]
+        made += [*tasks_of(spec, first[1]), *tasks_of(spec, first[0], "documents")]
     for rope, length in ((2, 16384), (4, 32768)):
         for spec in (Spec("dense", rope=rope), Spec("converted", BUDGET, rope=rope)):
             made += [Job(spec, "long", {"corpus": corpus, "length": length}) for corpus in ("text", "code")]
@@ -112,7 +112,8 @@ def jobs(steps: int = STEPS) -> list[Job]:
     return list({job.key: job for job in made}.values())
 
 
-def _losses(spec: Spec) -> list[Job]:
+def losses_of(spec: Spec) -> list[Job]:
+    """Both measures of a form's loss, on text and code."""
     return [Job(spec, "loss", {"corpus": c, "blocks": 100}) for c in ("text", "code")] + _continuations(spec)
 
 
@@ -120,7 +121,8 @@ def _continuations(spec: Spec) -> list[Job]:
     return [Job(spec, "continuation", {"corpus": c, "blocks": 100, "context": CONTEXT}) for c in ("text", "code")]
 
 
-def _tasks(spec: Spec, indices: range, haystack: str = "essays") -> list[Job]:
+def tasks_of(spec: Spec, indices: range, haystack: str = "essays") -> list[Job]:
+    """All tasks and lengths of a form."""
     tasks = [t for t in TASKS if haystack == "essays" or t in NEEDLE_TASKS[1:4] + NEEDLE_TASKS[6:]]
     return [
         Job(
@@ -296,15 +298,23 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="blocks, examples and questions of each job; for trials")
     parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--steps", type=int, default=STEPS, help="batches that forms are trained on")
+    parser.add_argument("--plan", choices=("forms", "levers"), default="forms", help="which list of jobs")
     parser.add_argument("--schedule", default="{}", help="JSON: fields of Schedule that differ")
     parser.add_argument("--list", action="store_true", help="print the jobs instead of running them")
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     start = time.monotonic()
+    if arguments.plan == "levers":
+        from dynamask_lab.studies.conversion import levers
+
+        listed = levers.jobs()
+        places = levers.lanes(listed)
+    else:
+        listed, places = jobs(arguments.steps), {}
     chosen = [
         job
-        for job in jobs(arguments.steps)
-        if arguments.lane in ("all", lane_of(job))
+        for job in listed
+        if arguments.lane in ("all", "speed" if job.measure == "speed" else places.get(job.spec, lane_of(job)))
         and arguments.only in job.spec.name
         and (not arguments.measure or job.measure in arguments.measure)
         and (arguments.benchmarks or job.measure != "benchmark")
@@ -336,8 +346,8 @@ def main() -> int:
 
     def report(spec: Spec, what: str, result: dict[str, Any]) -> None:
         settings: dict[str, Any] = {"lane": arguments.lane}
-        row = {"form": spec.name, "spec": asdict(spec), "measure": what, "settings": settings, "result": result}
-        results.append(_key(asdict(spec), what, settings), row)
+        row = {"form": spec.name, "spec": spec.facts(), "measure": what, "settings": settings, "result": result}
+        results.append(_key(spec.facts(), what, settings), row)
         print(f"  {spec.name} {what}: {result['seconds']:.1f} s", flush=True)
 
     workshop = Workshop(arguments.model, arguments.data, arguments.state, schedule, device, report)
@@ -363,7 +373,7 @@ def main() -> int:
         seconds = time.monotonic() - began
         row = {
             "form": job.spec.name,
-            "spec": asdict(job.spec),
+            "spec": job.spec.facts(),
             "measure": job.measure,
             "settings": job.settings,
             "seconds": round(seconds, 3),

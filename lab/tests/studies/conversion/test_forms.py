@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamask.errors import UsageError
+from dynamask_lab.studies.conversion import levers
 from dynamask_lab.studies.conversion.forms import LOCAL, SINKS, Schedule, Spec, Workshop, predictors
+from dynamask_lab.studies.conversion.study import Job
 
 BUDGET = LOCAL + SINKS + 12
 SCHEDULE = Schedule(block=256, batch=1, rank_steps=3, distil_rate=1e-2, calibration=2)
@@ -76,6 +80,40 @@ def test_newest_keys_use_the_same_windows_with_equal_ranks(workshop: Workshop) -
     assert any(module(hidden).any() for module in predictors(learned).values())
     equal = workshop.form(Spec("converted", BUDGET, ranks="newest", windows="equal")).model
     assert equal.config.head_windows == ((BUDGET, BUDGET),) * 2
+
+
+def test_slopes_are_kept_with_the_windows(workshop: Workshop, told: list[tuple[str, str]], tmp_path: Path) -> None:
+    spec = Spec("converted", BUDGET, allocation="loss", slopes=True)
+    model = workshop.form(spec).model
+    flat = workshop.form(replace(spec, slopes=False)).model
+    assert flat.config.slopes is None
+    assert np.array(flat.config.head_windows).mean() == BUDGET
+    for _ in range(2):
+        again = _workshop(tmp_path, told).form(spec).model
+        assert again.config.slopes == model.config.slopes
+        assert again.config.head_windows == model.config.head_windows
+        kept = json.loads((tmp_path / "state" / f"windows-{BUDGET}-hidden-seed0-loss-learned-slopes.json").read_text())
+        windows = kept["windows"] if isinstance(kept, dict) else kept
+        rising = {"windows": windows, "slopes": [[0.125, 0.0], None]}  # whatever was chosen: both are read back
+        (tmp_path / "state" / f"windows-{BUDGET}-hidden-seed0-loss-learned-slopes.json").write_text(json.dumps(rising))
+        model.config.slopes = rising["slopes"]
+    newest = workshop.form(Spec("converted", BUDGET, ranks="newest", allocation="loss")).model
+    assert newest.config.slopes is None
+    assert [name for name, what in told if what == "allocate_windows"] == [
+        f"converted-{BUDGET}-heads-learned-loss-slopes-frozen",
+        f"converted-{BUDGET}-heads-learned-loss-frozen",
+        f"converted-{BUDGET}-heads-newest-loss-frozen",
+    ]
+
+
+def test_later_fields_leave_earlier_lines_alone() -> None:
+    earlier = Job(Spec("converted", 512, distilled=True), "loss", {"corpus": "text", "blocks": 100})
+    assert earlier.key == "30064be39d2c28ab"
+    assert Spec("converted", 512, allocation="loss").facts()["allocation"] == "loss"
+    listed = levers.jobs()
+    assert len({job.key for job in listed}) == len(listed)
+    assert len({job.spec.name for job in listed}) == len({job.spec for job in listed})
+    assert set(levers.lanes(listed).values()) == {"converted", "dense"}
 
 
 @pytest.mark.parametrize("predictor", ["linear", "values"])

@@ -1,0 +1,107 @@
+"""The study's second list of jobs: which levers bring a conversion closer to the dense model.
+
+    python -m dynamask_lab.studies.conversion.study --plan levers ...
+
+What is judged, decided before the first run. All figures are paired differences over the same documents and examples,
+at 512 keys per KV head, with 95% intervals; loss is the mean over the 8192 positions of a block.
+
+1. Slopes: frozen forms, `allocation="loss"` with slopes against without, text and code, both measures of the loss.
+   Slopes stay in the product if the loss falls and the mean over the needle tasks at 1K to 4K does not.
+2. Allocation: "loss" without slopes against "threshold", in the same way. The better one becomes the default.
+   Goal: text loss of the best frozen form at most 0.040 above dense.
+3. Choosing: learned ranks (with slopes) against newest keys whose windows were allocated for newest keys, both
+   distilled for as long. The sign is reported whatever it is.
+4. Distillation: 400 steps, and windows that start four times as wide. Goal: text loss at most 0.005 above dense; needle
+   tasks at 1K to 4K at least 0.98 of dense.
+5. Adaptation: the converted model trained on the next tokens alone (`label_share=1`) against the dense model trained
+   on the same tokens for as long. Goal: text loss at most 0.010 above it.
+6. Seeds 1 and 2, and budgets of 1/32, 1/8 and 1/4, of what 1 to 4 chose, which is taken to be: slopes, 400 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from dynamask_lab.studies.conversion.forms import STEPS, Spec
+from dynamask_lab.studies.conversion.study import BUDGET, BUDGETS, Job, losses_of, tasks_of
+from dynamask_lab.studies.conversion.tasks import NEEDLE_TASKS
+
+LONG = 400
+"""Batches of the longer trainings."""
+_NEEDLES = tuple(task for task in NEEDLE_TASKS if task != "multikey_3")
+_SECONDS_A_STEP = 0.42
+_SECONDS = {"loss": 3.0, "continuation": 3.5, "tasks": 2.5, "benchmark": 1.0}
+"""Rough seconds, by which forms are spread over two lanes."""
+
+
+def jobs() -> list[Job]:
+    """All jobs, the most telling first."""
+
+    def made(budget: int = BUDGET, steps: int = LONG, **options: object) -> Spec:
+        options = {"allocation": "loss", "slopes": True, "distilled": steps > 0} | options
+        return Spec("converted", budget, steps=steps or STEPS, **options)  # type: ignore[arg-type]
+
+    dense = Spec("dense")
+    frozen, flat = made(steps=0), made(steps=0, slopes=False)
+    newest = made(steps=0, slopes=False, ranks="newest")
+    earlier = Spec("converted", BUDGET, ranks="newest", distilled=True)
+    adapted, adapted_longer = Spec("dense trained"), Spec("dense trained", steps=LONG)
+    best, shrinking, labelled = made(), made(start_windows=4.0), made(label_share=1.0)
+    newest_longer = made(slopes=False, ranks="newest")
+    short, faster = made(steps=STEPS), made(steps=STEPS, rate=2e-4)
+    mixed = made(label_share=0.5)
+    seeds = [made(seed=seed, steps=steps) for seed in (1, 2) for steps in (0, LONG)]
+    budgets = [made(budget) for budget in (256, 1024, 2048) if budget in BUDGETS]
+    ablations = [made(steps=0, predictor=kind) for kind in ("linear", "values")]
+
+    order: list[Job] = []
+    for spec in (frozen, flat, newest):
+        order += losses_of(spec)
+    for spec in (earlier, adapted):
+        order += losses_of(spec) + _needles(spec)
+    order += losses_of(best) + losses_of(labelled) + losses_of(adapted_longer)
+    for spec in (best, frozen, labelled, adapted_longer):
+        order += _needles(spec)
+    for spec in (shrinking, newest_longer):
+        order += losses_of(spec) + _needles(spec)
+    for spec in (short, faster, mixed):
+        order += losses_of(spec)
+    for spec in seeds:
+        order += losses_of(spec) + (_needles(spec) if spec.distilled else [])
+    for spec in budgets:
+        order += losses_of(spec) + _needles(spec)
+    for spec in ablations:
+        order += losses_of(spec)
+    for spec in (best, earlier, adapted, flat, mixed):
+        order += tasks_of(spec, range(25))
+    order += [
+        Job(spec, "benchmark", settings) for spec in (best, labelled, adapted_longer) for settings in _benchmarks()
+    ]
+    order += [Job(spec, "speed", {"batch": batch, "length": 8192}) for spec in (dense, best) for batch in (1, 16)]
+    return list({job.key: job for job in order}.values())
+
+
+def lanes(listed: Iterable[Job]) -> dict[Spec, str]:
+    """Spread forms over the lanes "converted" and "dense", in the order of the jobs, by rough seconds."""
+    spent = {"converted": 0.0, "dense": 0.0}
+    found: dict[Spec, str] = {}
+    for job in listed:
+        if job.measure == "speed":
+            continue
+        if job.spec not in found:
+            found[job.spec] = min(spent, key=lambda lane: spent[lane])
+            spent[found[job.spec]] += job.spec.steps * _SECONDS_A_STEP if job.spec.trained else 8.0
+        spent[found[job.spec]] += _SECONDS.get(job.measure, 0.0)
+    return found
+
+
+def _needles(spec: Spec) -> list[Job]:
+    """The needle tasks that count, at the lengths that the goals name."""
+    jobs = tasks_of(spec, range(25))
+    return [job for job in jobs if job.settings["task"] in _NEEDLES and job.settings["length"] <= 4096]
+
+
+def _benchmarks() -> list[dict[str, object]]:
+    from dynamask_lab.studies.conversion.measure import BENCHMARKS
+
+    return [{"name": name, "limit": 1000} for name in BENCHMARKS]
