@@ -23,7 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from dynamask_lab.studies.conversion.forms import STEPS, Spec
-from dynamask_lab.studies.conversion.study import BUDGET, BUDGETS, Job, losses_of, tasks_of
+from dynamask_lab.studies.conversion.jobs import BUDGET, BUDGETS, Job, losses_of, tasks_of
+from dynamask_lab.studies.conversion.measure import BENCHMARKS
 from dynamask_lab.studies.conversion.tasks import NEEDLE_TASKS
 
 LONG = 400
@@ -102,6 +103,4 @@ def _needles(spec: Spec) -> list[Job]:
 
 
 def _benchmarks() -> list[dict[str, object]]:
-    from dynamask_lab.studies.conversion.measure import BENCHMARKS
-
     return [{"name": name, "limit": 1000} for name in BENCHMARKS]

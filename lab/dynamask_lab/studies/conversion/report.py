@@ -21,8 +21,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from dynamask_lab.studies.conversion.jobs import BUDGET, LENGTHS
 from dynamask_lab.studies.conversion.measure import BENCHMARKS, BIN
-from dynamask_lab.studies.conversion.study import BUDGET, LENGTHS, read_rows
+from dynamask_lab.studies.conversion.study import read_rows
 
 RESAMPLES = 2000
 GROUPS = {

@@ -10,7 +10,6 @@ splits the jobs between processes that share a GPU: decoding at small batches le
 from __future__ import annotations
 
 import argparse
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -20,7 +19,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,109 +27,15 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from dynamask_lab.studies.conversion import measure
+from dynamask_lab.studies.conversion import levers, measure
 from dynamask_lab.studies.conversion.forms import STEPS, Schedule, Spec, Workshop
-from dynamask_lab.studies.conversion.peers import PEERS
-from dynamask_lab.studies.conversion.tasks import NEEDLE_TASKS, TASKS, Example, Tasks
+from dynamask_lab.studies.conversion.jobs import Job, jobs, key_of, lane_of
+from dynamask_lab.studies.conversion.tasks import Example, Tasks
 from dynamask_lab.sweeps.provenance import commit, device_name, versions
 
-BUDGET = 512
-BUDGETS = (2048, 1024, 512, 256)
-LENGTHS = (1024, 2048, 4096, 8192)
-CONTEXT = 7680
-"""Tokens that are read, and compressed, before `continuation` measures the loss of the next 512."""
 WAIT = 150.0
 """Seconds that `--after` waits at most."""
 LANES = ("all", "converted", "dense", "speed")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One form and one measure.
-
-    Attributes:
-        spec: the form.
-        measure: "loss", "continuation", "tasks", "benchmark", "long" or "speed".
-        settings: of the measure; decides, with form and measure, whether a job has been done.
-    """
-
-    spec: Spec
-    measure: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """16 hexadecimal digits that stand for the job."""
-        return _key(self.spec.facts(), self.measure, self.settings)
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def jobs(steps: int = STEPS) -> list[Job]:
-    """All jobs, the most telling first; forms that are trained are trained on `steps` batches."""
-    dense = Spec("dense")
-    frozen, distilled = Spec("converted", BUDGET), Spec("converted", BUDGET, distilled=True)
-    newest = [Spec("converted", BUDGET, ranks="newest", distilled=d) for d in (False, True)]
-    sinks = [Spec("converted", BUDGET, windows="equal", ranks="newest", distilled=d) for d in (False, True)]
-    equal = Spec("converted", BUDGET, windows="equal")
-    rivals = [Spec("peer", BUDGET, peer=peer) for peer in PEERS]
-    other = [Spec("converted", b, distilled=d) for d in (False, True) for b in BUDGETS if b != BUDGET]
-    seeds = [Spec("converted", BUDGET, seed=s, distilled=d) for s in (1, 2) for d in (False, True)]
-    ablations = [Spec("converted", BUDGET, predictor=p) for p in ("linear", "values")]
-    adapted = Spec("dense trained")
-
-    first = range(0, 25), range(25, 100)
-    made = [*losses_of(dense), *losses_of(frozen), *losses_of(distilled)]
-    made += [*tasks_of(dense, first[0]), *tasks_of(frozen, first[0]), *tasks_of(distilled, first[0])]
-    for spec in rivals[:5]:
-        made += [*tasks_of(spec, first[0]), *_continuations(spec)]
-    for spec in [newest[1], sinks[1], newest[0], sinks[0], equal]:
-        made += losses_of(spec)
-    made += [*losses_of(adapted)]
-    for spec in [newest[1], newest[0], sinks[0]]:
-        made += tasks_of(spec, first[0])
-    for spec in [dense, distilled, frozen, adapted]:
-        made += [Job(spec, "benchmark", {"name": name, "limit": 1000}) for name in measure.BENCHMARKS]
-    for spec in [dense, frozen, distilled, sinks[0]]:
-        made += [Job(spec, "speed", {"batch": batch, "length": 8192}) for batch in (1, 16)]
-    for spec in rivals[5:]:  # they mask keys by a search that finds nothing for as many queries as a continuation has
-        made += tasks_of(spec, first[0])
-    for spec in other:
-        made += losses_of(spec)
-    for spec in other:
-        made += tasks_of(spec, first[0])
-    made += [job for spec in [*seeds, *ablations] for job in losses_of(spec)]
-    made += [job for spec in [*seeds, *ablations] for job in tasks_of(spec, first[0])]
-    for spec in [dense, frozen, distilled, *rivals[:5]]:
-        made += [*tasks_of(spec, first[1]), *tasks_of(spec, first[0], "documents")]
-    for rope, length in ((2, 16384), (4, 32768)):
-        for spec in (Spec("dense", rope=rope), Spec("converted", BUDGET, rope=rope)):
-            made += [Job(spec, "long", {"corpus": corpus, "length": length}) for corpus in ("text", "code")]
-    made = [replace(job, spec=replace(job.spec, steps=steps)) if job.spec.trained else job for job in made]
-    return list({job.key: job for job in made}.values())
-
-
-def losses_of(spec: Spec) -> list[Job]:
-    """Both measures of a form's loss, on text and code."""
-    return [Job(spec, "loss", {"corpus": c, "blocks": 100}) for c in ("text", "code")] + _continuations(spec)
-
-
-def _continuations(spec: Spec) -> list[Job]:
-    return [Job(spec, "continuation", {"corpus": c, "blocks": 100, "context": CONTEXT}) for c in ("text", "code")]
-
-
-def tasks_of(spec: Spec, indices: range, haystack: str = "essays") -> list[Job]:
-    """All tasks and lengths of a form."""
-    tasks = [t for t in TASKS if haystack == "essays" or t in NEEDLE_TASKS[1:4] + NEEDLE_TASKS[6:]]
-    return [
-        Job(
-            spec, "tasks", {"task": t, "length": n, "haystack": haystack, "first": indices.start, "count": len(indices)}
-        )
-        for n in LENGTHS
-        for t in tasks
-    ]
 
 
 class Results:
@@ -182,13 +87,13 @@ class Examples:
         self._pool = ProcessPoolExecutor(processes, context, initializer=_prepare, initargs=(model, data))
         self._made: dict[str, Future[list[Example]]] = {}
         for settings in wanted:
-            key = _key(settings)
+            key = key_of(settings)
             if key not in self._made:
                 self._made[key] = self._pool.submit(_make, settings)
 
     def get(self, settings: dict[str, Any]) -> list[Example]:
         """The examples of a job's settings."""
-        return self._made[_key(settings)].result()
+        return self._made[key_of(settings)].result()
 
     def close(self) -> None:
         """End the processes."""
@@ -274,13 +179,6 @@ class Runner:
         return torch.from_numpy(array[: self.limit]).to(self.device)
 
 
-def lane_of(job: Job) -> str:
-    """The lane that a job belongs to. Speed is measured with the GPU to itself."""
-    if job.measure == "speed":
-        return "speed"
-    return "converted" if job.spec.kind in ("converted", "dense trained") else "dense"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of the pretrained model")
@@ -305,8 +203,6 @@ def main() -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     start = time.monotonic()
     if arguments.plan == "levers":
-        from dynamask_lab.studies.conversion import levers
-
         listed = levers.jobs()
         places = levers.lanes(listed)
     else:
@@ -331,7 +227,7 @@ def main() -> int:
         "data": json.loads((arguments.data / "data.json").read_text())["arrays"],
         "schedule": asdict(schedule),
     }
-    facts["data"] = _key(facts["data"])
+    facts["data"] = key_of(facts["data"])
     if arguments.limit:
         facts["limit"] = arguments.limit
     results = Results(arguments.out, arguments.done, facts, arguments.copy)
@@ -347,7 +243,7 @@ def main() -> int:
     def report(spec: Spec, what: str, result: dict[str, Any]) -> None:
         settings: dict[str, Any] = {"lane": arguments.lane}
         row = {"form": spec.name, "spec": spec.facts(), "measure": what, "settings": settings, "result": result}
-        results.append(_key(spec.facts(), what, settings), row)
+        results.append(key_of(spec.facts(), what, settings), row)
         print(f"  {spec.name} {what}: {result['seconds']:.1f} s", flush=True)
 
     workshop = Workshop(arguments.model, arguments.data, arguments.state, schedule, device, report)

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynamask.errors import UsageError
 from dynamask_lab.studies.conversion import levers
 from dynamask_lab.studies.conversion.forms import LOCAL, SINKS, Schedule, Spec, Workshop, predictors
-from dynamask_lab.studies.conversion.study import Job
+from dynamask_lab.studies.conversion.jobs import Job
 
 BUDGET = LOCAL + SINKS + 12
 SCHEDULE = Schedule(block=256, batch=1, rank_steps=3, distil_rate=1e-2, calibration=2)
