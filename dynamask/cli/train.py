@@ -37,7 +37,7 @@ def train(
 
     - `dynamask train -c run.yaml learning_rate=3e-4`
 
-    - `accelerate launch -m dynamask train -c run.yaml` — several GPUs
+    - `torchrun --nproc-per-node 8 -m dynamask train preset=1.7b data=corpus/` — several GPUs, which split the model
 
     **Presets**: tiny, 30m, 65m, 120m, 320m, 1.7b (`dynamask report parameters`).
 
@@ -48,10 +48,11 @@ def train(
     **Settings**: preset, recipe, init, teacher, model.*, data, tokenizer, validation, errors (fail, skip), output,
     corpus, context, batch_size, gradient_accumulation, steps, window_schedule, learning_rate, gate_rate, rank_rate,
     schedule (cosine, wsd, constant), warmup, weight_decay, beta1, beta2, clip, precision (auto, bf16, fp32),
-    gradient_checkpointing, compile, seed, log_every, eval_every, save_every, keep, resume.
+    gradient_checkpointing, compile, shard, seed, log_every, eval_every, save_every, keep, resume.
     """
     from dynamask.training import TrainConfig
     from dynamask.training import train as run
+    from dynamask.training.processes import is_first
 
     settings = TrainConfig.load(config, overrides or [])
     quiet_libraries()
@@ -67,6 +68,8 @@ def train(
         raise Interrupted(
             "interrupted; run the same command again to continue from the last checkpoint", signal.SIGINT
         ) from None
+    if not is_first():
+        return
     if result.skipped:
         errors.print(
             f"left out {len(result.skipped)} unreadable files, lines or rows, such as: {escape(result.skipped[0])}",

@@ -50,6 +50,8 @@ class TrainConfig:
         precision: "auto" (bfloat16 on a GPU that has it, else float32), "bf16", "fp32".
         gradient_checkpointing: recompute layers in the backward pass.
         compile: run the model through torch.compile.
+        shard: with several processes, split parameters, gradients and optimizer over them (FSDP2), and checkpoints with
+            them; otherwise every process holds a replica.
         seed: of weights and data order.
         log_every, eval_every, save_every: in steps; 0 means only at the end.
         keep: checkpoints kept, at least 1.
@@ -84,6 +86,7 @@ class TrainConfig:
     precision: str = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard: bool = True
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0

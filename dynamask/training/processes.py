@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
 
 LAUNCH = "launch.json"
 """File of a run's folder that says how many processes wrote its checkpoints."""
@@ -36,3 +42,19 @@ def processes_of(output: Path) -> int:
 def note_processes(output: Path) -> None:
     """Write down how many processes this run has."""
     (output / LAUNCH).write_text(json.dumps({"processes": processes()}), encoding="utf-8")
+
+
+def agreed(decide: Callable[[], T]) -> T:
+    """Let the first process decide, and return its answer in all of them; an error is raised in all of them, too."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return decide()
+    answer: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = decide()
+        except Exception as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]  # type: ignore[misc]
+    return answer[0]  # type: ignore[return-value]

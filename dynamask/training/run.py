@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from dynamask import recipes
 from dynamask.data import Corpus, Document, PackedDataset, prepare
@@ -23,15 +22,27 @@ from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
 from dynamask.lock import locked
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
-from dynamask.training.checkpointing import checkpoint_step, checkpoints, damage
+from dynamask.training.checkpointing import checkpoint_step, checkpoints, damage, is_sharded
 from dynamask.training.config import TrainConfig
 from dynamask.training.folder import SETTINGS, model_folder, open_run
 from dynamask.training.interruption import StopAtSignal
+from dynamask.training.processes import agreed, is_first, launched, note_processes, processes, processes_of
 from dynamask.training.trainer import AtomicTrainer, flush
 from dynamask.training.window_schedule import ScheduledWindow
 
 # Settings that may change between a run and its resumption: they alter neither weights nor losses so far.
-_FREE_TO_CHANGE = {"resume", "keep", "save_every", "log_every", "eval_every", "output", "corpus", "data", "errors"}
+_FREE_TO_CHANGE = {
+    "resume",
+    "shard",
+    "keep",
+    "save_every",
+    "log_every",
+    "eval_every",
+    "output",
+    "corpus",
+    "data",
+    "errors",
+}
 
 
 _CORPUS_OF_RUN = "corpus.sha256"
@@ -89,7 +100,7 @@ def train(
     """
     require_training()
     output = Path(config.output)
-    first_rank = int(os.environ.get("RANK", "0")) == 0
+    first_rank = is_first()
     tell = report or _print_line
     if quiet or not first_rank:
         tell = _ignore_line
@@ -133,7 +144,7 @@ def _train(
     if (finished := _finished(output)) is not None:
         tell(f"this run is finished: {output} holds the model of step {config.steps}; nothing was trained")
         return finished
-    arguments = _arguments(config)
+    arguments = _arguments(config, _split(config, output))
     with arguments.main_process_first(local=False):  # the other ranks open what the first one made
         corpus = prepare(
             config.data,
@@ -158,6 +169,7 @@ def _train(
         place = config.corpus and str(Path(config.corpus).resolve())
         replace(config, corpus=place).save(output / SETTINGS)
         (output / _CORPUS_OF_RUN).write_text(corpus.index["content"], encoding="utf-8")
+        note_processes(output)
 
     stop = StopAtSignal()
     trainer = make_trainer(
@@ -177,14 +189,13 @@ def _train(
         rank_rate=config.rank_rate,
     )
     tell(_about(model, corpus, arguments))
-    checkpoint = _newest_readable(output, tell)
+    checkpoint = agreed(lambda: _newest_readable(output, tell))
     begun = 0 if checkpoint is None else checkpoint_step(checkpoint)
     try:
         if begun >= config.steps:
             # Killed between the last checkpoint and the final save: the Trainer would run one step more.
             assert checkpoint is not None
-            trainer._load_from_checkpoint(str(checkpoint))
-            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            trainer.restore(checkpoint)
         else:
             if checkpoint is not None:
                 tell(f"continuing from step {begun} of {config.steps}")
@@ -200,7 +211,7 @@ def _train(
         if trainer.is_world_process_zero():
             shutil.rmtree(partial, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
-        trainer.save_model(str(partial))  # by every rank: gathering a sharded model takes them all
+        trainer.save_whole(partial)  # by every rank: gathering a sharded model takes them all
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(partial)
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
@@ -318,6 +329,25 @@ def _newest_readable(output: Path, tell: Report) -> Path | None:
     return None
 
 
+def _split(config: TrainConfig, output: Path) -> bool:
+    """Whether processes split the model: as the run's checkpoints do, or as it is set.
+
+    Raises:
+        UsageError: checkpoints of a model that was split, and no launcher of processes.
+    """
+    found = checkpoints(output)
+    if not found:
+        return config.shard and launched()
+    if not is_sharded(found[-1]):
+        return False
+    if not launched():
+        raise UsageError(
+            f"{found[-1]} is of a model that was split over processes: continue it by torchrun, with any number of "
+            "them, such as torchrun --nproc-per-node 1 -m dynamask train ..."
+        )
+    return True
+
+
 def _about(model: torch.nn.Module, corpus: Corpus, arguments: TrainingArguments) -> str:
     """One line: what is trained, on what, where."""
     splits = corpus.index["splits"]
@@ -371,10 +401,17 @@ class _Lines(TrainerCallback):
         self.began = (state.global_step, 0.0)
 
 
-def _arguments(config: TrainConfig) -> TrainingArguments:
+def _arguments(config: TrainConfig, split: bool) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     bf16 = config.precision == "bf16" or (config.precision == "auto" and gpu and torch.cuda.is_bf16_supported())
+    sharding: dict[str, Any] = {}
+    if split:
+        # Older releases of transformers know the word alone.
+        modern = TrainingArguments.__dataclass_fields__["fsdp"].default is None
+        sharding["fsdp"] = True if modern else "full_shard"
+        sharding["fsdp_config"] = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}
     return TrainingArguments(
+        **sharding,
         output_dir=config.output,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
@@ -421,6 +458,16 @@ def _check_same_run(config: TrainConfig, output: Path) -> None:
     if not config.resume:
         raise UsageError(f"{output} holds checkpoints or the model of a run: choose another output, or delete it")
     before, now = asdict(TrainConfig.load(settings)), asdict(config)
+    sequences = [run["batch_size"] * run["gradient_accumulation"] for run in (before, now)]
+    then = processes_of(output)
+    if sequences[0] * then != sequences[1] * processes():
+        raise UsageError(
+            f"{output} holds a run of {sequences[0] * then} sequences a step ({sequences[0]} in each of {then} "
+            f"processes), and these settings give {sequences[1] * processes()} ({sequences[1]} in each of "
+            f"{processes()}): change batch_size or gradient_accumulation so that they agree"
+        )
+    for name in ("batch_size", "gradient_accumulation"):  # the same sequences, divided in another way
+        before[name] = now[name]
     changed = [key for key in now if key not in _FREE_TO_CHANGE and before[key] != now[key]]
     if changed:
         told = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)

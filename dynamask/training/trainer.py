@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dynamask.training.checkpointing import checkpoints
+from dynamask.training.checkpointing import checkpoints, write_checksums
 from dynamask.training.loss import TokenLosses, plain_losses, use_chunked_loss
 from dynamask.training.optimizer import adamw
 from dynamask.training.sampler import ShuffledBlocks
@@ -73,6 +75,24 @@ class AtomicTrainer(Trainer):
         self.add_callback(_Epochs(self))
         for printer in {DEFAULT_PROGRESS_CALLBACK, ProgressCallback, PrinterCallback}:
             self.remove_callback(printer)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set up accelerate; where parameters are split, with gradients reduced in float32, and on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        if not self.args.fsdp:
+            return
+        state = self.accelerator.state
+        if not self.is_fsdp_enabled:  # accelerate's list of what FSDP runs on lacks CPUs, on which it runs
+            state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            state.distributed_type = DistributedType.FSDP
+            state._shared_state["distributed_type"] = PartialState._shared_state["distributed_type"] = (
+                DistributedType.FSDP
+            )
+            self.is_fsdp_enabled = True
+        if self.args.bf16:
+            state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+            )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build AdamW over dynamask's parameter groups."""
@@ -156,6 +176,20 @@ class AtomicTrainer(Trainer):
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(type(load_result)(missing, load_result.unexpected_keys))
 
+    def restore(self, checkpoint: Path) -> None:
+        """Take model and state from a checkpoint, to evaluate and save without training on."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if self.is_fsdp_enabled:  # accelerate splits a model only beside its optimizer
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.create_optimizer())
+            self.model_wrapped = self.model
+
+    def save_whole(self, folder: Path) -> None:
+        """Save the model as one, for `from_pretrained`, also where processes split it; all of them call this."""
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        self.save_model(str(folder))
+
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
@@ -165,12 +199,14 @@ class AtomicTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()  # no process writes to what the first one is removing
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = None
-        self.accelerator.wait_for_everyone()  # every rank writes its own random state
+        self.accelerator.wait_for_everyone()  # every process writes its own part
+        write_checksums(staging / name)
         if self.args.should_save:
             for file in (staging / name).rglob("*"):
                 flush(file)
