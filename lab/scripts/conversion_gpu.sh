@@ -3,6 +3,7 @@
 #
 #     conversion_gpu.sh keep CARRIED              keep carried files until the rest has arrived
 #     conversion_gpu.sh run CARRIED SECONDS       set up once, then run both lanes for so long
+#     conversion_gpu.sh spread CARRIED SECONDS    set up once, then run two lanes on each GPU (GPUS="0 1 2 3"), list `levers`
 #     conversion_gpu.sh speed CARRIED SECONDS     cache bytes and tokens per second, alone on the GPU
 #
 # CARRIED holds the parts of the model's file (fetch_models.py --parts), data.tar.xz (conversion_data.py --pack),
@@ -39,8 +40,24 @@ lane() { # lane, seconds left, further arguments
         --copy "$out/results-$1.jsonl" --done "${done[@]}" --lane "$1" --seconds "$2" "${@:3}" 2>&1 |
         grep --line-buffered -v "it/s\]" | tee "$out/log-$1.txt"
 }
+spread() { # part, parts, GPU
+    CUDA_VISIBLE_DEVICES=$3 OMP_NUM_THREADS=2 python3 -m dynamask_lab.studies.conversion.study --model "$model" \
+        --data "$work/data" --benchmarks "$work/benchmarks" --state "$work/state" --out "$work/results-$1.jsonl" \
+        --done "${done[@]}" --plan levers --part "$1/$2" --processes 6 --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
+        2>&1 | grep --line-buffered -v "it/s\]" >"$work/log-$1.txt"
+}
 if [ "$what" = speed ]; then
     lane speed "$seconds"
+elif [ "$what" = spread ]; then
+    read -ra gpus <<<"${GPUS:-0 1 2 3}"
+    parts=${PARTS:-$((2 * ${#gpus[@]}))}
+    for part in ${RUN_PARTS:-$(seq 0 $((parts - 1)))}; do
+        spread "$part" "$parts" "${gpus[$((part % ${#gpus[@]}))]}" &
+    done
+    wait
+    tail -n 12 "$work"/log-[0-9]*.txt
+    cat "$work"/results-[0-9]*.jsonl | xz -T4 >"$out/results-levers.jsonl.xz"
+    tar -C "$work" -cJf "$out/logs.tar.xz" $(cd "$work" && ls log-[0-9]*.txt)
 else
     lane converted "$((seconds - SECONDS))" ${EXTRA:-} &
     lane dense "$((seconds - SECONDS))" --after "$work/state/ranks-hidden-seed0.pt" ${EXTRA:-} &

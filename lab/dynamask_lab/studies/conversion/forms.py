@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 import gc
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -320,6 +322,20 @@ class Workshop:
         if file.exists():
             model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True), strict=False)
             return
+        with self._alone():
+            self._train_now(spec, model, file)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until no other lane trains on this GPU: two trainings at a time may not fit into its memory."""
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")
+        with open(self.state / f"training-{gpu}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _train_now(self, spec: Spec, model: Any, file: Path) -> None:
         schedule = self.schedule
         rate = schedule.distil_rate if spec.rate is None else spec.rate
         start = time.perf_counter()

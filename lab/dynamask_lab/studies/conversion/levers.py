@@ -20,7 +20,7 @@ at 512 keys per KV head, with 95% intervals; loss is the mean over the 8192 posi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from dynamask_lab.studies.conversion.forms import STEPS, Spec
 from dynamask_lab.studies.conversion.jobs import BUDGET, BUDGETS, Job, losses_of, tasks_of
@@ -82,15 +82,20 @@ def jobs() -> list[Job]:
     return list({job.key: job for job in order}.values())
 
 
-def lanes(listed: Iterable[Job]) -> dict[Spec, str]:
-    """Spread forms over the lanes "converted" and "dense", in the order of the jobs, by rough seconds."""
-    spent = {"converted": 0.0, "dense": 0.0}
+def lanes(listed: Iterable[Job], names: Sequence[str] = ("converted", "dense")) -> dict[Spec, str]:
+    """Spread forms over lanes, in the order of the jobs, by rough seconds.
+
+    Forms of one seed other than 0 share a lane, because they share what is trained first.
+    """
+    spent = dict.fromkeys(names, 0.0)
     found: dict[Spec, str] = {}
+    of_seed: dict[int, str] = {}
     for job in listed:
         if job.measure == "speed":
             continue
         if job.spec not in found:
-            found[job.spec] = min(spent, key=lambda lane: spent[lane])
+            least = min(spent, key=lambda lane: spent[lane])
+            found[job.spec] = of_seed.setdefault(job.spec.seed, least) if job.spec.seed else least
             spent[found[job.spec]] += job.spec.steps * _SECONDS_A_STEP if job.spec.trained else 8.0
         spent[found[job.spec]] += _SECONDS.get(job.measure, 0.0)
     return found

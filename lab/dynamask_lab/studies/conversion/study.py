@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 import traceback
@@ -191,6 +192,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="start no job after so long")
     parser.add_argument("--after", type=Path, help="wait for this file before the first job, to leave it the GPU")
     parser.add_argument("--lane", choices=LANES, default="all")
+    parser.add_argument("--part", help="I/N: only the forms of part I of N, from 0; with --plan levers")
     parser.add_argument("--only", default="", help="only forms whose name holds this text")
     parser.add_argument("--measure", nargs="*", help="only these measures")
     parser.add_argument("--limit", type=int, help="blocks, examples and questions of each job; for trials")
@@ -202,15 +204,20 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     start = time.monotonic()
+    if arguments.part and (arguments.plan != "levers" or not re.fullmatch(r"\d+/\d+", arguments.part)):
+        parser.error(f"--part is I/N and needs --plan levers; got {arguments.part!r}")
+    parts = int(arguments.part.partition("/")[2]) if arguments.part else 0
+    lane = f"{int(arguments.part.partition('/')[0])}/{parts}" if arguments.part else arguments.lane
     if arguments.plan == "levers":
         listed = levers.jobs()
-        places = levers.lanes(listed)
+        names = [f"{part}/{parts}" for part in range(parts)] or ["converted", "dense"]
+        places = levers.lanes(listed, names)
     else:
         listed, places = jobs(arguments.steps), {}
     chosen = [
         job
         for job in listed
-        if arguments.lane in ("all", "speed" if job.measure == "speed" else places.get(job.spec, lane_of(job)))
+        if lane in ("all", "speed" if job.measure == "speed" else places.get(job.spec, lane_of(job)))
         and arguments.only in job.spec.name
         and (not arguments.measure or job.measure in arguments.measure)
         and (arguments.benchmarks or job.measure != "benchmark")
@@ -238,10 +245,10 @@ def main() -> int:
     while arguments.after and not arguments.after.exists() and time.monotonic() - start < WAIT:
         time.sleep(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results.facts["device"] = device_name(2 if arguments.lane in ("converted", "dense") else 1)
+    results.facts["device"] = device_name(1 if lane in ("all", "speed") else 2)
 
     def report(spec: Spec, what: str, result: dict[str, Any]) -> None:
-        settings: dict[str, Any] = {"lane": arguments.lane}
+        settings: dict[str, Any] = {"lane": lane}
         row = {"form": spec.name, "spec": spec.facts(), "measure": what, "settings": settings, "result": result}
         results.append(key_of(spec.facts(), what, settings), row)
         print(f"  {spec.name} {what}: {result['seconds']:.1f} s", flush=True)
