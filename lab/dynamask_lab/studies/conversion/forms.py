@@ -208,6 +208,19 @@ class Workshop:
             self._kept = (spec, self._trained_dense(spec) if spec.kind == "dense trained" else self.converted(spec))
         return Form(spec.name, self._kept[1], settings=spec.facts())
 
+    def seconds_to_make(self, spec: Spec) -> float:
+        """Roughly how long the training takes that the form still needs, on one H100 that another run shares."""
+        seconds = 0.0
+        learned = spec.kind == "converted" and (spec.ranks == "learned" or spec.windows == "heads")
+        if learned and not (self.state / f"ranks-{spec.predictor}-seed{spec.seed}.pt").exists():
+            seconds += 0.16 * self.schedule.rank_steps
+        if spec.trained and not self._file(spec).exists():
+            seconds += 15 + 0.5 * spec.steps
+        return seconds
+
+    def _file(self, spec: Spec) -> Path:
+        return self.state / f"model-{spec.name}.pt"
+
     def dense(self, rope: int = 1) -> Any:
         """The pretrained model in bfloat16."""
         if rope not in self._dense:
@@ -318,7 +331,7 @@ class Workshop:
 
     def _train(self, spec: Spec, model: Any) -> None:
         """Train the model, or load what an earlier run trained."""
-        file = self.state / f"model-{spec.name}.pt"
+        file = self._file(spec)
         if file.exists():
             model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True), strict=False)
             return

@@ -189,7 +189,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="results file, appended to")
     parser.add_argument("--done", type=Path, nargs="*", default=[], help="results of earlier runs")
     parser.add_argument("--copy", type=Path, nargs="*", default=[], help="files that receive the same lines")
-    parser.add_argument("--seconds", type=float, default=1e9, help="start no job after so long")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start nothing that would end after so long")
     parser.add_argument("--after", type=Path, help="wait for this file before the first job, to leave it the GPU")
     parser.add_argument("--lane", choices=LANES, default="all")
     parser.add_argument("--part", help="I/N: only the forms of part I of N, from 0; with --plan levers")
@@ -259,9 +259,12 @@ def main() -> int:
     broken: set[tuple[str, str]] = set()
     done = 0
     for job in left:
-        if time.monotonic() - start > arguments.seconds:
+        spent = time.monotonic() - start
+        if spent > arguments.seconds:
             print(f"out of time: {done} of {len(left)} jobs done", flush=True)
             break
+        if spent + workshop.seconds_to_make(job.spec) > arguments.seconds:
+            continue  # jobs without a training may still fit
         if (job.spec.name, job.measure) in broken:
             continue
         began = time.monotonic()

@@ -145,6 +145,15 @@ def test_training_leaves_the_dense_model_alone(workshop: Workshop, told: list[tu
         assert torch.equal(parameter, again.state_dict()[name])
 
 
+def test_only_what_is_missing_takes_time(workshop: Workshop) -> None:
+    spec = Spec("converted", BUDGET, distilled=True, steps=2)
+    assert workshop.seconds_to_make(Spec("dense")) == 0
+    before = workshop.seconds_to_make(spec)
+    assert before > workshop.seconds_to_make(replace(spec, distilled=False)) > 0
+    workshop.ranks(spec)
+    assert 0 < workshop.seconds_to_make(spec) < before
+
+
 def test_what_another_schedule_trained_is_refused(workshop: Workshop, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give another folder"):
         Workshop(tmp_path / "model", tmp_path, tmp_path / "state", Schedule(), "cpu", lambda *_: None)
