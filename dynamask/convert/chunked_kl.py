@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -78,13 +79,9 @@ class _ChunkedKL(torch.autograd.Function):
             slope: Tensor | None = None
             with torch.no_grad():
                 if share < 1:
-                    log_target = (_wide(teacher_head(teacher[part])) / temperature).log_softmax(-1)
-                    log_given = (_wide(logits.detach()) / temperature).log_softmax(-1)
-                    target = log_target.exp()
-                    # In place from here on: the logits of a chunk are the largest tensors of a step.
-                    divergence = log_target.sub_(log_given).mul_(target).sum(-1)
-                    total += (divergence * weights[part]).sum().float() * temperature**2
-                    slope = log_given.exp_().sub_(target).mul_(weights[part, None] * temperature)
+                    given = logits.detach(), teacher_head(teacher[part]), weights[part], temperature
+                    found_here, slope = _divergence_on_gpu(*given) if logits.is_cuda else divergence_and_slope(*given)
+                    total += found_here
                 if share:
                     own = _wide(logits.detach()).log_softmax(-1)
                     follows = labels[part, None]
@@ -105,6 +102,62 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gradient, *sums = ctx.saved_tensors
         return (gradient * grad.to(gradient.dtype), None, None, *(each * grad.to(each.dtype) for each in sums))
+
+
+def divergence_and_slope(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compute the weighted divergence of some positions, and its gradient by the student's logits.
+
+    Args:
+        student, teacher: (n, V) logits.
+        weight: (n,) float32, factors of the positions.
+        temperature: see `chunked_kl`.
+
+    Returns:
+        () float32 and (n, V) float32 (float64 for float64 logits).
+    """
+    log_target = _wide(teacher) if temperature == 1 else _wide(teacher) / temperature
+    log_given = _wide(student) if temperature == 1 else _wide(student) / temperature
+    log_target, log_given = log_target.log_softmax(-1), log_given.log_softmax(-1)
+    target = log_target.exp()
+    # In place from here on: the logits of a chunk are the largest tensors of a step.
+    divergence = log_target.sub_(log_given).mul_(target).sum(-1)
+    total = (divergence * weight).sum().float() * temperature**2
+    return total, log_given.exp_().sub_(target).mul_(weight[:, None] * temperature)
+
+
+_WORTH_COMPILING = 1 << 24
+"""Logits of a chunk; fewer take less time than compiling does."""
+
+_MOST_COMPILED = 4
+
+_compiled: dict[tuple[torch.Size, torch.dtype], Any] = {}
+"""By shape and dtype of the logits: the compiled `divergence_and_slope`, or None where that failed."""
+
+
+def _divergence_on_gpu(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Run `divergence_and_slope` compiled: a third of the passes over the logits. As it is where that fails."""
+    key = student.shape, student.dtype
+    if key not in _compiled:
+        worth = student.numel() >= _WORTH_COMPILING and len(_compiled) < _MOST_COMPILED
+        _compiled[key] = _checked_compilation(student, teacher, weight, temperature) if worth else None
+    return (_compiled[key] or divergence_and_slope)(student, teacher, weight, temperature)  # type: ignore[no-any-return]
+
+
+def _checked_compilation(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Any:
+    if student.dtype not in (torch.bfloat16, torch.float16, torch.float32) or torch.compiler.is_compiling():
+        return None
+    try:
+        function = torch.compile(divergence_and_slope)
+        found = function(student, teacher, weight, temperature)
+        expected = divergence_and_slope(student, teacher, weight, temperature)
+        close = 1e-4 * float(expected[1].abs().max()) + 1e-6 * float(weight.max())
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-3, atol=close)
+    except Exception as error:  # whatever a compiler or an incomplete installation raises
+        reason = str(error).strip().split("\n")[0]
+        warnings.warn(f"the divergence runs uncompiled, and slower: {type(error).__name__}: {reason}", stacklevel=2)
+        return None
+    return function
 
 
 def _wide(logits: Tensor) -> Tensor:

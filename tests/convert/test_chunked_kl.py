@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -52,6 +54,34 @@ def test_labels_take_a_share_of_the_loss(share: float) -> None:
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
     with pytest.raises(InvalidInputError, match="needs labels"):
         chunked_kl(hidden, other, head, head, parameters, label_share=share)
+
+
+@pytest.mark.parametrize("broken", ["nothing", "compiler", "result"])
+def test_what_is_compiled_is_checked(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["dynamask.convert.chunked_kl"]
+    calls: list[int] = []
+
+    def compile_(function: Any) -> Any:
+        if broken == "compiler":
+            raise RuntimeError("no compiler")
+
+        def compiled(*args: Any) -> Any:
+            calls.append(1)
+            total, slope = function(*args)
+            return total, slope * (1.1 if broken == "result" else 1.0)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(module, "_WORTH_COMPILING", 1)
+    given = torch.randn(4, 9), torch.randn(4, 9), torch.rand(4), 1.0
+    expected = module.divergence_and_slope(*given)
+    with nullcontext() if broken == "nothing" else pytest.warns(UserWarning, match="runs uncompiled"):
+        found = module._divergence_on_gpu(*given)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(module._divergence_on_gpu(*given), expected)
+    assert len(calls) == {"nothing": 3, "compiler": 0, "result": 1}[broken]
 
 
 def test_no_gradient_is_computed_where_none_is_wanted() -> None:
