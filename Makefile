@@ -9,7 +9,7 @@ WORKERS  ?= 2
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 
-.PHONY: setup test test-all test-lab test-newest test-oldest check demo docs dist format clean
+.PHONY: setup test test-all test-lab test-newest test-oldest test-ecosystem test-transformers check demo docs dist format clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,19 @@ VERSION_TESTS := tests/models tests/convert tests/mixers tests/test_cache.py
 
 test-oldest test-newest: test-%: $(STAMP)
 	PIP_ARGS="$(PIP_ARGS)" BIN=$(BIN) .ci/with-transformers $* -n $(WORKERS) --dist worksteal -m "not slow" $(VERSION_TESTS)
+
+# Trainers and adapters, and transformers' own tests, need packages that nothing else here does. They stand in a folder
+# of their own, without what they need: the pinned torch and transformers serve them.
+ECOSYSTEM := $(VENV)/ecosystem
+$(ECOSYSTEM): $(STAMP)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --target $@ --no-deps \
+	  "trl>=1.16,<2" "peft>=0.21" "bitsandbytes>=0.50" "liger-kernel>=0.8" "parameterized>=0.9"
+
+test-ecosystem: $(ECOSYSTEM)  ## trainers and adapters: TRL, PEFT, bitsandbytes, Liger, two processes
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ECOSYSTEM) $(BIN)/python -m pytest tests/ecosystem tests/convert/test_ecosystem.py
+
+test-transformers: $(ECOSYSTEM)  ## transformers' own tests; TRANSFORMERS_CHECKOUT names a copy of its repository
+	OMP_NUM_THREADS=1 PYTHONPATH=$(ECOSYSTEM):$(CURDIR) $(BIN)/python lab/transformers_suite/run.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

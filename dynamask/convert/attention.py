@@ -23,7 +23,7 @@ from dynamask.cache import bounded_layer
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import SequenceInfo, recency_expiry
 from dynamask.mixers.mha import dense_attention
-from dynamask.mixers.rank_loss import rank_loss, rank_target
+from dynamask.mixers.rank_loss import RankLosses, rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
 from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
@@ -85,7 +85,7 @@ class CallFacts:
     ages: Tensor
     observer: Callable[[Projected], None] | None = None
     shards: ContextShards | None = None
-    losses: list[Tensor] | None = field(default=None, repr=False)
+    losses: RankLosses | None = field(default=None, repr=False)
     head_windows: tuple[tuple[int, ...] | None, ...] | None = None
 
     def sequence(self) -> SequenceInfo:
@@ -182,6 +182,8 @@ class ConvertedAttention(nn.Module):
     config: Any
     layer_idx: int
     rank_predictor: RankPredictor | None
+    rank_losses: RankLosses | None = None
+    """Where a trainer computes the loss, it collects the ranks' losses here, see `training.add_rank_loss`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, dynamask: CallFacts | None = None, **kwargs: Any) -> Any:
         """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
@@ -269,12 +271,15 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
         return _without_ranks(module, query, key, value, windows, scale, call)
 
     # Ranks decide which keys are kept and are not differentiated: their own loss trains them.
-    learns = facts.losses is not None and cache is None
+    losses = facts.losses
+    if losses is None and module.training and torch.is_grad_enabled():
+        losses = module.rank_losses
+    learns = losses is not None and cache is None
     short = cache is None and facts.shards is None and facts.length <= min(windows)
     ranks = None if short and not learns else predictor(hidden_states.detach())
     config = module.config
-    if learns and ranks is not None and ranks.requires_grad and facts.losses is not None:
-        facts.losses.append(_rank_loss(query, key, ranks, facts, config.local, scale))
+    if learns and ranks is not None and ranks.requires_grad and losses is not None:
+        losses.append(_rank_loss(query, key, ranks, facts, config.local, scale))
     if short:
         return dense_attention(query, key, value, facts.sequence(), scale=scale)
     assert ranks is not None

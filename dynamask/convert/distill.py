@@ -21,6 +21,7 @@ from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
 from dynamask.errors import InvalidInputError
+from dynamask.mixers.rank_loss import RankLosses
 from dynamask.training.loss import output_head
 from dynamask.training.optimizer import adamw
 from dynamask.training.schedule import learning_rate_share
@@ -239,7 +240,7 @@ def distillation_losses(
     """
     teacher_hidden = teacher_states(teacher, tokens, attention_mask) if label_share < 1 else None
     facts = call_facts(tokens.shape[0], tokens.shape[1], attention_mask, None, 0, tokens.device)
-    facts.losses = [] if ranks else None
+    facts.losses = RankLosses() if ranks else None
     hidden = run_decoder(student, tokens, facts)
     labels = None
     if label_share:
@@ -265,7 +266,7 @@ def losses_of_hidden(
     teacher: Any,
     hidden: Tensor,
     teacher_hidden: Tensor,
-    rank_losses: list[Tensor] | None,
+    rank_losses: RankLosses | None,
     attention_mask: Tensor | None,
     *,
     temperature: float,

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
 from dynamask.convert.attention import IMPLEMENTATION, call_facts, convert_attention
 from dynamask.errors import InvalidInputError
+from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
 from dynamask.models.cache_argument import given_cache
 from dynamask.models.generation import OwnCacheGeneration
@@ -358,8 +359,10 @@ class ConvertedModel(OwnCacheGeneration):
                 arguments[cache_name] = self._new_cache()
         learns = training and cache is None and self.config.rank_loss_weight
         wanted = arguments.get("labels") is not None or arguments.get("loss_of_hidden") is not None
+        if learns and not wanted and facts.observer is None:
+            self._warn_of_idle_ranks()
         if facts.losses is None and learns and wanted:
-            facts.losses = []
+            facts.losses = RankLosses()
         return arguments
 
     def _warn_of_untrained_ranks(self, facts: Any) -> None:
@@ -375,13 +378,25 @@ class ConvertedModel(OwnCacheGeneration):
                 stacklevel=4,
             )
 
+    def _warn_of_idle_ranks(self) -> None:
+        layers = [self.model.layers[layer].self_attn for layer in self.config.ranked_layers]
+        trained = any(p.requires_grad for layer in layers for p in layer.rank_predictor.parameters())
+        if trained and all(layer.rank_losses is None for layer in layers) and not self.__dict__.get("_said_idle"):
+            self.__dict__["_said_idle"] = True
+            warnings.warn(
+                "the rank predictors do not learn: they learn by a loss of their own, which a forward pass without "
+                "labels does not compute. With a trainer that computes the loss itself (label smoothing, TRL), call "
+                "dynamask.training.add_rank_loss(trainer)",
+                stacklevel=4,
+            )
+
     def _with_rank_loss(self, outputs: Any, arguments: dict[str, Any]) -> Any:
         """Add the mean loss of the ranks to the loss, as the router's loss of a mixture of experts is added."""
         losses = arguments["dynamask"].losses if "dynamask" in arguments else None
-        if not losses:
+        aux = None if losses is None else losses.mean()
+        if aux is None:
             return outputs
         self.config.trained_ranks = True  # from here on they are, by whoever calls backward
-        aux = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
         outputs.aux_loss = aux
         if outputs.loss is not None:
             weight = self.config.rank_loss_weight

@@ -6,6 +6,9 @@ Shared by models that train from scratch (`dynamask.mixers.dma`) and by converte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,42 @@ from dynamask.ops.future_attention import future_attention
 
 _FLOOR = 1e-4
 """Weights below this count as this: keys that no query attends to need no order among themselves."""
+
+
+class RankLosses(Sequence[Tensor]):
+    """The losses of the layers in one forward pass.
+
+    Not a list: FSDP takes the lists among a layer's arguments apart and gives the next layer a copy.
+    """
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+
+    def append(self, loss: Tensor) -> None:
+        """Add the loss () of a layer."""
+        self._losses.append(loss)
+
+    def drop(self, loss: Tensor) -> None:
+        """Remove a loss that is part of a model's loss already."""
+        self._losses = [each for each in self._losses if each is not loss]
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tensor]: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | list[Tensor]:
+        return self._losses[index]
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def mean(self) -> Tensor | None:
+        """Return the mean () on the device of the first loss; None where there are none."""
+        if not self._losses:
+            return None
+        return torch.stack([loss.to(self._losses[0].device) for loss in self._losses]).mean()
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from dynamask.cache import BoundedCache, check_consistent
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
+from dynamask.mixers.rank_loss import RankLosses
 from dynamask.models.cache_argument import CACHE_NAME, takes_cache
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
@@ -124,6 +125,9 @@ class DynamaskPreTrainedModel(PreTrainedModel):
 class DynamaskModel(DynamaskPreTrainedModel):
     """The decoder without an output layer."""
 
+    rank_losses: RankLosses | None = None
+    """Where a trainer computes the loss, it collects the ranks' losses here, see `training.add_rank_loss`."""
+
     def __init__(self, config: DynamaskConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
@@ -226,10 +230,13 @@ class DynamaskModel(DynamaskPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         if want_states:
             states += (hidden_states,)
+        aux_loss = _mean(losses)
+        if self.rank_losses is not None and aux_loss is not None:
+            self.rank_losses.append(aux_loss)
         outputs = DynamaskModelOutput(
             last_hidden_state=hidden_states,
             hidden_states=states or None,
-            aux_loss=_mean(losses),
+            aux_loss=aux_loss,
             **{CACHE_NAME: past_key_values if use_cache else None},
         )
         return outputs if return_dict is not False else outputs.to_tuple()
@@ -300,10 +307,12 @@ class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, Generatio
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             if aux_loss is not None:
                 loss = loss + AUXILIARY_WEIGHT * _share(labels, kwargs) * aux_loss.to(loss)
-        elif aux_loss is not None:
+                if self.model.rank_losses is not None:
+                    self.model.rank_losses.drop(aux_loss)
+        elif aux_loss is not None and self.model.rank_losses is None:
             logger.warning_once(
                 "this model learns ranks in training, by a loss of its own: without labels it is in outputs.aux_loss "
-                "alone, and whoever computes the loss must add it"
+                "alone, and whoever computes the loss must add it. dynamask.training.add_rank_loss(trainer) does so"
             )
         output = DynamaskCausalLMOutput(
             loss=loss,

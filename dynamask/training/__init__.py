@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dynamask.training.add_rank_loss import add_rank_loss
     from dynamask.training.checkpointing import checkpoints
     from dynamask.training.config import TrainConfig
     from dynamask.training.folder import model_folder, open_corpus, open_run
@@ -19,6 +20,7 @@ _HOME = {
     "ScheduledWindow": "window_schedule",
     "TrainConfig": "config",
     "TrainResult": "run",
+    "add_rank_loss": "add_rank_loss",
     "adamw": "optimizer",
     "checkpoints": "checkpointing",
     "model_folder": "folder",
@@ -35,6 +37,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "adamw",
+    "add_rank_loss",
     "checkpoints",
     "model_folder",
     "open_corpus",
