@@ -47,7 +47,7 @@ spread() { # part, parts, GPU
         2>&1 | grep --line-buffered -v "it/s\]" >"$work/log-$1.txt"
 }
 if [ "$what" = speed ]; then
-    lane speed "$seconds"
+    lane speed "$seconds" ${EXTRA:-}
 elif [ "$what" = spread ]; then
     read -ra gpus <<<"${GPUS:-0 1 2 3}"
     parts=${PARTS:-$((2 * ${#gpus[@]}))}
