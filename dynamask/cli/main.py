@@ -22,6 +22,7 @@ from dynamask.cli import convert, evaluate, report
 from dynamask.cli.chat import chat
 from dynamask.cli.common import errors
 from dynamask.cli.inspect import inspect
+from dynamask.cli.plan import plan
 from dynamask.cli.train import train
 from dynamask.errors import CacheRollbackError, Interrupted, InvalidInputError, UsageError
 
@@ -48,6 +49,7 @@ def options(
 
 
 app.command()(train)
+app.command()(plan)
 app.command()(evaluate.evaluate)
 app.command()(evaluate.retrieval)
 app.command()(evaluate.generate)

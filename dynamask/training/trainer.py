@@ -50,8 +50,11 @@ class AtomicTrainer(Trainer):
         token_losses: see `use_chunked_loss`.
     """
 
+    model: Any
+    model_wrapped: Any
     optimizer: Any
     lr_scheduler: Any
+    is_fsdp_enabled: bool
 
     def __init__(
         self,
