@@ -92,6 +92,7 @@ class BoundedLayer(CacheLayerMixin):
         self.clock: Tensor
         self._layout: RaggedLayout
         self._narrowest = self._widest = 0
+        self._counters: Tensor | None = None  # of `ragged_decode_launch`
         self._clear()
 
     def _clear(self) -> None:
@@ -106,7 +107,7 @@ class BoundedLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of copies what is only remembered."""
-        return {**self.__dict__, "_contest": None, "_mask": None}
+        return {**self.__dict__, "_contest": None, "_mask": None, "_counters": None}
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -298,7 +299,15 @@ class BoundedLayer(CacheLayerMixin):
 
         # The operator and its checks around the kernels would take longer than they.
         scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-        return ragged_decode_launch(query, self.keys, self.values, live, self.offsets, bias, scale)
+        counters = self._counters
+        if (
+            counters is None
+            or counters.numel() != query.shape[0] * len(self.windows)
+            or counters.device != query.device
+        ):
+            shape = query.shape[0] * len(self.windows)
+            self._counters = counters = torch.zeros(shape, dtype=torch.int32, device=query.device)
+        return ragged_decode_launch(query, self.keys, self.values, live, self.offsets, bias, scale, counters)
 
     def _decode_by_torch(self, query: Tensor, live: Tensor | None, scale: float | None) -> Tensor:
         """Do `_decode` without biases by torch's dense attention: in one call where that is little work."""
@@ -495,7 +504,9 @@ class BoundedLayer(CacheLayerMixin):
         """
         if not self.is_initialized or self.steps_in_place <= 0:
             return None
-        tensors = (self.keys, self.values, self.ranks, self.positions, self.clock)
+        tensors = [self.keys, self.values, self.ranks, self.positions, self.clock]
+        if self._counters is not None:
+            tensors.append(self._counters)
         return (*(tensor.data_ptr() for tensor in tensors), int(self._least >= self._widest))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from dynamask.ops.interval.operators import triton_available
+
+_FEW = 32
+"""Positions for which the kernel of a decoding step is worth it: every one of them reads all weights again."""
+
 
 class RankPredictor(nn.Module):
     """Predicts one rank per position and key/value head from the hidden state that the attention layer reads.
@@ -49,10 +54,33 @@ class RankPredictor(nn.Module):
         Returns:
             (B, G, N) float32 (float64 for float64 hidden states).
         """
+        if self._few(hidden_states):
+            from dynamask.ops.triton.predict_ranks import predict_ranks_launch
+
+            assert self.up is not None
+            weights = (self.up.weight, self.down.weight, self.down.bias)
+            return predict_ranks_launch(hidden_states.contiguous(), *weights, _GRID)
         hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:])
         if self.up is not None:
             hidden_states = F.silu(self.up(hidden_states))
         return on_grid(self.down(hidden_states)).transpose(1, 2)
+
+    def _few(self, hidden_states: Tensor) -> bool:
+        """Whether these are the few positions of a decoding step on a GPU, on plain weights."""
+        if not hidden_states.is_cuda or hidden_states.shape[0] * hidden_states.shape[1] > _FEW:
+            return False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+            return False
+        up, down = self.up, self.down
+        return (
+            type(up) is CastingLinear
+            and type(down) is RankHead
+            and type(up.weight) is type(down.weight) is nn.Parameter
+            and up.weight.device == down.weight.device == hidden_states.device
+            and torch.float64 not in (hidden_states.dtype, up.weight.dtype)
+            and up.weight.is_floating_point()
+            and triton_available()
+        )
 
 
 class CastingLinear(nn.Linear):

@@ -21,6 +21,7 @@ FILES = [
     "tests/ops/test_future_attention_kernels.py",
     "tests/ops/test_ragged_decode_kernels.py",
     "tests/ops/test_cache_insert_kernels.py",
+    "tests/ops/test_predict_ranks_kernels.py",
     "tests/test_cache.py",
     "tests/ops/nsa/test_selected.py",
     "tests/mixers/test_gpu.py",

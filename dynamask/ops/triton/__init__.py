@@ -11,6 +11,7 @@
 | `expiry.py` | scores to intervals |
 | `decode.py` | a few queries over many keys, split along the keys |
 | `ragged_decode.py` | a few queries over a pool of keys with a length per head, split in proportion |
+| `predict_ranks.py` | the rank predictor on a few positions |
 | `cache_insert.py` | a new key into a full bounded cache |
 
 On Hopper GPUs `dynamask.ops.hopper` takes the place of the forward and backward passes.

@@ -1,7 +1,8 @@
-"""`dynamask.ops.ragged_decode` in two launches: split the slots in proportion to each head's window, then merge.
+"""`dynamask.ops.ragged_decode`: split the slots in proportion to each head's window, then merge.
 
 All splits are equally long (but the last of a head), whatever the head: a head with a wide window gets more programs,
-so no program waits for the widest head.
+so no program waits for the widest head. With few queries, the program that ends last of a head merges its splits, in
+the same launch; with many, a second launch does.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ _LEAST = 2 * _SLOTS
 _PROGRAMS = 528
 """Programs that fill a large GPU: four for each of its multiprocessors."""
 
+_MOST_SPLITS = 64
+"""Splits of a head at most: they are merged at once."""
+
+_MERGED_ROWS = 8
+"""Rows of queries that the last program merges one after the other; more take a launch of their own."""
+
 _ROWS = 64
 """Rows of queries of a program at most: query heads of one key/value head, times queries."""
 
@@ -39,12 +46,16 @@ class _Splits(NamedTuple):
         part: slots of a split.
         total: splits of all heads.
         groups_pad: G + 1, filled up to a power of two.
+        most: splits of the head that has most of them.
+        empty: whether a head has no slots.
     """
 
     table: Tensor
     part: int
     total: int
     groups_pad: int
+    most: int
+    empty: bool
 
 
 def ragged_decode_launch(
@@ -55,8 +66,14 @@ def ragged_decode_launch(
     offsets: tuple[int, ...],
     bias: Tensor | None,
     scale: float,
+    counters: Tensor | None = None,
 ) -> Tensor:
-    """Output (B, H, Nq, Dv) in the query's dtype; arguments as in `dynamask.ops.ragged_decode`, checked."""
+    """Output (B, H, Nq, Dv) in the query's dtype; arguments as in `dynamask.ops.ragged_decode`, checked.
+
+    Args:
+        counters: (B * G,) int32 zeros, which are zeros again afterwards, for calls that never run at the same time;
+            None: made for the call, by a launch more.
+    """
     batch, heads, num_queries, dim = query.shape
     slots, value_dim = values.shape[1:]
     groups = len(offsets) - 1
@@ -71,9 +88,16 @@ def ragged_decode_launch(
     live_bytes = keys if live is None else live.contiguous().view(torch.uint8)
     bias = None if bias is None else bias.float().contiguous()
     tile = min(_ROWS, max(16, triton.next_power_of_2(rows)))
-    outputs = torch.empty(batch, splits.total, rows, value_dim, dtype=torch.float32, device=query.device)
-    # To each split's sum of weights, its largest logit to base 2.
-    sums = torch.empty(2, batch, splits.total, rows, dtype=torch.float32, device=query.device)
+    merges = rows <= _MERGED_ROWS
+    if merges and splits.empty:
+        output.zero_()  # no program comes to the rows of a head without slots
+    if not merges:
+        counters = splits.table
+    elif counters is None:
+        counters = torch.zeros(batch * groups, dtype=torch.int32, device=query.device)
+    # Of each split the mean of the values, then the sum of its weights, then its largest logit.
+    scratch = torch.empty(batch * splits.total * rows * (value_dim + 2), dtype=torch.float32, device=query.device)
+    value_pad = triton.next_power_of_2(value_dim)
     _decode[(splits.total, batch, triton.cdiv(rows, tile))](
         query,
         keys,
@@ -81,8 +105,9 @@ def ragged_decode_launch(
         live_bytes,
         keys if bias is None else bias,
         splits.table,
-        outputs,
-        sums,
+        scratch,
+        counters,
+        output,
         scale,
         groups,
         slots,
@@ -94,40 +119,43 @@ def ragged_decode_launch(
         DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim),
         VALUE_DIM=value_dim,
-        VALUE_PAD=triton.next_power_of_2(value_dim),
+        VALUE_PAD=value_pad,
         HAS_LIVE=live is not None,
         HAS_BIAS=bias is not None,
         PRECISION="tf32" if query.element_size() == 2 else "ieee",
+        MERGES=max(16, triton.next_power_of_2(splits.most)) if merges else 0,
         num_warps=4,
         num_stages=2,
     )
-    _merge[(batch * groups * rows,)](
-        outputs,
-        sums,
-        splits.table,
-        output,
-        groups,
-        splits.total,
-        rows,
-        SPLITS=16,
-        VALUE_DIM=value_dim,
-        VALUE_PAD=triton.next_power_of_2(value_dim),
-        num_warps=4,
-    )
+    if not merges:
+        _merge[(batch * groups * rows,)](
+            scratch,
+            splits.table,
+            output,
+            groups,
+            splits.total,
+            rows,
+            SPLITS=16,
+            VALUE_DIM=value_dim,
+            VALUE_PAD=value_pad,
+            num_warps=4,
+        )
     return output
 
 
 def _split(offsets: tuple[int, ...], batch: int, device: torch.device) -> _Splits:
     """The splits of these heads."""
     part, starts = _starts(offsets, batch)
+    counts = [stop - start for start, stop in itertools.pairwise(starts)]
     table = device_table((offsets, starts), device)
-    return _Splits(table, part, starts[-1], triton.next_power_of_2(len(offsets)))
+    return _Splits(table, part, starts[-1], triton.next_power_of_2(len(offsets)), max(counts), min(counts) == 0)
 
 
 @lru_cache(maxsize=4096)
 def _starts(offsets: tuple[int, ...], batch: int) -> tuple[int, tuple[int, ...]]:
     """Slots of a split, and the first split of each head, then the number of all."""
     share = triton.cdiv((offsets[-1] - offsets[0]) * batch, _PROGRAMS)
+    share = max(share, *(triton.cdiv(stop - start, _MOST_SPLITS) for start, stop in itertools.pairwise(offsets)))
     part = max(_LEAST, triton.cdiv(share, _SLOTS) * _SLOTS)
     starts = [0]
     for start, stop in itertools.pairwise(offsets):
@@ -143,8 +171,9 @@ def _decode(
     live,
     bias,
     table,
-    outputs,
-    sums,
+    scratch,
+    counters,
+    output,
     scale,
     groups,
     slots,
@@ -160,8 +189,12 @@ def _decode(
     HAS_LIVE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    MERGES: tl.constexpr,
 ):
-    """One split of one head's slots against its queries: the weighted mean of the values, and what merging needs."""
+    """One split of one head's slots against its queries: the weighted mean of the values, and what merging needs.
+
+    Where MERGES is not 0, at least the splits of any head, the last program of a head merges.
+    """
     split = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     g = tl.arange(0, GROUPS_PAD)
@@ -206,18 +239,49 @@ def _decode(
         mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision=PRECISION)
         top = new_top
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
-    out_row = (batch * tl.num_programs(0) + split) * rows + row
-    tl.store(
-        outputs + out_row[:, None] * VALUE_DIM + dv[None, :], mixed, mask=real[:, None] & (dv < VALUE_DIM)[None, :]
-    )
-    tl.store(sums + out_row, total, mask=real)
-    tl.store(sums + tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * rows + out_row, top, mask=real)
+    wide = (dv < VALUE_DIM)[None, :]
+    first_split = tl.load(table + groups + 1 + group)
+    count = tl.load(table + groups + 2 + group) - first_split
+    done = False
+    if MERGES > 0:
+        done = count == 1
+    if done:
+        at = output + q_row[:, None] * VALUE_DIM + dv[None, :]
+        tl.store(at, mixed.to(output.dtype.element_ty), mask=real[:, None] & wide)
+    else:
+        all_rows = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * rows
+        sums = scratch + all_rows * VALUE_DIM
+        tops = sums + all_rows
+        out_row = (batch * tl.num_programs(0) + split) * rows + row
+        tl.store(scratch + out_row[:, None] * VALUE_DIM + dv[None, :], mixed, mask=real[:, None] & wide)
+        tl.store(sums + out_row, total, mask=real)
+        tl.store(tops + out_row, top, mask=real)
+        if MERGES > 0:
+            tl.debug_barrier()
+            counter = counters + batch * groups + group
+            if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+                tl.store(counter, 0)
+                s = tl.arange(0, MERGES)
+                there = s < count
+                for r in range(0, rows):
+                    # Past the first-level cache: other multiprocessors have written them.
+                    at = (batch * tl.num_programs(0) + first_split + s) * rows + r
+                    each = tl.load(tops + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+                    highest = tl.max(each, 0)
+                    highest = tl.where(highest == float("-inf"), 0.0, highest)
+                    weight = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
+                    weight *= tl.exp2((each - highest) * LOG2E)
+                    place = scratch + at[:, None] * VALUE_DIM + dv[None, :]
+                    tile = tl.load(place, mask=there[:, None] & wide, other=0.0, cache_modifier=".cg")
+                    weights = tl.sum(weight, 0)
+                    merged = tl.sum(tile * weight[:, None], 0) / tl.where(weights == 0.0, 1.0, weights)
+                    at_output = output + ((batch * groups + group) * rows + r) * VALUE_DIM + dv
+                    tl.store(at_output, merged.to(output.dtype.element_ty), mask=dv < VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["groups", "total", "rows"])
 def _merge(
-    outputs,
-    sums,
+    scratch,
     table,
     output,
     groups,
@@ -236,7 +300,9 @@ def _merge(
     first = tl.load(table + groups + 1 + group)
     stop = tl.load(table + groups + 2 + group)
     dv = tl.arange(0, VALUE_PAD)
-    tops = sums + tl.num_programs(0).to(tl.int64) // groups * total
+    all_rows = tl.num_programs(0).to(tl.int64) // groups * total
+    sums = scratch + all_rows * VALUE_DIM
+    tops = sums + all_rows
     top = tl.full([SPLITS], float("-inf"), tl.float32)
     for begin in range(first, stop, SPLITS):
         split = begin + tl.arange(0, SPLITS)
@@ -254,7 +320,7 @@ def _merge(
         weight *= tl.load(sums + at, mask=there, other=0.0)
         weights += weight
         tile = tl.load(
-            outputs + at[:, None] * VALUE_DIM + dv[None, :],
+            scratch + at[:, None] * VALUE_DIM + dv[None, :],
             mask=there[:, None] & (dv < VALUE_DIM)[None, :],
             other=0.0,
         )

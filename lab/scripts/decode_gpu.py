@@ -1,0 +1,469 @@
+"""Times of converted models on one GPU: decoding, prefill and training, against the dense model in the same run.
+
+    PYTHONPATH=.:lab python lab/scripts/decode_gpu.py --out OUT [--seconds 150] [--parts eager decode prefill train]
+
+Weights are random, in the shapes of SmolLM2-135M, Qwen3-0.6B and Qwen3-1.7B; caches that long contexts leave are
+filled with random keys. Windows per head are drawn log-normally around the budget, the same for every run. A check of
+cached against uncached logits, and of a training step against the CPU, comes first: nothing is timed if it fails.
+`OUT/decode-rows.jsonl` gets a line per figure as it comes, the output a short table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import gc
+import json
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging
+
+from dynamask import BoundedCache, convert
+from dynamask.cache import BoundedLayer, cache_bytes
+from dynamask.convert.distill import losses_of_hidden, teacher_states
+from dynamask.models.cuda_graph import StepGraph
+from dynamask.training.loss import use_chunked_loss
+from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
+from dynamask_lab.benchmarks.model import filled_cache
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+LOCAL, SINKS = 128, 4
+COUNTED = ("LaunchKernel", "MemcpyAsync", "MemsetAsync", "GraphLaunch")
+"""Parts of the names of calls that the host makes once per piece of work on the device."""
+
+
+class Shape(NamedTuple):
+    """A named size of a model."""
+
+    family: str
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    groups: int
+    dim: int
+    vocabulary: int
+
+
+SHAPES = {
+    "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 64, 49152),
+    "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 128, 151936),
+    "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 128, 151936),
+    "tiny": Shape("qwen3", 64, 96, 2, 4, 2, 32, 256),
+}
+
+
+def head_windows(shape: Shape, budget: int, most: int) -> list[list[int]]:
+    """Windows of every layer and head, log-normal around the budget, none below local + sinks or above `most`."""
+    draw = torch.randn(shape.layers, shape.groups, generator=torch.Generator().manual_seed(0)).exp()
+    least = min(LOCAL + SINKS, budget)
+    low, high = 0.0, 64.0 * most
+    for _ in range(60):  # the factor that meets the budget
+        factor = (low + high) / 2
+        windows = (draw * factor).round().clamp(least, most)
+        low, high = (factor, high) if windows.mean() < budget else (low, factor)
+    return windows.int().tolist()  # type: ignore[no-any-return]
+
+
+def models(name: str, budget: int, most: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """The dense model, and the converted one that shares its weights and has random ranks."""
+    shape = SHAPES[name]
+    torch.manual_seed(0)
+    kinds = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config_class, model_class = kinds[shape.family]
+    config = config_class(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
+        head_dim=shape.dim,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=1 << 17,
+        tie_word_embeddings=True,
+        dtype=dtype,
+    )
+    with torch.device(DEVICE):
+        dense = model_class(config).to(dtype).eval()
+    local = min(LOCAL, budget // 4)
+    sparse = convert.upcycle(dense, budget, local=local, sinks=SINKS).eval()
+    for layer in sparse.model.layers:
+        torch.nn.init.normal_(layer.self_attn.rank_predictor.down.weight)
+    sparse.config.trained_ranks = True  # random ranks, which spread the kept keys over the text
+    convert.set_windows(sparse, head_windows(SHAPES[name], budget, most))
+    return dense, sparse
+
+
+def synchronize() -> None:
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def seconds_of(run: Callable[[], Any], repeats: int, warm: int = 1) -> float:
+    """Median wall time of a call, the device's work included."""
+    taken = []
+    for index in range(warm + repeats):
+        synchronize()
+        began = time.perf_counter()
+        run()
+        synchronize()
+        if index >= warm:
+            taken.append(time.perf_counter() - began)
+    return sorted(taken)[len(taken) // 2]
+
+
+def flash() -> Any:
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if GPU else contextlib.nullcontext()
+
+
+def peer_backends() -> list[tuple[str, Any]]:
+    """Dense attention of torch: FlashAttention 2, and cuDNN's."""
+    return [("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)] if GPU else []
+
+
+# Correct first.
+
+
+def check() -> None:
+    """Compare cached with uncached logits, eager and by graph, and a training step with the CPU's.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for name in ("tiny",):
+        dense, sparse = models(name, 96, 220, torch.float32)
+        tokens = torch.randint(dense.config.vocab_size, (2, 300), device=DEVICE)
+        with torch.no_grad():
+            whole = sparse(tokens, use_cache=False).logits
+            for graphs in (False, True):
+                cache = BoundedCache(sparse.config, graphs=graphs)
+                parts = [sparse(tokens[:, :200], past_key_values=cache).logits]
+                parts += [sparse(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(200, 300)]
+                wrong = ((torch.cat(parts, 1) - whole).abs().amax(-1) > 1e-3).float().mean().item()
+                # Ranks that tie but for rounding may fall on two sides of a step of their grid.
+                report({"part": "check", "what": f"cached against uncached, graphs {graphs}", "differ": wrong})
+                if wrong > 0.02:
+                    raise SystemExit(f"cached logits differ from uncached ones at {wrong:.1%} of the positions")
+        found = []
+        for place in (DEVICE, torch.device("cpu")):
+            sparse.to(place).train()
+            use_chunked_loss(sparse)
+            loss = sparse(input_ids=tokens.to(place), labels=tokens.to(place), use_cache=False).loss
+            loss.backward()
+            norm = sum(float(p.grad.double().square().sum()) for p in sparse.parameters() if p.grad is not None) ** 0.5
+            found.append((loss.item(), norm))
+            sparse.zero_grad()
+        (loss, norm), (expected, expected_norm) = found
+        report({"part": "check", "what": "training step against the CPU", "loss": found[0], "cpu": found[1]})
+        if abs(loss - expected) > 1e-3 * expected or abs(norm - expected_norm) > 1e-2 * expected_norm:
+            raise SystemExit(f"a training step differs from the CPU's: {found}")
+
+
+# (b) eager decoding.
+
+
+@torch.no_grad()
+def eager(name: str, batch: int, prompt: int, steps: int, budget: int) -> Iterator[dict[str, Any]]:
+    """Tokens per second of decoding after a prompt, and the launches of a token."""
+    dense, sparse = models(name, budget, prompt)
+    tokens = torch.randint(dense.config.vocab_size, (batch, prompt), device=DEVICE)
+    forms: list[tuple[str, Any, Callable[[], Any]]] = [
+        ("dense, dynamic cache, eager", dense, lambda: DynamicCache(config=dense.config)),
+        ("converted, eager", sparse, lambda: BoundedCache(sparse.config, graphs=False)),
+        ("converted, graph", sparse, lambda: BoundedCache(sparse.config)),
+    ]
+    for form, model, make in forms:
+        cache = make()
+        token = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+        def step(token: Tensor, model: Any = model, cache: Any = cache) -> Tensor:
+            return model(token, past_key_values=cache, use_cache=True).logits.argmax(-1)  # type: ignore[no-any-return]
+
+        for _ in range(5):
+            token = step(token)
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(steps):
+            token = step(token)
+        synchronize()
+        seconds = (time.perf_counter() - began) / steps
+        row = {"part": "eager", "model": name, "B": batch, "prompt": prompt, "budget": budget, "form": form}
+        count = launches(functools.partial(step, token))
+        yield row | {"tokens_per_s": batch / seconds, "ms": 1e3 * seconds, "launches": count}
+
+
+def launches(run: Callable[[], Any]) -> int | None:
+    """How many kernels and copies the host launches in a call; a graph counts as one."""
+    if not GPU:
+        return None
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        run()
+        synchronize()
+    return sum(e.count for e in profiled.key_averages() if any(part in e.key for part in COUNTED))
+
+
+# (c) decoding from a long context.
+
+
+@torch.no_grad()
+def layer_row(batch: int, context: int, budget: int) -> Iterator[dict[str, Any]]:
+    """Insert a key and attend, one layer of Qwen3-0.6B's shape: windows that differ against one of the same sum."""
+    shape = SHAPES["qwen3-0.6b" if GPU else "tiny"]
+    spread = head_windows(shape, budget, context)
+    # The layer whose heads differ most.
+    uneven = max(spread, key=lambda windows: max(windows) / sum(windows))
+    mean = sum(uneven) // len(uneven)
+    row: dict[str, Any] = {"part": "layer", "B": batch, "context": context, "windows": uneven, "mean": mean}
+    for form, windows in (("ragged", tuple(uneven)), ("even", (mean,) * len(uneven))):
+        layer = BoundedLayer(windows, local=min(LOCAL, min(windows) // 2), sinks=SINKS)
+        slots = min(context, max(windows))
+
+        def draw(tokens: int, heads: int) -> Tensor:
+            return torch.randn(batch, heads, tokens, shape.dim, device=DEVICE, dtype=torch.bfloat16)
+
+        ranks = torch.randn(batch, shape.groups, slots, device=DEVICE)
+        layer.extend(draw(slots, shape.groups), draw(slots, shape.groups), ranks, None)
+        layer.skip(context - slots)
+        query, key, value = draw(1, shape.heads), draw(1, shape.groups), draw(1, shape.groups)
+        rank = torch.randn(batch, shape.groups, 1, device=DEVICE)
+
+        def step(layer: Any = layer, inputs: Any = (query, key, value, rank)) -> Tensor:
+            return layer.attend(*inputs)  # type: ignore[no-any-return]
+
+        row[form] = graph_milliseconds(step) if GPU else 1e3 * seconds_of(step, 3)
+    yield row | {"ragged_over_even": row["ragged"] / row["even"]}
+
+
+@torch.no_grad()
+def decode(name: str, batch: int, context: int, budget: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Tokens per second at a long context: dense caches, the ragged cache, an even cache of the same bytes."""
+    dense, sparse = models(name, budget, context)
+    uneven = sparse.config.windows
+    forms = [
+        ("dense, dynamic cache, eager", "dynamic"),
+        ("dense, graph, keys in place", "fixed"),
+        ("ragged, graph", "bounded"),
+        ("even, graph", "bounded"),
+        ("ragged, eager", "bounded-eager"),
+    ]
+    for form, kind in forms:
+        windows = budget if form.startswith("even") else uneven
+        convert.set_windows(sparse, windows)
+        row: dict[str, Any] = {"part": "decode", "model": name, "B": batch, "context": context, "form": form}
+        row["budget"] = budget
+        try:
+            yield row | decode_form(dense if kind in ("dynamic", "fixed") else sparse, sparse.config, kind, row, steps)
+        except torch.OutOfMemoryError:
+            yield row | {"error": "out of memory"}
+        free()
+    convert.set_windows(sparse, uneven)
+
+
+def decode_form(model: Any, config: Any, kind: str, row: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Time `steps` tokens of a model over a cache that is filled with random keys."""
+    batch, context = row["B"], row["context"]
+    held = filled_cache(config, kind, context, batch, 0)
+    token = torch.randint(config.vocab_size, (batch, 1), device=DEVICE)
+    place = torch.full_like(token, context - 1)
+    graph: StepGraph | None = None
+
+    def step(token: Tensor) -> Tensor:
+        if graph is not None:
+            return graph.replay(token, place).argmax(-1)
+        return model(token, past_key_values=held, use_cache=True).logits.argmax(-1)  # type: ignore[no-any-return]
+
+    with flash() if kind in ("dynamic", "fixed") else contextlib.nullcontext():
+        for _ in range(5):
+            token = step(token)
+        if kind == "fixed" and GPU:
+            graph = StepGraph(model, held, token, place)
+            token = step(token)
+        synchronize()
+        began = time.perf_counter()
+        for _ in range(steps):
+            token = step(token)
+        synchronize()
+    seconds = (time.perf_counter() - began) / steps
+    return {"tokens_per_s": batch / seconds, "ms": 1e3 * seconds, "cache_mib": cache_bytes(held) / 2**20}
+
+
+# (d) prefill.
+
+
+@torch.no_grad()
+def prefill(name: str, length: int, budget: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of reading a text into an empty cache."""
+    dense, sparse = models(name, budget, length)
+    tokens = torch.randint(dense.config.vocab_size, (1, length), device=DEVICE)
+    row = {"part": "prefill", "model": name, "N": length, "budget": budget}
+    for form, backend in peer_backends():
+        with sdpa_kernel(backend):
+            try:
+                taken = seconds_of(lambda: dense(tokens, use_cache=True, logits_to_keep=1), 2)
+            except RuntimeError as error:
+                yield row | {"form": f"dense, {form}", "error": str(error)[:80]}
+                continue
+        yield row | {"form": f"dense, {form}", "ms": 1e3 * taken}
+    taken = seconds_of(lambda: sparse(tokens, use_cache=True, logits_to_keep=1), 2)
+    yield row | {"form": "converted", "ms": 1e3 * taken}
+
+
+# (e) training.
+
+
+def train(name: str, length: int, budget: int, repeats: int, distil: bool) -> Iterator[dict[str, Any]]:
+    """Milliseconds of forward and backward; checkpointed layers from 32K on, in every form."""
+    dense, sparse = models(name, budget, length)
+    for model in (dense, sparse):
+        model.train()
+        if length >= 32768:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens = torch.randint(dense.config.vocab_size, (1, length), device=DEVICE)
+    row = {"part": "train", "model": name, "N": length, "budget": budget, "checkpointed": length >= 32768}
+    teacher, _ = models(name, budget, length) if distil else (None, None)
+    use_chunked_loss(dense)
+    plain = sparse.forward
+    use_chunked_loss(sparse)
+
+    def step(model: Any, ranks: bool) -> None:
+        sparse.config.rank_loss_weight = 1.0 if ranks else 0.0
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    def distillation(model: Any, ranks: bool) -> None:
+        sparse.config.rank_loss_weight = 1.0 if ranks else 0.0
+        given = teacher_states(teacher, tokens, None)
+        options: dict[str, Any] = {"temperature": 1.0, "chunk": 2048}
+
+        def loss_of(hidden: Tensor, facts: Any) -> Tensor:
+            loss, more = losses_of_hidden(model, teacher, hidden, given, facts and facts.losses, None, **options)
+            return loss if more is None else loss + more
+
+        if model is dense:
+            loss_of(dense.get_decoder()(tokens, use_cache=False).last_hidden_state, None).backward()
+        else:
+            plain(input_ids=tokens, use_cache=False, loss_of_hidden=loss_of).loss.backward()
+        model.zero_grad(set_to_none=True)
+
+    kinds: list[tuple[str, Callable[[Any, bool], None]]] = [("train", step)]
+    if distil:
+        kinds.append(("distil", distillation))
+    for kind, run in kinds:
+        forms = [("dense, flash", dense, False), ("converted", sparse, False)]
+        if length <= 32768:
+            forms.append(("converted, ranks learn too", sparse, True))
+        for form, model, ranks in forms:
+            try:
+                with flash():
+                    taken = seconds_of(functools.partial(run, model, ranks), repeats)
+                yield row | {"kind": kind, "form": form, "ms": 1e3 * taken, "tokens_per_s": length / taken}
+            except torch.OutOfMemoryError:
+                yield row | {"kind": kind, "form": form, "error": "out of memory"}
+            free()
+
+
+def free() -> None:
+    gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
+
+
+_OUT: list[Path] = []
+_FACTS: dict[str, Any] = {}
+
+
+def report(row: dict[str, Any]) -> None:
+    """Write a row and print it."""
+    with (_OUT[0] / "decode-rows.jsonl").open("a") as file:
+        file.write(json.dumps(row | _FACTS) + "\n")
+    shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "part"]
+    print(f"{row['part']}: " + " | ".join(shown), flush=True)
+
+
+def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is timed, in the order of importance within each part."""
+    if not GPU:  # every line of code, nothing to learn
+        yield "eager", lambda: eager("tiny", 1, 150, 3, 64)
+        yield "layer", lambda: layer_row(2, 300, 64)
+        yield "decode", lambda: decode("tiny", 2, 300, 64, 3)
+        yield "prefill", lambda: prefill("tiny", 300, 64)
+        yield "train", lambda: train("tiny", 300, 64, 1, True)
+        return
+    for batch in (1, 4, 16, 64):
+        yield "layer", functools.partial(layer_row, batch, 32768, 2048)
+    yield "eager", lambda: eager("smollm2-135m", 1, 2048, 24, 512)
+    yield "eager", lambda: eager("qwen3-0.6b", 1, 2048, 24, 512)
+    yield "decode", lambda: decode("qwen3-0.6b", 1, 32768, 2048, 24)
+    yield "decode", lambda: decode("smollm2-135m", 32, 32768, 2048, 12)
+    yield "train", lambda: train("smollm2-135m", 8192, 512, 3, True)
+    yield "train", lambda: train("qwen3-0.6b", 8192, 512, 3, True)
+    yield "prefill", lambda: prefill("qwen3-0.6b", 32768, 2048)
+    yield "prefill", lambda: prefill("smollm2-135m", 32768, 2048)
+    yield "train", lambda: train("qwen3-0.6b", 32768, 2048, 1, True)
+    yield "train", lambda: train("smollm2-135m", 32768, 2048, 1, True)
+    yield "train", lambda: train("qwen3-1.7b", 8192, 512, 1, True)
+    yield "decode", lambda: decode("smollm2-135m", 1, 32768, 2048, 24)
+    yield "decode", lambda: decode("qwen3-0.6b", 8, 32768, 2048, 12)
+    yield "train", lambda: train("qwen3-1.7b", 32768, 2048, 1, False)
+    yield "prefill", lambda: prefill("qwen3-1.7b", 32768, 2048)
+    yield "train", lambda: train("smollm2-135m", 65536, 4096, 1, False)
+    yield "train", lambda: train("qwen3-0.6b", 65536, 4096, 1, False)
+    yield "train", lambda: train("qwen3-1.7b", 65536, 4096, 1, False)
+
+
+def main() -> int:
+    """Check, then time what fits into the seconds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of decode-rows.jsonl")
+    parser.add_argument("--parts", nargs="+", default=["layer", "eager", "decode", "prefill", "train"])
+    parser.add_argument("--seconds", type=float, default=150.0, help="begin nothing after this long")
+    parser.add_argument("--commit", help="of the code, where there is no repository")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="the ranks of this")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    _OUT.append(arguments.out)
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    device = torch.cuda.get_device_name() if GPU else "cpu"
+    _FACTS.update(device=device, torch=torch.__version__, transformers=transformers.__version__)
+    _FACTS.update(commit=arguments.commit or found)
+    print(_FACTS, flush=True)
+    check()
+    left_out = 0
+    for part, job in jobs():
+        if part not in arguments.parts:
+            continue
+        if time.perf_counter() - began > arguments.seconds:
+            left_out += 1
+            continue
+        try:
+            for row in job():
+                report(row)
+                if time.perf_counter() - began > arguments.seconds:
+                    break
+        except Exception as error:
+            report({"part": part, "error": f"{type(error).__name__}: {error}"[:300]})
+        free()
+    print(f"{time.perf_counter() - began:.0f} s; {left_out} jobs left out", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
