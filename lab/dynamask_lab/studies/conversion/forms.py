@@ -6,6 +6,7 @@ import copy
 import fcntl
 import gc
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,6 +158,10 @@ class ValueFed(nn.Module):
         return settle(ranks + self.down.bias.float()[:, None])
 
 
+class OutOfTime(Exception):
+    """A training would end after `Workshop.deadline`."""
+
+
 class Workshop:
     """Makes forms from one pretrained model, and keeps what has been trained in a folder.
 
@@ -167,6 +172,9 @@ class Workshop:
         schedule: how long things are trained.
         device: where models live.
         report: receives (spec, seconds and losses) of every training.
+
+    Attributes:
+        deadline: of `time.monotonic()`; a training that would end later is not started.
 
     Raises:
         UsageError: the folder holds what another schedule trained.
@@ -186,6 +194,7 @@ class Workshop:
         self.calibration_tokens = np.load(data / "validation.npy").reshape(-1)
         self._dense: dict[int, Any] = {}
         self._kept: tuple[Spec, Any] | None = None
+        self.deadline = math.inf
         state.mkdir(parents=True, exist_ok=True)
         record, now = state / "schedule.json", json.dumps(asdict(schedule))
         if record.exists() and record.read_text() != now:
@@ -336,6 +345,8 @@ class Workshop:
             model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True), strict=False)
             return
         with self._alone():
+            if time.monotonic() + self.seconds_to_make(spec) > self.deadline:
+                raise OutOfTime(spec.name)
             self._train_now(spec, model, file)
 
     @contextmanager

@@ -29,7 +29,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dynamask_lab.studies.conversion import levers, measure
-from dynamask_lab.studies.conversion.forms import STEPS, Schedule, Spec, Workshop
+from dynamask_lab.studies.conversion.forms import STEPS, OutOfTime, Schedule, Spec, Workshop
 from dynamask_lab.studies.conversion.jobs import Job, jobs, key_of, lane_of
 from dynamask_lab.studies.conversion.tasks import Example, Tasks
 from dynamask_lab.sweeps.provenance import commit, device_name, versions
@@ -254,6 +254,7 @@ def main() -> int:
         print(f"  {spec.name} {what}: {result['seconds']:.1f} s", flush=True)
 
     workshop = Workshop(arguments.model, arguments.data, arguments.state, schedule, device, report)
+    workshop.deadline = start + arguments.seconds
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     runner = Runner(workshop, arguments.data, arguments.benchmarks, examples, tokenizer, device, limit=arguments.limit)
     broken: set[tuple[str, str]] = set()
@@ -270,6 +271,8 @@ def main() -> int:
         began = time.monotonic()
         try:
             result = runner.run(job)
+        except OutOfTime:  # another lane trained meanwhile
+            continue
         except Exception:
             # One form that fails must not cost the others their time on the machine.
             print(f"{job.spec.name} {job.measure} {job.settings} failed:\n{traceback.format_exc()}", flush=True)

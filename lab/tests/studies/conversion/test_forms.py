@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamask.errors import UsageError
 from dynamask_lab.studies.conversion import levers
-from dynamask_lab.studies.conversion.forms import LOCAL, SINKS, Schedule, Spec, Workshop, predictors
+from dynamask_lab.studies.conversion.forms import LOCAL, SINKS, OutOfTime, Schedule, Spec, Workshop, predictors
 from dynamask_lab.studies.conversion.jobs import Job
 
 BUDGET = LOCAL + SINKS + 12
@@ -152,6 +153,9 @@ def test_only_what_is_missing_takes_time(workshop: Workshop) -> None:
     assert before > workshop.seconds_to_make(replace(spec, distilled=False)) > 0
     workshop.ranks(spec)
     assert 0 < workshop.seconds_to_make(spec) < before
+    workshop.deadline = time.monotonic() + 1
+    with pytest.raises(OutOfTime):
+        workshop.form(spec)
 
 
 def test_what_another_schedule_trained_is_refused(workshop: Workshop, tmp_path: Path) -> None:
