@@ -1,6 +1,7 @@
 """Times of converted models on one GPU: decoding, prefill and training, against the dense model in the same run.
 
     PYTHONPATH=.:lab python lab/scripts/decode_gpu.py --out OUT [--seconds 150] [--parts eager decode prefill train]
+    PYTHONPATH=.:lab python lab/scripts/decode_gpu.py --compile qwen3-0.6b    # fills Triton's cache, beside others
 
 Weights are random, in the shapes of SmolLM2-135M, Qwen3-0.6B and Qwen3-1.7B; caches that long contexts leave are
 filled with random keys. Windows per head are drawn log-normally around the budget, the same for every run. A check of
@@ -34,6 +35,7 @@ from dynamask import BoundedCache, convert
 from dynamask.cache import BoundedLayer, cache_bytes
 from dynamask.convert.distill import losses_of_hidden, teacher_states
 from dynamask.models.cuda_graph import StepGraph
+from dynamask.ops.ragged_decode import ragged_decode_reference
 from dynamask.training.loss import use_chunked_loss
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
 from dynamask_lab.benchmarks.model import filled_cache
@@ -246,6 +248,13 @@ def layer_row(batch: int, context: int, budget: int) -> Iterator[dict[str, Any]]
         def step(layer: Any = layer, inputs: Any = (query, key, value, rank)) -> Tensor:
             return layer.attend(*inputs)  # type: ignore[no-any-return]
 
+        found = step()
+        pools, offsets = (layer.keys.float(), layer.values.float()), layer.offsets
+        expected = ragged_decode_reference(query.float(), *pools, layer.positions >= 0, offsets, None, shape.dim**-0.5)
+        error = ((found.float() - expected).norm() / expected.norm()).item()
+        row[f"{form}_error"] = error
+        if not error < 2e-2:
+            raise SystemExit(f"attention from the {form} cache is off by {error:.2%}")
         row[form] = graph_milliseconds(step) if GPU else 1e3 * seconds_of(step, 3)
     yield row | {"ragged_over_even": row["ragged"] / row["even"]}
 
@@ -427,10 +436,25 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "train", lambda: train("qwen3-1.7b", 65536, 4096, 1, False)
 
 
+def compile_kernels(name: str) -> None:
+    """Run everything once on a model of one layer, so that a later process finds the kernels compiled."""
+    SHAPES[name] = SHAPES[name]._replace(layers=1)
+    length, budget, context = (8192, 512, 32768) if GPU else (300, 64, 300)
+    for rows in (
+        train(name, length, budget, 1, True),
+        prefill(name, length, budget),
+        eager(name, 1, length // 4, 2, budget),
+        decode(name, 1, context, 4 * budget, 2),
+    ):
+        for _ in rows:
+            free()
+
+
 def main() -> int:
     """Check, then time what fits into the seconds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of decode-rows.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder of decode-rows.jsonl")
+    parser.add_argument("--compile", choices=list(SHAPES), help="compile what this shape needs, and time nothing")
     parser.add_argument("--parts", nargs="+", default=["layer", "eager", "decode", "prefill", "train"])
     parser.add_argument("--seconds", type=float, default=150.0, help="begin nothing after this long")
     parser.add_argument("--commit", help="of the code, where there is no repository")
@@ -438,6 +462,9 @@ def main() -> int:
     began = time.perf_counter()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="the ranks of this")
+    if arguments.compile:
+        compile_kernels(arguments.compile)
+        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     _OUT.append(arguments.out)
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
