@@ -288,6 +288,27 @@ class ConvertedModel(OwnCacheGeneration):
                 "keys again, or none of what its cache keeps"
             )
 
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """Enable gradient checkpointing, but for the kind in which ranks do not learn.
+
+        Raises:
+            InvalidInputError: `use_reentrant=True` for a model whose ranks learn: its layers run without gradients.
+        """
+        reentrant = (gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if (
+            reentrant
+            and self.config.rank_loss_weight
+            and self.config.ranked_layers
+            and self.config.ranking == "learned"
+        ):
+            raise InvalidInputError(
+                "gradient checkpointing with use_reentrant=True runs the layers without gradients, and the ranks' loss "
+                "with them: use use_reentrant=False, or set config.rank_loss_weight = 0 where ranks need not learn"
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, *args, **kwargs)  # type: ignore[misc]
+
     def _new_cache(self) -> Cache:
         """An empty cache of the kinds that the layers decode with."""
         config = self.config
