@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dynamask import convert
     from dynamask.cache import BoundedCache
     from dynamask.errors import CacheRollbackError, InvalidInputError
+    from dynamask.layers import DynamicMaskAttention
     from dynamask.models import DynamaskConfig, DynamaskForCausalLM, DynamaskModel
     from dynamask.ops import (
         context_parallel,
@@ -30,6 +31,7 @@ _HOME = {
     "DynamaskConfig": "dynamask.models",
     "DynamaskForCausalLM": "dynamask.models",
     "DynamaskModel": "dynamask.models",
+    "DynamicMaskAttention": "dynamask.layers",
     "InvalidInputError": "dynamask.errors",
     "context_parallel": "dynamask.ops",
     "context_parallel_attention": "dynamask.ops",
@@ -47,6 +49,7 @@ __all__ = [
     "DynamaskConfig",
     "DynamaskForCausalLM",
     "DynamaskModel",
+    "DynamicMaskAttention",
     "InvalidInputError",
     "context_parallel",
     "context_parallel_attention",

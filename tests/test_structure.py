@@ -17,12 +17,12 @@ LAYERS = (
     ("packed_ranks", "cache", "attention_function"),
     ("mixers",),
     ("models",),
-    ("recipes", "data"),
+    ("recipes", "data", "layers"),
     ("training",),
     ("evaluation",),
     ("inspect",),
     ("convert",),
-    ("serving", "cli"),
+    ("serving", "cli", "integrations"),
     ("__main__",),
 )
 """Rooms of the product, from the bottom: a room imports from those below it, never from one above."""

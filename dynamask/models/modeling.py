@@ -198,7 +198,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
             past_key_values = new_cache(self.config)
         if past_key_values is not None:
             check_consistent(past_key_values)
-        sequence = _sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
+        sequence = sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
         # Once for all layers that rotate by the same angles.
         mixers = [cast(DynamaskDecoderLayer, layer).mixer for layer in self.layers]
@@ -366,16 +366,27 @@ def _without_cache(cache: Cache | None, use_cache: bool | None) -> bool:
     return False
 
 
-def _sequence_info(
+def sequence_info(
     hidden_states: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     segment_ids: Tensor | None,
     cache: Cache | None,
+    past: int | None = None,
 ) -> SequenceInfo:
-    """Check the facts about the batch once, and fill in those not given."""
+    """Check the facts about the batch once, and fill in those not given.
+
+    Args:
+        hidden_states: (B, Nq, hidden); its shape and device are read.
+        attention_mask, position_ids, segment_ids, cache: as in `DynamaskModel.forward`.
+        past: positions that the cache holds; None: those of its first layer.
+
+    Raises:
+        InvalidInputError: as `DynamaskModel.forward`.
+    """
     batch, new = hidden_states.shape[:2]
-    past = int(cache.get_seq_length()) if cache is not None else 0
+    if past is None:
+        past = int(cache.get_seq_length()) if cache is not None else 0
     device = hidden_states.device
 
     key_mask = None
