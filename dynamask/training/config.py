@@ -52,6 +52,9 @@ class TrainConfig:
         compile: run the model through torch.compile.
         shard: with several processes, split parameters, gradients and optimizer over them (FSDP2), and checkpoints with
             them; otherwise every process holds a replica.
+        spike: nats by which the loss of a step may exceed the median of the last 50 before the training stops, as it
+            does at a loss or gradient that is no number; 0: no limit.
+        skip: optimizer steps whose batches are left out.
         seed: of weights and data order.
         log_every, eval_every, save_every: in steps; 0 means only at the end.
         keep: checkpoints kept, at least 1.
@@ -87,6 +90,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = True
+    spike: float = 3.0
+    skip: list[int] = field(default_factory=list)
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -100,7 +105,7 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation", "steps", "keep", "log_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("warmup_steps", "save_every", "eval_every", "weight_decay"):
+        for name in ("warmup_steps", "save_every", "eval_every", "weight_decay", "spike"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name.removesuffix('_steps')} must be at least 0; got {getattr(self, name)}")
         if self.warmup_steps >= self.steps:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -28,12 +29,15 @@ from dynamask.training.folder import SETTINGS, model_folder, open_run
 from dynamask.training.interruption import StopAtSignal
 from dynamask.training.processes import agreed, is_first, launched, note_processes, processes, processes_of
 from dynamask.training.trainer import AtomicTrainer, flush
+from dynamask.training.watch import pace_lines
 from dynamask.training.window_schedule import ScheduledWindow
 
 # Settings that may change between a run and its resumption: they alter neither weights nor losses so far.
 _FREE_TO_CHANGE = {
     "resume",
     "shard",
+    "spike",
+    "skip",
     "keep",
     "save_every",
     "log_every",
@@ -187,6 +191,8 @@ def _train(
         schedule=config.schedule,
         gate_rate=config.gate_rate,
         rank_rate=config.rank_rate,
+        spike=config.spike,
+        skip=config.skip,
     )
     tell(_about(model, corpus, arguments))
     checkpoint = agreed(lambda: _newest_readable(output, tell))
@@ -398,6 +404,8 @@ class _Lines(TrainerCallback):
             batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * self.context
             speed = (state.global_step - step) * batch / max(time.perf_counter() - since, 1e-9)
             self.tell(f"{place}: loss {logs['loss']:.4f}, rate {logs['learning_rate']:.2e}, {speed:,.0f} tokens/s")
+            for line in pace_lines(logs):
+                self.tell(f"{place}: {line}")
         self.began = (state.global_step, 0.0)
 
 
@@ -434,7 +442,7 @@ def _arguments(config: TrainConfig, split: bool) -> TrainingArguments:
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,
         save_total_limit=None,  # AtomicTrainer deletes old checkpoints, and only once a newer one is whole
-        report_to=["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else [],
+        report_to=_reports(),
         disable_tqdm=True,
         seed=config.seed,
         data_seed=config.seed,
@@ -442,6 +450,15 @@ def _arguments(config: TrainConfig, split: bool) -> TrainingArguments:
         remove_unused_columns=False,
         prediction_loss_only=True,
     )
+
+
+def _reports() -> list[str]:
+    """Where metrics go: TensorBoard where it is installed, Weights & Biases where it is set up."""
+    found = ["tensorboard"] if importlib.util.find_spec("tensorboard") is not None else []
+    configured = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_PROJECT", "WANDB_MODE"))
+    if configured and importlib.util.find_spec("wandb") is not None:
+        found.append("wandb")
+    return found
 
 
 def _check_same_run(config: TrainConfig, output: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dynamask.errors import UsageError
 from dynamask.training.checkpointing import checkpoints, write_checksums
 from dynamask.training.loss import TokenLosses, plain_losses, use_chunked_loss
 from dynamask.training.optimizer import adamw
 from dynamask.training.sampler import ShuffledBlocks
 from dynamask.training.schedule import learning_rate_share
+from dynamask.training.watch import LossWatch, Pace, pace_of_all, save_batch
 
 
 class _Epochs(TrainerCallback):
@@ -34,6 +38,16 @@ class _Epochs(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.sampler is not None:
             self.trainer.sampler.epoch = int(state.epoch or 0)
+
+
+class _Judge(TrainerCallback):
+    """Looks at every step before the weights change."""
+
+    def __init__(self, trainer: AtomicTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.judge_step()
 
 
 class AtomicTrainer(Trainer):
@@ -48,6 +62,9 @@ class AtomicTrainer(Trainer):
         schedule: see `learning_rate_share`.
         gate_rate, rank_rate: see `parameter_groups`.
         token_losses: see `use_chunked_loss`.
+        spike: see `LossWatch`. A step whose loss or gradient is no number, or whose loss jumps, ends the training
+            before the weights change; its batch is saved.
+        skip: optimizer steps, from 1, whose batches are left out.
     """
 
     model: Any
@@ -64,8 +81,11 @@ class AtomicTrainer(Trainer):
         gate_rate: float = 1.0,
         rank_rate: float = 1.0,
         token_losses: TokenLosses = plain_losses,
+        spike: float = 0.0,
+        skip: Sequence[int] = (),
         **kwargs: Any,
     ) -> None:
+        self._gradient_norm: Any = None
         self.sampler: ShuffledBlocks | None = None
         super().__init__(*args, **kwargs)
         self.keep = keep
@@ -74,14 +94,25 @@ class AtomicTrainer(Trainer):
         self._staging: str | None = None
         self._first_step = 0
         self._row_sums: list[Tensor] = []
+        self.watch, self.skip, self.pace = LossWatch(spike), frozenset(skip), Pace()
+        self._batches: list[Any] = []
+        self._step_losses: list[Tensor] = []
         use_chunked_loss(self.model, token_losses)
         self.add_callback(_Epochs(self))
+        self.add_callback(_Judge(self))
         for printer in {DEFAULT_PROGRESS_CALLBACK, ProgressCallback, PrinterCallback}:
             self.remove_callback(printer)
 
     def create_accelerator_and_postprocess(self) -> None:
         """Set up accelerate; where parameters are split, with gradients reduced in float32, and on CPUs too."""
         super().create_accelerator_and_postprocess()
+        clip = self.accelerator.clip_grad_norm_
+
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            self._gradient_norm = clip(*args, **kwargs)
+            return self._gradient_norm
+
+        self.accelerator.clip_grad_norm_ = noting
         if not self.args.fsdp:
             return
         state = self.accelerator.state
@@ -96,6 +127,49 @@ class AtomicTrainer(Trainer):
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32
             )
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the micro-batches of a step, and note how long that took."""
+        begun = time.perf_counter()
+        taken = super().get_batch_samples(*args, **kwargs)
+        self.pace.waited += time.perf_counter() - begun
+        self._batches, self._step_losses = taken[0], []
+        return taken
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Note the loss of a micro-batch, see `judge_step`."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._step_losses.append(loss.detach())
+        return loss
+
+    def judge_step(self) -> None:
+        """Leave out a step that is to be skipped; stop at one that would spoil the weights.
+
+        Raises:
+            UsageError: in all processes, with the place of the batch, which each has saved.
+        """
+        step = self.state.global_step + 1
+        if step in self.skip:
+            self.model.zero_grad()  # a parameter without a gradient stays as it is
+            return
+        loss = torch.stack(self._step_losses).sum().float()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(loss)
+            loss = loss / self.args.world_size
+        norm = None if self._gradient_norm is None else float(self._gradient_norm)
+        problem = self.watch.problem(float(loss), norm)
+        if problem is None:
+            return
+        process = f"-{self.args.process_index}" if self.args.world_size > 1 else ""
+        file = Path(self.args.output_dir) / f"stopped-at-step-{step}{process}.pt"
+        losses = [float(each) for each in self._step_losses]
+        save_batch(file, self._batches, step=step, loss=float(loss), losses=losses, gradient_norm=norm, problem=problem)
+        kept = checkpoints(Path(self.args.output_dir))
+        last = f"The newest checkpoint is {kept[-1].name}. " if kept else ""
+        raise UsageError(
+            f"stopped at step {step}: {problem}. The weights were not changed by it, and its batch is in {file}. {last}"
+            f"Run the same command with skip=[{step}] to leave this batch out, or with spike=0 for a loss that may jump"
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build AdamW over dynamask's parameter groups."""
@@ -158,7 +232,14 @@ class AtomicTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; the summary at the end of a resumed training is of the steps that it ran."""
+        """Log, with the pace; the summary at the end of a resumed training is of the steps that it ran."""
+        if "loss" in logs:
+            own = torch.tensor(self.pace.take(self.args.device), device=self.args.device)
+            table = [own]
+            if self.args.world_size > 1:
+                table = [torch.empty_like(own) for _ in range(self.args.world_size)]
+                torch.distributed.all_gather(table, own)
+            logs |= pace_of_all(torch.stack(table).tolist())
         if "train_runtime" in logs:
             steps = self.state.global_step - self._first_step
             seconds = max(logs["train_runtime"], 1e-9)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from dynamask.errors import Interrupted, UsageError
 from dynamask.lock import locked
 from dynamask.training import TrainConfig, checkpoints, open_run, train
+from dynamask.training.checkpointing import damage
 from tests.training.test_training import losses, settings, text  # noqa: F401 -- a fixture
 
 
@@ -106,6 +107,20 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(
     assert any(line.startswith(f"{run}/checkpoint-6 is damaged (") and "\n" not in line for line in lines)
     assert "continuing from step 4 of 6" in lines
     assert_same(finished, run)
+
+
+def test_every_byte_of_a_checkpoint_is_checked(finished: Path, run: Path) -> None:
+    checkpoint = run / "checkpoint-6"
+    assert damage(checkpoint) is None
+    for file in ("model.safetensors", "config.json", "trainer_state.json", "rng_state.pth"):
+        whole = (checkpoint / file).read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 4
+        (checkpoint / file).write_bytes(flipped)
+        assert damage(checkpoint) is not None, file
+        (checkpoint / file).write_bytes(whole)
+    (checkpoint / "config.json").unlink()
+    assert damage(checkpoint) == "config.json is missing"
 
 
 def test_damage_everywhere_is_named(text: Path, run: Path) -> None:  # noqa: F811
