@@ -9,7 +9,7 @@ WORKERS  ?= 2
 BIN      := $(VENV)/bin
 STAMP    := $(VENV)/.installed
 
-.PHONY: setup test test-all test-lab test-newest test-oldest test-ecosystem test-transformers check demo docs dist format clean
+.PHONY: setup test test-all test-lab test-newest test-oldest test-ecosystem test-transformers test-vllm check demo docs dist format clean
 
 setup: $(STAMP)
 
@@ -47,6 +47,11 @@ test-ecosystem: $(ECOSYSTEM)  ## trainers and adapters: TRL, PEFT, bitsandbytes,
 
 test-transformers: $(ECOSYSTEM)  ## transformers' own tests; TRANSFORMERS_CHECKOUT names a copy of its repository
 	OMP_NUM_THREADS=1 PYTHONPATH=$(ECOSYSTEM):$(CURDIR) $(BIN)/python lab/transformers_suite/run.py
+
+# The plugin in the CPU build of vLLM, which is installed beside what .venv holds: two minutes, and as many for the tests.
+test-vllm: $(STAMP)
+	PIP_ARGS="$(PIP_ARGS)" lab/scripts/vllm_environment.sh $(VENV)/vllm $(VENV)
+	OMP_NUM_THREADS=1 VLLM_LOGGING_LEVEL=ERROR $(VENV)/vllm/bin/python -m pytest -m "not slow" tests/serving
 
 check: $(STAMP)
 	$(BIN)/ruff check .
