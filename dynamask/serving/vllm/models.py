@@ -23,27 +23,33 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from dynamask.mixers.gate import DynamicMaskGate
-from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
+from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.serving.state import LayerState
 from dynamask.serving.vllm.attention import BoundedAttention, SequenceState
 from dynamask.serving.vllm.names import STATE
 
 
 class RankedAttention(nn.Module):
-    """Mixed in before an attention class of vLLM: ranks the keys of a call before the class attends."""
+    """Mixed in before an attention class of vLLM: ranks the keys of a call before the class attends.
+
+    Attributes:
+        attn: in the place of vLLM's attention.
+        rank_predictor: None where the newest keys are kept, or values rank the keys.
+        slopes: (G,) float32, how much the ranks of each head rise per token, or None.
+    """
 
     attn: BoundedAttention
     rank_predictor: RankPredictor | None
-    slopes: tuple[float, ...] | None
+    slopes: Tensor | None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """(T, hidden) -> (T, hidden), as the class itself."""
+    def forward(self, positions: Tensor, hidden_states: Tensor, **kwargs: Any) -> Any:
+        """(T,) and (T, hidden) -> (T, hidden), as the class itself."""
         if self.rank_predictor is not None:
-            positions = kwargs["positions"] if "positions" in kwargs else args[0]
-            hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
-            ranks = sloped_ranks(self.rank_predictor(hidden_states[None]), self.slopes, positions[None])
-            self.attn.ranks = ranks[0].transpose(0, 1)
-        output = super().forward(*args, **kwargs)
+            ranks = self.rank_predictor(hidden_states[None])[0].transpose(0, 1)
+            if self.slopes is not None:  # `sloped_ranks`, with a tensor that a compiler sees
+                ranks = ranks + self.slopes * positions[:, None].to(ranks.dtype)
+            self.attn.ranks = ranks
+        output = super().forward(positions=positions, hidden_states=hidden_states, **kwargs)
         self.attn.ranks = None
         return output
 
@@ -91,7 +97,9 @@ def attach(model: Any, vllm_config: VllmConfig) -> None:
         layer.scale = float(paged.impl.scale)
         module.attn = BoundedAttention(state, index, paged.num_heads, paged.num_kv_heads)
         module.rank_predictor = None
-        module.slopes = config.head_slopes[index] if hasattr(config, "head_slopes") else None
+        slopes = config.head_slopes[index] if hasattr(config, "head_slopes") else None
+        slope = None if slopes is None else torch.tensor(slopes, dtype=torch.float32)
+        module.register_buffer("slopes", slope, persistent=False)
         if layer.bias_is_rank:
             module.gate = DynamicMaskGate(paged.num_kv_heads, dim)
             module.attn.gate = (module.gate,)

@@ -13,7 +13,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynamask.convert import upcycle
-from dynamask.convert.models import set_windows
+from dynamask.convert.models import set_slopes, set_windows
 from dynamask.mixers import RankPredictor
 
 WINDOWS = [[24, 40], [16, 56]]
@@ -41,6 +41,7 @@ def save_tiny(path: Path) -> None:
             torch.nn.init.normal_(parameter, std=0.12)
     model = upcycle(dense, 16, local=8, sinks=2)
     set_windows(model, WINDOWS)
+    set_slopes(model, [[0.0, 0.0625], None])
     for module in model.modules():
         if isinstance(module, RankPredictor):
             torch.nn.init.normal_(module.down.weight, std=0.3)
