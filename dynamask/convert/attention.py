@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,22 @@ class Projected:
     scale: float
 
 
+class LayerRules(NamedTuple):
+    """Which keys a layer keeps.
+
+    Attributes:
+        windows: keys that a query of each key/value head keeps; None: all (a layer left dense).
+        slopes: how much each head's ranks rise per token, in nats; None: not at all.
+        local: newest positions that are always kept.
+        sinks: first positions that are always kept.
+    """
+
+    windows: tuple[int, ...] | None
+    slopes: tuple[float, ...] | None
+    local: int
+    sinks: int
+
+
 @dataclass
 class CallFacts:
     """Facts about one call of the model that all of its layers need.
@@ -75,7 +91,7 @@ class CallFacts:
             what it has computed.
         shards: how the sequence is split over processes, where it is.
         losses: where given, layers append the losses of their ranks.
-        head_windows: `ConvertedConfig.head_windows`, read once for all layers; None: each layer reads it.
+        rules: `ConvertedConfig.layer_rules`, read once for all layers; None: each layer reads its own.
     """
 
     length: int
@@ -86,7 +102,7 @@ class CallFacts:
     observer: Callable[[Projected], None] | None = None
     shards: ContextShards | None = None
     losses: RankLosses | None = field(default=None, repr=False)
-    head_windows: tuple[tuple[int, ...] | None, ...] | None = None
+    rules: tuple[LayerRules, ...] | None = None
 
     def sequence(self) -> SequenceInfo:
         """Return the same facts in the form that `dense_attention` takes."""
@@ -259,7 +275,8 @@ def converted_attention(
 def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, call: _Call) -> Tensor:
     facts, cache, hidden_states = call.facts, call.cache, call.hidden_states
     predictor = module.rank_predictor
-    windows = module.windows if facts.head_windows is None else facts.head_windows[module.layer_idx]
+    rules = module.config.layer_rules[module.layer_idx] if facts.rules is None else facts.rules[module.layer_idx]
+    windows = rules.windows
     if facts.observer is not None:
         if cache is not None or facts.shards is not None:
             raise InvalidInputError("layers are observed over whole sequences, without a cache or context_parallel")
@@ -277,27 +294,26 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
     learns = losses is not None and cache is None
     short = cache is None and facts.shards is None and facts.length <= min(windows)
     ranks = None if short and not learns else predictor(hidden_states.detach())
-    config = module.config
     if learns and ranks is not None and ranks.requires_grad and losses is not None:
-        losses.append(_rank_loss(query, key, ranks, facts, config.local, scale))
+        losses.append(_rank_loss(query, key, ranks, facts, rules.local, scale))
     if short:
         return dense_attention(query, key, value, facts.sequence(), scale=scale)
     assert ranks is not None
-    ranks = sloped_ranks(ranks.detach(), module.slopes, facts.ages)
+    ranks = sloped_ranks(ranks.detach(), rules.slopes, facts.ages)
     if facts.shards is not None:
-        kept = {"shards": facts.shards, "local": config.local, "sinks": config.sinks, "scale": scale}
+        kept = {"shards": facts.shards, "local": rules.local, "sinks": rules.sinks, "scale": scale}
         return context_parallel_attention(query, key, value, ranks, windows, **kept)
     if cache is not None:
         layer: Any = bounded_layer(cache, module.layer_idx)
         if layer is not None:
-            layer.check_fits(windows, local=config.local, sinks=config.sinks)
+            layer.check_fits(windows, local=rules.local, sinks=rules.sinks)
             return layer.attend(query, key, value, ranks, key_mask=_new_mask(facts), scale=scale)  # type: ignore[no-any-return]
         key, value, ranks = _updated(cache, module.layer_idx, key, value, ranks, facts)
     expiry = key_expiry(
         ranks,
         windows,
-        local=config.local,
-        sinks=config.sinks,
+        local=rules.local,
+        sinks=rules.sinks,
         segment_ids=facts.segment_ids,
         key_mask=facts.key_mask,
     )

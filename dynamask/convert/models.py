@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
-from dynamask.convert.attention import IMPLEMENTATION, call_facts, convert_attention
+from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, convert_attention
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
@@ -174,6 +174,13 @@ class ConvertedConfig:
             known = key, _checked_slopes(slopes, layers, groups)
             self.__dict__["_head_slopes"] = known
         return known[1]  # type: ignore[no-any-return]
+
+    @property
+    def layer_rules(self) -> tuple[LayerRules, ...]:
+        """Which keys each layer keeps, but for layers that slide, which keep the newest of their windows."""
+        local, sinks = self.local, self.sinks
+        each = zip(self.head_windows, self.head_slopes, strict=True)
+        return tuple(LayerRules(windows, slopes, local, sinks) for windows, slopes in each)
 
     @property
     def layer_locals(self) -> list[int]:
@@ -356,7 +363,7 @@ class ConvertedModel(OwnCacheGeneration):
         facts = arguments.get("dynamask")
         if facts is None:
             facts = call_facts(batch, new, mask, positions, past, tokens.device)
-            facts.head_windows = self.config.head_windows
+            facts.rules = self.config.layer_rules
             arguments["dynamask"] = facts
         if facts.shards is not None:
             if cache is not None or arguments.get("use_cache"):
