@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from dynamask.data import Corpus, documents
-from dynamask.errors import UsageError
+from dynamask.errors import InvalidInputError, UsageError
 
 CORPORA_FOLDER = "DYNAMASK_CORPORA"
 BYTES = "bytes"
@@ -29,7 +29,8 @@ class TokenStreams:
     """The tokens of a corpus.
 
     Attributes:
-        train, validation: (tokens,) unsigned integers, documents end to end, each closed by the end-of-text token.
+        train, validation, test: (tokens,) unsigned integers, documents end to end, each closed by the end-of-text
+            token. Without a share for the test, it is empty.
         vocab_size: tokens there are.
         content: digest of vocabulary and tokens.
     """
@@ -38,18 +39,41 @@ class TokenStreams:
     validation: np.ndarray
     vocab_size: int
     content: str
+    test: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.uint16))
 
 
-def token_streams(corpus: str) -> TokenStreams:
+def token_streams(corpus: str, test_share: float = 0.0) -> TokenStreams:
     """The streams of a corpus, memory-mapped where they are one file.
 
     Args:
         corpus: "bytes", a prepared corpus's name, or several joined by "+", which must share their tokenizer.
+        test_share: share of the held-out documents of each corpus, the last ones, that no form is chosen on: they are
+            the test split instead of the validation split. From 0 to below 1.
 
     Raises:
         UsageError: no such corpus, or corpora of different tokenizers.
+        InvalidInputError: a share outside its range.
     """
-    return _streams(corpus, _corpora())
+    if not 0 <= test_share < 1:
+        raise InvalidInputError(f"test_share is a share of the held-out documents, from 0 to below 1; got {test_share}")
+    streams = _streams(corpus, _corpora())
+    if not test_share:
+        return streams
+    kept, tested = [], []
+    for tokens, starts in _held_out(corpus):
+        cut = int(starts[-round(test_share * len(starts))]) if round(test_share * len(starts)) else len(tokens)
+        kept.append(tokens[:cut])
+        tested.append(tokens[cut:])
+    return replace(streams, validation=_joined(kept), test=_joined(tested))
+
+
+def _held_out(corpus: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each part of a corpus the held-out tokens, and where its documents start."""
+    if corpus == BYTES:
+        tokens = _streams(corpus, _corpora()).validation
+        return [(tokens, np.append(0, np.flatnonzero(tokens[:-1] == _END) + 1))]
+    parts = _parts(corpus, _corpora())
+    return [(_joined(part.tokens("validation")), np.asarray(part.document_starts("validation"))) for part in parts]
 
 
 @lru_cache(maxsize=4)

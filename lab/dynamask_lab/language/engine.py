@@ -81,6 +81,8 @@ class LanguageConfig:
         warmup: share of the steps in which the rate rises.
         schedule: "cosine" (to a tenth) or "wsd" (constant, then linear to zero over the last fifth).
         validation_tokens: so many of the held-out split, spread over it, the same for every run.
+        test_share: share of the held-out documents that are kept for a test split, on which no form is chosen; the
+            result then has its loss, over as many tokens.
         compile: compile the layers (on a GPU).
         keep_model: save the trained model, for a look at its masks.
         seed: of the weights and the order of the data.
@@ -124,6 +126,7 @@ class LanguageConfig:
     warmup: float = 0.02
     schedule: str = "cosine"
     validation_tokens: int = 524_288
+    test_share: float = 0.0
     compile: bool = True
     keep_model: bool = False
     seed: int = 0
@@ -164,7 +167,9 @@ class LanguageConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking", "rank_rate", "rank_power", "layer_windows", "rope_layers"))
+        return plain_settings(
+            self, ("ranking", "rank_rate", "rank_power", "layer_windows", "rope_layers", "test_share")
+        )
 
     @property
     def mixers(self) -> list[str]:
@@ -284,7 +289,8 @@ def run_language(config: Config, progress: Progress, initial: Path | None = None
             their own initial values, which is how a dense model is upcycled.
 
     Returns:
-        "loss": final validation loss, nats per token; "curve": validation loss after so many steps and tokens;
+        "loss": final validation loss, nats per token; "test" (with `test_share`): the same on the test split;
+        "curve": validation loss after so many steps and tokens;
         "positions": final loss by position in the sequence; "training": loss of the batches, thinned; "diverged": the
         step at which the loss was found not to be a number, or None; "tokens_per_second" (training alone, without
         compilation), "peak_memory" (bytes; None on a CPU), "parameters", "flops", "precision", "corpus_content" (digest
@@ -379,7 +385,7 @@ class _Run:
     def __init__(self, settings: LanguageConfig, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.streams = token_streams(settings.corpus)
+        self.streams = token_streams(settings.corpus, settings.test_share)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = build_model(settings, self.streams.vocab_size).to(self.device)
@@ -531,16 +537,16 @@ class _Run:
         self.by_position = by_position
 
     @torch.no_grad()
-    def _validate(self) -> Tensor:
-        """(length,) mean loss at each position."""
+    def _validate(self, split: str = "validation") -> Tensor:
+        """(length,) mean loss at each position of that split."""
         settings = self.settings
         set_window(self.model, settings.window)
         self.model.eval()
-        stream = self.streams.validation
+        stream: np.ndarray = getattr(self.streams, split)
         count = min(len(stream) - 1, settings.validation_tokens) // settings.length
         if count < 1:
             raise InvalidInputError(
-                f"the validation split has {len(stream)} tokens and validation_tokens={settings.validation_tokens}: "
+                f"the {split} split has {len(stream)} tokens and validation_tokens={settings.validation_tokens}: "
                 f"both must be at least length={settings.length}"
             )
         # Spread over the split, which may hold one corpus after another.
@@ -584,6 +590,8 @@ class _Run:
             "gates": _gates(self.model),
             "seconds": self.seconds + time.perf_counter() - self._began,
         }
+        if settings.test_share and self.diverged is None:
+            result["test"] = float(self._validate("test").mean())
         self.state_file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a kept model stays
             self.folder.rmdir()

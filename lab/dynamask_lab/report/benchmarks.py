@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, RED, SKY, save_figure
+from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, RED, SKY
 from dynamask_lab.report.conversion import PATTERN, conversion_section
 from dynamask_lab.report.masks import masks_section
 from dynamask_lab.report.masks_over_training import masks_over_training_section
+from dynamask_lab.report.pictures import save_small
 from dynamask_lab.report.tasks import tasks_section
+from dynamask_lab.studies.ceiling.report import PATTERN as CEILING
+from dynamask_lab.studies.ceiling.report import ceiling_section
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.verdicts import NOT_TESTED, REFUTED, REPRODUCED
 
 Sectioned = tuple[Section, dict[str, Any], str]
 """The section, the raw rows it may name by key, and where they were measured."""
@@ -180,14 +184,15 @@ def _attention_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
 def _speed_finding(subject: str, ratios: Mapping[str, float], rows: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Against "up to 10 times": the greatest ratio counts, and the least is told."""
     if not ratios:
-        return [Finding("speed", subject, "no dense kernel timed beside ours", None, ())]
+        return [Finding("speed", subject, "no dense kernel timed beside ours", NOT_TESTED, ())]
     best, worst = max(ratios, key=lambda key: ratios[key]), min(ratios, key=lambda key: ratios[key])
 
     def told(key: str) -> str:
         return f"{ratios[key]:.1f} times at N = {rows[key]['N']:,}, window {rows[key]['w']}"
 
     measured = f"at most {told(best)}; at least {told(worst)}"
-    return [Finding("speed", subject, measured, ratios[best] >= 10, list(ratios))]
+    verdict = REPRODUCED if ratios[best] >= 10 else REFUTED
+    return [Finding("speed", subject, measured, verdict, list(ratios), interest="10 times")]
 
 
 def _draw_attention(rows: Sequence[Mapping[str, Any]], picture: Path) -> Path | None:
@@ -236,7 +241,7 @@ def _draw_attention(rows: Sequence[Mapping[str, Any]], picture: Path) -> Path | 
     for axes in panels.flat:
         handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside right upper", fontsize=8)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -283,6 +288,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         "python lab/scripts/local_tasks.py; python lab/scripts/sweep_tasks.py MODELS --output "
         "lab/results/tasks/scaling.jsonl",
         tasks_section,
+        together=True,
+    ),
+    "ceiling": Benchmark(
+        "The ceiling of choosing",
+        "A pretrained dense model whose attention sees the newest keys, the keys of learned ranks, the best static "
+        "keys by true future attention, or the best keys of each query.",
+        CEILING,
+        "python -m dynamask_lab.studies.ceiling.study --model MODEL --data DATA --out lab/results/ceiling.jsonl",
+        ceiling_section,
         together=True,
     ),
     "conversion": Benchmark(

@@ -8,9 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, save_figure
+from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+from dynamask_lab.report.pictures import save_small
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, Interval, judge
 
 _MANY = 24  # rows up to which a heat map's cells carry their numbers
 _CONTROLS = {
@@ -84,7 +86,7 @@ def draw_maps(figures: dict[str, Any], picture: Path) -> Path:
     shades = zip((SKY, BLUE, colors[1]), names, strict=True)
     patches = [Patch(facecolor=color, edgecolor=GREY, label=label) for color, label in shades]
     figure.legend(handles=patches, loc="outside upper center", ncols=3, fontsize=9)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)
 
 
 def draw_lifetimes(figures: dict[str, Any], picture: Path) -> Path:
@@ -107,7 +109,7 @@ def draw_lifetimes(figures: dict[str, Any], picture: Path) -> Path:
     axes.set(xlabel="lifetime: queries that see the key", ylabel="layer · key/value head")
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
     figure.colorbar(image, ax=axes, label="% of the head's keys", pad=0.01)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)
 
 
 def lifts(figures: dict[str, Any]) -> tuple[list[str], list[list[float | None]], list[int], list[int]]:
@@ -160,7 +162,7 @@ def draw_kinds(figures: dict[str, Any], picture: Path) -> Path:
     ticks = [-3, -2, -1, 0, 1, 2, 3]
     bar = figure.colorbar(image, ax=axes, pad=0.01, ticks=ticks)
     bar.ax.set_yticklabels(["1/8", "1/4", "1/2", "1", "2", "4", "8"])
-    return save_figure(figure, picture)
+    return save_small(figure, picture)
 
 
 def draw_distance(figures: dict[str, Any], picture: Path) -> Path:
@@ -193,7 +195,7 @@ def draw_distance(figures: dict[str, Any], picture: Path) -> Path:
     handles += [axes.plot([], [], "-", color=ORANGE, label="same weights, sliding window")[0]]
     handles += [axes.plot([], [], m, color=GREY, label=q)[0] for m, q in zip(markers, quantiles, strict=True)]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)
 
 
 def draw_threshold(figures: dict[str, Any], picture: Path) -> Path:
@@ -228,7 +230,7 @@ def draw_threshold(figures: dict[str, Any], picture: Path) -> Path:
         row[0].set_ylabel("score")
     shown = dict(list(handles.items())[:12])
     figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, fontsize=8)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)
 
 
 def masks_section(figures: dict[str, Any], folder: Path) -> tuple[Section, dict[str, Any], str]:
@@ -313,8 +315,15 @@ def masks_section(figures: dict[str, Any], folder: Path) -> tuple[Section, dict[
         f"taking the choice away costs {with_error(found)} nats per token; up to {max(beyond):.0%} of a head's kept "
         f"pairs and {max(read):.0%} of its attention lie beyond a sliding window"
     )
-    held = None if error is None else found["difference"] > 2 * error
-    finding = Finding("content", figures.get("name", "a model"), measured, held, ["loss"])
+    gain = found["difference"]
+    interval = (
+        Interval(gain, math.nan, math.nan) if error is None else Interval(gain, gain - 2 * error, gain + 2 * error)
+    )
+    verdict = judge(interval, LOSS_INTEREST, seeds=1)
+    name = str(figures.get("name", "a model"))
+    setting = {"seeds": "1", "size": name.split(",")[0]}
+    role = "plain" if "paper's form" in name else "best"
+    finding = Finding("content", name, measured, verdict, ["loss"], role, setting, f"{LOSS_INTEREST} nats")
     rows_by_key = {key: value for key, value in figures.items() if isinstance(value, (dict, list))}
     return Section(text, exhibits, [finding]), rows_by_key, measured_on(figures)
 

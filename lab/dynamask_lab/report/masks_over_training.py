@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dynamask.inspect.style import save_figure
 from dynamask_lab.report.masks import lifts, measured_on, span, with_error
+from dynamask_lab.report.pictures import save_small
 from dynamask_lab.sweeps.section import Exhibit, Row, Section
 
 
@@ -90,4 +90,4 @@ def draw_lifetimes_over_training(figures: dict[str, Any], picture: Path) -> Path
     axes.set(xlabel="training step", ylabel="share of keys", ylim=(0, 1))
     axes.set_xlim(places[0], max(places[-1], places[0] + 1))
     axes.legend(title="queries that see a key", fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)

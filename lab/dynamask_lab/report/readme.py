@@ -16,7 +16,9 @@ from typing import Any
 
 from dynamask.errors import UsageError, did_you_mean
 from dynamask_lab.report.conversion import conversion_table, read_conversion, sources, training_seconds
+from dynamask_lab.studies.judged import layer_windows, share_of_pairs
 from dynamask_lab.sweeps.section import Row
+from dynamask_lab.sweeps.verdicts import FEW_SEEDS, FEW_SEEDS_INTEREST
 
 PAGES = ("README.md", "docs/performance.md", "docs/quality.md", "docs/converting.md", "docs/index.md")
 NOT_MEASURED = "Not measured yet."
@@ -140,6 +142,9 @@ def quality_table(results: Path) -> str:
         sweep: _named(_lines(results / f"{sweep}.jsonl")) for sweep in dict.fromkeys(column.sweep for column in _LOSSES)
     }
     needle = _lines(results / f"{_NEEDLE}.jsonl")
+    edge = max(
+        (max(layer_windows(line["config"])) for line in needle if line["config"]["attention"] != "mha"), default=0
+    )
     rows: list[Row] = []
     used: list[Mapping[str, Any]] = []
     for measured in QUALITY:
@@ -156,24 +161,28 @@ def quality_table(results: Path) -> str:
             size = next((line["result"]["parameters"]["non_embedding"] for line in lines), None)
             title = f"{column.corpus.replace('+', ' + ')}, {_millions(named[column.sweep], column)}"
             cells[title] = "" if size is None else _loss_cell(lines)
-        found, sizes = _retrieved(needle, measured.needle)
-        title = f"retrieval, {sizes}" if sizes else "retrieval"
-        cells[title] = "" if found is None else f"{100 * found:.0f}%"
+        inside, beyond = (_retrieved(needle, measured.needle, edge, within) for within in (True, False))
+        for title, found in ((f"needles within {edge:,}", inside), ("needles beyond", beyond)):
+            cells[title] = "" if found is None else f"{100 * found:.0f}%"
         flat = [line for lines in own for line in lines]
-        cells["pairs"] = _range(
-            [share_of_pairs(line["config"]) for line in [*flat, *_searching(needle, measured.needle)]]
-        )
-        if flat or found is not None:
+        searching = _searching(needle, measured.needle)
+        cells["pairs"] = _range([share_of_pairs(line["config"]) for line in [*flat, *searching]])
+        cells["widest layer"] = _range([_widest_pairs(line["config"]) for line in [*flat, *searching]])
+        if flat or inside is not None:
             rows.append(cells)
             used += flat
     if not used:
         return NOT_MEASURED
     contexts = sorted({line["config"]["length"] for line in used})
     context = " and ".join(f"{length:,}" for length in contexts) + " tokens"
+    sizes = [line["result"]["parameters"] for line in needle]
+    needles = f" ({min(sizes) / 1e6:.1f}M, one seed)" if sizes else ""
     note = (
-        f"Losses in nats per token of held-out text at contexts of {context}, in brackets the seeds; retrieval: "
-        "needles found that do not stand next to the question, up to the trained length, one seed; `pairs`: query-key "
-        "pairs as a share of dense attention's. Empty cells were not run."
+        f"Losses in nats per token of held-out text at contexts of {context}, in brackets the seeds: with fewer than "
+        f"{FEW_SEEDS}, differences below {FEW_SEEDS_INTEREST} decide nothing. Needles{needles}: found up to the "
+        "trained length, those next to the question left out, by the distance of the question: the widest layer of "
+        f"any sparse row sees {edge:,} keys. `pairs`: query-key pairs as a share of dense attention's, of the model "
+        "and of its widest layer. Empty cells were not run."
     )
     return _table(rows, note)
 
@@ -206,34 +215,33 @@ def _loss_cell(lines: Sequence[Mapping[str, Any]]) -> str:
     return f"{sum(best) / len(best):.3f} ({len(best)})"
 
 
-def _retrieved(lines: Sequence[Mapping[str, Any]], model: str) -> tuple[float | None, str]:
-    """The share of exact answers at trained lengths, needles next to the question left out; and the size of models."""
+def _retrieved(lines: Sequence[Mapping[str, Any]], model: str, edge: int, within: bool) -> float | None:
+    """The share of exact answers at trained lengths, by whether the needle lies within `edge` tokens of the question.
+
+    Needles next to the question are left out.
+    """
     exact = [
         score["exact"]
         for line in lines
         for score in line["result"]["scores"]
-        if score["model"] == model and score["length"] <= line["config"]["context"] and score["depth"] < 1
+        if score["model"] == model
+        and score["length"] <= line["config"]["context"]
+        and score["depth"] < 1
+        and (score["length"] * (1 - score["depth"]) <= edge) == within
     ]
-    sizes = [line["result"]["parameters"] for line in lines]
-    return sum(exact) / len(exact) if exact else None, f"{min(sizes) / 1e6:.1f}M" if sizes else ""
+    return sum(exact) / len(exact) if exact else None
+
+
+def _widest_pairs(config: Mapping[str, Any]) -> float:
+    """The widest layer's query-key pairs as a share of dense attention's."""
+    length = config.get("length") or config["context"]
+    widest = max(layer_windows(dict(config)))
+    return share_of_pairs({"length": length, "layers": 1, "attention": "swa", "window": widest})
 
 
 def _searching(lines: Sequence[Mapping[str, Any]], model: str) -> list[Mapping[str, Any]]:
     """The lines of the retrieval sweep whose trained model, not one made of it, has that name."""
     return [line for line in lines if line["result"]["scores"][0]["model"] == model]
-
-
-def share_of_pairs(config: Mapping[str, Any]) -> float:
-    """Compute the query-key pairs that a run's attention sees, as a share of causal dense attention's."""
-    length, layers = config.get("length") or config["context"], config["layers"]
-    windows = config.get("layer_windows") or [config["window"]] * layers
-    mixers = config.get("layer_attention") or [config["attention"]] * layers
-    dense = length * (length + 1) / 2
-    shares = []
-    for window, mixer in zip(windows, mixers, strict=True):
-        kept = length if mixer in ("mha", "mla") else min(window, length)
-        shares.append((kept * (kept + 1) / 2 + (length - kept) * kept) / dense)
-    return sum(shares) / layers
 
 
 def _range(shares: Sequence[float]) -> str:

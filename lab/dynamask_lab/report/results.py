@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,10 +16,14 @@ import dynamask_lab.studies.reports  # noqa: F401 -- registers them
 from dynamask.errors import UsageError, did_you_mean
 from dynamask_lab.report.benchmarks import BENCHMARKS
 from dynamask_lab.report.claims import CLAIMS
+from dynamask_lab.report.exhibits import exhibits
+from dynamask_lab.report.pictures import pictures
+from dynamask_lab.report.scoreboard import Placed, board, details
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.registry import REPORTS
-from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.section import Exhibit, Row, Section
+from dynamask_lab.sweeps.verdicts import FEW_SEEDS, FEW_SEEDS_INTEREST, NOT_TESTED
 
 RESULTS, OUTPUT = Path("lab/results"), Path("docs/results")
 COMMAND = "dynamask report results"
@@ -26,7 +32,20 @@ _BUILD = "-"
 """Between a run's key and the content that tells it from the run of the same key on another build of its corpus."""
 _Runs = dict[str, tuple[str, Record]]
 """Key of a run -> its file and itself."""
-_VERDICTS = {True: "held", False: "**did not hold**", None: "not measured"}
+APPENDIX = "appendix"
+"""Folder of the sections that the site does not index."""
+_UNINDEXED = "---\nsearch:\n  exclude: true\n---\n\n"
+_APPENDIX_NAMES = re.compile(
+    r"(-(probe|quick|other)(-build-\d+)?|-build-\d+|mqar-small)$|^masks-(paper-form|ranked|spread)|"
+    r"^masks-over-training-tiny|^h100-more"
+)
+"""Sections of small trials, earlier builds of a corpus, other settings and tiny models."""
+_MAIN_NAMES = ("mqar-quick",)
+"""Of those the one sweep with three seeds."""
+
+
+def _of_appendix(name: str) -> bool:
+    return name not in _MAIN_NAMES and _APPENDIX_NAMES.search(name) is not None
 
 
 @dataclass(frozen=True)
@@ -39,6 +58,7 @@ class _Part:
         section: what to show.
         rows: key of a raw row -> its file and the row itself, as JSON.
         sources: markdown: devices and commits the rows come from.
+        command: of the runs; "" where the page names it.
     """
 
     name: str
@@ -46,6 +66,12 @@ class _Part:
     section: Section
     rows: Mapping[str, tuple[str, Any]]
     sources: str
+    command: str = ""
+
+    @property
+    def in_appendix(self) -> bool:
+        """Whether the section belongs to the appendix."""
+        return _of_appendix(self.name)
 
 
 @dataclass(frozen=True)
@@ -81,19 +107,31 @@ def render_results(results: Path = RESULTS, output: Path = OUTPUT) -> list[Path]
         )
     _check_output(output)
     output.mkdir(parents=True, exist_ok=True)
-    for old in [*output.glob("*.md"), *output.glob("*/*.svg")]:
+    for old in [*output.glob("*.md"), *output.glob(f"{APPENDIX}/*.md"), *_pictures(output)]:
         old.unlink()
-    pages = _collect(results, output)
-    files = {"index": _index(pages, results)} | {page.name: _render(page, output, results) for page in pages}
+    pages, opening = _collect(results, output)
+    files = {"index": _index(pages, opening, output, results)}
+    for page in pages:
+        main = replace(page, parts=[part for part in page.parts if not part.in_appendix])
+        rest = replace(page, parts=[part for part in page.parts if part.in_appendix])
+        if main.parts or not rest.parts:
+            files[page.name] = _render(main, output, output)
+        if rest.parts:
+            files[f"{APPENDIX}/{page.name}"] = _UNINDEXED + _render(rest, output / APPENDIX, output)
     written = []
     for name, text in files.items():
         path = output / f"{name}.md"
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
         written.append(path)
-    for folder in output.iterdir():
+    for folder in sorted(output.rglob("*"), reverse=True):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return written
+
+
+def _pictures(output: Path) -> list[Path]:
+    return [path for pattern in ("*/*.svg", "*/*.png") for path in output.glob(pattern)]
 
 
 def trace(name: str, results: Path = RESULTS) -> list[str]:
@@ -113,10 +151,10 @@ def trace(name: str, results: Path = RESULTS) -> list[str]:
 
     found: dict[str, tuple[Sequence[str], Mapping[str, tuple[str, Any]]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for page in _collect(results, Path(scratch)):
-            for part in page.parts:
-                for exhibit in part.section.exhibits:
-                    found[f"{part.name}-{exhibit.name}"] = (exhibit.keys, part.rows)
+        pages, opening = _collect(results, Path(scratch))
+        for part in [part for page in pages for part in page.parts] + opening:
+            for exhibit in part.section.exhibits:
+                found[f"{part.name}-{exhibit.name}"] = (exhibit.keys, part.rows)
     if name not in found:
         raise UsageError(f"no exhibit {name!r}{did_you_mean(name, found)}; there are {', '.join(found) or 'none'}")
     keys, rows = found[name]
@@ -130,12 +168,15 @@ def _check_output(output: Path) -> None:
         raise UsageError(f"{output} holds pages that `{COMMAND}` did not write: give another --output")
 
 
-def _collect(results: Path, output: Path) -> list[_Page]:
+def _collect(results: Path, output: Path) -> tuple[list[_Page], list[_Part]]:
+    """The pages, and the exhibits that open the report."""
     if not results.is_dir():
         raise UsageError(f"there is no folder {results} with raw results: give one with --results")
     records: dict[str, tuple[str, Record]] = {}
+    sweeps: dict[str, list[Record]] = {}
     for file in sorted(set(results.glob("*.jsonl")) - {file for name in BENCHMARKS for file in _files(name, results)}):
-        for record in read_results(file):
+        sweeps[file.stem] = list(read_results(file))
+        for record in sweeps[file.stem]:
             # Runs are numbered by their settings: a second one of the same key is the same run repeated, unless it read
             # another build of its corpus.
             earlier = records.setdefault(record.key, (_shown(file), record))[1]
@@ -143,7 +184,12 @@ def _collect(results: Path, output: Path) -> list[_Page]:
                 key = f"{record.key}{_BUILD}{record.corpus[1][:8]}"
                 records.setdefault(key, (_shown(file), replace(record, key=key)))
     pages = [_experiment_page(EXPERIMENTS[name], records, results, output) for name in sorted(EXPERIMENTS)]
-    return pages + [_benchmark_page(name, results, output) for name in BENCHMARKS]
+    pages += [_benchmark_page(name, results, output) for name in BENCHMARKS]
+    opening = []
+    for exhibit, rows, command in exhibits(results, sweeps, output / "exhibits"):
+        devices = sorted({str(row["device"]) for _, row in rows.values() if "device" in row})
+        opening.append(_Part("exhibit", exhibit.title, Section("", [exhibit]), rows, "; ".join(devices), command))
+    return pages, opening
 
 
 def _experiment_page(experiment: Experiment, records: _Runs, results: Path, output: Path) -> _Page:
@@ -198,12 +244,20 @@ def _experiment_part(
     runs = [record for _, record in sorted(chosen.values(), key=lambda found: found[1].key)]
     report = REPORTS.get(experiment.name)
     if report is not None:
-        section = report(runs, output / name)
+        with pictures(drawn=not _of_appendix(name)):
+            section = _shown_section(name, report(runs, output / name))
     else:
         table = experiment.summary(runs)
         section = Section("", [Exhibit("summary", "What the runs found", [run.key for run in runs], table=table)])
     rows = {key: (file, asdict(record)) for key, (file, record) in chosen.items()}
     return _Part(name, title, section, rows, _provenance(runs))
+
+
+def _shown_section(name: str, section: Section) -> Section:
+    """The section, without pictures where it belongs to the appendix."""
+    if not _of_appendix(name):
+        return section
+    return replace(section, exhibits=[replace(each, picture=None) for each in section.exhibits])
 
 
 def _files(name: str, results: Path) -> list[Path]:
@@ -220,11 +274,12 @@ def _benchmark_page(name: str, results: Path, output: Path) -> _Page:
         for number, raw in enumerate([raws] if benchmark.together else raws):
             part_name = label if number == 0 else f"{label}-{number + 1}"
             try:
-                section, rows, sources = benchmark.section(raw, output / part_name)
+                with pictures(drawn=not _of_appendix(part_name)):
+                    section, rows, sources = benchmark.section(raw, output / part_name)
             except (KeyError, TypeError, IndexError) as error:
                 raise UsageError(f"{file} is not what {benchmark.command!r} writes: {error!r}") from error
             located = {key: (_shown(file), row) for key, row in rows.items()}
-            parts.append(_Part(part_name, f"`{_shown(file)}`", section, located, sources))
+            parts.append(_Part(part_name, f"`{_shown(file)}`", _shown_section(part_name, section), located, sources))
     return _Page(name, benchmark.title, benchmark.text, parts, benchmark.command)
 
 
@@ -280,7 +335,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def _render(page: _Page, output: Path, results: Path) -> str:
+def _render(page: _Page, here: Path, output: Path) -> str:
     lines = [f"# {page.title}", "", page.text, "", "Full size:", "", "```bash", page.full_size, "```", ""]
     if not page.parts:
         lines += ["**Not measured**: there are no raw lines of it.", ""]
@@ -290,7 +345,7 @@ def _render(page: _Page, output: Path, results: Path) -> str:
             lines += [part.section.text, ""]
         lines += [f"Measured on {part.sources}." if part.sources else "", ""]
         for exhibit in part.section.exhibits:
-            lines += _exhibit(part, exhibit, output)
+            lines += _exhibit(part, exhibit, here)
         if part.section.findings:
             lines += ["### Against the claims", "", markdown_table(_verdicts([part], page)), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -301,7 +356,7 @@ def _exhibit(part: _Part, exhibit: Exhibit, output: Path) -> list[str]:
     if exhibit.text:
         lines += [exhibit.text, ""]
     if exhibit.picture is not None:
-        place = exhibit.picture.relative_to(output).as_posix()
+        place = os.path.relpath(exhibit.picture, output)
         lines += [f"![{exhibit.alt or exhibit.title}]({place})", ""]
     if exhibit.table:
         lines += [markdown_table(exhibit.table), ""]
@@ -310,72 +365,67 @@ def _exhibit(part: _Part, exhibit: Exhibit, output: Path) -> list[str]:
     more = len(exhibit.keys) - _KEYS_SHOWN
     lines += [
         f"Source: {', '.join(f'`{file}`' for file in files)}, {shown}{f' and {more} more' if more > 0 else ''} (digest "
-        f"`{digest(exhibit.keys, part.rows)}`). Its raw rows: `{COMMAND} --trace {part.name}-{exhibit.name}`",
+        f"`{digest(exhibit.keys, part.rows)}`). Its raw rows: `{COMMAND} --trace {part.name}-{exhibit.name}`"
+        + (f". Its runs: `{part.command}`." if part.command else ""),
         "",
     ]
     return lines
 
 
-def _index(pages: Sequence[_Page], results: Path) -> str:
-    parts = [(page, part) for page in pages for part in page.parts]
-    rows: list[Row] = []
-    for name, claim in CLAIMS.items():
-        found = _findings(name, parts)
-        for number, (page, part, finding) in enumerate(found):
-            rows.append(
-                {
-                    "claim": claim.text if number == 0 else "",
-                    "of": finding.subject,
-                    "measured": finding.measured,
-                    "verdict": _VERDICTS[finding.held],
-                    "from": f"[{part.name}]({page.name}.md)",
-                }
-            )
-        if not found:
-            empty = {"claim": claim.text, "of": "", "measured": "", "verdict": _VERDICTS[None]}
-            rows.append(empty | {"from": f"`{claim.command}`"})
-    contents: list[Row] = [
-        {
-            "page": f"[{page.title}]({page.name}.md)",
-            "raw rows": str(sum(len(part.rows) for part in page.parts)) if page.parts else "not measured",
-            "full size": f"`{page.full_size}`",
-        }
-        for page in pages
+def _index(pages: Sequence[_Page], opening: Sequence[_Part], output: Path, results: Path) -> str:
+    placed = []
+    for page in pages:
+        for part in page.parts:
+            link = f"{APPENDIX}/{page.name}.md" if part.in_appendix else f"{page.name}.md"
+            placed += [Placed(finding, part.name, link, part.in_appendix) for finding in part.section.findings]
+    contents: list[Row] = []
+    for page in pages:
+        main = [part for part in page.parts if not part.in_appendix]
+        rest = [part for part in page.parts if part.in_appendix]
+        contents.append(
+            {
+                "page": f"[{page.title}]({page.name}.md)" if main or not rest else page.title,
+                "raw rows": str(sum(len(part.rows) for part in page.parts)) if page.parts else NOT_TESTED,
+                "appendix": f"[{len(rest)} sections]({APPENDIX}/{page.name}.md)" if rest else "",
+                "full size": f"`{page.full_size}`",
+            }
+        )
+    lines = [
+        "# Results",
+        "",
+        f"Drawn by `{COMMAND}` from the raw lines in `{_shown(results)}`; nothing here is written by hand. Every "
+        "table and picture names the lines it is made of, and `--trace` prints them.",
+        "",
+        "## Scoreboard",
+        "",
+        "The paper's claims ([arXiv 2508.02124](https://arxiv.org/abs/2508.02124)) at the sizes that were run here. "
+        "*Plain form*: the paper's own; *best form*: dynamask 0.1's form for the task, with ranks learned from "
+        "attention; *control*: newest keys in the same windows. *Reproduced* or *refuted*: the 95% interval "
+        "excludes zero and the difference is at least the smallest of interest. *No difference*: the interval lies "
+        f"within it. *Not tested*: the runs do not decide; differences of losses below {FEW_SEEDS_INTEREST} nats "
+        f"decide nothing with fewer than {FEW_SEEDS} seeds. `w/N`: window over context.",
+        "",
+        markdown_table(board(placed)),
+        "",
+        "These forms were named after their sweeps had been run, and judged on the split that the sweeps compare forms "
+        "on. Later runs keep a third split (`test_share`). What did not work, and why: "
+        "[what did not hold](../what-did-not-hold.md).",
+        "",
+        "## Exhibits",
+        "",
     ]
-    return "\n".join(
-        [
-            "# Results",
-            "",
-            f"Drawn by `{COMMAND}` from the raw lines in `{_shown(results)}`; nothing here is written by hand. Every "
-            "table and picture names the lines it is made of, and `--trace` prints them.",
-            "",
-            "## What held, and what did not",
-            "",
-            "The claims are the paper's ([arXiv 2508.02124](https://arxiv.org/abs/2508.02124)), but for the last "
-            "three, which are this library's goals. Most were made at sizes that were not run here, and a verdict is "
-            "about the sizes measured: the page it comes from names them.",
-            "",
-            markdown_table(rows),
-            "",
-            "## Pages",
-            "",
-            markdown_table(contents),
-            "",
-        ]
+    for number, part in enumerate(opening, 1):
+        for exhibit in part.section.exhibits:
+            lines += _exhibit(part, replace(exhibit, title=f"{number}. {exhibit.title}"), output)
+    if not opening:
+        lines += ["There are no raw lines to draw.", ""]
+    about = (
+        "Differences are in the form's favour where they are positive. `of interest`: the smallest difference of "
+        "interest, fixed for all sweeps. `pairs`: query-key pairs as a share of dense attention's."
     )
-
-
-def _findings(claim: str, parts: Sequence[tuple[_Page, _Part]]) -> list[tuple[_Page, _Part, Finding]]:
-    """Of each page and subject the largest sweep's finding that has a verdict, or else the largest's without one."""
-    best: dict[tuple[str, str], tuple[_Page, _Part, Finding]] = {}
-    for page, part in parts:
-        for finding in part.section.findings:
-            slot = (page.name, finding.subject)
-            if finding.claim == claim and (
-                slot not in best or (best[slot][2].held is None and finding.held is not None)
-            ):
-                best[slot] = (page, part, finding)
-    return list(best.values())
+    lines += ["## Every verdict", "", about, "", markdown_table(details(placed)), ""]
+    lines += ["## Pages", "", markdown_table(contents), ""]
+    return "\n".join(lines)
 
 
 def _verdicts(parts: Sequence[_Part], page: _Page) -> list[Row]:
@@ -383,8 +433,10 @@ def _verdicts(parts: Sequence[_Part], page: _Page) -> list[Row]:
         {
             "claim": f"{CLAIMS[finding.claim].text} ({CLAIMS[finding.claim].origin})",
             "of": finding.subject,
-            "measured": finding.measured,
-            "verdict": _VERDICTS[finding.held],
+            "measured [95% interval]": finding.measured,
+            "of interest": finding.interest,
+            **finding.setting,
+            "verdict": f"**{finding.verdict}**",
         }
         for part in parts
         for finding in part.section.findings

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from dynamask.errors import InvalidInputError
+from dynamask_lab.sweeps.verdicts import VERDICTS
 
 Row = Mapping[str, str]
 """Column -> cell of a table."""
@@ -39,17 +42,27 @@ class Finding:
 
     Attributes:
         claim: its name in `dynamask_lab.report.claims.CLAIMS`.
-        subject: which form or part of the library the figure is about, such as "dma, paper's form".
-        measured: the figure, in words.
-        held: whether it bears the claim out; None where the figures do not suffice.
+        subject: which form or part of the library the figure is about, such as "dma, paper".
+        measured: the figure and its 95% interval, in words; positive differences are in the form's favour.
+        verdict: one of `dynamask_lab.sweeps.verdicts.VERDICTS`.
         keys: the raw rows behind it, as in `Exhibit`.
+        role: "plain" (the paper's form), "best" (the form named beforehand) or "control"; "" for other parts.
+        setting: window over context, size, seeds and share of dense attention's pairs, where the figure has them.
+        interest: the smallest difference of interest, in words.
     """
 
     claim: str
     subject: str
     measured: str
-    held: bool | None
+    verdict: str
     keys: Sequence[str]
+    role: str = ""
+    setting: Row = field(default_factory=dict)
+    interest: str = ""
+
+    def __post_init__(self) -> None:
+        if self.verdict not in VERDICTS:
+            raise InvalidInputError(f"a verdict is one of {', '.join(VERDICTS)}; got {self.verdict!r}")
 
 
 @dataclass(frozen=True)
@@ -65,18 +78,3 @@ class Section:
     text: str
     exhibits: Sequence[Exhibit] = ()
     findings: Sequence[Finding] = field(default_factory=tuple)
-
-
-def judged_forms(*kinds: Sequence[str], loss: Callable[[str], float]) -> list[str]:
-    """Names of dma's forms that a claim is held against, of the many that a table has: the paper's, the library's, and
-    of each kind the one of least loss."""
-    found = [name for name in ("dma, paper", "dma") if any(name in kind for kind in kinds)]
-    best = [min(kind, key=loss) for kind in kinds if kind]
-    return list(dict.fromkeys([*found, *best]))
-
-
-def gains_hold(gains: Sequence[float]) -> bool | None:
-    """Whether pairs of runs bear out a gain: every one of at least two. None: a single pair, whose gain may be luck."""
-    if min(gains) <= 0:
-        return False
-    return True if len(gains) > 1 else None

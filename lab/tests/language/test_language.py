@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,13 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     stream = random.integers(0, VOCABULARY // 2, 4000).repeat(2).astype(np.uint16)
     stream[1::2] += VOCABULARY // 2  # every second token follows from the one before
     streams = TokenStreams(stream[:6000], stream[6000:], VOCABULARY, "digest")
-    monkeypatch.setattr(language, "token_streams", lambda corpus: streams)
+    monkeypatch.setattr(language, "token_streams", lambda corpus, test_share=0.0: _split(streams, test_share))
     return tmp_path
+
+
+def _split(streams: TokenStreams, test_share: float) -> TokenStreams:
+    cut = round((1 - test_share) * len(streams.validation))
+    return replace(streams, validation=streams.validation[:cut], test=streams.validation[cut:])
 
 
 def config(**settings: Any) -> dict[str, Any]:
@@ -96,6 +101,26 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(folders: Path, noise: fl
     assert not list(folders.glob("state/*"))  # a finished run leaves nothing behind
 
 
+def test_a_test_split_is_measured_beside_the_validation_split() -> None:
+    plain = run_language(config(steps=3), quiet)
+    assert "test" not in plain
+    assert "test_share" not in LanguageConfig.of(config(steps=3)).plain()  # keys of recorded runs stay
+    both = run_language(config(steps=3, test_share=0.5), quiet)
+    assert 0 < both["test"] != both["loss"]
+    assert both["curve"][0]["loss"] == pytest.approx(plain["curve"][0]["loss"], rel=0.05)
+
+
+def test_the_test_split_is_the_last_documents_of_the_held_out_ones() -> None:
+    whole, halved = token_streams("bytes"), token_streams("bytes", 0.5)
+    assert np.array_equal(np.concatenate([halved.validation, halved.test]), whole.validation)
+    assert halved.validation[-1] == halved.test[-1] == 256  # the end of a document
+    documents = [int((part == 256).sum()) for part in (halved.validation, halved.test)]
+    assert abs(documents[0] - documents[1]) <= 1
+    assert len(whole.test) == 0
+    with pytest.raises(InvalidInputError, match="test_share"):
+        token_streams("bytes", 1.0)
+
+
 def test_a_kept_state_of_another_corpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(share: float, note: str) -> None:
         raise KeyboardInterrupt
@@ -104,7 +129,7 @@ def test_a_kept_state_of_another_corpus_is_refused(monkeypatch: pytest.MonkeyPat
         run_language(config(), stop)
     other = language.token_streams("code")
     changed = TokenStreams(other.train, other.validation, VOCABULARY, "another")
-    monkeypatch.setattr(language, "token_streams", lambda corpus: changed)
+    monkeypatch.setattr(language, "token_streams", lambda *_: changed)
     with pytest.raises(InvalidInputError, match="another version of the corpus"):
         run_language(config(), quiet)
 

@@ -12,8 +12,9 @@ import pytest
 from dynamask.errors import UsageError
 from dynamask.recipes import RECIPES
 from dynamask_lab.report.conversion import conversion_table, read_conversion
-from dynamask_lab.report.readme import NOT_MEASURED, PAGES, QUALITY, TABLES, fill, share_of_pairs, write_pages
+from dynamask_lab.report.readme import NOT_MEASURED, PAGES, QUALITY, TABLES, fill, write_pages
 from dynamask_lab.studies.conversion.forms import Spec
+from dynamask_lab.studies.judged import share_of_pairs
 
 ROOT = Path(__file__).parents[3]
 RAW = ROOT / "lab" / "results"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import pytest
 
 from dynamask.errors import UsageError
 from dynamask_lab.report.claims import CLAIMS
+from dynamask_lab.report.pictures import LARGEST, pictures
 from dynamask_lab.report.results import render_results, trace
 from dynamask_lab.studies import EXPERIMENTS, LOCALITY, MQAR, Record, run_key
 from dynamask_lab.studies.mqar.report import report_mqar
 from dynamask_lab.sweeps.section import Finding
+from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, VERDICTS
 
 ROOT = Path(__file__).parents[3]
 RAW, COMMITTED = ROOT / "lab" / "results", ROOT / "docs" / "results"
@@ -29,20 +31,32 @@ def test_the_committed_report_is_that_of_the_committed_lines(tmp_path: Path, mon
     assert pages == sorted(path.relative_to(COMMITTED) for path in COMMITTED.rglob("*.md")), "dynamask report results"
     for page in pages:
         assert (tmp_path / page).read_text() == (COMMITTED / page).read_text(), f"{page}: run dynamask report results"
-    drawn = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.svg"))
-    assert drawn == sorted(path.relative_to(COMMITTED) for path in COMMITTED.rglob("*.svg"))
+    drawn = _pictures(tmp_path)
+    assert [path.relative_to(tmp_path) for path in drawn] == [
+        path.relative_to(COMMITTED) for path in _pictures(COMMITTED)
+    ]
     for page in pages:
-        for linked in re.findall(r"\]\(([^)]+\.(?:svg|md))\)", (tmp_path / page).read_text()):
-            assert (tmp_path / linked).exists(), f"{page} links to {linked}"
+        for linked in re.findall(r"\]\(([^)]+\.(?:svg|png|md))\)", (tmp_path / page).read_text()):
+            target = (COMMITTED if linked.startswith("../what") else tmp_path) / page.parent / linked
+            assert target.exists(), f"{page} links to {linked}"
+    for picture in drawn:
+        assert picture.stat().st_size <= LARGEST
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted([*folder.rglob("*.svg"), *folder.rglob("*.png")])
 
 
 def test_an_empty_folder_renders_as_not_measured(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
     index, *pages = render_results(tmp_path / "raw", tmp_path / "report")
-    claims = [line for line in index.read_text().split("\n") if line.startswith("| ") and "not measured" in line]
-    assert len([line for line in claims if any(claim.text in line for claim in CLAIMS.values())]) == len(CLAIMS)
-    assert "| held |" not in index.read_text()
-    assert "did not hold** |" not in index.read_text()
+    rows = [line for line in index.read_text().split("\n") if line.startswith("| ")]
+    untested = [line for line in rows if "**not tested**" in line]
+    assert len([line for line in untested if any(claim.text in line for claim in CLAIMS.values())]) == 8
+    assert len([line for line in untested if any(f"| {claim.short} |" in line for claim in CLAIMS.values())]) == len(
+        CLAIMS
+    )
+    assert not any(f"**{verdict}**" in line for line in rows for verdict in set(VERDICTS) - {NOT_TESTED})
     assert {page.stem for page in pages} >= set(EXPERIMENTS)
     for page in pages:
         assert "Not measured" in page.read_text()
@@ -65,31 +79,56 @@ def _is_paper(config: dict[str, Any]) -> bool:
 
 
 def test_a_full_sweep_gets_verdicts_and_a_partial_one_does_not(tmp_path: Path) -> None:
-    """dma's default form best of all, its paper form worst: one claim, two verdicts."""
-    configs = MQAR.configs("smoke")
-    accuracy = {run_key("mqar", c): 0.5 for c in configs}
-    for config in configs:
-        if config["attention"] == "dma":
-            accuracy[run_key("mqar", config)] = 0.1 if _is_paper(config) else 0.8
-    records = [_record(c, accuracy[run_key("mqar", c)]) for c in configs]
+    """The paper's form worst of all at three seeds: refuted. Without some rivals, or with one seed, not tested."""
+    configs = [{**config, "seed": seed} for seed in range(3) for config in MQAR.configs("smoke")]
+    records = [
+        _record(c, (0.1 if c["attention"] == "dma" and _is_paper(c) else 0.5) + 0.001 * c["seed"]) for c in configs
+    ]
     _write(tmp_path / "raw" / "mqar.jsonl", records)
-    index = render_results(tmp_path / "raw", tmp_path / "report")[0].read_text()
-    rows = [line for line in index.split("\n") if "mqar-smoke" in line]
-    recall = {row.split("|")[2].strip(): row.split("|")[4].strip() for row in rows if "of 4 comparisons" in row}
-    assert len(rows) == 4
-    assert recall["dma"] == "held"
-    verdicts = {(f.claim, f.subject): f.held for f in report_mqar(records, tmp_path).findings}
-    assert verdicts["recall", "dma"] is True
-    assert verdicts["recall", "dma, paper"] is False
-    assert verdicts["recall-efficiency", "dma"] is True  # all took ten seconds: level
+    with pictures(drawn=False):
+        index = render_results(tmp_path / "raw", tmp_path / "report")[0].read_text()
+    board, _, rest = index.partition("## Exhibits")
+    (row,) = [line for line in board.split("\n") if CLAIMS["recall"].text in line]
+    # The smoke sweep has one seed; the others count as other settings, of the appendix.
+    assert row.split("|")[2].strip() == "**not tested** (w/N 1/4, width 32, 1 seed)"
+    assert "accuracy 0.100, above mha -0.400" in rest
+    findings = {(f.claim, f.subject): f.verdict for f in _findings(records, tmp_path)}
+    assert findings["recall", "dma, paper"] == REFUTED
+    assert findings["recall-efficiency", "dma, paper"] == NO_DIFFERENCE  # all took ten seconds: level
 
     partial = [r for r in records if r.config["attention"] in ("dma", "swa")]
-    _write(tmp_path / "raw" / "mqar.jsonl", partial)
-    index = render_results(tmp_path / "raw", tmp_path / "report")[0].read_text()
-    rows = [line for line in index.split("\n") if "mqar-smoke" in line]
-    assert rows
-    assert all("not measured" in row for row in rows)
-    assert "not compared with mha, mla, nsa" in index
+    (found,) = [f for f in _findings(partial, tmp_path) if (f.claim, f.role) == ("recall", "plain")]
+    assert "not compared with mha, mla, nsa" in found.measured
+    alone = [r for r in records if r.seed == 0]
+    (found,) = [f for f in _findings(alone, tmp_path) if (f.claim, f.role) == ("recall", "plain")]
+    assert found.verdict == NOT_TESTED
+
+
+def _findings(records: list[Record], folder: Path) -> list[Finding]:
+    with pictures(drawn=False):
+        return list(report_mqar(records, folder).findings)
+
+
+def test_times_of_shared_devices_decide_nothing(tmp_path: Path) -> None:
+    records = [_record(c, 0.5, 1.0 if c["attention"] == "dma" else 10.0) for c in MQAR.configs("smoke")]
+    together = [replace(r, device="a GPU (3 runs at a time)") for r in records]
+    verdicts = [
+        {f.verdict for f in _findings(runs, tmp_path) if (f.claim, f.role) == ("recall-efficiency", "plain")}
+        for runs in (records, together)
+    ]
+    assert verdicts == [{REPRODUCED}, {NOT_TESTED}]
+
+
+def test_small_trials_go_to_an_appendix_that_the_site_does_not_index(tmp_path: Path) -> None:
+    records = [_record(c, 0.25) for c in MQAR.configs("probe")]
+    _write(tmp_path / "raw" / "mqar.jsonl", records)
+    render_results(tmp_path / "raw", tmp_path / "report")
+    page = (tmp_path / "report" / "appendix" / "mqar.md").read_text()
+    assert page.startswith("---\nsearch:\n  exclude: true\n---\n")
+    assert "Size `probe`" in page
+    assert "![" not in page
+    assert not (tmp_path / "report" / "mqar.md").exists()
+    assert "[1 sections](appendix/mqar.md)" in (tmp_path / "report" / "index.md").read_text()
 
 
 def test_the_same_lines_give_the_same_bytes_and_old_pages_go(tmp_path: Path) -> None:
@@ -139,7 +178,7 @@ def test_a_strangers_folder_is_left_alone(tmp_path: Path) -> None:
 
 def test_findings_name_known_claims(tmp_path: Path) -> None:
     records = [_record(c, 0.25) for c in MQAR.configs("smoke")]
-    findings: list[Finding] = list(report_mqar(records, tmp_path).findings)
+    findings = _findings(records, tmp_path)
     assert {finding.claim for finding in findings} <= set(CLAIMS)
 
 
@@ -154,7 +193,9 @@ def test_runs_on_another_build_of_a_corpus_stand_apart(tmp_path: Path) -> None:
         records.append(Record("locality", key, config, 0, own, 1.0, "some GPU", {"torch": "2"}, "abc"))
     _write(tmp_path / "raw" / "locality.jsonl", records)
     render_results(tmp_path / "raw", tmp_path / "report")
-    first, second = (tmp_path / "report" / "locality.md").read_text().split(", an earlier build of the corpora: 2 of ")
+    first = (tmp_path / "report" / "locality.md").read_text()
+    second = (tmp_path / "report" / "appendix" / "locality.md").read_text()
+    assert ", an earlier build of the corpora: 2 of " in second
     assert "| swa |" in first
     assert "| mha |" not in first
     assert "| mha |" in second

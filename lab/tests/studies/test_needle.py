@@ -12,10 +12,16 @@ from dynamask.errors import InvalidInputError
 from dynamask_lab.language import engine as language
 from dynamask_lab.language.data import CORPORA_FOLDER, token_streams
 from dynamask_lab.language.engine import STATE_FOLDER, run_language
+from dynamask_lab.report.pictures import LARGEST, pictures
 from dynamask_lab.studies import NEEDLE, Record, run_key, run_sweep
+from dynamask_lab.studies.judged import NEEDLE as FORMS
 from dynamask_lab.studies.needle.data import mixture_tokenizer, prepare_mixture
-from dynamask_lab.studies.needle.report import report_needle
+from dynamask_lab.studies.needle.report import report_needle, without_choice
 from dynamask_lab.studies.needle.study import NeedleConfig, needle_name, run_needle
+from dynamask_lab.sweeps.section import Finding
+from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED
+
+PLAIN, BEST = FORMS[0].name, FORMS[2].name
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +62,9 @@ def test_the_smoke_sweep_tests_every_model_at_every_cell(tmp_path: Path) -> None
     assert len(scores) == cells * len(models)
     assert not list((tmp_path / "state").glob("*")), "trained models are deleted after the test"
     section = report_needle(report.records, tmp_path / "pictures")
-    assert (tmp_path / "pictures" / "needle.svg").exists()
+    assert (tmp_path / "pictures" / "needle.png").stat().st_size <= LARGEST
     assert len(section.exhibits[0].table) == len(models)
-    assert all(finding.held is None for finding in section.findings)  # two steps teach nobody to retrieve
+    assert {finding.verdict for finding in section.findings} == {NOT_TESTED}  # two steps teach nobody to retrieve
 
 
 def test_a_run_stopped_while_it_is_tested_does_not_train_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,19 +117,32 @@ def _record(model: str, exact: dict[int, float]) -> Record:
     return Record("needle", run_key("needle", config), config, 0, result, 1.0, "a GPU", {}, None)
 
 
+def _named(model: str, exact: dict[int, float], **config: Any) -> Record:
+    record = _record("mha" if model == "mha" else "dma", exact)
+    scores = [score | {"model": model} for score in record.result["scores"]]
+    own = record.config | config
+    return dataclasses.replace(record, key=model, config=own, result={"scores": scores, "loss": {model: 1.0}})
+
+
 def test_verdicts_follow_the_scores(tmp_path: Path) -> None:
     """Trained at 440 tokens: level inside, ahead beyond. What is next to the question, anybody finds."""
-    mha, dma = _record("mha", {256: 0.9, 512: 0.2}), _record("dma", {256: 0.9, 512: 0.6})
-    found = {f.subject: f for f in report_needle([mha, dma], tmp_path).findings}
-    assert found["dma, to 440 tokens, trained for"].held is False
-    assert found["dma, beyond 440 tokens"].held is True
-    assert "60.0% of the answers exact, mha 20.0%" in found["dma, beyond 440 tokens"].measured
-    close = [_record("mha", {512: 0.25}), _record("dma", {512: 0.3})]
-    (noise,) = report_needle(close, tmp_path).findings
-    assert (noise.held, noise.measured.split(": ")[1]) == (False, "within the noise of ±19.9%")
-    assert all(f.held is None for f in report_needle([dma], tmp_path).findings)
-    poor = [_record("mha", {256: 0.0}), _record("dma", {256: 0.05})]
-    assert [f.held for f in report_needle(poor, tmp_path).findings] == [None]
+
+    def verdicts(*records: Record) -> dict[str, Finding]:
+        with pictures(drawn=False):
+            return {f.subject: f for f in report_needle(list(records), tmp_path).findings}
+
+    mha, dma = _named("mha", {256: 0.9, 512: 0.2}), _named(PLAIN, {256: 0.2, 512: 0.6})
+    found = verdicts(mha, dma)
+    assert found[f"{PLAIN}, to 440 tokens"].verdict == REFUTED
+    assert found[f"{PLAIN}, beyond the trained length"].verdict == REPRODUCED
+    assert "60.0% of the answers exact, mha 20.0%: +40.0 [+2" in found[f"{PLAIN}, beyond the trained length"].measured
+    close = verdicts(_named("mha", {512: 0.25}), _named(PLAIN, {512: 0.3}))
+    assert close[f"{PLAIN}, beyond the trained length"].verdict == NOT_TESTED  # five points, twenty samples a cell
+    level = verdicts(_named("mha", {256: 1.0}), _named(PLAIN, {256: 1.0}))
+    assert level[f"{PLAIN}, to 440 tokens"].verdict == NO_DIFFERENCE
+    assert {f.verdict for f in verdicts(dma).values()} == {NOT_TESTED}
+    poor = verdicts(_named("mha", {256: 0.0}), _named(PLAIN, {256: 0.05}))
+    assert {f.verdict for f in poor.values()} == {NOT_TESTED}
 
 
 def test_mistakes_are_named() -> None:
@@ -137,17 +156,21 @@ def test_mistakes_are_named() -> None:
         NeedleConfig("mha", tasks=["needles"])
 
 
-def _scored(model: str, exact: float) -> Record:
-    record = _record("mha", {256: exact, 512: exact})
-    scores = [score | {"model": model} for score in record.result["scores"]]
-    return dataclasses.replace(record, key=model, result={"scores": scores, "loss": {model: 1.0}})
-
-
 def test_a_choice_of_keys_is_held_against_what_keeps_as_many_without(tmp_path: Path) -> None:
-    """Ranks that learn against the paper's in models made of a dense one, and against sliding windows just as wide."""
-    upcycled = [_scored("dma, upcycled", 0.3), _scored("dma, upcycled, ranked by attention^4", 0.8)]
-    uneven = [_scored("swa, windows 8/56", 0.6), _scored("dma, windows 8/56, ranked by attention", 0.62)]
-    others = [_scored("dma, windows 8/40, ranked by attention", 0.9), _scored("dma, ranked by attention", 0.9)]
-    findings = report_needle([*upcycled, *uneven, *others], tmp_path).findings
-    verdicts = {f.subject: f.held for f in findings if f.claim == "retrieval"}
-    assert verdicts == {upcycled[1].key: True, uneven[1].key: False}
+    """Against sliding windows just as wide, inside the widest window and beyond it."""
+    windows = {"window": 96, "layer_windows": [32, 160], "layers": 2}
+    control = without_choice(BEST)
+    assert control == "swa, windows 32/320"
+    found = {160: 0.9, 320: 0.8}  # the needle of 320 tokens lies beyond 160 at depth 0 and within them at depth 0.5
+    records = [_named(BEST, found, **windows), _named(control, {160: 0.9, 320: 0.1}, **windows), _named("mha", found)]
+    with pictures(drawn=False):
+        section = report_needle(records, tmp_path)
+    verdicts = {f.subject: f for f in section.findings if f.claim == "retrieval"}
+    assert verdicts[f"{BEST}, beyond the window"].verdict == REPRODUCED
+    assert "over 1 cells" in verdicts[f"{BEST}, beyond the window"].measured
+    assert "over 3 cells" in verdicts[f"{BEST}, inside the window"].measured
+    assert verdicts[f"{BEST}, inside the window"].setting["w/N"].startswith("0.22 (widest layer 160 of 440 keys")
+    (table,) = (exhibit.table for exhibit in section.exhibits if exhibit.name == "window")
+    rows = {row["model"]: row for row in table}
+    assert rows[control]["beyond the window"] == "10%"
+    assert rows[control]["mha beyond the window"] == "80%"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dynamask_lab.studies.ablation.study import LEAKY, ablation_summary, grouped, mean_loss
+from dynamask_lab.studies.ablation.study import LEAKY, ablation_summary, grouped, language_settings, mean_loss
+from dynamask_lab.studies.judged import share
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section, gains_hold
+from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, NOT_TESTED, judge, mean_interval
 
 _TRAINED, _CUT = "dma-random-start", ("dma-detached-scores", "dma-unbiased-logits")
 
@@ -76,21 +78,23 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
         pairs = [(losses[_TRAINED][place].result["loss"], losses[cut][place].result["loss"]) for place in both]
         subject = f"gates from a random start, against {cut}"
         if any(loss is None for pair in pairs for loss in pair):
-            found.append(Finding("gradients", subject, "a run diverged", None, keys))
+            found.append(Finding("gradients", subject, "a run diverged", NOT_TESTED, keys))
             continue
-        gains = [without - trained for trained, without in pairs]
-        measured = (
-            f"{sum(gains) / len(gains):+.4f} nats per token gained by the gradient, {min(gains):+.4f} to "
-            f"{max(gains):+.4f} over {len(gains)} seed{'s' if len(gains) > 1 else ''}"
-        )
-        found.append(Finding("gradients", subject, measured, gains_hold(gains), keys))
+        gain = mean_interval([without - trained for trained, without in pairs])
+        measured = f"nats per token gained by the gradient {gain.shown(digits=4)}"
+        verdict = judge(gain, LOSS_INTEREST, seeds=len(pairs))
+        config = losses[_TRAINED][both[0]].config
+        setting = {"seeds": str(len(pairs)), "w/N": share(config["window"], config["length"])}
+        setting |= {"size": f"{language_settings(config).parameters / 1e6:.1f}M"}
+        found.append(Finding("gradients", subject, measured, verdict, keys, "", setting, f"{LOSS_INTEREST} nats"))
     return found
 
 
 def _draw_windows(losses: dict[tuple[str, int], float], picture: Path) -> Path:
     from matplotlib.figure import Figure
 
-    from dynamask.inspect.style import line_style, save_figure
+    from dynamask.inspect.style import line_style
+    from dynamask_lab.report.pictures import save_small
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axes = figure.add_subplot()
@@ -102,4 +106,4 @@ def _draw_windows(losses: dict[tuple[str, int], float], picture: Path) -> Path:
     axes.set(xlabel="window, keys per query", ylabel="validation loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
-    return save_figure(figure, picture)
+    return save_small(figure, picture)

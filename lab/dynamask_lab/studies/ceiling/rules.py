@@ -114,14 +114,15 @@ class Chooser:
         """
         _, heads = self.shape
         found: dict[int, list[Tensor]] = {budget: [] for budget in budgets}
+        locals_ = {local_of(budget) for budget in budgets}
         for block in blocks:
             ranks: dict[int, list[Tensor]] = {budget: [] for budget in budgets}
 
             def observe(layer: int, query: Tensor, key: Tensor, scale: float, ranks: Any = ranks) -> None:
+                weights = {local: future_attention(query, key, local=local, scale=scale) for local in locals_}
                 for budget in budgets:
                     local = local_of(budget)
-                    weight = future_attention(query, key, local=local, scale=scale)
-                    ranks[budget].append(weight[:, :, SINKS : weight.shape[-1] - local].log())
+                    ranks[budget].append(weights[local][:, :, SINKS : key.shape[2] - local].log())
 
             self.choice = Choice(observer=observe)
             self.model.model(input_ids=block, use_cache=False)

@@ -43,7 +43,6 @@ WINDOWS = ("even", "heads")
 CORPORA = ("text", "code")
 NEEDLES = ("single_2", "multikey_1")
 LENGTH = 4096
-CALIBRATION = 8
 
 
 @dataclass(frozen=True)
@@ -96,6 +95,8 @@ class Runner:
         data: folder of the token arrays and of essays.txt.
         predictors: per layer, for the rule `learned`.
         budgets: mean windows that are run.
+        block: tokens of a block.
+        calibration: validation blocks that windows per head are allocated by.
     """
 
     def __init__(
@@ -106,12 +107,13 @@ class Runner:
         predictors: dict[int, nn.Module],
         budgets: Sequence[int],
         block: int,
+        calibration: int,
     ) -> None:
-        self.model, self.tokenizer, self.data, self.predictors, self.block = model, tokenizer, data, predictors, block
+        self.model, self.tokenizer, self.data, self.predictors = model, tokenizer, data, predictors
         self.chooser = Chooser(model)
         self.device = next(model.parameters()).device
         tokens = np.load(data / "validation.npy").reshape(-1)
-        batches = zip(CalibrationBlocks(tokens, block, seed=1), range(CALIBRATION), strict=False)
+        batches = zip(CalibrationBlocks(tokens, block, seed=1), range(calibration), strict=False)
         self.heads = self.chooser.allocate((batch.to(self.device) for batch, _ in batches), budgets)
         self._tasks: Tasks | None = None
         self._examples: dict[tuple[str, int, int], list[Example]] = {}
@@ -202,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--block", type=int, default=8192, help="tokens of a block")
     parser.add_argument("--examples", type=int, default=32, help="needles of each task; 0: none")
     parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a needle's text")
+    parser.add_argument("--calibration", type=int, default=8, help="blocks that windows per head are allocated by")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no job after so long")
     parser.add_argument("--rules", nargs="*", choices=RULES, help="only these rules")
     parser.add_argument("--list", action="store_true", help="print the jobs instead of running them")
@@ -227,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     predictors = load_predictors(arguments.ranks, model.config.hidden_size, device) if arguments.ranks else {}
     budgets = [budget for budget in BUDGETS if any(job.budget == budget for job in left)]
-    runner = Runner(model, tokenizer, arguments.data, predictors, budgets, arguments.block)
+    runner = Runner(model, tokenizer, arguments.data, predictors, budgets, arguments.block, arguments.calibration)
     print(f"{time.monotonic() - start:6.1f} s  windows allocated", flush=True)
     digest = json.loads((arguments.data / "data.json").read_text())["arrays"]
     facts = {

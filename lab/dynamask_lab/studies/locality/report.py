@@ -8,10 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
+from dynamask_lab.language.engine import LanguageConfig
+from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, Judged, pairs_of, window_share
 from dynamask_lab.studies.locality.study import GENTLE_MEANS, locality_summary, variant_name
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Exhibit, Finding, Section, gains_hold, judged_forms
+from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.verdicts import (
+    LOSS_INTEREST,
+    NOT_TESTED,
+    all_of,
+    judge,
+    judge_no_worse,
+    mean_interval,
+)
 
 EARLY = 100
 """Steps after which dma is to be no worse than swa."""
@@ -19,12 +29,7 @@ EARLY = 100
 _CONTROL = "no choice"
 """In the name of a run whose window is all local (`variant_name`)."""
 
-_CEILING = "all keys"
-"""In the name of a run without a window: no form at a sixteenth of the context."""
-
 _RANKED = ", ranked by attention"
-_WINDOWS = ", windows "
-"""What follows the ranks in the name of a run whose layers have windows of their own."""
 
 _Losses = dict[str, dict[tuple[str, int, int, float], Record]]
 
@@ -39,7 +44,8 @@ def report_locality(records: Sequence[Record], folder: Path) -> Section:
             "Validation loss by mechanism",
             keys,
             "Nats per token, mean over seeds at the best learning rate; @n: after n steps. `penalty`: the rival with "
-            f"the distance penalty on its logits that dma's recency amounts to. {GENTLE_MEANS}",
+            f"the distance penalty on its logits that dma's recency amounts to. `pairs`: query-key pairs as a share of "
+            f"dense attention's; `widest layer`: the keys of its queries. {GENTLE_MEANS}",
             locality_summary(records),
             _draw(records, folder / "locality.svg"),
             "final validation loss of every mechanism, one panel per corpus",
@@ -50,13 +56,12 @@ def report_locality(records: Sequence[Record], folder: Path) -> Section:
         config = record.config
         place = (config["corpus"], config["width"], record.seed, config["learning_rate"])
         runs[variant_name(config)][place] = record
-    ours = [name for name in runs if "dma" in name and _CONTROL not in name and _CEILING not in name]
-    # In all layers, and in some.
-    kinds = ([name for name in ours if not _mixed(name)], [name for name in ours if _mixed(name)])
-    forms = judged_forms(*kinds, loss=lambda name: _final(runs[name]))
-    findings = [_compare(form, runs) for form in forms]
-    for control in sorted(name for name in runs if _CONTROL in name):
-        findings += [_choice(form, control, runs) for form in _chosen(control) if form in runs]
+    findings = [_compare("locality-asked", form, runs) for form in LOCALITY_EVEN if form.name in runs]
+    findings += [_compare("locality", form, runs) for form in LOCALITY if form.name in runs]
+    for form in (LOCALITY_EVEN[1], LOCALITY[1]):
+        control = without_choice(form.name)
+        if form.name in runs and control in runs:
+            findings.append(_choice(form, control, runs))
     return Section("", exhibits, findings)
 
 
@@ -65,63 +70,75 @@ def _mixed(name: str) -> bool:
     return name[0].isdigit()
 
 
-def _final(runs: dict[tuple[str, int, int, float], Record]) -> float:
-    losses = [run.result["loss"] for run in runs.values()]
-    return float(np.mean([np.inf if loss is None else loss for loss in losses]))
-
-
-def _compare(form: str, runs: _Losses) -> Finding:
+def _compare(claim: str, form: Judged, runs: _Losses) -> Finding:
     """Against swa at the first look from step EARLY on, against mha at the end, at equal corpus, seed and rate."""
-    both = sorted(runs[form].keys() & runs["swa"].keys() & runs["mha"].keys())
-    keys = [runs[name][place].key for place in both for name in (form, "swa", "mha")]
+    both = sorted(runs[form.name].keys() & runs["swa"].keys() & runs["mha"].keys())
+    keys = [runs[name][place].key for place in both for name in (form.name, "swa", "mha")]
+    setting = _setting([runs[form.name][place] for place in both])
     early, late = [], []
     for place in both:
-        ours, swa, mha = (runs[name][place] for name in (form, "swa", "mha"))
+        ours, swa, mha = (runs[name][place] for name in (form.name, "swa", "mha"))
         looks = [(_early(ours), _early(swa)), (ours.result["loss"], mha.result["loss"])]
         if any(loss is None for pair in looks for loss in pair):
-            return Finding("locality", form, "a run was too short or diverged", None, keys)
+            measured = "a run was too short or diverged"
+            return Finding(claim, form.name, measured, NOT_TESTED, keys, form.role, setting)
         (our_early, swa_early), (our_late, mha_late) = looks
         early.append(swa_early - our_early)  # type: ignore[operator]
         late.append(mha_late - our_late)
     if not both:
-        return Finding("locality", form, "swa and mha did not run at the same settings", None, [])
-    pairs = f"over {len(both)} runs of each"
-    measured = f"{_span(early)} nats below swa at step {EARLY}, {_span(late)} below mha at the end, {pairs}"
-    return Finding("locality", form, measured, min(*early, *late) >= 0, keys)
+        measured = "swa and mha did not run at the same settings"
+        return Finding(claim, form.name, measured, NOT_TESTED, [], form.role, setting)
+    found = [mean_interval(gains) for gains in (early, late)]
+    measured = (
+        f"nats below swa at step {EARLY} {found[0]}, below mha at the end {found[1]}, over {len(both)} runs of each"
+    )
+    seeds = len({place[2] for place in both})
+    verdict = all_of([judge_no_worse(each, LOSS_INTEREST, seeds=seeds) for each in found])
+    return Finding(claim, form.name, measured, verdict, keys, form.role, setting, f"{LOSS_INTEREST} nats")
 
 
-def _chosen(control: str) -> list[str]:
-    """The forms that differ from a control by their choice of keys: with one score for ranks and logits, and with ranks
-    of their own (whose score on the logits reads the head's own value alone, where the control's reads all heads')."""
-    form = control.replace(f", {_CONTROL}", "", 1)
-    gates, windows, rest = form.partition(_WINDOWS)
-    return [form, f"{gates}{_RANKED}{windows}{rest}"]
+def _setting(records: Sequence[Record]) -> Row:
+    if not records:
+        return {}
+    return {
+        "w/N": window_share(records[0].config),
+        "size": f"{LanguageConfig.of(records[0].config).parameters / 1e6:.1f}M",
+        "seeds": str(len({record.seed for record in records})),
+        "pairs": pairs_of(list(records)),
+    }
 
 
-def _choice(form: str, control: str, runs: _Losses) -> Finding:
+def without_choice(form: str) -> str:
+    """The name of what differs from a form by its choice of keys alone: the same scores on the logits of the newest."""
+    name, mark, rest = form.partition(_RANKED)
+    kind, comma, others = name.partition(", ")
+    return f"{kind}, {_CONTROL}{comma}{others}{rest if mark else ''}"
+
+
+def _choice(form: Judged, control: str, runs: _Losses) -> Finding:
     """A form against its control, at equal corpus, seed and rate."""
-    both = sorted(runs[form].keys() & runs[control].keys())
-    pairs = [(runs[control][place].result["loss"], runs[form][place].result["loss"]) for place in both]
-    keys = [runs[name][place].key for place in both for name in (form, control)]
+    both = sorted(runs[form.name].keys() & runs[control].keys())
+    pairs = [(runs[control][place].result["loss"], runs[form.name][place].result["loss"]) for place in both]
+    keys = [runs[name][place].key for place in both for name in (form.name, control)]
+    setting = _setting([runs[form.name][place] for place in both])
     if not pairs or any(loss is None for pair in pairs for loss in pair):
-        return Finding("choice", form, "no finished pair of runs at the same settings", None, keys)
-    gains = [without - chosen for without, chosen in pairs]
-    measured = f"{_span(gains)} nats below its control at the end, over {len(both)} runs of each"
-    return Finding("choice", form, measured, gains_hold(gains), keys)
+        measured = "no finished pair of runs at the same settings"
+        return Finding("choice", form.name, measured, NOT_TESTED, keys, form.role, setting)
+    found = mean_interval([without - chosen for without, chosen in pairs])
+    measured = f"nats below {control} at the end {found}, over {len(both)} runs of each"
+    verdict = judge(found, LOSS_INTEREST, seeds=len({place[2] for place in both}))
+    return Finding("choice", form.name, measured, verdict, keys, form.role, setting, f"{LOSS_INTEREST} nats")
 
 
 def _early(record: Record) -> float | None:
     return next((look["loss"] for look in record.result["curve"] if look["step"] >= EARLY), None)
 
 
-def _span(margins: Sequence[float]) -> str:
-    return f"{margins[0]:+.3f}" if len(margins) == 1 else f"{min(margins):+.3f} to {max(margins):+.3f}"
-
-
 def _draw(records: Sequence[Record], picture: Path) -> Path:
     from matplotlib.figure import Figure
 
-    from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, SKY, save_figure
+    from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, SKY
+    from dynamask_lab.report.pictures import save_small
 
     corpora = sorted({record.config["corpus"] for record in records})
     losses: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -140,4 +157,4 @@ def _draw(records: Sequence[Record], picture: Path) -> Path:
         axes.set(title=corpus, xlabel="validation loss, nats per token")
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.grid(alpha=0.3)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)

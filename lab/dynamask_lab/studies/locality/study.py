@@ -15,6 +15,7 @@ import numpy as np
 
 from dynamask.models import uneven_windows
 from dynamask_lab.language.engine import LanguageConfig, language_cost, language_kind, run_language
+from dynamask_lab.studies.judged import layer_windows, pairs_of, share_of_pairs
 from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.settings import CPU_SHAPE, ranked_by
@@ -167,7 +168,8 @@ def locality_summary(records: Sequence[Record]) -> list[dict[str, str]]:
     for (corpus, size, name), by_rate in groups.items():
         rate = min(by_rate, key=lambda each: _mean([run.result["loss"] for run in by_rate[each]]))
         runs = by_rate[rate]
-        row = {"corpus": corpus, "parameters": f"{size / 1e6:.1f}M", "mechanism": name, "runs": str(len(runs))}
+        row = {"corpus": corpus, "parameters": f"{size / 1e6:.1f}M", "mechanism": name}
+        row |= {"pairs": pairs_of(runs), "widest layer": _widest(runs[0].config), "runs": str(len(runs))}
         if len(by_rate) > 1:
             row["rate"] = f"{rate:.1e} of {len(by_rate)}"
         steps = [look["step"] for look in runs[0].result["curve"]]
@@ -178,6 +180,13 @@ def locality_summary(records: Sequence[Record]) -> list[dict[str, str]]:
         row |= {"final": f"{final:.4f}", "last positions": f"{_mean([_far(run) for run in runs]):.4f}"}
         rows.append((corpus, size, final, row))
     return [row for *_, row in sorted(rows, key=lambda item: item[:3])]
+
+
+def _widest(config: Config) -> str:
+    """Keys of the widest layer's queries, and its share of dense attention's pairs."""
+    widest, length = max(layer_windows(config)), config["length"]
+    pairs = share_of_pairs({"length": length, "layers": 1, "attention": "swa", "window": widest})
+    return f"{widest} of {length} ({pairs:.0%})"
 
 
 def _far(record: Record) -> float | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dynamask_lab.studies.judged import MQAR, Judged, share, share_of_pairs
 from dynamask_lab.studies.mqar.study import BestRuns, MqarConfig, best_runs
+from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section, judged_forms
+from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, SeedSpread, all_of, judge
 
 RIVALS = ("mha", "swa", "mla", "nsa")
 
@@ -27,7 +30,8 @@ def report_mqar(records: Sequence[Record], folder: Path) -> Section:
     text = (
         "Share of the queries answered rightly, at the learning rate with the best mean accuracy; columns "
         f"*pairs/length* are the test segments. {seeds} seed{'s' if seeds > 1 else ''}. `dma, paper` is the paper's "
-        "form (no local share, no recency). `ms/step` is wall time over training steps, data and tests included."
+        "form (no local share, no recency). `ms/step` is wall time over training steps, data and tests included; it "
+        "is left out where runs shared their device."
     )
     exhibits = [
         Exhibit(
@@ -40,20 +44,14 @@ def report_mqar(records: Sequence[Record], folder: Path) -> Section:
             "accuracy against model width, and against length and pairs, one line per mechanism",
         )
     ]
-    steps = _seconds_per_step(records)
-    findings = []
-    accuracy = {best.mixer: best.accuracy for best in sorted(found, key=lambda best: best.accuracy)}
-    ours = [name for name in accuracy if name.startswith("dma")]
-    for form in judged_forms(ours, loss=lambda name: -accuracy[name]):
-        findings.append(_compare("recall", form, found, lambda best: best.accuracy, keys))
-        findings.append(
-            _compare("recall-efficiency", form, found, lambda best: -steps[_shape(best)], keys, "ms saved per step")
-        )
+    findings = [
+        finding for form in MQAR for finding in (_recall(form, found), _efficiency(form, found)) if finding is not None
+    ]
     return Section(
         "Two layers of each mechanism recall values under keys they have read "
         "([zoology](https://arxiv.org/abs/2312.04927)'s mixture of lengths).",
         exhibits,
-        [finding for finding in findings if finding is not None],
+        findings,
     )
 
 
@@ -78,56 +76,108 @@ def _row(best: BestRuns) -> Row:
     cells |= {f"{pairs}/{length}": f"{accuracy:.3f}" for (length, pairs), accuracy in best.slices().items()}
     step = float(np.median(list(_seconds_per_step(best.runs).values())))
     rates = len({rate for rate, _ in best.tried})
-    return cells | {"rate": f"{best.rate:.1e} of {rates}", "ms/step": f"{1e3 * step:.1f}"}
+    alone = not any(shared(run.device) for run in best.runs)
+    return cells | {"rate": f"{best.rate:.1e} of {rates}"} | ({"ms/step": f"{1e3 * step:.1f}"} if alone else {})
 
 
-def _compare(
-    claim: str,
-    form: str,
-    found: Sequence[BestRuns],
-    value: Callable[[BestRuns], float],
-    keys: Sequence[str],
-    unit: str = "",
-) -> Finding | None:
-    """The form against every rival of its width and window, where both ran the same rates and seeds.
+def _rivals(form: Judged, found: Sequence[BestRuns]) -> tuple[BestRuns, list[BestRuns]] | None:
+    """The form where most seeds of it ran (of several widths the greatest), and the rivals of that width and window
+    that ran the same rates and seeds."""
+    own = [best for best in found if best.mixer == form.name]
+    if not own:
+        return None
+    ours = max(own, key=lambda best: (len({seed for _, seed in best.tried}), best.width))
+    alike = [
+        best
+        for best in found
+        if best.width == ours.width and best.window in (0, ours.window) and best.tried == ours.tried
+    ]
+    return ours, [best for best in alike if best.mixer in RIVALS]
+
+
+def _setting(ours: BestRuns) -> Row:
+    config = ours.runs[0].config
+    longest = max(length for length, *_ in config["test"])
+    return {
+        "w/N": share(ours.window, longest),
+        "size": f"width {ours.width}",
+        "seeds": str(len(ours.runs)),
+        "pairs": f"{100 * share_of_pairs({**config, 'length': longest}):.0f}% at {longest} tokens",
+    }
+
+
+def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
+    """The form's accuracy against every rival's, with the interval that the spread over seeds gives.
 
     Training stops at 99 % accuracy, so two that reached it are equal.
     """
-    own = [best for best in found if best.mixer == form]
-    if not own:
+    pair = _rivals(form, found)
+    if pair is None:
         return None
-    margins: list[tuple[float, str]] = []
-    met = set()
-    for ours in own:
-        for rival in found:
-            alike = rival.width == ours.width and rival.window in (0, ours.window) and rival.tried == ours.tried
-            if rival.mixer in RIVALS and alike:
-                met.add(rival.mixer)
-                done = claim == "recall" and min(ours.accuracy, rival.accuracy) >= 0.99
-                margin = 0.0 if done else value(ours) - value(rival)
-                margins.append((margin, f"{rival.mixer} (width {ours.width}, window {ours.window})"))
-    if not margins:
-        return Finding(claim, form, "no rival ran the same learning rates and seeds", None, keys)
-    if unit and len({run.device for best in found for run in best.runs}) > 1:
-        return Finding(claim, form, "the runs are of several devices, whose times do not compare", None, keys)
-    scale, digits = (1e3, 2) if unit else (1.0, 3)
-    ahead = sum(margin >= 0 for margin, _ in margins)
-    (worst, against), (best, over) = min(margins), max(margins)
-    measured = (
-        f"at least level in {ahead} of {len(margins)} comparisons; from {scale * worst:+.{digits}f} {unit} against "
-        f"{against} to {scale * best:+.{digits}f} {unit} against {over}"
-    ).replace("  ", " ")
-    if met != set(RIVALS):
-        missing = ", ".join(sorted(set(RIVALS) - met))
-        return Finding(claim, form, f"{measured}; not compared with {missing}", None, keys)
-    return Finding(claim, form, measured, ahead == len(margins), keys)
+    ours, rivals = pair
+    spread = SeedSpread.pooled([_accuracies(best) for best in found])
+    told, verdicts = [], []
+    for rival in rivals:
+        done = min(ours.accuracy, rival.accuracy) >= 0.99
+        gain = spread.difference([-each for each in _accuracies(ours)], [-each for each in _accuracies(rival)])
+        gain = Interval(0.0, 0.0, 0.0) if done else gain
+        told.append(f"{rival.mixer} {gain}")
+        verdicts.append(judge(gain, SHARE_INTEREST))
+    keys = [run.key for best in (ours, *rivals) for run in best.runs]
+    if not told:
+        measured = "no rival ran the same learning rates and seeds"
+        return Finding("recall", form.name, measured, NOT_TESTED, keys, form.role, _setting(ours))
+    measured = f"accuracy {ours.accuracy:.3f}, above {', '.join(told)}"
+    missing = [rival for rival in RIVALS if rival not in {best.mixer for best in rivals}]
+    if missing:
+        measured += f"; not compared with {', '.join(missing)}"
+        verdicts.append(NOT_TESTED)
+    verdict = all_of(verdicts)
+    return Finding(
+        "recall", form.name, measured, verdict, keys, form.role, _setting(ours), f"{SHARE_INTEREST} accuracy"
+    )
+
+
+def _accuracies(best: BestRuns) -> list[float]:
+    return [run.result["accuracy"] for run in best.runs]
+
+
+def _efficiency(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
+    """Seconds per step against every rival's, where every run had one and the same device to itself."""
+    pair = _rivals(form, found)
+    if pair is None:
+        return None
+    ours, rivals = pair
+    runs = [run for best in (ours, *rivals) for run in best.runs]
+    keys = [run.key for run in runs]
+
+    def finding(measured: str, verdict: str) -> Finding:
+        return Finding(
+            "recall-efficiency", form.name, measured, verdict, keys, form.role, _setting(ours), "5% of a step"
+        )
+
+    if any(shared(run.device) for run in runs) or len({run.device for run in runs}) > 1:
+        return finding("runs shared their device or ran on several, so their times do not compare", NOT_TESTED)
+    if not rivals:
+        return finding("no rival ran the same learning rates and seeds", NOT_TESTED)
+    steps = _seconds_per_step(runs)
+    told, verdicts = [], []
+    for rival in rivals:
+        saved = 1 - steps[_shape(ours)] / steps[_shape(rival)]
+        told.append(f"{rival.mixer} {saved:+.0%}")
+        # Times of runs on an idle device differ by about a per cent.
+        verdicts.append(judge(Interval(saved, saved - 0.02, saved + 0.02), 0.05))
+    if {best.mixer for best in rivals} != set(RIVALS):
+        verdicts.append(NOT_TESTED)
+    return finding(f"time of a step saved against {', '.join(told)}", all_of(verdicts))
 
 
 def _draw(found: Sequence[BestRuns], picture: Path) -> Path:
     """One row per window: accuracy against width, and at the greatest width against the test segments."""
     from matplotlib.figure import Figure
 
-    from dynamask.inspect.style import line_style, save_figure
+    from dynamask.inspect.style import line_style
+    from dynamask_lab.report.pictures import save_small
 
     windows = sorted({best.window for best in found if best.window}) or [0]
     widths = sorted({best.width for best in found})
@@ -153,4 +203,4 @@ def _draw(found: Sequence[BestRuns], picture: Path) -> Path:
             axes.set_ylim(-0.03, 1.03)
             axes.grid(alpha=0.3)
         right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return save_figure(figure, picture)
+    return save_small(figure, picture)

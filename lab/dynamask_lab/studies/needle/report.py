@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from dynamask.evaluation.retrieval import RetrievalScore
+from dynamask_lab.studies.judged import NEEDLE, Judged, layer_windows, pairs_of, window_share
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_summary
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
-from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section, judged_forms
+from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, judge
 
-_UPCYCLED, _MIXED = "upcycled", "one layer in four dense"
-"""In the names of models made of a dense one, and of those that keep some layers dense (`needle_name`)."""
+_UPCYCLED = "upcycled"
+"""In the names of models made of a dense one (`needle_name`)."""
 _LEARNT = 0.1
 """Exact match below which neither of two models has learnt to retrieve, and nothing is to be compared."""
 
@@ -24,6 +26,7 @@ _LEARNT = 0.1
 def report_needle(records: Sequence[Record], folder: Path) -> Section:
     """See `Experiment.report`."""
     from dynamask.inspect.retrieval import draw_scores
+    from dynamask_lab.report.pictures import draw_small
 
     scores = mean_scores(records)
     keys = [record.key for record in records]
@@ -33,11 +36,14 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
     for record in records:
         for model, loss in record.result["loss"].items():
             losses[model].append(loss)
+    runs = {model: record for record in records for model in record.result["loss"] if _UPCYCLED not in model}
     training: list[Row] = [
         {"model": model, "runs": str(len(own)), "validation loss": f"{np.mean(own):.4f}"}
+        | ({"pairs": pairs_of([runs[model]])} if model in runs else {})
         for model, own in losses.items()
     ]
     trained = ", ".join(map(str, contexts))
+    trained_on = contexts[0] if len(contexts) == 1 else None
     exhibits = [
         Exhibit(
             "depth-length",
@@ -47,25 +53,76 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
             "depth 1 the needle is next to the question, where any window has it: verdicts leave it out, and of "
             f"{len(depths)} depths it is {1 / len(depths):.0%} of the answers.",
             needle_summary(records),
-            draw_scores(scores, folder / "needle.svg", trained_on=contexts[0] if len(contexts) == 1 else None),
+            draw_small(lambda file: draw_scores(scores, file, trained_on=trained_on), folder / "needle.png"),
             "heat maps of exact match, depth against length, one row per task and one column per model",
         ),
         Exhibit("training", "Loss on the mixture", keys, table=training),
     ]
-    ours = [model for model in losses if model.startswith("dma")]
-    upcycled = [model for model in ours if _UPCYCLED in model]
-    mixed = [model for model in ours if _MIXED in model]
-    alone = [model for model in ours if model not in (*upcycled, *mixed)]
-    forms = judged_forms(alone, mixed, upcycled, loss=lambda model: -_mean(scores, model))
-    findings = [
-        finding
-        for model in forms
-        for inside in (True, False)
-        if (finding := _compare(model, scores, keys, max(contexts), inside)) is not None
-    ]
-    pairs = [(model, rival) for model in ours if (rival := _without_choice(model)) in losses]
-    findings += [finding for pair in pairs if (finding := _gain(*pair, scores, keys)) is not None]
+    edges = {model: window_of(record, model) for record in records for model in record.result["loss"]}
+    exhibits.insert(
+        1,
+        Exhibit("window", "Inside the window and beyond it", keys, _WINDOW_MEANS, _by_window(scores, edges, contexts)),
+    )
+    findings = []
+    for form in NEEDLE:
+        if form.name in losses:
+            record = next(record for record in records if form.name in record.result["loss"])
+            setting = {
+                "w/N": window_share(record.config),
+                "size": f"{record.result['parameters'] / 1e6:.1f}M" if "parameters" in record.result else "",
+                "seeds": str(len({each.seed for each in records if form.name in each.result["loss"]})),
+                "pairs": pairs_of([record]),
+            }
+            findings += _against_dense(form, scores, keys, max(contexts), edges[form.name], setting)
+            if form.role == "best":
+                rival = without_choice(form.name)
+                if rival in losses:
+                    findings += _against_control(form, rival, scores, keys, max(contexts), edges[form.name], setting)
     return Section("", exhibits, findings)
+
+
+_WINDOW_MEANS = (
+    "Exact match up to the trained length, where the distance from needle to question is at most the keys of the "
+    "model's widest layer, and where it is more; beside it dense attention (mha) on the same cells. Needles next to "
+    "the question are left out."
+)
+
+
+def window_of(record: Record, model: str) -> int:
+    """Keys that the widest layer of a model of the run sees; the whole length for dense attention."""
+    if _UPCYCLED in model:
+        return int(record.config["upcycle_window"])
+    return max(layer_windows(record.config)) if not model.startswith("mha") else 1 << 30
+
+
+def distance(score: RetrievalScore) -> float:
+    """Tokens from the needle to the question."""
+    return score.length * (1 - score.depth)
+
+
+def _by_window(scores: Sequence[RetrievalScore], edges: dict[str, int], contexts: Sequence[int]) -> list[Row]:
+    rows: list[Row] = []
+    for model, edge in edges.items():
+        if model.startswith("mha"):
+            continue
+        row = {"model": model, "widest window": str(edge)}
+        for title, cells in _parts(scores, max(contexts), edge).items():
+            pair = _exact(model, "mha", cells)
+            if pair is not None:
+                row |= {title: f"{pair[0]:.0%}", f"mha {title}": f"{pair[1]:.0%}", f"cells {title}": str(pair[3])}
+        rows.append(row)
+    return rows
+
+
+def _parts(scores: Sequence[RetrievalScore], context: int, edge: int) -> dict[str, list[RetrievalScore]]:
+    """Cells up to the trained length by where the needle lies, and those beyond that length."""
+    far = _far(scores)
+    trained = [score for score in far if score.length <= context]
+    return {
+        "inside the window": [score for score in trained if distance(score) <= edge],
+        "beyond the window": [score for score in trained if distance(score) > edge],
+        "beyond the trained length": [score for score in far if score.length > context],
+    }
 
 
 def _far(scores: Sequence[RetrievalScore]) -> list[RetrievalScore]:
@@ -73,54 +130,64 @@ def _far(scores: Sequence[RetrievalScore]) -> list[RetrievalScore]:
     return [score for score in scores if score.depth < 1]
 
 
-def _mean(scores: Sequence[RetrievalScore], model: str) -> float:
-    return float(np.mean([score.exact for score in scores if score.model == model]))
+def _against_dense(
+    form: Judged, scores: Sequence[RetrievalScore], keys: Sequence[str], context: int, edge: int, setting: Row
+) -> list[Finding]:
+    """The form against mha: all cells up to the trained length, those beyond the window, those beyond that length."""
+    parts = _parts(scores, context, edge)
+    parts = {f"to {context} tokens": [*parts["inside the window"], *parts["beyond the window"]]} | parts
+    found = []
+    for where, cells in parts.items():
+        if where == "inside the window" or not any(score.model == form.name for score in cells):
+            continue
+        subject = f"{form.name}, {where}"
+        finding = _finding("needle", subject, form, "mha", cells, keys, setting)
+        found.append(finding or Finding("needle", subject, "mha was not tested", NOT_TESTED, keys, form.role, setting))
+    return found
 
 
-def _compare(
-    model: str, scores: Sequence[RetrievalScore], keys: Sequence[str], context: int, inside: bool
+def _against_control(
+    form: Judged,
+    rival: str,
+    scores: Sequence[RetrievalScore],
+    keys: Sequence[str],
+    context: int,
+    edge: int,
+    setting: Row,
+) -> list[Finding]:
+    """The form against as many keys without a choice, inside the window and beyond it, up to the trained length."""
+    parts = _parts(scores, context, edge)
+    found = []
+    for where in ("inside the window", "beyond the window"):
+        finding = _finding("retrieval", f"{form.name}, {where}", form, rival, parts[where], keys, setting)
+        found += [finding] if finding else []
+    return found
+
+
+def _finding(
+    claim: str,
+    subject: str,
+    form: Judged,
+    rival: str,
+    cells: Sequence[RetrievalScore],
+    keys: Sequence[str],
+    setting: Row,
 ) -> Finding | None:
-    """The model against mha, over the cells that both were asked, up to the training length or beyond it.
-
-    Better is what two standard errors of the difference do not explain.
-    """
-    asked = [score for score in _far(scores) if (score.length <= context) == inside]
-    where = f"to {context} tokens, trained for" if inside else f"beyond {context} tokens"
-    subject = f"{model}, {where}"
-    if not any(score.model == model for score in asked):
-        return None
-    pair = _exact(model, "mha", asked)
+    pair = _exact(form.name, rival, cells)
     if pair is None:
-        return Finding("needle", subject, "mha was not tested", None, keys)
-    ours, theirs, noise, cells = pair
-    measured = f"{ours:.1%} of the answers exact, mha {theirs:.1%}, over {cells} cells of task, length and depth"
-    if abs(ours - theirs) < noise:
-        measured += f": within the noise of ±{noise:.1%}"
+        return None
+    ours, theirs, noise, count = pair
+    gain = Interval(ours - theirs, ours - theirs - noise, ours - theirs + noise)
+    measured = f"{ours:.1%} of the answers exact, {rival} {theirs:.1%}: {gain.shown(100, 1)} points, over {count} cells"
+    verdict = judge(gain, SHARE_INTEREST)
     if max(ours, theirs) < _LEARNT:
-        return Finding("needle", subject, f"{measured}: neither learnt to retrieve", None, keys)
-    return Finding("needle", subject, measured, ours > theirs and ours - theirs >= noise, keys)
+        measured, verdict = f"{measured}: neither learnt to retrieve", NOT_TESTED
+    return Finding(claim, subject, measured, verdict, keys, form.role, setting, f"{100 * SHARE_INTEREST:g} points")
 
 
-def _without_choice(model: str) -> str | None:
-    """What keeps as many keys as a model with ranks that learn, and chooses without: sliding windows of its own sizes,
-    or, for one made of a dense model, the paper's ranks."""
-    name, *parts = model.split(", ")
-    if "ranked by" not in model:
-        return None
-    if _UPCYCLED in parts:
-        return f"{name}, {_UPCYCLED}"
-    return ", ".join(["swa", *(part for part in parts if part.startswith(("windows ", "no RoPE")))])
-
-
-def _gain(model: str, rival: str, scores: Sequence[RetrievalScore], keys: Sequence[str]) -> Finding | None:
-    """The model against one that chooses no keys, over the cells that both were asked."""
-    pair = _exact(model, rival, _far(scores))
-    if pair is None:
-        return None
-    ours, theirs, noise, cells = pair
-    measured = f"{ours:.1%} of the answers exact, {rival} {theirs:.1%}, noise ±{noise:.1%}, over {cells} cells"
-    held = None if max(ours, theirs) < _LEARNT else ours - theirs >= noise
-    return Finding("retrieval", model, measured, held, keys)
+def without_choice(model: str) -> str:
+    """Sliding windows of the sizes of a model whose ranks learn."""
+    return ", ".join(["swa", *(part for part in model.split(", ") if part.startswith(("windows ", "no RoPE")))])
 
 
 def _exact(model: str, rival: str, scores: Sequence[RetrievalScore]) -> tuple[float, float, float, int] | None:

@@ -1,4 +1,4 @@
-"""Scaling in the report: loss against compute with the fits, perplexity by position, dma against every rival."""
+"""Scaling in the report: loss against compute, by step and by position, and judged forms against every rival."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.language.engine import LanguageConfig
+from dynamask_lab.studies.judged import SCALING, Judged, pairs_of, share_of_pairs, window_share
 from dynamask_lab.studies.locality.study import GENTLE_MEANS, variant_name
-from dynamask_lab.studies.scaling.power_law import fit_power_law
 from dynamask_lab.studies.scaling.study import scaling_summary
 from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, NOT_TESTED, REPRODUCED, SeedSpread, all_of, judge
 
 RIVALS = ("mha", "swa", "mla", "nsa")
 
@@ -29,17 +30,27 @@ class _Best:
 
     Attributes:
         size: non-embedding parameters that runs are matched by.
-        rates: how many were tried.
+        rates: those tried.
         runs: of the best rate.
     """
 
     size: int
-    rates: int
+    rates: frozenset[float]
     runs: list[Record]
 
     @property
     def seeds(self) -> set[int]:
         return {run.seed for run in self.runs}
+
+    @property
+    def losses(self) -> list[float]:
+        """Of each run, infinite where it diverged."""
+        return [math.inf if run.result["loss"] is None else run.result["loss"] for run in self.runs]
+
+    @property
+    def at_the_edge(self) -> bool:
+        """Whether the best rate is the least or the greatest of several: a better one may lie outside."""
+        return len(self.rates) > 1 and self.runs[0].config["learning_rate"] in (min(self.rates), max(self.rates))
 
 
 @reports("scaling")
@@ -58,7 +69,7 @@ def report_scaling(records: Sequence[Record], folder: Path) -> Section:
             "Loss against compute",
             keys,
             f"Validation loss in nats per token at the best learning rate tried; {data}; {seeds} seed"
-            f"{'s' if seeds > 1 else ''}. Exponents with 90% intervals of a residual bootstrap. Compute is useful "
+            f"{'s' if seeds > 1 else ''}. `pairs`: query-key pairs as a share of dense attention's. Compute is useful "
             f"work: weights, output layer, and attention over the keys that are seen. {GENTLE_MEANS}",
             scaling_summary(records),
             _draw(best, at_largest, folder / "scaling.svg"),
@@ -80,8 +91,35 @@ def report_scaling(records: Sequence[Record], folder: Path) -> Section:
             [_speed_row(name, found) for name, found in at_largest.items()],
         ),
     ]
-    forms = [name for name in best if name.startswith("dma")]
-    return Section("", exhibits, [_compare(form, best) for form in forms])
+    gap = _gap_rows(at_largest)
+    if gap:
+        about = "Nats below mha after so many steps (mean over seeds); the last column is the end of the training."
+        names = [run.key for name, found in at_largest.items() if name != "mha" for run in found.runs]
+        names += [run.key for run in at_largest["mha"].runs]
+        title = f"Lead over dense attention by step, {largest / 1e6:.1f}M parameters"
+        exhibits.insert(1, Exhibit("gap", title, names, about, gap))
+    return Section("", exhibits, _findings(best))
+
+
+def _gap_rows(at_largest: dict[str, _Best]) -> list[Row]:
+    """How far every mechanism lies below mha at each look, at the largest size."""
+    if "mha" not in at_largest:
+        return []
+    dense = loss_by_step(at_largest["mha"].runs)
+    rows: list[Row] = []
+    for name, found in at_largest.items():
+        own = loss_by_step(found.runs)
+        both = sorted(own.keys() & dense.keys())
+        if name != "mha" and both:
+            rows.append({"mechanism": name} | {f"@{step}": f"{dense[step] - own[step]:+.3f}" for step in both})
+    return rows
+
+
+def loss_by_step(runs: Sequence[Record]) -> dict[int, float]:
+    """Validation loss after so many steps, mean over runs, at the steps that all of them looked at."""
+    curves = [{look["step"]: look["loss"] for look in run.result["curve"] if look["loss"] is not None} for run in runs]
+    steps = set(curves[0]).intersection(*curves[1:])
+    return {step: float(np.mean([curve[step] for curve in curves])) for step in sorted(steps)}
 
 
 def _best(records: Sequence[Record]) -> dict[str, list[_Best]]:
@@ -98,7 +136,7 @@ def _best(records: Sequence[Record]) -> dict[str, list[_Best]]:
         for size, by_rate in sorted(sizes.items()):
             means = {rate: _mean([run.result["loss"] for run in runs]) for rate, runs in by_rate.items()}
             rate = min(means, key=lambda each: means[each])
-            found[name].append(_Best(size, len(by_rate), by_rate[rate]))
+            found[name].append(_Best(size, frozenset(by_rate), by_rate[rate]))
     return found
 
 
@@ -106,40 +144,76 @@ def _mean(losses: Sequence[float | None]) -> float:
     return float(np.mean([np.inf if loss is None else loss for loss in losses]))
 
 
-def _compare(form: str, best: dict[str, list[_Best]]) -> Finding:
-    """The form against every rival at every size, over the seeds that both ran, where the rival had no fewer rates to
-    choose from."""
-    margins: list[tuple[float, str]] = []
-    keys: list[str] = []
-    met = set()
-    for ours in best[form]:
-        for rival in RIVALS:
-            for theirs in best.get(rival, ()):
-                seeds = ours.seeds & theirs.seeds
-                if theirs.size == ours.size and theirs.rates >= ours.rates and seeds:
-                    met.add(rival)
-                    pair = [[run for run in each.runs if run.seed in seeds] for each in (ours, theirs)]
-                    losses = [_mean([run.result["loss"] for run in runs]) for runs in pair]
-                    margins.append((losses[1] - losses[0], f"{rival} at {ours.size / 1e6:.1f}M"))
-                    keys += [run.key for runs in pair for run in runs]
-    keys = list(dict.fromkeys(keys))
-    if not margins:
-        return Finding("perplexity", form, "no rival ran as many learning rates with one of its seeds", None, keys)
-    (worst, against), (most, over) = min(margins), max(margins)
-    ahead = sum(margin > 0 for margin, _ in margins)
-    measured = (
-        f"lower in {ahead} of {len(margins)} comparisons; {_perplexity(worst)} against {against}, {_perplexity(most)} "
-        f"against {over}"
-    )
-    if met != set(RIVALS):
-        missing = ", ".join(sorted(set(RIVALS) - met))
-        return Finding("perplexity", form, f"{measured}; not compared with {missing}", None, keys)
-    return Finding("perplexity", form, measured, ahead == len(margins), keys)
+def _findings(best: dict[str, list[_Best]]) -> list[Finding]:
+    """Judged forms against every rival, at the largest size that several seeds of them ran at and at the largest."""
+    findings = []
+    for form in SCALING:
+        sizes = best.get(form.name, [])
+        several = [found for found in sizes if len(found.seeds) > 1]
+        for found in dict.fromkeys(id(each) for each in (*several[-1:], *sizes[-1:])):
+            ours = next(each for each in sizes if id(each) == found)
+            findings.append(_compare(form, ours, best))
+        if sizes and form.role == "plain" and not any(_sees_all(found) for found in sizes):
+            measured = "the paper trains most of its tokens where the window holds the whole context; no run here did"
+            setting = {"w/N": "1", "size": "", "seeds": "0", "pairs": "100%"}
+            subject = f"{form.name}, the paper's own setting"
+            findings.append(Finding("perplexity", subject, measured, NOT_TESTED, [], form.role, setting))
+    return findings
 
 
-def _perplexity(margin: float) -> str:
-    """A difference of losses as the change of perplexity it is."""
-    return "diverged" if not math.isfinite(margin) else f"perplexity {math.expm1(-margin):+.1%}"
+def _sees_all(found: _Best) -> bool:
+    return all(share_of_pairs(run.config) >= 1 for run in found.runs)
+
+
+def _spread(size: int, best: dict[str, list[_Best]]) -> SeedSpread:
+    """The spread over seeds at that size, or at the largest size below it that has one."""
+    spread = SeedSpread(math.nan, 0)
+    for each in sorted({found.size for sizes in best.values() for found in sizes if found.size <= size}):
+        alike = [f.losses for sizes in best.values() for f in sizes if f.size == each and math.isfinite(sum(f.losses))]
+        own = SeedSpread.pooled(alike)
+        spread = own if own.freedom else spread
+    return spread
+
+
+def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding:
+    """The form against every rival of its size that had no fewer rates to choose from."""
+    spread = _spread(ours.size, best)
+    told, verdicts, edges = [], [], []
+    keys = [run.key for run in ours.runs]
+    for rival in RIVALS:
+        tuned = next(iter(best.get(rival, ())), None)
+        own = next(iter(best[form.name]))
+        for theirs in best.get(rival, ()):
+            if theirs.size != ours.size or tuned is None or len(tuned.rates) < len(own.rates):
+                continue
+            found = spread.difference(ours.losses, theirs.losses)
+            verdict = judge(found, LOSS_INTEREST, seeds=min(len(ours.seeds), len(theirs.seeds)))
+            if tuned.at_the_edge:
+                edges.append(rival)
+                verdict = NOT_TESTED if verdict == REPRODUCED else verdict
+            told.append(f"{rival} {found}")
+            verdicts.append(verdict)
+            keys += [run.key for run in theirs.runs]
+    setting = {
+        "w/N": window_share(ours.runs[0].config),
+        "size": f"{ours.size / 1e6:.1f}M",
+        "seeds": str(len(ours.seeds)),
+        "pairs": pairs_of(ours.runs),
+    }
+    subject = f"{form.name}, {setting['size']}"
+    if not told:
+        measured = "no rival ran as many learning rates at that size"
+        return Finding("perplexity", subject, measured, NOT_TESTED, keys, form.role, setting)
+    measured = f"nats below {', '.join(told)}"
+    if edges:
+        measured += (
+            f"; the best rate of {' and '.join(edges)} is the edge of the grid, so a lead over them decides nothing"
+        )
+    if len(told) < len(RIVALS):
+        measured += f"; not compared with {', '.join(r for r in RIVALS if not any(t.startswith(r) for t in told))}"
+        verdicts.append(NOT_TESTED)
+    interest = f"{LOSS_INTEREST} nats"
+    return Finding("perplexity", subject, measured, all_of(verdicts), keys, form.role, setting, interest)
 
 
 def _positions_row(name: str, found: _Best) -> Row:
@@ -166,7 +240,8 @@ def _draw(best: dict[str, list[_Best]], at_largest: dict[str, _Best], picture: P
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter
 
-    from dynamask.inspect.style import line_style, save_figure
+    from dynamask.inspect.style import line_style
+    from dynamask_lab.report.pictures import save_small
 
     figure = Figure(figsize=(11.5, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -178,10 +253,6 @@ def _draw(best: dict[str, list[_Best]], at_largest: dict[str, _Best], picture: P
         if len(runs):
             left.plot(compute, loss, **(style | {"linestyle": "none"}))
             (handles[name],) = left.plot([], [], **style)
-        if len(np.unique(compute)) > 1:
-            law = fit_power_law(compute, loss, samples=1)
-            grid = np.geomspace(compute.min(), compute.max(), 30)
-            left.plot(grid, law(grid), **(style | {"marker": ""}))
         if name in at_largest and at_largest[name].runs[0].result["loss"] is not None:
             buckets = at_largest[name].runs[0].result["positions"]
             middle = [(bucket["from"] + bucket["to"]) / 2 for bucket in buckets]
@@ -195,4 +266,4 @@ def _draw(best: dict[str, list[_Best]], at_largest: dict[str, _Best], picture: P
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
     figure.legend(list(handles.values()), list(handles), loc="outside right center", fontsize=8)
-    return save_figure(figure, picture)
+    return save_small(figure, picture)

@@ -1,4 +1,4 @@
-"""Loss against compute: five mixers with as many parameters each, trained on as many tokens, fitted by power laws.
+"""Loss against compute: five mixers with as many parameters each, trained on as many tokens.
 
 The learning rate is swept for every mixer at the smallest size; larger sizes train at the best one times the root of
 the ratio of widths. All runs of a size and seed see the same tokens in the same order.
@@ -15,8 +15,8 @@ import numpy as np
 
 from dynamask.models import uneven_windows
 from dynamask_lab.language.engine import LanguageConfig, language_cost, language_kind, run_language
+from dynamask_lab.studies.judged import pairs_of
 from dynamask_lab.studies.locality.study import GENTLE, one_dense_in_four, variant_name
-from dynamask_lab.studies.scaling.power_law import fit_power_law
 from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record, run_key
@@ -165,16 +165,16 @@ PLANS: dict[str, Plan] = {
 
 
 def scaling_summary(records: Sequence[Record]) -> list[dict[str, str]]:
-    """One row per mechanism: loss at each size, at its best rate, and the power law through them."""
+    """One row per mechanism: loss at each size at its best rate, and the share of dense attention's pairs."""
     runs: dict[str, dict[int, dict[float, list[Record]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for record in records:
         size = LanguageConfig.of(record.config).parameters
         runs[variant_name(record.config, any_depth=True)][size][record.config["learning_rate"]].append(record)
-    reference = float(np.exp(np.mean([np.log(record.result["flops"]) for record in records])))
     rows = []
     for name, by_size in runs.items():
         row = {"mechanism": name}
         chosen: list[Record] = []
+        row["pairs"] = pairs_of([run for by_rate in by_size.values() for group in by_rate.values() for run in group])
         for size, by_rate in sorted(by_size.items()):
             means = {rate: _mean_loss(group) for rate, group in by_rate.items()}
             best = min(means, key=lambda rate: means[rate])
@@ -185,13 +185,6 @@ def scaling_summary(records: Sequence[Record]) -> list[dict[str, str]]:
         speeds = [run.result["tokens_per_second"] for run in chosen if run.result["tokens_per_second"]]
         if speeds and not any(shared(run.device) for run in chosen):
             row["tokens/s, largest"] = f"{speeds[-1]:,.0f}"
-        compute = np.array([run.result["flops"] for run in chosen])
-        if len(by_size) > 1 and len(np.unique(compute)) > 1:
-            law = fit_power_law(compute, np.array([run.result["loss"] for run in chosen]))
-            low, high = law.exponent_interval
-            interval = "" if np.isnan(low) else f" ({low:.4f} to {high:.4f})"
-            row["b of C^-b"] = f"{law.exponent:.4f}{interval}"
-            row[f"fit at {reference:.1e} FLOP"] = f"{float(law(np.array(reference))):.4f}"
         rows.append(row)
     return rows
 
@@ -202,7 +195,7 @@ def _mean_loss(group: Sequence[Record]) -> float:
 
 SCALING = Experiment(
     name="scaling",
-    description="loss against compute for the five mixers, parameter-matched, with power laws",
+    description="loss against compute for the five mixers, parameter-matched",
     run=run_language,
     sizes={name: plan.tuning for name, plan in PLANS.items()},
     cost=language_cost,

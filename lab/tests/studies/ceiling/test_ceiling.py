@@ -99,7 +99,6 @@ def test_the_study_runs_and_continues(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(study, "BUDGETS", (512,))
-    monkeypatch.setattr(study, "CALIBRATION", 1)
     tokenizer = train_tokenizer([ESSAYS * 4, "0 1 2 3 4 5 6 7 8 9 magic number mentioned in the provided text"], 300)
     tokenizer.chat_template = "{% for m in messages %}<u>{{ m['content'] }}</u>{% endfor %}<a>"
     model = _tiny(len(tokenizer))
@@ -115,7 +114,18 @@ def test_the_study_runs_and_continues(
     torch.save(ranks, tmp_path / "ranks.pt")
     out = tmp_path / "ceiling.jsonl"
     arguments = ["--model", str(tmp_path / "model"), "--data", str(tmp_path), "--out", str(out), "--blocks", "1"]
-    arguments += ["--block", "1024", "--examples", "1", "--length", "1500", "--ranks", str(tmp_path / "ranks.pt")]
+    arguments += [
+        "--block",
+        "1024",
+        "--calibration",
+        "1",
+        "--examples",
+        "1",
+        "--length",
+        "1500",
+        "--ranks",
+        str(tmp_path / "ranks.pt"),
+    ]
     assert study.main([*arguments, "--rules", "dense", "static"]) == 0
     rows = study.read_rows([out])
     assert len(rows) == 4 + 4 * 2

@@ -1,0 +1,506 @@
+"""The exhibits that open `docs/results`: each a picture of raw lines, two sentences, and the command of its runs."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+from dynamask_lab.report.conversion import PATTERN, read_conversion
+from dynamask_lab.report.pictures import save_small
+from dynamask_lab.studies import Record
+from dynamask_lab.studies.ablation.study import LEAKY, ablation_name
+from dynamask_lab.studies.ceiling.report import ceiling_exhibit
+from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, MQAR, NEEDLE, SCALING
+from dynamask_lab.studies.locality.report import without_choice as scores_without_choice
+from dynamask_lab.studies.locality.study import variant_name
+from dynamask_lab.studies.mqar.study import mixer_name
+from dynamask_lab.studies.needle.report import distance, without_choice
+from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores
+from dynamask_lab.studies.scaling.report import loss_by_step
+from dynamask_lab.sweeps.section import Exhibit
+from dynamask_lab.sweeps.verdicts import Interval, SeedSpread, mean_interval
+
+Sweeps = Mapping[str, Sequence[Record]]
+"""Name of a results file without its suffix -> the runs in it."""
+Drawn = tuple[Exhibit, dict[str, tuple[str, Any]], str]
+"""An exhibit, its raw rows with their files, and the command of its runs."""
+
+_PLAIN, _BEST, _CONTROL = (form.name for form in SCALING)
+_COLOURS = {_PLAIN: SKY, _BEST: BLUE, _CONTROL: ORANGE, "mha": BLACK, "swa": RED, "mla": GREEN}
+_NAMES = {
+    _PLAIN: "the paper's form",
+    _BEST: "0.1's ranks, few layers wide",
+    _CONTROL: "newest keys, few layers wide",
+    "mha": "dense",
+    "swa": "newest keys, even",
+    "mla": "latent (mla)",
+}
+
+
+def exhibits(results: Path, sweeps: Sweeps, folder: Path) -> list[Drawn]:
+    """Draw every exhibit that has raw lines.
+
+    Args:
+        results: folder of raw lines.
+        sweeps: the runs of the experiments in it.
+        folder: for the pictures.
+    """
+    draw: list[Callable[[Path, Sweeps, Path], Drawn | None]] = [
+        loss_against_window,
+        effect_of_choosing,
+        loss_against_step,
+        match_against_distance,
+        cost,
+        ceiling_exhibit,
+    ]
+    return [found for each in draw if (found := each(results, sweeps, folder)) is not None]
+
+
+def _figure(width: float, height: float, panels: int, **options: Any) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels, squeeze=False, **options)[0]
+
+
+def _rows(sweeps: Sweeps, *names: str) -> dict[str, tuple[str, Any]]:
+    return {run.key: (f"lab/results/{name}.jsonl", _plain(run)) for name in names for run in sweeps.get(name, ())}
+
+
+def _plain(run: Record) -> dict[str, Any]:
+    return asdict(run)
+
+
+def _losses(runs: Sequence[Record], named: Callable[[Record], str]) -> dict[str, list[float]]:
+    """Losses by name at the best rate, of runs of one size and corpus."""
+    by_rate: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.result["loss"] is not None:
+            by_rate[named(run)][run.config["learning_rate"]].append(run.result["loss"])
+    return {name: min(rates.values(), key=lambda each: float(np.mean(each))) for name, rates in by_rate.items()}
+
+
+def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
+    """Loss above dense attention against window over context; and what the leak of one top-k for all queries gives."""
+    panels = _windows_of_sweeps(sweeps)
+    ablation = sweeps.get("ablation-probe", ())
+    if not panels or not ablation:
+        return None
+    figure, (left, right) = _figure(10.5, 3.9, 2)
+    keys: list[str] = []
+    gaps: dict[tuple[str, float], float] = {}
+    for (label, share), runs in panels.items():
+        losses = _losses(runs, _any_depth)
+        dense = float(np.mean(losses["mha"]))
+        for name in (_PLAIN, _BEST, _CONTROL, "swa"):
+            if name in losses:
+                gap = float(np.mean(losses[name])) - dense
+                gaps[name, share] = max(gap, gaps.get((name, share), -np.inf))
+                left.plot(share, gap, "o", color=_COLOURS[name], markersize=7)
+                left.annotate(label, (share, gap), textcoords="offset points", xytext=(7, -3), fontsize=6.5)
+        keys += [run.key for run in runs if _any_depth(run) in (_PLAIN, _BEST, _CONTROL, "swa", "mha")]
+    for name in (_PLAIN, _BEST, _CONTROL, "swa"):
+        left.plot([], [], "o", color=_COLOURS[name], label=_NAMES[name])
+    left.axhline(0, color=BLACK, linestyle="--", linewidth=1)
+    left.annotate("dense attention", (1, 0), textcoords="offset points", xytext=(-66, 4), fontsize=8)
+    left.set_xscale("log", base=2)
+    left.set(
+        xlabel="window / context", ylabel="nats above dense attention", title="4.4M parameters", xlim=(1 / 24, 1.5)
+    )
+    left.set_yscale("symlog", linthresh=0.5)
+    left.legend(fontsize=7)
+    leak = _leak(ablation, right)
+    keys += [run.key for run in ablation]
+    plain = [(share, gap) for (name, share), gap in gaps.items() if name == _PLAIN]
+    share, gap = max(plain) if plain else (0.0, float("nan"))
+    text = (
+        f"At a window of 1/{1 / share:.0f} of the context, the largest at which the paper's form was trained, its "
+        f"loss is {gap:.2f} nats above dense attention's; the paper's own setting, a window as long as the context, "
+        "has not been run. The leak (one choice of keys for all queries, which sees the future) lowers the loss of "
+        f"a model trained with it by {leak:.2f} nats, which exact selection then loses."
+    )
+    alt = "loss above dense attention against window over context; loss of a small model by window, exact and leaky"
+    picture = save_small(figure, folder / "loss-window.svg")
+    exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
+    command = "dynamask experiment scaling --size small; dynamask experiment locality --size chinchilla"
+    names = ("scaling-small", "locality-chinchilla", "ablation-probe")
+    return exhibit, _rows(sweeps, *names), f"{command}; dynamask experiment ablation --size probe"
+
+
+def _any_depth(run: Record) -> str:
+    return variant_name(run.config, any_depth=True)
+
+
+def _windows_of_sweeps(sweeps: Sweeps) -> dict[tuple[str, float], list[Record]]:
+    """The runs at 4.4M parameters by corpus and window over context, with the dense runs of each sweep."""
+    found: dict[tuple[str, float], list[Record]] = {}
+    for name in ("scaling-small", "locality-chinchilla"):
+        runs = [run for run in sweeps.get(name, ()) if run.config["width"] == 256]
+        for corpus in sorted({run.config["corpus"] for run in runs}):
+            own = [run for run in runs if run.config["corpus"] == corpus]
+            shares = {run.config["window"] / run.config["length"] for run in own if run.config["window"]}
+            if shares and any(run.config["attention"] == "mha" for run in own):
+                found[corpus, min(shares)] = own
+    return found
+
+
+def _leak(runs: Sequence[Record], axes: Any) -> float:
+    """Draw the ablation's losses by window; return how much the leak flatters the model that is trained with it."""
+    seeds: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    flattered = float("nan")
+    for run in runs:
+        name, share = ablation_name(run.config), run.config["window"] / run.config["length"]
+        seeds[name][share].append(run.result["loss"])
+        if run.config["attention"] == LEAKY:
+            exact, leaky = run.result["exact_loss"], run.result["leaky_loss"]
+            axes.plot([share, share], [exact, leaky], color=PINK, linewidth=1)
+            axes.plot(share, exact, "D", color=PINK, label="the paper's form, trained with the leak: exact")
+            axes.plot(share, leaky, "D", color=PINK, markerfacecolor="none", label="the same, read with the leak")
+            flattered = exact - leaky
+    for name, label, colour in (("dma", "0.1's default", BLUE), ("sliding window", "newest keys", RED)):
+        points = sorted((share, float(np.mean(losses))) for share, losses in seeds[name].items())
+        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+    for share, losses in seeds["dma, paper's form"].items():
+        axes.plot(share, float(np.mean(losses)), "D", color=SKY, label="the paper's form")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="window / context", ylabel="loss, nats per token", title="0.2M parameters, one or three seeds")
+    axes.legend(fontsize=7)
+    return flattered
+
+
+def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
+    """A forest plot: what choosing keys gives over as many keys without a choice that is learned."""
+    losses: list[tuple[str, Interval]] = []
+    shares: list[tuple[str, Interval]] = []
+    rows: dict[str, tuple[str, Any]] = {}
+    locality = sweeps.get("locality-chinchilla", ())
+    for form, name in ((LOCALITY_EVEN[1].name, "even windows"), (LOCALITY[1].name, "few layers wide")):
+        pairs = _paired(locality, form, scores_without_choice(form))
+        if pairs:
+            losses.append((f"from scratch, 4.4M, {name}", mean_interval([b - a for a, b in pairs])))
+    scaling = [run for run in sweeps.get("scaling-small", ()) if run.config["width"] == 256]
+    own = _losses(scaling, _any_depth)
+    if _BEST in own and _CONTROL in own:
+        spread = SeedSpread.pooled(list(own.values()))
+        losses.append(("from scratch, 4.4M, code + text, w/N 1/8", spread.difference(own[_BEST], own[_CONTROL])))
+    rows |= _rows(sweeps, "locality-chinchilla", "scaling-small")
+    lines = read_conversion(results)
+    files = {line["key"]: file.name for file in sorted(results.glob(PATTERN)) for line in _json_lines(file)}
+    for state in ("frozen", "distilled"):
+        for corpus in ("text", "code"):
+            gain, used = _converted(lines, state, corpus)
+            if gain is not None:
+                losses.append((f"converted 135M, {state}, {corpus}", gain))
+                rows |= {line["key"]: (f"lab/results/{files[line['key']]}", line) for line in used}
+    for name in ("needle-long", "needle-quick"):
+        for where, gain in _needles(sweeps.get(name, ())):
+            shares.append((where, gain))
+    rows |= _rows(sweeps, "needle-long", "needle-quick")
+    recall = _recall(sweeps.get("mqar-quick", ()))
+    if recall is not None:
+        shares.append(("associative recall, width 128, w/N 1/16", recall))
+        rows |= _rows(sweeps, "mqar-quick")
+    if not losses or not shares:
+        return None
+    figure, (left, right) = _figure(10.5, 0.9 + 0.33 * max(len(losses), len(shares)), 2)
+    for axes, points, scale, label in (
+        (left, losses, 1.0, "nats saved by choosing keys"),
+        (right, shares, 100.0, "points of right answers gained"),
+    ):
+        for place, (_, found) in enumerate(reversed(points)):
+            low, high = scale * (found.mean - found.low), scale * (found.high - found.mean)
+            axes.errorbar(scale * found.mean, place, xerr=[[low], [high]], fmt="o", color=BLUE, capsize=3)
+        axes.set_yticks(range(len(points)), [name for name, _ in reversed(points)], fontsize=7.5)
+        axes.axvline(0, color=BLACK, linewidth=1)
+        axes.set(xlabel=label, ylim=(-0.6, len(points) - 0.4))
+        axes.grid(alpha=0.3, axis="x")
+    better = sum(found.low > 0 for _, found in losses)
+    found_more = sum(found.low > 0 for _, found in shares)
+    text = (
+        f"Choosing keys lowers the loss in {better} of {len(losses)} comparisons with as many keys without a learned "
+        f"choice, and finds more in {found_more} of {len(shares)} (95% intervals that exclude zero). Intervals of "
+        "models from scratch cover seeds, those of converted models documents, and those of needles the examples of "
+        "one training seed."
+    )
+    alt = "forest plot of the gain from choosing keys, in loss and in right answers, each with its interval"
+    picture = save_small(figure, folder / "choosing.svg")
+    exhibit = Exhibit("choosing", "Effect of choosing", list(rows), text, picture=picture, alt=alt)
+    return exhibit, rows, "dynamask experiment locality | scaling | needle | mqar; lab/scripts/conversion_gpu.sh"
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file; one that a kill cut off is left out."""
+    lines = []
+    for text in file.read_text(encoding="utf-8").split("\n"):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "key" in line:
+            lines.append(line)
+    return lines
+
+
+def _paired(runs: Sequence[Record], form: str, control: str) -> list[tuple[float, float]]:
+    """Losses of the form and its control at equal corpus, seed and rate."""
+    found: dict[str, dict[tuple[str, int, float], float]] = {form: {}, control: {}}
+    for run in runs:
+        name = variant_name(run.config)
+        if name in found:
+            place = (run.config["corpus"], run.seed, run.config["learning_rate"])
+            found[name][place] = run.result["loss"]
+    return [(found[form][place], found[control][place]) for place in sorted(found[form].keys() & found[control].keys())]
+
+
+def _converted(
+    lines: Sequence[Mapping[str, Any]], state: str, corpus: str
+) -> tuple[Interval | None, list[Mapping[str, Any]]]:
+    """Loss saved by learned ranks over the newest keys in the same windows, paired by document."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for line in lines:
+        spec, settings = line["spec"], line["settings"]
+        if line["measure"] == "continuation" and settings["corpus"] == corpus and spec["budget"] == 512:
+            usual = spec["windows"] == "heads" and spec["predictor"] == "hidden" and not spec["seed"]
+            if spec["kind"] == "converted" and usual and spec["distilled"] == (state == "distilled"):
+                found.setdefault(spec["ranks"], line)
+    if found.keys() < {"learned", "newest"}:
+        return None, []
+    pairs = zip(found["newest"]["result"]["losses"], found["learned"]["result"]["losses"], strict=True)
+    return mean_interval([newest - learned for newest, learned in pairs]), list(found.values())
+
+
+def _needles(runs: Sequence[Record]) -> list[tuple[str, Interval]]:
+    """Exact match gained over sliding windows of the same sizes, inside the widest window and beyond it."""
+    made = []
+    for form in NEEDLE:
+        own = [run for run in runs if form.role == "best" and form.name in run.result["loss"]]
+        if not own:
+            continue
+        context, edge = own[0].config["context"], max(own[0].config["layer_windows"])
+        cells: dict[str, dict[tuple[str, int, float], Any]] = {}
+        for score in mean_scores(runs):
+            if score.length <= context and score.depth < 1:
+                cells.setdefault(score.model, {})[score.task, score.length, score.depth] = score
+        ours, theirs = cells[form.name], cells.get(without_choice(form.name), {})
+        for inside in (True, False):
+            both = [cell for cell in ours.keys() & theirs.keys() if (distance(ours[cell]) <= edge) == inside]
+            if both:
+                means = [sum(found[cell].exact for cell in both) / len(both) for found in (ours, theirs)]
+                variance = sum(
+                    found[cell].exact * (1 - found[cell].exact) / found[cell].samples
+                    for found in (ours, theirs)
+                    for cell in both
+                )
+                margin = 1.96 * variance**0.5 / len(both)
+                gain = means[0] - means[1]
+                where = f"needles, trained at {context}, {'inside' if inside else 'beyond'} the window"
+                made.append((where, Interval(gain, gain - margin, gain + margin)))
+    return made
+
+
+def _recall(runs: Sequence[Record]) -> Interval | None:
+    """Accuracy gained by the best form over sliding windows of the same sizes, at width 128."""
+    by_rate: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        if run.config["width"] == 128:
+            by_rate[mixer_name(run.config)][run.config["learning_rate"]].append(run.result["accuracy"])
+    own = {name: max(rates.values(), key=lambda each: float(np.mean(each))) for name, rates in by_rate.items()}
+    _, best, control = (form.name for form in MQAR)
+    if best not in own or control not in own:
+        return None
+    spread = SeedSpread.pooled(list(own.values()))
+    return spread.difference([-each for each in own[best]], [-each for each in own[control]])
+
+
+def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
+    """The lead over dense attention by step and by position, at the largest size."""
+    runs = sweeps.get("scaling-small", ())
+    width = max((run.config["width"] for run in runs), default=0)
+    by_name: dict[str, list[Record]] = defaultdict(list)
+    for run in runs:
+        if run.config["width"] == width:
+            by_name[_any_depth(run)].append(run)
+    if "mha" not in by_name or _BEST not in by_name:
+        return None
+    dense = loss_by_step(by_name["mha"])
+    figure, (left, middle, right) = _figure(12, 3.7, 3)
+    keys = [run.key for run in by_name["mha"]]
+    left.plot(list(dense), list(dense.values()), "s--", color=BLACK, label="dense", markersize=4)
+    gaps: dict[str, dict[int, float]] = {}
+    positions = _by_position(by_name["mha"])
+    for name in (_BEST, _CONTROL, "swa", "mla"):
+        own = loss_by_step(by_name.get(name, [])) if by_name.get(name) else {}
+        gaps[name] = {step: dense[step] - own[step] for step in own if step in dense}
+        if own:
+            keys += [run.key for run in by_name[name]]
+            style = {"color": _COLOURS[name], "label": _NAMES[name], "markersize": 4}
+            left.plot(list(own), list(own.values()), "o-", **style)
+            middle.plot(list(gaps[name]), list(gaps[name].values()), "o-", **style)
+            places = _by_position(by_name[name])
+            right.plot(list(places), [positions[place] - loss for place, loss in places.items()], "o-", **style)
+    for axes in (middle, right):
+        axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
+        axes.set_ylabel("nats below dense attention")
+    left.set(xlabel="step", ylabel="validation loss", xscale="log")
+    middle.set(xlabel="step", xscale="log")
+    right.set(xlabel="position in the sequence, at the end")
+    right.set_xscale("log", base=2)
+    left.legend(fontsize=7)
+    lead = gaps[_BEST]
+    most, last = max(lead, key=lambda step: lead[step]), max(lead)
+    size = by_name["mha"][0].result["parameters"]["non_embedding"] / 1e6
+    text = (
+        f"At {size:.1f}M parameters the best form's lead over dense attention is {lead[most]:.3f} nats after {most} "
+        f"steps and {lead[last]:+.3f} at the end ({last} steps, one seed: less than seeds differ by). Sliding "
+        f"windows of the same sizes lead by {gaps[_CONTROL][most]:.3f} and {gaps[_CONTROL][last]:+.3f}; a lead that "
+        "shrinks with training is faster learning, not a better model."
+    )
+    alt = "validation loss by step, and the gap to dense attention by step and by position"
+    picture = save_small(figure, folder / "loss-step.svg")
+    exhibit = Exhibit("loss-step", "Loss against step", keys, text, picture=picture, alt=alt)
+    return exhibit, _rows(sweeps, "scaling-small"), "dynamask experiment scaling --size small"
+
+
+def _by_position(runs: Sequence[Record]) -> dict[float, float]:
+    found: dict[float, list[float]] = defaultdict(list)
+    for run in runs:
+        for bucket in run.result["positions"]:
+            found[(bucket["from"] + bucket["to"]) / 2].append(bucket["loss"])
+    return {place: float(np.mean(losses)) for place, losses in sorted(found.items())}
+
+
+def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
+    """Exact match against the distance from needle to question, with the window's edge."""
+    runs = sweeps.get("needle-long", ())
+    if not runs:
+        return None
+    context = NeedleConfig.of(runs[0].config).context
+    plain, best, control = (form.name for form in (NEEDLE[0], NEEDLE[1], NEEDLE[3]))
+    shown = {
+        "mha": ("dense", BLACK),
+        best: ("0.1's ranks, two layers wide", BLUE),
+        "dma, from dense, ranked by attention^4": ("0.1's ranks, even windows", GREEN),
+        "dma, upcycled, ranked by attention^4": ("0.1's ranks, upcycled", PINK),
+        control: ("newest keys, two layers wide", ORANGE),
+        plain: ("the paper's form", SKY),
+    }
+    cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for score in mean_scores(runs):
+        if score.depth < 1 and score.model in shown:
+            cells[score.model][distance(score)].append(score.exact)
+    figure, (axes,) = _figure(8.2, 4, 1)
+    for name, (label, colour) in shown.items():
+        points = sorted((place, 100 * float(np.mean(found))) for place, found in cells[name].items())
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=4)
+    edges = {512: "even window", 1280: "widest layer", context // 2: "longest example trained on"}
+    for edge, label in edges.items():
+        axes.axvline(edge, color=GREY, linestyle=":")
+        axes.annotate(f"{label} {edge}", (edge, 28), fontsize=7, rotation=90, va="bottom", ha="right")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens from the needle to the question", ylabel="exact match, %", ylim=(-3, 103))
+    axes.legend(fontsize=7.5)
+
+    def beyond(name: str) -> float:
+        values = [v for place, found in cells[name].items() if 1280 < place <= context for v in found]
+        return float(np.mean(values))
+
+    furthest = max(
+        float(np.mean([value for place, values in cells[name].items() if place > context for value in values]))
+        for name in shown
+    )
+    text = (
+        f"From 1,280 tokens, past the widest layer's window, to the training length of {context:,}, dense attention "
+        f"finds {beyond('mha'):.0%}, chosen keys {beyond(best):.0%}, newest keys in the same windows "
+        f"{beyond(control):.0%} (one training seed). Beyond the training length the best form of all finds "
+        f"{furthest:.0%}."
+    )
+    picture = save_small(figure, folder / "match-distance.svg")
+    alt = "exact match against distance from needle to question, one line per form, window edges drawn"
+    keys = [run.key for run in runs]
+    exhibit = Exhibit("match-distance", "Exact match against distance", keys, text, picture=picture, alt=alt)
+    return exhibit, _rows(sweeps, "needle-long"), "dynamask experiment needle --size long"
+
+
+def cost(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
+    """Time and memory against dense attention: one attention with its mask, training, decoding, cache."""
+    attention, models = results / "h100-attention.json", results / "h100-model" / "model.json"
+    if not attention.exists() or not models.exists():
+        return None
+    calls, model = (json.loads(file.read_text(encoding="utf-8")) for file in (attention, models))
+    shape = {"D": 128, "H": 16, "G": 4, "w": 2048, "scores": "random"}
+    timed = [
+        row
+        for row in calls["attention"]
+        if all(row[name] == value for name, value in shape.items()) and "backward_ms" in row
+    ]
+    figure, panels = _figure(13, 3.4, 4)
+    ours, dense = {}, {}
+    for row in timed:
+        ours[row["N"]] = sum(row.get(name) or 0.0 for name in ("forward_ms", "backward_ms", "expiry_ms", "lists_ms"))
+        pairs = [[row.get(f"{peer}_{way}_ms") for way in ("forward", "backward")] for peer in ("flash", "cudnn", "fa3")]
+        best = [min((pair[way] for pair in pairs if pair[way] is not None), default=float("nan")) for way in (0, 1)]
+        if all(map(np.isfinite, best)):
+            dense[row["N"]] = sum(best)
+    for found, label, colour in ((ours, "dynamask, mask included", BLUE), (dense, "dense, fastest kernel", BLACK)):
+        panels[0].plot(*zip(*sorted(found.items()), strict=True), "o-", color=colour, label=label, markersize=4)
+    panels[0].set(title="attention, forward + backward, ms", xlabel="tokens", yscale="log")
+    for axes, rows, place, value, title in (
+        (panels[1], model["training"], "N", "tokens_per_s", "training, tokens/s (wall clock)"),
+        (
+            panels[2],
+            [row for row in model["generation"] if row["batch"] == 1],
+            "context",
+            "tokens_per_s",
+            "decoding, tokens/s",
+        ),
+        (
+            panels[3],
+            [row for row in model["generation"] if row["batch"] == 1],
+            "context",
+            "cache_mib",
+            "cache, MiB a sequence",
+        ),
+    ):
+        best_of = min if value == "cache_mib" else max
+        for is_dense, label, colour in ((False, "dynamask", BLUE), (True, "dense", BLACK)):
+            points: dict[int, float] = {}
+            for row in rows:
+                if row["attention"].startswith("mha") is is_dense and row.get(value) is not None:
+                    points[row[place]] = best_of(row[value], points.get(row[place], row[value]))
+            axes.plot(*zip(*sorted(points.items()), strict=True), "o-", color=colour, label=label, markersize=4)
+        axes.set(title=title, xlabel="tokens")
+        if value == "cache_mib":
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(0)
+    for axes in panels:
+        axes.set_xscale("log", base=2)
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    both = sorted(ours.keys() & dense.keys())
+    first, last = both[0], both[-1]
+    text = (
+        f"With a window of {shape['w']:,} keys, one attention with its mask is {dense[first] / ours[first]:.2f} "
+        f"times as fast as the fastest dense kernel at {first:,} tokens and {dense[last] / ours[last]:.0f} "
+        f"times at {last:,}. Whole training steps gain less, because the rest of the model costs the same; decoding "
+        "time and cache stop growing with the context."
+    )
+    keys = [f"attention[{number}]" for number, row in enumerate(calls["attention"]) if row in timed]
+    rows_by_key: dict[str, tuple[str, Any]] = {
+        key: ("lab/results/h100-attention.json", calls["attention"][int(key[10:-1])]) for key in keys
+    }
+    for part in ("training", "generation"):
+        for number, row in enumerate(model[part]):
+            rows_by_key[f"{part}[{number}]"] = ("lab/results/h100-model/model.json", row)
+    picture = save_small(figure, folder / "cost.svg")
+    alt = "time of attention, training speed, decoding speed and cache against tokens, beside dense attention"
+    exhibit = Exhibit("cost", "Cost", list(rows_by_key), text, picture=picture, alt=alt)
+    return exhibit, rows_by_key, "dynamask benchmark gpu; dynamask benchmark model"

@@ -1,0 +1,106 @@
+"""The scoreboard: the paper's eight claims against the plain form, the form named beforehand and its control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dynamask_lab.report.claims import CLAIMS, GOALS
+from dynamask_lab.sweeps.section import Finding, Row
+from dynamask_lab.sweeps.verdicts import NOT_TESTED
+
+ROLES = {"plain": "plain form", "best": "best form", "control": "control"}
+_SETTING = ("w/N", "size", "seeds", "pairs")
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A finding and where it comes from.
+
+    Attributes:
+        finding: what was found.
+        part: name of its section.
+        link: of its page, relative to the index.
+        appendix: whether the page is part of the appendix.
+    """
+
+    finding: Finding
+    part: str
+    link: str
+    appendix: bool
+
+
+def board(found: Sequence[Placed]) -> list[Row]:
+    """One row per claim: the verdict on every role with window over context, size and seeds."""
+    rows: list[Row] = []
+    for name, claim in CLAIMS.items():
+        if name in GOALS:
+            continue
+        row = {"claim": claim.text}
+        own = [each for each in found if each.finding.claim == name]
+        for role, title in ROLES.items():
+            cells = list(dict.fromkeys(_cell(each) for each in chosen(own, role)))
+            row[title] = "; ".join(cells)
+        if not own:
+            row["plain form"] = f"**{NOT_TESTED}**"
+        rows.append(row)
+    return rows
+
+
+def details(found: Sequence[Placed]) -> list[Row]:
+    """One row per claim and finding, with interval, setting and source; goals of this library come last."""
+    rows: list[Row] = []
+    for name, claim in CLAIMS.items():
+        own = [each for each in found if each.finding.claim == name]
+        shown = [each for role in (*ROLES, "") for each in chosen(own, role, all_settings=True)]
+        for number, each in enumerate(shown):
+            finding = each.finding
+            rows.append(
+                {
+                    "claim": claim.short if number == 0 else "",
+                    "form": finding.subject + (f" ({ROLES[finding.role]})" if finding.role else ""),
+                    "verdict": f"**{finding.verdict}**",
+                    "measured [95% interval]": finding.measured,
+                    "of interest": finding.interest,
+                    **{title: finding.setting.get(title, "") for title in _SETTING},
+                    "from": f"[{each.part}]({each.link})",
+                }
+            )
+        if not shown:
+            rows.append({"claim": claim.short, "verdict": f"**{NOT_TESTED}**", "from": f"`{claim.command}`"})
+    return rows
+
+
+def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) -> list[Placed]:
+    """The findings of one claim and role to show.
+
+    Sections outside the appendix come first; within them the one with the most seeds decides, and its first finding
+    is the claim as it was made. With `all_settings`, every finding of the sections outside the appendix.
+
+    Returns:
+        The finding that decides, and after it those on settings that no run had; empty where there is none.
+    """
+    own = [each for each in found if each.finding.role == role or (role == "plain" and not each.finding.role)]
+    if all_settings:
+        own = [each for each in found if each.finding.role == role]
+    main = [each for each in own if not each.appendix] or own
+    if not main or all_settings:
+        return main
+    tested = [each for each in main if _seeds(each) > 0 or "seeds" not in each.finding.setting]
+    first = max(tested, key=_seeds) if tested else None
+    untested = [each for each in main if each not in tested]
+    return ([first] if first else []) + untested
+
+
+def _seeds(placed: Placed) -> int:
+    return int(placed.finding.setting.get("seeds") or 0)
+
+
+def _cell(placed: Placed) -> str:
+    setting: Mapping[str, str] = placed.finding.setting
+    share = setting.get("w/N", "").partition(" (")[0]
+    facts = [f"w/N {share}" if share else "", setting.get("size", "")]
+    if _seeds(placed):
+        facts.append(f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}")
+    told = ", ".join(fact for fact in facts if fact)
+    return f"**{placed.finding.verdict}**" + (f" ({told})" if told else "")
