@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dynamask.convert.allocate_windows import counts_above_threshold
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
@@ -83,6 +84,10 @@ class LanguageConfig:
         validation_tokens: so many of the held-out split, spread over it, the same for every run.
         test_share: share of the held-out documents that are kept for a test split, on which no form is chosen; the
             result then has its loss, over as many tokens.
+        sinks: first positions that are always kept, by dma with ranking="learned" and by swa. These two are dynamask's
+            mixers, not those of 0.1, and `layer_windows` may then give a list of one window per key/value head.
+        calibrate_at: share of the training after which windows per key/value head of the same mean are set by one
+            threshold on the learned ranks of validation text; 0: never.
         compile: compile the layers (on a GPU).
         keep_model: save the trained model, for a look at its masks.
         seed: of the weights and the order of the data.
@@ -105,7 +110,7 @@ class LanguageConfig:
     rank_power: float = 1.0
     distance_penalty: float = 0.0
     layer_attention: list[str] | None = None
-    layer_windows: list[int] | None = None
+    layer_windows: list[Any] | None = None
     rope_layers: list[bool] | None = None
     gate_rate: float = 1.0
     window_schedule: list[list[float]] = field(default_factory=list)
@@ -127,6 +132,8 @@ class LanguageConfig:
     schedule: str = "cosine"
     validation_tokens: int = 524_288
     test_share: float = 0.0
+    sinks: int = 0
+    calibrate_at: float = 0.0
     compile: bool = True
     keep_model: bool = False
     seed: int = 0
@@ -150,6 +157,11 @@ class LanguageConfig:
         if not 0 <= self.warmup < 1:
             raise InvalidInputError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
         check_window_schedule(self.window_schedule)
+        if self.calibrate_at and (self.ranking != "learned" or not 0 < self.calibrate_at < 1):
+            raise InvalidInputError(
+                f"calibrate_at is a share of the training of a model with ranking='learned'; got {self.calibrate_at} "
+                f"and ranking={self.ranking!r}"
+            )
         if self.layer_windows is not None and (len(self.layer_windows) != self.layers or self.window is None):
             raise InvalidInputError(
                 f"layer_windows gives the window of each of the {self.layers} layers, beside `window`; got "
@@ -168,8 +180,23 @@ class LanguageConfig:
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
         return plain_settings(
-            self, ("ranking", "rank_rate", "rank_power", "layer_windows", "rope_layers", "test_share")
+            self,
+            (
+                "ranking",
+                "rank_rate",
+                "rank_power",
+                "layer_windows",
+                "rope_layers",
+                "test_share",
+                "sinks",
+                "calibrate_at",
+            ),
         )
+
+    @property
+    def native(self) -> bool:
+        """Whether the mixers are dynamask's, not those of 0.1."""
+        return self.ranking == "learned" or self.sinks > 0
 
     @property
     def mixers(self) -> list[str]:
@@ -204,6 +231,29 @@ class LanguageConfig:
 
 def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalLM:
     """The model of a run, initialised from the CPU's generator, tied embeddings."""
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": settings.width,
+        "intermediate_size": settings.feed_forward,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.groups,
+        "head_dim": settings.width // settings.heads,
+        "max_position_embeddings": settings.length,
+        "rope_theta": 10_000.0,
+    }
+    if settings.native:
+        windows = settings.layer_windows or settings.window
+        return DynamaskForCausalLM(
+            DynamaskConfig(
+                **shape,
+                attention=settings.layer_attention or settings.attention,
+                windows=windows,
+                local=settings.local,
+                sinks=settings.sinks,
+                ranking="learned",
+            )
+        )
     own = {
         name: getattr(settings, name)
         for name in (
@@ -215,16 +265,8 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
     }
     return DynamaskForCausalLM(
         config_of_0_1(
+            **shape,
             attention=settings.attention,
-            vocab_size=vocab_size,
-            hidden_size=settings.width,
-            intermediate_size=settings.feed_forward,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.groups,
-            head_dim=settings.width // settings.heads,
-            max_position_embeddings=settings.length,
-            rope_theta=10_000.0,
             **own,
         )
     )
@@ -260,7 +302,8 @@ def _windows(settings: LanguageConfig, window: int | None) -> list[int | None]:
     """Of each layer, where the config's own is `window` for the time being."""
     if settings.layer_windows is None or window is None or settings.window is None:
         return [window] * settings.layers
-    return [own * window // settings.window for own in settings.layer_windows]
+    means = [round(np.mean(own)) for own in settings.layer_windows]
+    return [own * window // settings.window for own in means]
 
 
 def _pairs(settings: LanguageConfig, config: DynamaskConfig, mixer: str, window: int | None) -> float:
@@ -362,7 +405,7 @@ def language_cost(config: Config) -> float:
     settings = LanguageConfig.of(config)
     seen = settings.length if settings.window is None else min(settings.window, settings.length)
     if settings.layer_windows:
-        seen = sum(settings.layer_windows) // settings.layers
+        seen = round(float(np.mean([np.mean(own) for own in settings.layer_windows])))
     if set(settings.mixers) & {*WINDOWLESS, "nsa"}:
         seen = settings.length // 2
     per_token = 6.0 * settings.parameters + 6.0 * settings.width * 8192 + 12.0 * settings.layers * settings.width * seen
@@ -430,6 +473,7 @@ class _Run:
             "timing": (self.timed_steps, self.timed_seconds, self.peak),
             "seconds": self.seconds + time.perf_counter() - self._began,
             "content": self.streams.content,
+            "windows": self.model.config.windows,
         }
         with open(partial, "wb") as file:
             torch.save(state, file)
@@ -454,6 +498,7 @@ class _Run:
         self.step, self.curve = state["step"], state["curve"]
         self.diverged, self.seconds = state["diverged"], state["seconds"]
         self.timed_steps, self.timed_seconds, self.peak = state["timing"]
+        self.model.config.windows = state.get("windows", self.model.config.windows)
 
     def begin_with(self, folder: Path) -> None:
         """Take the weights of another run's kept model; only gates may be missing in it."""
@@ -511,6 +556,8 @@ class _Run:
 
     def _train_step(self, batches: _Batches) -> None:
         settings, step = self.settings, self.step
+        if settings.calibrate_at and step == round(settings.calibrate_at * settings.total_steps):
+            self._calibrate()
         set_window(self.model, settings.window_at(step))
         self.model.train()
         rate = learning_rate_at(settings, step)
@@ -525,6 +572,15 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.losses[step] = loss.detach()
         self.step += 1
+
+    def _calibrate(self) -> None:
+        """Set windows per key/value head of the same mean, by the ranks of validation text."""
+        settings = self.settings
+        assert settings.window is not None
+        rows = self._rows(self.streams.validation, min(8, len(self.streams.validation) // settings.length - 1))
+        self.model.eval()
+        with self._autocast():
+            self.model.config.windows = windows_by_rank(self.model, rows[:, :-1], settings.window)
 
     def _look(self) -> None:
         """Take the validation loss, at the config's own window."""
@@ -549,10 +605,7 @@ class _Run:
                 f"the {split} split has {len(stream)} tokens and validation_tokens={settings.validation_tokens}: "
                 f"both must be at least length={settings.length}"
             )
-        # Spread over the split, which may hold one corpus after another.
-        starts = np.arange(count) * ((len(stream) - 1) // settings.length) // count * settings.length
-        blocks = np.stack([stream[start : start + settings.length + 1] for start in starts]).astype(np.int64)
-        rows = torch.from_numpy(blocks).to(self.device)
+        rows = self._rows(stream, count)
         total = torch.zeros(settings.length, dtype=torch.float64, device=self.device)
         # Batches of one size, that of training: another size would compile another graph.
         size = settings.batch_tokens // settings.length
@@ -562,6 +615,13 @@ class _Run:
             with self._autocast():
                 total += next_token_losses(self.model, padded, self.token_losses)[: len(part)].double().sum(0)
         return (total / count).cpu()
+
+    def _rows(self, stream: np.ndarray, count: int) -> Tensor:
+        """(count, length + 1) sequences spread over a split, which may hold one corpus after another."""
+        length = self.settings.length
+        starts = np.arange(count) * ((len(stream) - 1) // length) // count * length
+        blocks = np.stack([stream[start : start + length + 1] for start in starts]).astype(np.int64)
+        return torch.from_numpy(blocks).to(self.device)
 
     def _result(self) -> dict[str, Any]:
         settings = self.settings
@@ -592,6 +652,8 @@ class _Run:
         }
         if settings.test_share and self.diverged is None:
             result["test"] = float(self._validate("test").mean())
+        if settings.calibrate_at:
+            result["head_windows"] = [list(layer) for layer in self.model.config.head_windows]
         self.state_file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a kept model stays
             self.folder.rmdir()
@@ -695,6 +757,35 @@ def compile_training(model: DynamaskForCausalLM) -> TokenLosses:
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     return torch.compile(plain_losses, dynamic=False)
+
+
+@torch.no_grad()
+def windows_by_rank(model: DynamaskForCausalLM, tokens: Tensor, window: int) -> list[list[int]]:
+    """Windows per key/value head with a given mean, by one threshold on the learned ranks of all heads.
+
+    Args:
+        model: with ranking="learned" in every layer.
+        tokens: (B, N).
+        window: the mean.
+    """
+    config: Any = model.config
+    layers: Any = model.model.layers
+    least = config.local + config.sinks
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, arguments: Any, ranks: Tensor) -> None:
+        found.append(ranks[:, :, config.sinks : ranks.shape[-1] - config.local].float())
+
+    hooks = [layer.mixer.rank_predictor.register_forward_hook(note) for layer in layers]
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a compiled layer has no place for a hook
+            model.model(input_ids=tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counts = counts_above_threshold([torch.cat(found, 1).transpose(0, 1)], window - least)
+    groups = config.num_key_value_heads
+    return [[least + n for n in counts[start : start + groups]] for start in range(0, len(counts), groups)]
 
 
 def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:

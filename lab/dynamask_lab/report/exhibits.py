@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
-from dynamask_lab.report.conversion import PATTERN, read_conversion
+from dynamask_lab.report.conversion import PATTERN, form_name, read_conversion
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
 from dynamask_lab.studies.ablation.study import LEAKY, ablation_name
@@ -263,13 +263,18 @@ def _converted(
     lines: Sequence[Mapping[str, Any]], state: str, corpus: str
 ) -> tuple[Interval | None, list[Mapping[str, Any]]]:
     """Loss saved by learned ranks over the newest keys in the same windows, paired by document."""
+    how = "distilled" if state == "distilled" else "model frozen"
+    forms = {
+        f"learned ranks, a window per head, {how}": "learned",
+        f"newest keys, a window per head, {how}": "newest",
+    }
     found: dict[str, Mapping[str, Any]] = {}
     for line in lines:
         spec, settings = line["spec"], line["settings"]
-        if line["measure"] == "continuation" and settings["corpus"] == corpus and spec["budget"] == 512:
-            usual = spec["windows"] == "heads" and spec["predictor"] == "hidden" and not spec["seed"]
-            if spec["kind"] == "converted" and usual and spec["distilled"] == (state == "distilled"):
-                found.setdefault(spec["ranks"], line)
+        ranks = forms.get(form_name(spec))
+        usual = spec["budget"] == 512 and not spec["seed"]
+        if ranks and usual and line["measure"] == "continuation" and settings["corpus"] == corpus:
+            found.setdefault(ranks, line)
     if found.keys() < {"learned", "newest"}:
         return None, []
     pairs = zip(found["newest"]["result"]["losses"], found["learned"]["result"]["losses"], strict=True)

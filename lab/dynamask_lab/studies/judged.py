@@ -67,13 +67,14 @@ def share(window: int, length: int) -> str:
 
 
 def layer_windows(config: Mapping[str, Any]) -> list[int]:
-    """Keys that a query of each layer sees at most, in a run's settings."""
+    """Keys that a query of each layer sees at most, in a run's settings; of each head where they are given so."""
     length, layers = config.get("length") or config["context"], config["layers"]
     windows = config.get("layer_windows") or [config.get("window")] * layers
     mixers = config.get("layer_attention") or [config["attention"]] * layers
     return [
-        length if mixer in ("mha", "mla") or window is None else min(window, length)
+        length if mixer in ("mha", "mla") or own is None else min(own, length)
         for window, mixer in zip(windows, mixers, strict=True)
+        for own in (window if isinstance(window, list) else [window])
     ]
 
 

@@ -1,0 +1,123 @@
+"""The study `scratch`: every form runs, windows per head have the mean they should, verdicts follow the test split."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynamask.errors import InvalidInputError
+from dynamask_lab.language.data import token_streams
+from dynamask_lab.language.engine import STATE_FOLDER, LanguageConfig, build_model, run_language, windows_by_rank
+from dynamask_lab.studies import SCRATCH, Record, run_key
+from dynamask_lab.studies.judged import share_of_pairs
+from dynamask_lab.studies.scratch.report import report_scratch
+from dynamask_lab.studies.scratch.study import forms, scratch_name
+from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED
+
+
+@pytest.fixture(autouse=True)
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STATE_FOLDER, str(tmp_path / "state"))
+
+
+def _quiet(share: float, note: str) -> None:
+    pass
+
+
+def test_names_and_order() -> None:
+    configs = SCRATCH.configs("tiny")
+    assert [scratch_name(config) for config in configs[:8]] == list(forms(2048))
+    assert [config["seed"] for config in configs] == [0] * 8 + [1] * 8 + [2] * 8
+    assert len({run_key("scratch", config) for config in configs}) == len(configs)
+
+
+def test_a_calibrated_run_goes_on_to_the_same_numbers_and_decides_its_control() -> None:
+    (calibrated,) = (c for c in SCRATCH.configs("smoke") if c.get("calibrate_at"))
+    calibrated |= {"groups": 2, "window": 16, "local": 8, "steps": 20}
+    whole = run_language(calibrated, _quiet)
+    assert sum(sum(layer) for layer in whole["head_windows"]) == 16 * 4
+    assert min(min(layer) for layer in whole["head_windows"]) >= 8 + 4
+
+    def stop(share: float, note: str) -> None:
+        if share >= 0.5:  # after the calibration
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_language(calibrated, stop)
+    resumed = run_language(calibrated, _quiet)
+    assert (resumed["head_windows"], resumed["loss"]) == (whole["head_windows"], whole["loss"])
+
+    (own,) = (c for c in SCRATCH.configs("smoke") if c.get("calibrate_at"))
+    record = Record("scratch", run_key("scratch", own), own, 0, {"head_windows": [[8], [8]]}, 1.0, "d", {}, None)
+    (control,) = SCRATCH.configs("smoke", [record])[8:]
+    assert scratch_name(control) == "newest, head windows"
+    model = build_model(LanguageConfig.of(control), 257)
+    assert model.config.head_windows == ((8,), (8,))
+    assert model.config.sinks == 4
+
+
+def test_windows_by_rank_go_to_heads_whose_keys_matter() -> None:
+    settings = LanguageConfig(
+        "dma", window=16, ranking="learned", sinks=2, local=4, layers=2, width=32, heads=4, length=64
+    )
+    model = build_model(settings, 50)
+    predictor = model.model.layers[1].mixer.rank_predictor
+    with torch.no_grad():
+        predictor.down.bias[1] += 2.0
+    made = windows_by_rank(model, torch.randint(0, 50, (3, 64)), 16)
+    assert sum(map(sum, made)) == 16 * 4
+    assert made[1][1] > made[1][0]
+    assert share_of_pairs({"length": 64, "layers": 2, "attention": "swa", "window": 16, "layer_windows": made}) < 1
+    with pytest.raises(InvalidInputError, match="calibrate_at"):
+        LanguageConfig("mha", calibrate_at=0.5)
+
+
+def _records(loss: dict[str, float], seeds: int) -> list[Record]:
+    records = []
+    for config in SCRATCH.configs("tiny"):
+        if config["seed"] < seeds:
+            test = loss.get(scratch_name(config), 3.0) + 0.001 * config["seed"]
+            result: dict[str, Any] = {"loss": 9.0, "test": test}
+            records.append(
+                Record("scratch", run_key("scratch", config), config, config["seed"], result, 1, "d", {}, None)
+            )
+    return records
+
+
+def test_verdicts_read_the_test_split(tmp_path: Path) -> None:
+    loss = {"paper, w = N/8": 3.4, "learned, head windows": 2.9, "paper, w = N": 3.001}
+    found = {f.subject: f for f in report_scratch(_records(loss, 3), tmp_path).findings}
+    names = ("learned, head windows", "paper, w = N", "paper, w = N/8")
+    verdicts = [found[f"{name}, 1.1M, fresh tokens"].verdict for name in names]
+    assert verdicts == [REPRODUCED, NO_DIFFERENCE, REFUTED]
+    assert found["paper, w = N, 1.1M, fresh tokens"].role == "plain"
+    assert found["paper, w = N, 1.1M, fresh tokens"].setting["w/N"] == "1"
+    one = report_scratch(_records(loss, 1), tmp_path).findings
+    assert {finding.verdict for finding in one} == {NOT_TESTED}
+
+
+def test_a_local_corpus_is_made_of_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "local_corpus.py"
+    spec = importlib.util.spec_from_file_location("local_corpus", script)
+    assert spec is not None
+    assert spec.loader is not None
+    local_corpus = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(local_corpus)
+    monkeypatch.setattr(local_corpus, "documents", lambda names, errors: iter(()))  # no standard library: it is long
+    monkeypatch.setattr(
+        local_corpus,
+        "sources",
+        lambda packages: (
+            local_corpus.Document(f"{i}", f"def f{i // 2}(x):\n    return x + {i // 2}\n" * 40) for i in range(800)
+        ),
+    )
+    tokens = local_corpus.build(tmp_path, (), sample=10_000)
+    monkeypatch.setenv("DYNAMASK_CORPORA", str(tmp_path))
+    streams = token_streams("local", 0.5)
+    assert len(streams.train) == tokens
+    assert len(streams.test)
+    assert len(streams.validation)
