@@ -46,14 +46,17 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout dynamask runs from, "-dirty" behind it where the package's files differ; else None."""
+    """The commit of the checkout dynamask runs from, "-dirty" behind it where the package's files differ.
+
+    Without a history, what the environment variable DYNAMASK_COMMIT says, or None.
+    """
     package = Path(dynamask.__file__).parent
     # A package installed into another project's folder must not be given that project's commit.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
+        return os.environ.get("DYNAMASK_COMMIT")  # a copied tree may lack its history
     head = _git(package, "rev-parse", "HEAD")
     if head is None:
-        return None
+        return os.environ.get("DYNAMASK_COMMIT")
     return f"{head}-dirty" if _git(package, "status", "--porcelain", ".") else head
 
 
