@@ -52,6 +52,9 @@ class TrainConfig:
         compile: run the model through torch.compile.
         shard: with several processes, split parameters, gradients and optimizer over them (FSDP2), and checkpoints with
             them; otherwise every process holds a replica.
+        context_parallel: processes, neighbours by rank, that split every sequence between them: each holds
+            context / context_parallel tokens at a time. They take turns through each other's batches, so a step sees
+            the same sequences as without. It divides the number of processes.
         spike: nats by which the loss of a step may exceed the median of the last 50 before the training stops, as it
             does at a loss or gradient that is no number; 0: no limit.
         skip: optimizer steps whose batches are left out.
@@ -90,6 +93,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = True
+    context_parallel: int = 1
     spike: float = 3.0
     skip: list[int] = field(default_factory=list)
     seed: int = 0
@@ -102,7 +106,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.context is not None and self.context < 2:
             raise UsageError(f"context must be at least 2: a token and the next one; got {self.context}")
-        for name in ("batch_size", "gradient_accumulation", "steps", "keep", "log_every"):
+        for name in ("batch_size", "gradient_accumulation", "steps", "keep", "log_every", "context_parallel"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
         for name in ("warmup_steps", "save_every", "eval_every", "weight_decay", "spike"):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -58,3 +60,29 @@ def agreed(decide: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise answer[1]  # type: ignore[misc]
     return answer[0]  # type: ignore[return-value]
+
+
+def neighbours(size: int) -> Any:
+    """Return the process group of this process and the `size - 1` that stand beside it; all processes call this."""
+    world = dist.get_world_size()
+    group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + size)) for i in range(0, world, size)])
+    return group
+
+
+def shards_of_all(inputs: dict[str, Tensor], group: Any) -> Iterator[dict[str, Tensor]]:
+    """Take turns through the batches of a group's processes, and cut each into the shard of this process.
+
+    Args:
+        inputs: (B, N) tensors of this process's batch; shapes and names are the same in all processes.
+        group: the processes that share their sequences.
+
+    Yields:
+        For each process of the group, the same names with (B, n) tensors.
+    """
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    batches: dict[str, list[Tensor]] = {}
+    for name, tensor in inputs.items():
+        batches[name] = [torch.empty_like(tensor) for _ in range(size)]
+        dist.all_gather(batches[name], tensor.contiguous(), group=group)
+    for turn in range(size):
+        yield {name: of_all[turn].tensor_split(size, dim=1)[rank].contiguous() for name, of_all in batches.items()}

@@ -22,6 +22,7 @@ from dynamask.data import Corpus, Document, PackedDataset, prepare
 from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
 from dynamask.lock import locked
+from dynamask.mixers import get_mixer
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM, preset
 from dynamask.training.checkpointing import checkpoint_step, checkpoints, damage, is_sharded
 from dynamask.training.config import TrainConfig
@@ -148,6 +149,7 @@ def _train(
     if (finished := _finished(output)) is not None:
         tell(f"this run is finished: {output} holds the model of step {config.steps}; nothing was trained")
         return finished
+    _check_context_parallel(config, start)
     arguments = _arguments(config, _split(config, output))
     with arguments.main_process_first(local=False):  # the other ranks open what the first one made
         corpus = prepare(
@@ -191,6 +193,7 @@ def _train(
         schedule=config.schedule,
         gate_rate=config.gate_rate,
         rank_rate=config.rank_rate,
+        context_parallel=config.context_parallel,
         spike=config.spike,
         skip=config.skip,
     )
@@ -333,6 +336,23 @@ def _newest_readable(output: Path, tell: Report) -> Path | None:
     if found:
         raise UsageError(f"every checkpoint in {output} is damaged: delete {output} to start anew")
     return None
+
+
+def _check_context_parallel(config: TrainConfig, start: DynamaskConfig | str) -> None:
+    size, count = config.context_parallel, processes()
+    if size == 1:
+        return
+    assert config.context is not None
+    if count % size:
+        raise UsageError(
+            f"context_parallel={size} must divide the number of processes; there are {count}: start them by torchrun "
+            f"--nproc-per-node {size}, or a multiple of it"
+        )
+    if config.context < size:
+        raise UsageError(f"context_parallel={size} cannot split a context of {config.context} tokens")
+    dense = isinstance(start, DynamaskConfig) and [name for name in start.layer_mixers if not get_mixer(name).bounded]
+    if dense:
+        raise UsageError(f"context_parallel splits sequences of dma and swa; this model has layers of {dense[0]}")
 
 
 def _split(config: TrainConfig, output: Path) -> bool:

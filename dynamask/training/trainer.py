@@ -21,9 +21,11 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dynamask.errors import UsageError
+from dynamask.ops.context_parallel import context_parallel
 from dynamask.training.checkpointing import checkpoints, write_checksums
 from dynamask.training.loss import TokenLosses, plain_losses, use_chunked_loss
 from dynamask.training.optimizer import adamw
+from dynamask.training.processes import neighbours, shards_of_all
 from dynamask.training.sampler import ShuffledBlocks
 from dynamask.training.schedule import learning_rate_share
 from dynamask.training.watch import LossWatch, Pace, pace_of_all, save_batch
@@ -62,6 +64,7 @@ class AtomicTrainer(Trainer):
         schedule: see `learning_rate_share`.
         gate_rate, rank_rate: see `parameter_groups`.
         token_losses: see `use_chunked_loss`.
+        context_parallel: processes that split every sequence between them, see `TrainConfig`.
         spike: see `LossWatch`. A step whose loss or gradient is no number, or whose loss jumps, ends the training
             before the weights change; its batch is saved.
         skip: optimizer steps, from 1, whose batches are left out.
@@ -81,6 +84,7 @@ class AtomicTrainer(Trainer):
         gate_rate: float = 1.0,
         rank_rate: float = 1.0,
         token_losses: TokenLosses = plain_losses,
+        context_parallel: int = 1,
         spike: float = 0.0,
         skip: Sequence[int] = (),
         **kwargs: Any,
@@ -94,6 +98,7 @@ class AtomicTrainer(Trainer):
         self._staging: str | None = None
         self._first_step = 0
         self._row_sums: list[Tensor] = []
+        self._sharing = None if context_parallel == 1 else neighbours(context_parallel)
         self.watch, self.skip, self.pace = LossWatch(spike), frozenset(skip), Pace()
         self._batches: list[Any] = []
         self._step_losses: list[Tensor] = []
@@ -137,8 +142,16 @@ class AtomicTrainer(Trainer):
         return taken
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Note the loss of a micro-batch, see `judge_step`."""
-        loss: Tensor = super().training_step(*args, **kwargs)
+        """Train on a micro-batch, split over processes where they share sequences; note its loss, see `judge_step`."""
+        if self._sharing is None:
+            loss: Tensor = super().training_step(*args, **kwargs)
+        else:
+            model, inputs, *rest = args
+            parts = []
+            for shard in shards_of_all(self._prepare_inputs(inputs), self._sharing):
+                with context_parallel(self._sharing):
+                    parts.append(super().training_step(model, shard, *rest, **kwargs))
+            loss = torch.stack(parts).sum()
         self._step_losses.append(loss.detach())
         return loss
 

@@ -18,7 +18,7 @@ from dynamask.errors import UsageError
 from dynamask.training import TrainConfig, checkpoints, open_run, train
 from dynamask.training.checkpointing import is_sharded
 from dynamask.training.processes import agreed, processes_of
-from tests.training.test_training import losses, settings, text  # noqa: F401 -- a fixture
+from tests.training.test_training import MODEL, losses, settings, text  # noqa: F401 -- a fixture
 
 STEPS = 12
 
@@ -134,6 +134,26 @@ def test_a_split_training_survives_a_killed_process_and_another_number_of_them(
     told = finish(torchrun(one, file, 1))
     assert "checkpoint-12 is damaged (optimizer_0/__0_0.distcp has another checksum)" in told
     assert "continuing from step 8 of 12" in told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_processes_that_share_sequences_train_as_one(text: Path, tmp_path: Path) -> None:  # noqa: F811
+    # Learned ranks learn inside a shard, the paper's through the loss itself.
+    model = {**MODEL, "ranking": "paper", "local": 0, "sinks": 0}
+    changes: dict[str, Any] = {"model": model, "steps": 6}
+    alone = train(run_settings(text, tmp_path / "alone", gradient_accumulation=2, **changes), quiet=True)
+    split = run_settings(text, tmp_path / "split", context_parallel=2, **changes)
+    finish(torchrun(split, tmp_path / "run.yaml", 2))
+    assert_close(history(tmp_path / "split"), losses(alone.history))
+    whole = open_run(tmp_path / "alone")[0].state_dict()
+    for name, tensor in open_run(tmp_path / "split")[0].state_dict().items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_sequences_that_cannot_be_shared_are_refused(text: Path, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(UsageError, match="must divide the number of processes; there are 1"):
+        train(run_settings(text, tmp_path / "run", context_parallel=2), quiet=True)
 
 
 def test_processes_that_do_not_agree_are_none() -> None:
