@@ -29,6 +29,7 @@ from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, c
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
+from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.cache_argument import given_cache
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_window
@@ -98,7 +99,7 @@ def reason_not_convertible(config: Any) -> str | None:
     return None
 
 
-class ConvertedConfig:
+class ConvertedConfig(CarriesAutoCode):
     """What the converted configurations share, mixed in before the transformers class.
 
     Attributes:
@@ -121,6 +122,13 @@ class ConvertedConfig:
     sinks: int
     ranking: str
     trained_ranks: bool
+
+    auto_module = __name__
+
+    def auto_classes(self) -> dict[str, str]:
+        """See `CarriesAutoCode`."""
+        names = ARCHITECTURES[self.model_type.removeprefix(_PREFIX)]  # type: ignore[attr-defined]
+        return {"AutoConfig": f"Dynamask{names.config}", "AutoModelForCausalLM": f"Dynamask{names.model}"}
 
     def sliding_window_of(self, layer: int) -> int | None:
         """Return the window with which this layer slides in the original; None where it attends to everything."""

@@ -13,6 +13,7 @@ from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
 from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.rank_loss import rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.ops.bias import finite_bias
 from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
@@ -161,5 +162,5 @@ def dynamic_mask_mix(
         segment_ids=sequence.segment_ids,
         key_mask=sequence.key_mask,
     )
-    bias = None if gate is None else ranks
+    bias = None if gate is None else finite_bias(ranks)
     return attend(query, key, value, expiry, bias=bias, scale=scale, max_live=max(windows))

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from dynamask.errors import InvalidInputError, did_you_mean
 from dynamask.mixers import get_mixer
 from dynamask.mixers.rotary import check_rope_parameters
+from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.saved_by_0_1 import REMOVED, fields_of_0_1
 from dynamask.models.windows import check_kept_keys, default_local, default_sinks, resolved_head_windows
 
@@ -23,7 +24,7 @@ _SUB_CONFIGURATIONS = ("mla", "nsa")
 
 
 @strict
-class DynamaskConfig(PreTrainedConfig):
+class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
     r"""Configuration of a dynamask language model.
 
     Args:
@@ -64,6 +65,7 @@ class DynamaskConfig(PreTrainedConfig):
     """
 
     model_type = "dynamask"
+    auto_module = "dynamask.models"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss"]  # noqa: RUF012 -- transformers adds to it
 
     vocab_size: int = 32000
@@ -93,6 +95,14 @@ class DynamaskConfig(PreTrainedConfig):
 
     mla: dict | None = None
     nsa: dict | None = None
+
+    def auto_classes(self) -> dict[str, str]:
+        """See `CarriesAutoCode`."""
+        return {
+            "AutoConfig": "DynamaskConfig",
+            "AutoModel": "DynamaskModel",
+            "AutoModelForCausalLM": "DynamaskForCausalLM",
+        }
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._take_over_0_1(kwargs)

@@ -11,10 +11,11 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from dynamask.cache import BoundedLayer
 from dynamask.errors import InvalidInputError
+from dynamask.models.auto_code import KeepsOwnCode
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
 
 
-class OwnCacheGeneration:
+class OwnCacheGeneration(KeepsOwnCode):
     """Mixed in before transformers' `GenerationMixin`: `generate()` takes `_new_cache()` unless told otherwise."""
 
     def _new_cache(self) -> Cache:

@@ -198,6 +198,8 @@ def _train(
         skip=config.skip,
     )
     tell(_about(model, corpus, arguments))
+    for line in _dense_layers(model.config, config.context):
+        tell(line)
     checkpoint = agreed(lambda: _newest_readable(output, tell))
     begun = 0 if checkpoint is None else checkpoint_step(checkpoint)
     try:
@@ -385,6 +387,21 @@ def _about(model: torch.nn.Module, corpus: Corpus, arguments: TrainingArguments)
         f"{_count(splits['train']['tokens'])} tokens, {_count(splits['validation']['tokens'])} held out; device: "
         f"{arguments.device.type}{processes}, {precision}"
     )
+
+
+def _dense_layers(config: Any, context: int) -> list[str]:
+    """Warnings of layers whose windows hold the whole context: what is trained under a sparse name is dense there."""
+    windows: Any = getattr(config, "head_windows", None) or ()
+    sparse = getattr(config, "layer_mixers", None)
+    lines = []
+    for layer, each in enumerate(windows):
+        if each is None or (sparse is not None and sparse[layer] not in ("dma", "swa")):
+            continue  # dense by choice
+        wide = [window for window in each if window >= context]
+        if wide:
+            heads = "" if len(wide) == len(each) else f" in {len(wide)} of {len(each)} heads"
+            lines.append(f"warning: layer {layer} sees {max(wide)} of {context}{heads}: dense attention")
+    return lines
 
 
 def _count(number: int) -> str:

@@ -122,3 +122,22 @@ def test_a_copy_learns_alone() -> None:
     twin = copy.deepcopy(model)
     twin(IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_a_score_that_is_not_finite_ranks_and_is_not_added() -> None:
+    model = tiny_model("dma", ranking="paper")
+    gate = model.model.layers[0].mixer.gate
+    forward = gate.forward
+
+    def with_infinities(value: torch.Tensor) -> torch.Tensor:
+        scores = forward(value).clone()
+        scores[..., 2::7] = float("inf")
+        scores[..., 3::7] = float("nan")
+        return scores
+
+    gate.forward = with_infinities
+    tokens = torch.randint(0, 50, (2, 20))
+    logits = model(tokens, use_cache=False).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(model(tokens, use_cache=True).logits, logits)
