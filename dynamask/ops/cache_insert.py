@@ -50,7 +50,7 @@ def insert_key(
         from dynamask.ops.triton import cache_insert
 
         launch = cache_insert.insert_key_op if torch.compiler.is_compiling() else cache_insert.insert_key_launch
-        launch(key, value, rank, mask, keys, values, ranks, positions, clock, layout.table, local, sinks)
+        launch(key, value, rank, mask, keys, values, ranks, positions, clock, layout.table, layout.widest, local, sinks)
     else:
         insert_key_reference(
             key, value, rank, mask, keys, values, ranks, positions, clock, layout, local=local, sinks=sinks

@@ -58,6 +58,7 @@ def test_one_launch_is_the_plain_step(
     torch.manual_seed(0)
     batch, groups = 2, len(windows)
     layout = ragged_layout(windows, DEVICE)
+    widest = layout.widest if ranked else 3000  # more slots at a time than there are
     plain = empty_pools(batch, windows, 6, 3)
     ranks = ranks_of(batch, groups, FILLED + STEPS)
     for t in range(FILLED + STEPS):
@@ -69,6 +70,8 @@ def test_one_launch_is_the_plain_step(
             fused = {name: pool.clone() for name, pool in plain.items()}
         insert_key_reference(key, value, rank, mask, **plain, layout=layout, local=local, sinks=sinks)
         if t >= FILLED:
-            insert_key_launch(key, value, rank, mask, **fused, table=layout.table, local=local, sinks=sinks)
+            insert_key_launch(
+                key, value, rank, mask, **fused, table=layout.table, widest=widest, local=local, sinks=sinks
+            )
             for name in POOLS:
                 assert torch.equal(plain[name].nan_to_num(nan=7.5), fused[name].nan_to_num(nan=7.5)), (name, t)

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_SLOTS = 1024
-"""Slots looked at together."""
+_SLOTS = (1024, 8192)
+"""Slots looked at together, at least and at most: every look waits for memory once."""
 
 
 def insert_key_launch(
@@ -25,12 +25,17 @@ def insert_key_launch(
     positions: Tensor,
     clock: Tensor,
     table: Tensor,
+    widest: int,
     local: int,
     sinks: int,
 ) -> None:
-    """Launch the kernel of `dynamask.ops.cache_insert.insert_key`; `table` is its layout's, `ranks` are float32."""
+    """Launch the kernel of `dynamask.ops.cache_insert.insert_key`; `ranks` are float32.
+
+    `table` is its layout's, `widest` the number of slots of the head that has most of them.
+    """
     batch, slots, dim = keys.shape
     groups, value_dim = clock.shape[1], values.shape[2]
+    together = min(_SLOTS[1], max(_SLOTS[0], triton.next_power_of_2(widest)))
     score = ranks if rank is None else rank
     real = clock if mask is None else mask.view(torch.uint8)
     _insert[(batch * groups,)](
@@ -59,8 +64,8 @@ def insert_key_launch(
         DIM_PAD=triton.next_power_of_2(dim),
         VALUE_DIM=value_dim,
         VALUE_PAD=triton.next_power_of_2(value_dim),
-        SLOTS=_SLOTS,
-        num_warps=4,
+        SLOTS=together,
+        num_warps=max(4, together // 512),
     )
 
 
