@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
 from dynamask import DynamaskConfig, DynamaskForCausalLM
 from dynamask.convert import upcycle
-from dynamask.convert.models import set_windows
+from dynamask.convert.models import set_slopes, set_windows
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import DynamicMaskGate, RankPredictor
 from dynamask.ops.context_parallel import context_parallel, split_sequence
@@ -34,6 +35,7 @@ def llama() -> Any:
     dense = LlamaForCausalLM(LlamaConfig(**SHAPE, **HEADS, initializer_range=0.3))
     model = upcycle(dense, 8, local=3, sinks=1)
     set_windows(model, [[8, 13], [5, 40]])
+    set_slopes(model, [[0.05, 0.0], [0.0, 0.1]])
     return _scrambled(model)
 
 
@@ -126,6 +128,31 @@ def refusals() -> None:
             llama().model(input_ids=tokens)
     with pytest.raises(InvalidInputError, match="cannot be split over"):
         split_sequence(mesh, tokens[:, : dist.get_world_size() - 1])
+
+
+def grid() -> None:
+    """Two sequences, each over two processes, and FSDP2 over all four."""
+    torch.manual_seed(0)
+    model = native(windows=7, ranking="paper", local=0, sinks=0)
+    alone = copy.deepcopy(model)
+    tokens = torch.randint(0, 61, (2, 45), generator=torch.Generator().manual_seed(2))
+    count = 2 * 44
+    logits = alone(input_ids=tokens, use_cache=False).logits[:, :-1]
+    F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="sum").div(count).backward()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "context"))
+    everyone = init_device_mesh("cpu", (4,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=everyone)
+    fully_shard(model, mesh=everyone)
+    row = mesh.get_local_rank("data")
+    batch = split_sequence(mesh["context"], tokens[row : row + 1])
+    with context_parallel(mesh["context"]):
+        part = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+    loss = F.cross_entropy(part.logits.transpose(1, 2), batch["shift_labels"], reduction="sum") / count
+    (loss * 4).backward()  # FSDP averages over all processes what they must sum
+    for (key, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
+        found: Any = ours.grad
+        torch.testing.assert_close(found.full_tensor(), theirs.grad, **CLOSE, msg=lambda m, n=key: f"{n}: {m}")
 
 
 def short() -> None:

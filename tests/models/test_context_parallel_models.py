@@ -14,6 +14,11 @@ def test_two_processes_agree_with_one() -> None:
 
 
 @pytest.mark.slow
+def test_a_grid_of_processes_splits_sequences_and_parameters() -> None:
+    run_processes(f"{CASES}:grid", 4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_every_kind_of_model_agrees_with_one_process(size: int) -> None:
     run_processes(f"{CASES}:everything", size)
