@@ -88,7 +88,8 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
         return main
     tested = [each for each in main if _seeds(each) > 0 or "seeds" not in each.finding.setting]
     first = max(tested, key=_seeds) if tested else None
-    untested = [each for each in main if each not in tested]
+    shares = {each.finding.setting.get("w/N") for each in tested}
+    untested = [each for each in main if each not in tested and each.finding.setting.get("w/N") not in shares]
     return ([first] if first else []) + untested
 
 

@@ -90,7 +90,11 @@ def _records(loss: dict[str, float], seeds: int) -> list[Record]:
 
 def test_verdicts_read_the_test_split(tmp_path: Path) -> None:
     loss = {"paper, w = N/8": 3.4, "learned, head windows": 2.9, "paper, w = N": 3.001}
-    found = {f.subject: f for f in report_scratch(_records(loss, 3), tmp_path).findings}
+    findings = report_scratch(_records(loss, 3), tmp_path).findings
+    found = {f.subject: f for f in findings if f.claim == "scratch"}
+    paper = {f.subject: f.verdict for f in findings if f.claim == "perplexity"}
+    assert list(paper) == [f"paper, w = N{share}, 1.1M, fresh tokens" for share in ("", "/8", "/2", "/4")]
+    assert list(paper.values()) == [NOT_TESTED, REFUTED, NOT_TESTED, NOT_TESTED]  # mla and nsa did not run
     names = ("learned, head windows", "paper, w = N", "paper, w = N/8")
     verdicts = [found[f"{name}, 1.1M, fresh tokens"].verdict for name in names]
     assert verdicts == [REPRODUCED, NO_DIFFERENCE, REFUTED]

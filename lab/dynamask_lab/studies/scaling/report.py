@@ -154,7 +154,9 @@ def _findings(best: dict[str, list[_Best]]) -> list[Finding]:
             ours = next(each for each in sizes if id(each) == found)
             findings.append(_compare(form, ours, best))
         if sizes and form.role == "plain" and not any(_sees_all(found) for found in sizes):
-            measured = "the paper trains most of its tokens where the window holds the whole context; no run here did"
+            measured = (
+                "the paper trains most of its tokens where the window holds the whole context; no run of this sweep did"
+            )
             setting = {"w/N": "1", "size": "", "seeds": "0", "pairs": "100%"}
             subject = f"{form.name}, the paper's own setting"
             findings.append(Finding("perplexity", subject, measured, NOT_TESTED, [], form.role, setting))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.studies.judged import pairs_of, window_share
-from dynamask_lab.studies.scratch.study import scratch_name, scratch_summary
+from dynamask_lab.studies.scratch.study import forms, scratch_name, scratch_summary
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Section
@@ -42,7 +42,8 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
     findings = []
     for size, found in sizes.items():
         spread = SeedSpread.pooled([[_test_loss(run) for run in runs] for runs in found.values()])
-        for name, runs in found.items():
+        order = [*forms(1024), "newest, head windows"]
+        for name, runs in sorted(found.items(), key=lambda item: order.index(item[0])):
             role = _ROLES.get(name.partition(",")[0], _ROLES.get(name))
             if role is None:
                 continue
@@ -67,4 +68,8 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             subject = f"{name}, {setting['size']}, fresh tokens"
             interest = f"{LOSS_INTEREST} nats"
             findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest))
+            if role == "plain":  # the paper's claim names rivals that did not run here, so it cannot be borne out
+                against = all_of([*verdicts, NOT_TESTED])
+                lacking = f"{measured}; not compared with mla, nsa"
+                findings.append(Finding("perplexity", subject, lacking, against, keys, role, setting, interest))
     return findings

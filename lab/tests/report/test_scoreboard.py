@@ -1,0 +1,41 @@
+"""The scoreboard: which of many findings decides a cell, and that nothing untested hides."""
+
+from __future__ import annotations
+
+from dynamask_lab.report.claims import CLAIMS, GOALS
+from dynamask_lab.report.scoreboard import Placed, board, chosen, details
+from dynamask_lab.sweeps.section import Finding
+from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED
+
+
+def _placed(verdict: str, seeds: int, share: str = "1/8", *, role: str = "plain", appendix: bool = False) -> Placed:
+    setting = {"w/N": share, "size": "4.4M", "seeds": str(seeds), "pairs": "23%"}
+    finding = Finding("recall", f"form {verdict} {seeds}", "+0.1", verdict, [], role, setting, "0.02 nats")
+    return Placed(finding, f"sweep-{seeds}", "mqar.md", appendix)
+
+
+def test_the_sweep_with_most_seeds_decides_and_the_appendix_comes_last() -> None:
+    main, more = _placed(REFUTED, 1), _placed(NO_DIFFERENCE, 3)
+    trial = _placed(REPRODUCED, 5, appendix=True)
+    assert chosen([main, more, trial], "plain") == [more]
+    assert chosen([trial], "plain") == [trial]
+    assert chosen([main], "best") == []
+
+
+def test_a_setting_that_no_run_had_is_named_until_one_has() -> None:
+    run, missing = _placed(REFUTED, 3), _placed(NOT_TESTED, 0, "1")
+    (row,) = [row for row in board([run, missing]) if row["claim"] == CLAIMS["recall"].text]
+    assert row["plain form"] == "**refuted** (w/N 1/8, 4.4M, 3 seeds); **not tested** (w/N 1, 4.4M)"
+    assert chosen([run, missing, _placed(REFUTED, 3, "1")], "plain") == [run]
+
+
+def test_every_claim_has_a_row() -> None:
+    rows = board([])
+    assert len(rows) == 8 == len(CLAIMS) - len(GOALS)
+    assert all("not tested" in row["plain form"] for row in rows)
+    shown = details([_placed(REFUTED, 3)])
+    assert {row["claim"] for row in shown} == {claim.short for claim in CLAIMS.values()}
+    (row,) = [row for row in shown if row["claim"] == "recall"]
+    assert row["verdict"] == "**refuted**"
+    assert row["from"] == "[sweep-3](mqar.md)"
+    assert row["of interest"] == "0.02 nats"
