@@ -35,37 +35,57 @@ _SECONDS = {"loss": 3.0, "continuation": 3.5, "tasks": 2.5, "benchmark": 1.0}
 """Rough seconds, by which forms are spread over two lanes."""
 
 
+def converted(budget: int = BUDGET, steps: int = LONG, **options: object) -> Spec:
+    """A form of this list: windows and slopes by loss, distilled for that many steps (0: frozen)."""
+    options = {"allocation": "loss", "slopes": True, "distilled": steps > 0} | options
+    return Spec("converted", budget, steps=steps or STEPS, **options)  # type: ignore[arg-type]
+
+
+DENSE = Spec("dense")
+FROZEN, FLAT = converted(steps=0), converted(steps=0, slopes=False)
+BEST, SHRINKING = converted(), converted(start_windows=4.0)
+LABELLED, MIXED = converted(label_share=1.0), converted(label_share=0.5)
+SHORT, FASTER = converted(steps=STEPS), converted(steps=STEPS, rate=2e-4)
+NEWEST, NEWEST_LONGER = (converted(steps=steps, slopes=False, ranks="newest") for steps in (0, LONG))
+THRESHOLD, THRESHOLD_DISTILLED = Spec("converted", BUDGET), Spec("converted", BUDGET, distilled=True)
+EARLIER = Spec("converted", BUDGET, ranks="newest", distilled=True)
+ADAPTED, ADAPTED_LONGER = Spec("dense trained"), Spec("dense trained", steps=LONG)
+
+COMPARISONS = (
+    ("slopes, model frozen", FROZEN, FLAT),
+    ("windows by loss, model frozen", FLAT, THRESHOLD),
+    ("windows and slopes by loss, model frozen", FROZEN, THRESHOLD),
+    ("windows and slopes by loss, distilled", SHORT, THRESHOLD_DISTILLED),
+    ("learned ranks, model frozen", FROZEN, NEWEST),
+    ("learned ranks, distilled", BEST, NEWEST_LONGER),
+    ("four times the steps", BEST, SHORT),
+    ("four times the rate", FASTER, SHORT),
+    ("windows that shrink", SHRINKING, BEST),
+    ("half next tokens", MIXED, BEST),
+    ("next tokens, against dense trained on them", LABELLED, ADAPTED_LONGER),
+    ("frozen, against dense", FROZEN, DENSE),
+    ("distilled, against dense", BEST, DENSE),
+)
+"""What is judged: a name, a form, and the form that it is compared with."""
+
+
 def jobs() -> list[Job]:
     """All jobs, the most telling first."""
-
-    def made(budget: int = BUDGET, steps: int = LONG, **options: object) -> Spec:
-        options = {"allocation": "loss", "slopes": True, "distilled": steps > 0} | options
-        return Spec("converted", budget, steps=steps or STEPS, **options)  # type: ignore[arg-type]
-
-    dense = Spec("dense")
-    frozen, flat = made(steps=0), made(steps=0, slopes=False)
-    newest = made(steps=0, slopes=False, ranks="newest")
-    earlier = Spec("converted", BUDGET, ranks="newest", distilled=True)
-    adapted, adapted_longer = Spec("dense trained"), Spec("dense trained", steps=LONG)
-    best, shrinking, labelled = made(), made(start_windows=4.0), made(label_share=1.0)
-    newest_longer = made(slopes=False, ranks="newest")
-    short, faster = made(steps=STEPS), made(steps=STEPS, rate=2e-4)
-    mixed = made(label_share=0.5)
-    seeds = [made(seed=seed, steps=steps) for seed in (1, 2) for steps in (0, LONG)]
-    budgets = [made(budget) for budget in (256, 1024, 2048) if budget in BUDGETS]
-    ablations = [made(steps=0, predictor=kind) for kind in ("linear", "values")]
+    seeds = [converted(seed=seed, steps=steps) for seed in (1, 2) for steps in (0, LONG)]
+    budgets = [converted(budget) for budget in (256, 1024, 2048) if budget in BUDGETS]
+    ablations = [converted(steps=0, predictor=kind) for kind in ("linear", "values")]
 
     order: list[Job] = []
-    for spec in (frozen, flat, newest):
+    for spec in (FROZEN, FLAT, NEWEST):
         order += losses_of(spec)
-    for spec in (earlier, adapted):
+    for spec in (EARLIER, ADAPTED):
         order += losses_of(spec) + _needles(spec)
-    order += losses_of(best) + losses_of(labelled) + losses_of(adapted_longer)
-    for spec in (best, frozen, labelled, adapted_longer):
+    order += losses_of(BEST) + losses_of(LABELLED) + losses_of(ADAPTED_LONGER)
+    for spec in (BEST, FROZEN, LABELLED, ADAPTED_LONGER):
         order += _needles(spec)
-    for spec in (shrinking, newest_longer):
+    for spec in (SHRINKING, NEWEST_LONGER):
         order += losses_of(spec) + _needles(spec)
-    for spec in (short, faster, mixed):
+    for spec in (SHORT, FASTER, MIXED):
         order += losses_of(spec)
     for spec in seeds:
         order += losses_of(spec) + (_needles(spec) if spec.distilled else [])
@@ -73,12 +93,12 @@ def jobs() -> list[Job]:
         order += losses_of(spec) + _needles(spec)
     for spec in ablations:
         order += losses_of(spec)
-    for spec in (best, earlier, adapted, flat, mixed):
+    for spec in (BEST, EARLIER, ADAPTED, FLAT, MIXED):
         order += tasks_of(spec, range(25))
     order += [
-        Job(spec, "benchmark", settings) for spec in (best, labelled, adapted_longer) for settings in _benchmarks()
+        Job(spec, "benchmark", settings) for spec in (BEST, LABELLED, ADAPTED_LONGER) for settings in _benchmarks()
     ]
-    order += [Job(spec, "speed", {"batch": batch, "length": 8192}) for spec in (dense, best) for batch in (1, 16)]
+    order += [Job(spec, "speed", {"batch": batch, "length": 8192}) for spec in (DENSE, BEST) for batch in (1, 16)]
     return list({job.key: job for job in order}.values())
 
 

@@ -22,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from dynamask_lab.studies.conversion.jobs import BUDGET, LENGTHS
+from dynamask_lab.studies.conversion.levers import COMPARISONS
 from dynamask_lab.studies.conversion.measure import BENCHMARKS, BIN
 from dynamask_lab.studies.conversion.study import read_rows
 
@@ -263,6 +264,34 @@ def long_table(study: Study) -> str:
     return table(["form", "corpus", "length", "loss", "last eighth"], rows)
 
 
+def lever_table(study: Study) -> str:
+    """What each lever changes: paired differences of losses, and the needles' share of the other form's."""
+    rows = []
+    for name, spec, other in COMPARISONS:
+        form, base = spec.name, other.name
+        if not study.of(form, "loss") or not study.of(base, "loss"):
+            continue
+        cells = [name, form, base]
+        for measure, corpus in (("loss", "text"), ("loss", "code"), ("continuation", "text"), ("continuation", "code")):
+            cells.append(difference(study.losses(form, corpus, measure), study.losses(base, corpus, measure)))
+        needles, found = {}, {}
+        for length in (1024, 2048, 4096):
+            needles |= study.scores(form, GROUPS["needles"], length=length)
+            found |= study.scores(base, GROUPS["needles"], length=length)
+        rows.append([*cells, share(needles, found)])
+    heads = [
+        "lever",
+        "form",
+        "against",
+        "text",
+        "code",
+        "text behind 7680",
+        "code behind 7680",
+        "needles, 1K to 4K, share",
+    ]
+    return table(heads, rows)
+
+
 def picture(study: Study, file: Path) -> None:
     """Loss above dense by position, needles by length, and the windows of the heads."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
@@ -310,6 +339,7 @@ SECTIONS: dict[str, Callable[[Study], str]] = {
     "Tasks by generation": task_table,
     "Needle tasks by length": length_table,
     "Against the best peer": rival_table,
+    "Levers": lever_table,
     "Benchmarks": benchmark_table,
     "Longer than the model was trained for": long_table,
     "Cost": cost_table,

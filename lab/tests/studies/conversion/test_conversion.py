@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamask.data import train_tokenizer
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies.conversion import measure, report, study
+from dynamask_lab.studies.conversion import levers, measure, report, study
 from dynamask_lab.studies.conversion.adapt import adapt
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.conversion.tasks import GENERATED, NEEDLE_TASKS, TASKS, Tasks, score
@@ -177,10 +177,10 @@ def test_results_continue_behind_a_torn_line(tmp_path: Path) -> None:
     assert study.Results(out, [tmp_path / "missing.jsonl"], {}).keys == {job.key}
 
 
-def _rows() -> list[dict[str, Any]]:
+def _rows(jobs: list[Any] | None = None) -> list[dict[str, Any]]:
     rng = random.Random(0)
     rows = []
-    for job in study.jobs():
+    for job in jobs or study.jobs():
         better = 0.2 if job.spec.kind == "dense" else 0.0
         if job.measure == "tasks":
             questions = 2 if job.settings["task"] == "pairs" else 1
@@ -209,6 +209,19 @@ def test_report_pairs_what_it_compares(tmp_path: Path, monkeypatch: pytest.Monke
     above = float(line.split("|")[3].split()[0])
     assert above == pytest.approx(0.2, abs=0.01)
     assert "Against the best peer" in text
+
+
+def test_levers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESAMPLES", 50)
+    wanted = {levers.FROZEN, levers.DENSE, levers.FLAT}
+    text = report.lever_table(report.Study(_rows([job for job in levers.jobs() + study.jobs() if job.spec in wanted])))
+    lines = [line for line in text.split("\n") if line.startswith(("| slopes", "| frozen"))]
+    assert len(lines) == 2 == text.count("converted-512-heads-learned-loss-slopes-frozen")
+    assert lines[0].split("|")[4].strip().startswith(("+0.00", "-0.00"))
+    assert lines[1].split("|")[4].strip().startswith("+0.2")
+    assert lines[1].split("|")[8].strip().startswith("0.7")
+    listed = {job.spec for job in levers.jobs() + study.jobs()}
+    assert all(spec in listed for _, *both in levers.COMPARISONS for spec in both)
 
 
 def test_intervals() -> None:
