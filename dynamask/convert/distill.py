@@ -242,11 +242,6 @@ def distillation_losses(
     facts = call_facts(tokens.shape[0], tokens.shape[1], attention_mask, None, 0, tokens.device)
     facts.losses = RankLosses() if ranks else None
     hidden = run_decoder(student, tokens, facts)
-    labels = None
-    if label_share:
-        labels = F.pad(tokens[:, 1:], (0, 1), value=-1)
-        if attention_mask is not None:
-            labels = labels.masked_fill(F.pad(attention_mask[:, 1:], (0, 1)) == 0, -1)
     return losses_of_hidden(
         student,
         teacher,
@@ -256,9 +251,17 @@ def distillation_losses(
         attention_mask,
         temperature=temperature,
         chunk=chunk,
-        labels=labels,
+        labels=next_tokens(tokens, attention_mask) if label_share else None,
         label_share=label_share,
     )
+
+
+def next_tokens(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Return the token that follows each of (B, N), -1 where there is none or it is padding."""
+    labels = F.pad(tokens[:, 1:], (0, 1), value=-1)
+    if attention_mask is None:
+        return labels
+    return labels.masked_fill(F.pad(attention_mask[:, 1:], (0, 1)) == 0, -1)
 
 
 def losses_of_hidden(

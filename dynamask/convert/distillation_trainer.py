@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import Trainer
 
 from dynamask.convert.attention import CallFacts
-from dynamask.convert.distill import check_teacher, losses_of_hidden, separate_teacher, teacher_states
+from dynamask.convert.distill import check_teacher, losses_of_hidden, next_tokens, separate_teacher, teacher_states
 from dynamask.convert.models import check_converted
+from dynamask.errors import InvalidInputError
 from dynamask.training.optimizer import adamw
 
 
@@ -24,6 +25,7 @@ class DistillationTrainer(Trainer):
     Args:
         teacher: a causal LM with the same vocabulary. A copy is made of one that shares weights with the model.
         temperature, chunk: see `dynamask.convert.chunked_kl.chunked_kl`.
+        label_share: share of the cross-entropy of the next token in the loss, see `dynamask.convert.distill`.
         rank_rate: learning rate of the rank predictors, divided by that of the model; 0 leaves them as they are.
     """
 
@@ -33,6 +35,7 @@ class DistillationTrainer(Trainer):
         teacher: Any,
         temperature: float = 1.0,
         chunk: int = 1024,
+        label_share: float = 0.0,
         rank_rate: float = 6.0,
         **kwargs: Any,
     ) -> None:
@@ -42,7 +45,9 @@ class DistillationTrainer(Trainer):
         check_converted(base, "DistillationTrainer")
         check_teacher(base, teacher)
         self.teacher = separate_teacher(base, teacher).to(next(base.parameters()).device)
-        self.temperature, self.chunk, self.rank_rate = temperature, chunk, rank_rate
+        if not 0 <= label_share <= 1:
+            raise InvalidInputError(f"label_share must be from 0 to 1; got {label_share}")
+        self.temperature, self.chunk, self.rank_rate, self.label_share = temperature, chunk, rank_rate, label_share
         self.model_accepts_loss_kwargs = False  # a mean over tokens: Trainer divides by the accumulation steps
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -75,6 +80,8 @@ class DistillationTrainer(Trainer):
                 mask,
                 temperature=self.temperature,
                 chunk=self.chunk,
+                labels=next_tokens(tokens, mask) if self.label_share else None,
+                label_share=self.label_share,
             )
             return loss if ranks is None else loss + ranks
 

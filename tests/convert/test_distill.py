@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from dynamask import InvalidInputError, convert
-from dynamask.convert.distill import distillation_losses
+from dynamask.convert.distill import distillation_losses, next_tokens
 
 
 def blocks(count: int = 3, rows: int = 2) -> list[torch.Tensor]:
@@ -70,6 +70,12 @@ def test_labels_adapt_the_model(llama: Any) -> None:
     losses = convert.distill(model, llama, data, steps=10, learning_rate=1e-2, label_share=1.0)
     assert losses[0] == pytest.approx(before, rel=1e-3)
     assert entropy() < before - 0.1
+
+
+def test_padding_has_no_next_token() -> None:
+    tokens = torch.tensor([[5, 6, 7, 0], [0, 8, 9, 4]])
+    assert next_tokens(tokens).tolist() == [[6, 7, 0, -1], [8, 9, 4, -1]]
+    assert next_tokens(tokens, (tokens > 0).long()).tolist() == [[6, 7, -1, -1], [8, 9, 4, -1]]
 
 
 def test_windows_shrink_to_the_models(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
