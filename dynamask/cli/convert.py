@@ -58,8 +58,11 @@ def convert_upcycle(
     ] = None,
     batch: Annotated[int, typer.Option(help="Blocks of a step.")] = 4,
     allocation: Annotated[
-        str, typer.Option(help="Windows by a threshold on predicted importance, or by the loss that they cause.")
-    ] = "threshold",
+        str, typer.Option(help="Windows and slopes by the loss that they cause, or by a threshold on the ranks.")
+    ] = "loss",
+    distill_rate: Annotated[
+        float, typer.Option(help="Highest learning rate of the distillation. Larger models want a lower one.")
+    ] = 2e-4,
     label_share: Annotated[
         float, typer.Option(help="Share of the texts' own next tokens in the distillation's loss, 0 to 1.")
     ] = 0.0,
@@ -100,6 +103,7 @@ def convert_upcycle(
         rank_steps=rank_steps,
         distill_steps=distill_steps,
         allocation=allocation,
+        distill_rate=distill_rate,
         label_share=label_share,
         start_windows=start_windows,
         needles=needles,

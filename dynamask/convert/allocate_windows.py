@@ -20,7 +20,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import slope_on_grid
 from dynamask.ops.checks import check_window
 
-METHODS = ("threshold", "loss")
+METHODS = ("loss", "threshold")
 
 SLOPES = tuple(steps / 8192 for steps in (0, 1, 2, 4, 6, 8, 12, 16, 32, 128, 8192))
 """Slopes that method "loss" tries, in nats per token: from none to the newest keys alone."""
@@ -31,28 +31,28 @@ def allocate_windows(
     blocks: Iterable[Tensor],
     window: int,
     *,
-    method: str = "threshold",
+    method: str = "loss",
     slopes: Sequence[float] = SLOPES,
     max_batches: int | None = None,
     progress: Report | None = None,
 ) -> list[list[int] | None]:
-    """Set a window for each key/value head, so that their mean is `window`, and with method "loss" a slope.
+    """Set a window for each key/value head, so that their mean is `window`, and a slope.
 
-    Ranks of all heads and layers predict one quantity, the largest attention that a key gets later. One threshold on
-    it, over all heads, says how many keys each head needs at the end of a block; the threshold is chosen so that they
-    are as many as the budget allows.
+    Method "loss" estimates, from the model's gradients, the divergence that each head's window causes
+    (`dynamask.convert.window_errors`), for windows of many sizes and several slopes, and gives the budget to where it
+    saves most. The slope of a head is how much its ranks rise per token, so that keys lose against newer ones as they
+    age (`dynamask.mixers.rank_predictor.sloped_ranks`). It takes a backward pass of the model over each batch of
+    blocks, and its memory: few blocks in a batch need less.
 
-    With method "loss" the divergence that each head's window causes is estimated from the model's gradients
-    (`dynamask.convert.window_errors`) for windows of several sizes, and the budget goes where it saves most. It takes
-    a backward pass of the model. Each head also gets the slope that costs least: how much its ranks rise per token, so
-    that keys lose against newer ones (`dynamask.mixers.rank_predictor.sloped_ranks`). Method "threshold" sets all
-    slopes to 0.
+    Method "threshold" needs no gradients. Ranks of all heads and layers predict one quantity, the largest attention
+    that a key gets later. One threshold on it, over all heads, says how many keys each head needs at the end of a
+    block; the threshold is chosen so that they are as many as the budget allows. All slopes are 0.
 
     Args:
         model: made by `dynamask.convert.upcycle`, with ranks trained by `learn_ranks`.
         blocks: iterable of (B, N) token ids; N is the context that the windows are made for.
         window: mean over the key/value heads of the layers that rank, at least local + sinks.
-        method: "threshold" or "loss".
+        method: "loss" or "threshold".
         slopes: those that "loss" chooses from, in nats per token; (0,) leaves the ranks as they are.
         max_batches: read no more than so many of the batches; None: all, so they must come to an end.
         progress: called after every block.

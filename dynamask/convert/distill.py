@@ -36,7 +36,7 @@ def distill(
     blocks: Iterable[Tensor],
     *,
     steps: int,
-    learning_rate: float = 5e-5,
+    learning_rate: float = 2e-4,
     rank_learning_rate: float = 3e-4,
     warmup: int | None = None,
     temperature: float = 1.0,
@@ -66,7 +66,7 @@ def distill(
             `model`, as after `upcycle(copy_weights=False)`, a copy of it is made first.
         blocks: iterable of (B, N) token ids; a list is read again from its beginning.
         steps: blocks to train on.
-        learning_rate: highest rate of the model.
+        learning_rate: highest rate of the model. Larger models than the one of the study want a lower one.
         rank_learning_rate: highest rate of the rank predictors; 0 leaves them as they are.
         warmup: steps of linear warm-up; None: a twentieth of the steps, at most 20.
         temperature: of both distributions.

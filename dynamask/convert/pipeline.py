@@ -32,6 +32,7 @@ from dynamask.ops.checks import check_window
 _LONGEST_BLOCK = 8192
 _HELD_OUT_BLOCKS = 8
 _ALLOCATION_BLOCKS = 32
+_LOSS_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Conversion:
         block: tokens of a block; None: 8192, or what the model is made for if that is less.
         batch: blocks of a step.
         rank_steps, distill_steps: steps of the two trainings; no distillation with 0.
+        distill_rate: highest learning rate of the model in the distillation.
         allocation: how windows are set, see `allocate_windows`.
         label_share, start_windows: of the distillation, see `distill`.
         needles: examples of each needle task, length and depth; 0 leaves the needles out.
@@ -68,7 +70,8 @@ class Conversion:
     batch: int = 4
     rank_steps: int = 300
     distill_steps: int = 0
-    allocation: str = "threshold"
+    distill_rate: float = 2e-4
+    allocation: str = "loss"
     label_share: float = 0.0
     start_windows: float = 1.0
     needles: int = 2
@@ -135,6 +138,8 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
     for name, least in (("batch", 1), ("rank_steps", 1), ("distill_steps", 0), ("needles", 0), ("max_tokens", 1)):
         if getattr(settings, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(settings, name)}")
+    if not settings.distill_rate > 0:
+        raise UsageError(f"--distill-rate must be above 0; got {settings.distill_rate}")
     if not 0 <= settings.label_share <= 1:
         raise UsageError(f"--label-share must be from 0 to 1; got {settings.label_share}")
     if not settings.start_windows >= 1:
@@ -261,6 +266,9 @@ def _run(
     else:
         with stage("windows"):
             batches = max(1, _ALLOCATION_BLOCKS // settings.batch)
+            if settings.allocation == "loss":  # a backward pass, whose memory one block decides
+                blocks = CalibrationBlocks(tokens, block, batch=1, seed=settings.seed)
+                batches = _LOSS_BLOCKS
             allocate_windows(
                 model, blocks, settings.window, method=settings.allocation, max_batches=batches, progress=progress
             )
@@ -274,6 +282,7 @@ def _run(
                 dense,
                 CalibrationBlocks(tokens, block, batch=settings.batch, seed=settings.seed + 1),
                 steps=settings.distill_steps,
+                learning_rate=settings.distill_rate,
                 label_share=settings.label_share,
                 start_windows=settings.start_windows,
                 checkpoint=work / "distill.pt",

@@ -147,7 +147,7 @@ Case = Callable[[Path, Path], list[str]]
         (lambda dense, _: [str(dense), "--block", "16"], "--block 16 is too short"),
         (lambda dense, _: [str(dense), "--block", "512"], "context of 256 tokens"),
         (lambda dense, _: [str(dense), "--max-tokens", "200"], "200 tokens, fewer than two blocks of 128"),
-        (lambda dense, _: [str(dense), "--allocation", "best"], "--allocation must be one of threshold, loss"),
+        (lambda dense, _: [str(dense), "--allocation", "best"], "--allocation must be one of loss, threshold"),
         (lambda dense, _: [str(dense), "--batch", "0"], "--batch must be at least 1"),
         (lambda dense, _: [str(dense), "--data", "/no/texts"], "/no/texts"),
         (lambda dense, _: [str(dense), "--dense-layer", "2"], "indices of the 2 layers"),

@@ -105,7 +105,7 @@ def test_allocation_chooses_a_slope_where_keys_only_age(llama: Any) -> None:
     assert model.config.slopes is None or {s for layer in model.config.slopes for s in layer or ()} <= {0.0, 0.5}
     convert.allocate_windows(model, blocks, 20, method="loss", slopes=(0.5,))
     assert model.config.slopes == [[0.5, 0.5]] * 2
-    convert.allocate_windows(model, blocks, 20)
+    convert.allocate_windows(model, blocks, 20, method="threshold")
     assert model.config.slopes is None
     with pytest.raises(InvalidInputError, match="slopes must be numbers of at least 0"):
         convert.allocate_windows(model, blocks, 20, method="loss", slopes=())

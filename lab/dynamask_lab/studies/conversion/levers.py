@@ -46,6 +46,8 @@ FROZEN, FLAT = converted(steps=0), converted(steps=0, slopes=False)
 BEST, SHRINKING = converted(), converted(start_windows=4.0)
 LABELLED, MIXED = converted(label_share=1.0), converted(label_share=0.5)
 SHORT, FASTER = converted(steps=STEPS), converted(steps=STEPS, rate=2e-4)
+FASTER_LONGER, FASTER_LABELLED = converted(rate=2e-4), converted(rate=2e-4, label_share=1.0)
+ADAPTED_FASTER = Spec("dense trained", steps=LONG, rate=2e-4)
 NEWEST, NEWEST_LONGER = (converted(steps=steps, slopes=False, ranks="newest") for steps in (0, LONG))
 THRESHOLD, THRESHOLD_DISTILLED = Spec("converted", BUDGET), Spec("converted", BUDGET, distilled=True)
 EARLIER = Spec("converted", BUDGET, ranks="newest", distilled=True)
@@ -60,11 +62,14 @@ COMPARISONS = (
     ("learned ranks, distilled", BEST, NEWEST_LONGER),
     ("four times the steps", BEST, SHORT),
     ("four times the rate", FASTER, SHORT),
+    ("four times the rate, for four times the steps", FASTER_LONGER, BEST),
     ("windows that shrink", SHRINKING, BEST),
     ("half next tokens", MIXED, BEST),
     ("next tokens, against dense trained on them", LABELLED, ADAPTED_LONGER),
+    ("the same at four times the rate", FASTER_LABELLED, ADAPTED_FASTER),
     ("frozen, against dense", FROZEN, DENSE),
     ("distilled, against dense", BEST, DENSE),
+    ("distilled at four times the rate, against dense", FASTER_LONGER, DENSE),
 )
 """What is judged: a name, a form, and the form that it is compared with."""
 
@@ -87,6 +92,8 @@ def jobs() -> list[Job]:
         order += losses_of(spec) + _needles(spec)
     for spec in (SHORT, FASTER, MIXED):
         order += losses_of(spec)
+    for spec in (FASTER_LONGER, FASTER_LABELLED, ADAPTED_FASTER):  # after the first run, which found the rate too low
+        order += losses_of(spec) + _needles(spec)
     for spec in seeds:
         order += losses_of(spec) + (_needles(spec) if spec.distilled else [])
     for spec in budgets:
@@ -96,7 +103,9 @@ def jobs() -> list[Job]:
     for spec in (BEST, EARLIER, ADAPTED, FLAT, MIXED):
         order += tasks_of(spec, range(25))
     order += [
-        Job(spec, "benchmark", settings) for spec in (BEST, LABELLED, ADAPTED_LONGER) for settings in _benchmarks()
+        Job(spec, "benchmark", settings)
+        for spec in (BEST, LABELLED, ADAPTED_LONGER, FASTER_LONGER)
+        for settings in _benchmarks()
     ]
     order += [Job(spec, "speed", {"batch": batch, "length": 8192}) for spec in (DENSE, BEST) for batch in (1, 16)]
     return list({job.key: job for job in order}.values())
