@@ -7,7 +7,6 @@ from the number of tokens that its sequence has seen, because the occupied slots
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from dynamask.cache import BoundedLayer
 from dynamask.ops.checks import check_window
 from dynamask.ops.expiry import sortable_scores
-from dynamask.ops.ragged_decode import ragged_decode
+from dynamask.ops.ragged_decode import ragged_decode, ragged_decode_reference
 from dynamask.ops.ragged_layout import RaggedLayout, ragged_layout
 
 _STEP = 64
@@ -135,25 +134,35 @@ class LayerState:
         mine = pools.slots(self.first, self.last)
         whole = ragged_layout(self.windows, query.device)
         self._insert(mine, whole, blocks, seen, key, value, ranks, fewest=fewest, most=most)
-        count = seen + 1
-        if most + 1 >= self._widest:
-            layout = whole
-            keys, values = mine.keys.index_select(0, blocks), mine.values.index_select(0, blocks)
-            bias = mine.ranks.index_select(0, blocks) if self.bias_is_rank else None
-        else:
-            wanted = -(-(most + 1) // _STEP) * _STEP
-            layout = ragged_layout(tuple(min(window, wanted) for window in self.windows), query.device)
-            slots = whole.table.long()[layout.head] + layout.place
-            rows = blocks[:, None]
-            keys, values = mine.keys[rows, slots], mine.values[rows, slots]
-            bias = mine.ranks[rows, slots] if self.bias_is_rank else None
-        live = None if fewest + 1 >= self._widest else layout.place < count[:, None]
-        if bias is not None:
-            bias = bias.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        query = query[:, :, None]
-        if live is None and bias is None and not query.is_cuda:
-            return _attend_all(query, keys, values, layout, self.scale)[:, :, 0]
-        return ragged_decode(query, keys, values, live, layout.offsets, bias, self.scale)[:, :, 0]
+        if not query.is_cuda:
+            return self._attend_by_head(mine, whole, blocks, seen, query, fewest=fewest, most=most)
+        wanted = min(-(-(most + 1) // _STEP) * _STEP, self._widest)
+        layout = ragged_layout(tuple(min(window, wanted) for window in self.windows), query.device)
+        rows, slots = blocks[:, None], whole.table.long()[layout.head] + layout.place
+        keys, values = mine.keys[rows, slots], mine.values[rows, slots]
+        bias = _finite(mine.ranks[rows, slots]) if self.bias_is_rank else None
+        live = None if fewest + 1 >= self._widest else layout.place <= seen[:, None]
+        return ragged_decode(query[:, :, None], keys, values, live, layout.offsets, bias, self.scale)[:, :, 0]
+
+    def _attend_by_head(
+        self, mine: Pools, layout: RaggedLayout, blocks: Tensor, seen: Tensor, query: Tensor, *, fewest: int, most: int
+    ) -> Tensor:
+        """Attend head by head: each reads the slots that any of the sequences occupies, and few need a mask."""
+        grouped = query.unflatten(1, (len(self.windows), -1))
+        outputs = []
+        for group, (start, window) in enumerate(zip(layout.offsets, self.windows, strict=False)):
+            size = min(window, most + 1)
+            used = mine.slots(start, start + size)
+            heads = grouped[:, group, None]
+            key, value = used.keys.index_select(0, blocks), used.values.index_select(0, blocks)
+            if fewest + 1 >= size and not self.bias_is_rank:
+                output = scaled_dot_product_attention(heads, key[:, None], value[:, None], scale=self.scale)
+            else:
+                live = torch.arange(size, device=query.device) <= seen[:, None]
+                bias = _finite(used.ranks.index_select(0, blocks)) if self.bias_is_rank else None
+                output = ragged_decode_reference(heads, key, value, live, (0, size), bias, self.scale)
+            outputs.append(output[:, 0])
+        return torch.cat(outputs, 1)
 
     def _insert(
         self,
@@ -207,18 +216,9 @@ def _code(ranks: Tensor, positions: Tensor) -> Tensor:
     return (sortable_scores(ranks).long() << 31) + positions
 
 
-def _attend_all(query: Tensor, keys: Tensor, values: Tensor, layout: RaggedLayout, scale: float) -> Tensor:
-    """(R, H, 1, D) -> (R, H, 1, Dv): dense attention to all slots, head by head where windows differ."""
-    groups = len(layout.sizes)
-    grouped = query.unflatten(1, (groups, -1)).flatten(2, 3)
-    if layout.uniform:
-        key, value = (pool.unflatten(1, (groups, -1)) for pool in (keys, values))
-        return scaled_dot_product_attention(grouped, key, value, scale=scale).reshape(*query.shape[:-1], -1)
-    outputs = []
-    for group, (start, stop) in enumerate(itertools.pairwise(layout.offsets)):
-        key, value = (pool[:, None, start:stop] for pool in (keys, values))
-        outputs.append(scaled_dot_product_attention(grouped[:, group, None], key, value, scale=scale))
-    return torch.cat(outputs, 1).reshape(*query.shape[:-1], -1)
+def _finite(ranks: Tensor) -> Tensor:
+    """Ranks as a bias: one that is not finite is not added to a logit."""
+    return ranks.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 class _BlockLayer(BoundedLayer):
