@@ -129,8 +129,9 @@ class AtomicTrainer(Trainer):
             )
             self.is_fsdp_enabled = True
         if self.args.bf16:
+            # Casting inputs would round rotary angles, and copy the facts of a call, where layers leave their losses.
             state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16, reduce_dtype=torch.float32
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:

@@ -49,6 +49,7 @@ DEVICE = torch.device("cpu") if TINY else torch.device("cuda", int(os.environ["L
 DTYPE = torch.float32 if TINY else torch.bfloat16
 HEADS, GROUPS, DIM = (4, 2, 16) if TINY else (16, 8, 128)
 WINDOW, LOCAL, SINKS = (32, 8, 2) if TINY else (2048, 128, 4)
+LAYERS = 1 if TINY else 8
 LENGTHS = [256, 512] if TINY else [65536, 262144]
 
 
@@ -79,8 +80,11 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], None], repeats: int, *, together: bool = True) -> list[float]:
-    """Wall-clock times; with `together` the processes begin each repeat at once and the slowest counts."""
+def seconds(run: Callable[[], None], repeats: int, *, together: bool = True, in_a_row: int = 1) -> list[float]:
+    """Wall-clock times; with `together` the processes begin each repeat at once. The slowest process counts.
+
+    With `in_a_row` a repeat is so many runs, as the layers of a model follow each other, and a time is that of one.
+    """
     times = []
     for _ in range(repeats):
         synchronize()
@@ -88,9 +92,10 @@ def seconds(run: Callable[[], None], repeats: int, *, together: bool = True) -> 
             dist.barrier()
             synchronize()
         begun = time.perf_counter()
-        run()
+        for _ in range(in_a_row):
+            run()
         synchronize()
-        taken = torch.tensor(time.perf_counter() - begun, device=DEVICE, dtype=torch.float64)
+        taken = torch.tensor((time.perf_counter() - begun) / in_a_row, device=DEVICE, dtype=torch.float64)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         times.append(float(taken))
     return times
@@ -213,7 +218,7 @@ def _attention_times(report: Report, mesh: Any, windows: list[int], name: str, l
         attend(*whole, expiry, max_live=tuple(windows)).backward(grad)
 
     one_gpu()
-    alone = seconds(one_gpu, repeats, together=False)
+    alone = seconds(one_gpu, repeats, together=False, in_a_row=LAYERS)
     part = own(length)
     shard = [each.detach()[:, :, part].clone().requires_grad_() for each in whole]
     shard_ranks, shard_grad = ranks[:, :, part].contiguous(), grad[:, :, part].contiguous()
@@ -233,12 +238,13 @@ def _attention_times(report: Report, mesh: Any, windows: list[int], name: str, l
     split()
     sent = torch.tensor([shards.traffic.forward, shards.traffic.backward], device=DEVICE)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
-    times = seconds(split, repeats)
+    times = seconds(split, repeats, in_a_row=LAYERS)
     report.line(
         "context_parallel_attention",
         length=length,
         windows=name,
         window=WINDOW,
+        layers_in_a_row=LAYERS,
         heads=HEADS,
         groups=GROUPS,
         head_dim=DIM,
@@ -334,7 +340,7 @@ def model_of(context: int) -> Any:
 
 def sharded(model: Any, mesh: Any, *, checkpointing: bool = False) -> Any:
     use_chunked_loss(model)
-    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.layers:
@@ -357,8 +363,8 @@ def training_speed(report: Report) -> None:
 
 
 def _training_step(report: Report, name: str, mesh: Any) -> float:
-    context, batch, repeats = (128, 1, 2) if TINY else (8192, 1, 6)
-    model = sharded(model_of(context), mesh)
+    context, batch, repeats = (128, 1, 2) if TINY else (8192, 4, 4)
+    model = sharded(model_of(context), mesh, checkpointing=True)
     optimizer = adamw(model, learning_rate=1e-4, weight_decay=0.1)
     vocabulary = model.config.vocab_size
     tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
@@ -372,7 +378,7 @@ def _training_step(report: Report, name: str, mesh: Any) -> float:
         optimizer.zero_grad()
         losses.append(loss.detach())
 
-    for _ in range(1 if TINY else 3):
+    for _ in range(1 if TINY else 2):
         step()
     if not TINY:
         torch.cuda.reset_peak_memory_stats()
@@ -388,6 +394,7 @@ def _training_step(report: Report, name: str, mesh: Any) -> float:
         step=spread(times),
         tokens_per_second_and_gpu=speed,
         peak_bytes=0 if TINY else torch.cuda.max_memory_allocated(),
+        recomputes_layers=True,
         loss_first=float(losses[0]),
         loss_last=float(losses[-1]),
     )

@@ -204,15 +204,18 @@ def _swap(
     wide_first = sorted(range(len(like)), key=lambda i: -like[i].element_size())  # so that every part is aligned
     incoming = None
     if out is not None:
-        places = occupied_places(windows, out[0].shape[2], device)
-        parts = [out[i].flatten(1, 2)[:, places].contiguous() for i in wide_first]
+        every = min(windows) >= out[0].shape[2]  # all heads have all places
+        flat = [out[i].flatten(1, 2) for i in wide_first]
+        if not every:
+            places = occupied_places(windows, out[0].shape[2], device)
+            flat = [part[:, places] for part in flat]
+        parts = [part.contiguous() for part in flat]
         message = torch.cat([part.view(torch.uint8).flatten() for part in parts])
         sent = message.numel()
         work.append(dist.P2POp(dist.isend, message, _global(shards, me + distance), shards.group))
     if width:
-        places = occupied_places(windows, width, device)
-        batch = like[0].shape[0]
-        shapes = [(batch, len(places), *like[i].shape[3:]) for i in wide_first]
+        batch, count = like[0].shape[0], sum(min(window, width) for window in windows)
+        shapes = [(batch, count, *like[i].shape[3:]) for i in wide_first]
         sizes = [torch.Size(s).numel() * like[i].element_size() for s, i in zip(shapes, wide_first, strict=True)]
         incoming = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
         work.append(dist.P2POp(dist.irecv, incoming, _global(shards, me - distance), shards.group))
@@ -224,6 +227,10 @@ def _swap(
     got: list[Tensor] = list(like)
     for i, shape, part in zip(wide_first, shapes, incoming.split(sizes), strict=True):
         rows = part.view(like[i].dtype).view(shape)
+        if min(windows) >= width:
+            got[i] = rows.unflatten(1, (like[i].shape[1], width))
+            continue
+        places = occupied_places(windows, width, device)
         whole = rows.new_full((batch, like[i].shape[1] * width, *shape[2:]), 0 if rows.is_floating_point() else -1)
         got[i] = whole.index_copy_(1, places, rows).unflatten(1, (like[i].shape[1], width))
     return tuple(got), sent
