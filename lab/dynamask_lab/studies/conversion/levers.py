@@ -90,6 +90,7 @@ def jobs() -> list[Job]:
         order += _needles(spec)
     for spec in (SHRINKING, NEWEST_LONGER):
         order += losses_of(spec) + _needles(spec)
+    order += _needles(FASTER)
     for spec in (SHORT, FASTER, MIXED):
         order += losses_of(spec)
     for spec in (FASTER_LONGER, FASTER_LABELLED, ADAPTED_FASTER):  # after the first run, which found the rate too low
