@@ -27,8 +27,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dynamask.ops.hopper.producer import by_lane, take, tell
 from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.hopper.tile_scheduler import chunk_steps, leg_of, own_queries, piece_queries, proceed, search_levels
+from dynamask.ops.hopper.walk_tiles import WalkTiles, clear_sums, narrow_sums, walk_tiles
 from dynamask.ops.hopper.whole_tiles import clear_split_tiles, narrow_split_tiles
 from dynamask.ops.triton.backward_walk import walk_steps, walking_order
+from dynamask.ops.triton.lists import SpanLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -50,9 +52,6 @@ _LEGS = 1 << 21
 _OVERHEAD = 2
 """Steps that beginning and ending a piece takes as long as."""
 
-WHOLE_TILES = True
-"""Write the gradients of tiles that one piece takes whole without atomics."""
-
 _FANOUT = 256
 """Numbers that each level of the search for a tile looks at."""
 
@@ -66,26 +65,35 @@ def walk_kernel_launch(
     bias: Tensor | None,
     sums: RowSums,
     scale: float,
+    spans: SpanLists | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward_walk.walk_kernel_launch`; inputs that `gluon.hopper` lets through."""
+    """As `backward_walk.walk_kernel_launch`; inputs that `gluon.hopper` lets through.
+
+    Args:
+        spans: the lists of large blocks; None to walk whole intervals instead.
+    """
     _, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
     key_sum, value_sum = (torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
-    order = walking_order(expiry)
     step = _ROWS // next_power_of_2(ratio)
-    tiles = cdiv(length, 2 * _KEYS)
-    span = step * max(_SPAN, cdiv(num_queries * tiles * (expiry.numel() // length), _LEGS * step))
-    starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, span, _OVERHEAD)
     programs = _programs(query.device)
-    cut = (num_queries, tiles, span, 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
-    whole = clear_split_tiles(order, starts, ends, through, (key_sum, value_sum), *cut)
-    if not WHOLE_TILES:
-        whole.clamp_(max=0)
-        key_sum.zero_()
-        value_sum.zero_()
+    chosen: WalkTiles | None = None
+    if spans is not None:
+        chosen = walk_tiles(expiry, spans, num_queries, 2 * _KEYS, step, _OVERHEAD)
+        clear_sums(expiry, chosen, (key_sum, value_sum), 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
+        order, starts, ends, through, whole = chosen[:5]
+        tiles, span, spans_of_tile, places = chosen.slots, num_queries, 1, chosen.slots * 2 * _KEYS
+    else:
+        order = walking_order(expiry)
+        tiles, places = cdiv(length, 2 * _KEYS), length
+        span = step * max(_SPAN, cdiv(num_queries * tiles * (expiry.numel() // length), _LEGS * step))
+        spans_of_tile = cdiv(num_queries, span)
+        starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, span, _OVERHEAD)
+        cut = (num_queries, tiles, span, 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
+        whole = clear_split_tiles(order, starts, ends, through, (key_sum, value_sum), *cut)
     _walk[(programs,)](
         grad_output,
         query,
@@ -111,8 +119,9 @@ def walk_kernel_launch(
         heads,
         num_queries,
         length,
+        places,
         tiles,
-        cdiv(num_queries, span),
+        spans_of_tile,
         span,
         through.numel(),
         GROUPS=groups,
@@ -131,7 +140,10 @@ def walk_kernel_launch(
         num_warps=4,
         **tuning(max(dim, value_dim)),
     )
-    narrow_split_tiles(order, expiry, whole, (key_sum, value_sum), (d_key, d_value), tiles, 2 * _KEYS)
+    if chosen is None:
+        narrow_split_tiles(order, expiry, whole, (key_sum, value_sum), (d_key, d_value), tiles, 2 * _KEYS)
+    else:
+        narrow_sums(expiry, chosen, (key_sum, value_sum), (d_key, d_value), 2 * _KEYS)
     return d_key, d_value, d_bias
 
 
@@ -292,6 +304,7 @@ def _consume(
     factor,
     scale,
     length,
+    places,
     tiles,
     pieces,
     all_keys,
@@ -341,13 +354,15 @@ def _consume(
         first = (tile * 2 + CONSUMER) * KEYS
         keys, values = all_keys.index(CONSUMER), all_values.index(CONSUMER)
         # Everything is loaded before anything is used.
+        listing = order + row.to(gl.int64) * places
         k_n = first + gl.arange(0, KEYS, gl.SliceLayout(1, k_load))
-        k_j = gl.load(order + base + k_n, mask=k_n < length, other=0)
+        k_j = gl.maximum(gl.load(listing + k_n, mask=k_n < places, other=0), 0)
         v_n = first + gl.arange(0, KEYS, gl.SliceLayout(1, v_load))
-        v_j = k_j if DIM == VALUE_DIM else gl.load(order + base + v_n, mask=v_n < length, other=0)
+        v_j = k_j if DIM == VALUE_DIM else gl.maximum(gl.load(listing + v_n, mask=v_n < places, other=0), 0)
         n = first + gl.arange(0, KEYS, s_rows)
-        listed = n < length
-        born = gl.load(order + base + n, mask=listed, other=0)
+        born = gl.load(listing + n, mask=n < places, other=-1)
+        listed = born >= 0
+        born = gl.maximum(born, 0)
         d = gl.arange(0, DIM, gl.SliceLayout(0, k_load))
         k_tile = gl.load(key + ((base + k_j) * DIM)[:, None] + d[None, :])
         dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_load))
@@ -425,18 +440,28 @@ def _consume(
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
         step = _pass_over(full, empty, step, after, STAGES)
-        j = lives.index(2 * CONSUMER).load(k_rows)
-        k_lived = lives.index(2 * CONSUMER + 1).load(k_rows) > 0
-        d = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
-        k_place = ((base + j) * DIM)[:, None] + d[None, :]
-        j = lives.index(2 * CONSUMER).load(v_rows)
-        v_lived = lives.index(2 * CONSUMER + 1).load(v_rows) > 0
-        dv = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
-        v_place = ((base + j) * VALUE_DIM)[:, None] + dv[None, :]
         if whole > 0:
-            gl.store(d_key + k_place, (k_sum * scale).to(dtype), mask=k_lived[:, None])
-            gl.store(d_value + v_place, v_sum.to(dtype), mask=v_lived[:, None])
+            # In whole rows, by way of the keys' and values' shared memory, as `producer.store_rows`.
+            keys.store((k_sum * scale).to(dtype))
+            values.store(v_sum.to(dtype))
+            gl.thread_barrier()
+            k_row = lives.index(2 * CONSUMER).load(gl.SliceLayout(1, k_load))
+            k_real = lives.index(2 * CONSUMER + 1).load(gl.SliceLayout(1, k_load)) > 0
+            k_target = d_key + ((base + k_row) * DIM)[:, None] + d[None, :]
+            gl.store(k_target, keys.load(k_load), mask=k_real[:, None])
+            v_row = lives.index(2 * CONSUMER).load(gl.SliceLayout(1, v_load))
+            v_real = lives.index(2 * CONSUMER + 1).load(gl.SliceLayout(1, v_load)) > 0
+            v_target = d_value + ((base + v_row) * VALUE_DIM)[:, None] + dv[None, :]
+            gl.store(v_target, values.load(v_load), mask=v_real[:, None])
         else:
+            at_k = lives.index(2 * CONSUMER).load(k_rows)
+            k_lived = lives.index(2 * CONSUMER + 1).load(k_rows) > 0
+            k_place = ((base + at_k) * DIM)[:, None] + gl.arange(0, DIM, gl.SliceLayout(0, k_layout))[None, :]
+            at_v = lives.index(2 * CONSUMER).load(v_rows)
+            v_lived = lives.index(2 * CONSUMER + 1).load(v_rows) > 0
+            v_place = ((base + at_v) * VALUE_DIM)[:, None] + gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))[
+                None, :
+            ]
             gl.atomic_add(key_sum + k_place, k_sum * scale, mask=k_lived[:, None], sem="relaxed")
             gl.atomic_add(value_sum + v_place, v_sum, mask=v_lived[:, None], sem="relaxed")
         if HAS_BIAS:
@@ -474,6 +499,7 @@ def _walk(
     heads,
     num_queries,
     length,
+    places,
     tiles,
     spans,
     span,
@@ -531,7 +557,8 @@ def _walk(
                 _consume,
                 (
                     key, value, expiry, bias, order, key_sum, value_sum, d_key, d_value, d_bias, factor, scale, length,
-                    tiles, pieces, keys, values, lives, queries, grads, tops, lses, deltas, told, taken, full, empty,
+                    places, tiles, pieces, keys, values, lives, queries, grads, tops, lses, deltas, told, taken, full,
+                    empty,
                     DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 0,
                 ),
             ),
@@ -539,7 +566,8 @@ def _walk(
                 _consume,
                 (
                     key, value, expiry, bias, order, key_sum, value_sum, d_key, d_value, d_bias, factor, scale, length,
-                    tiles, pieces, keys, values, lives, queries, grads, tops, lses, deltas, told, taken, full, empty,
+                    places, tiles, pieces, keys, values, lives, queries, grads, tops, lses, deltas, told, taken, full,
+                    empty,
                     DIM, VALUE_DIM, KEYS, ROWS, M, RATIO, RATIO_PAD, SLOTS, STAGES, HAS_BIAS, 1,
                 ),
             ),

@@ -31,7 +31,7 @@ _ROWS = 64
 _CONSUMERS = 2
 """Consumers of a program; a third would leave too few registers for two tiles of scores."""
 
-WHOLE_ROWS = False
+WHOLE_ROWS = True
 """Write dQ in whole rows, by way of the shared memory in which the queries were."""
 
 

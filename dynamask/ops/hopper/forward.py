@@ -33,7 +33,7 @@ _ROWS = 64
 _CONSUMERS = 3
 """Consumers of a program. With two, keys are read from L2 half as often again; four leave too few registers."""
 
-WHOLE_ROWS = False
+WHOLE_ROWS = True
 """Write the output in whole rows, by way of the shared memory in which the queries were."""
 
 

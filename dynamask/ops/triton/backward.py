@@ -17,10 +17,13 @@ from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, load_row_sums, row_of
-from dynamask.ops.triton.lists import block_of, build_lists, list_of, rows_of, widest_first
+from dynamask.ops.triton.lists import block_of, build_lists_and_spans, list_of, rows_of, widest_first
 
-WALK_FROM = 8192
+WALK_FROM = 2048
 """Queries from which on the walk is taken on Hopper: ordering the keys costs more than it saves on short rows."""
+
+WALK_BY_SPANS = False
+"""Walk long-lived keys in spans of queries on Hopper, for whole intervals."""
 
 
 def backward_kernel_launch(
@@ -50,27 +53,30 @@ def backward_kernel_launch(
     sums = prepare(grad_output, output, top, rest, parted=bias is not None)
     delta = sums.delta
     walk = _walk_kernel(query, value)
+    scatter = not deterministic and walk is None
+    query_hopper = None if scatter else hopper("backward_dq", query, value)
+    if query_hopper is None:
+        block = block_of(ratio, rows_of(max(dim, value_dim), query.element_size()))
+    else:
+        block = query_hopper.block_of(ratio)
+    lists, spans = build_lists_and_spans(expiry, num_queries, block, max_live)
     if deterministic:
         d_key, d_value, d_bias = walk_kernel_launch(
             grad_output, query, key, value, expiry, bias, top, rest, delta, scale
         )
     elif walk is not None:
-        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, sums, scale)
+        by_spans = spans if WALK_BY_SPANS else None
+        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, sums, scale, by_spans)
     else:
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
-    scatter = not deterministic and walk is None
-    query_hopper = None if scatter else hopper("backward_dq", query, value)
     if query_hopper is not None:
-        lists = build_lists(expiry, num_queries, query_hopper.block_of(ratio), max_live)
         d_query = query_hopper.query_kernel_launch(
             grad_output, query, key, value, expiry, bias, sums, (top, rest), lists, scale
         )
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
     d_query = torch.empty_like(query)
     narrow = query.element_size() == 2
-    rows = rows_of(max(dim, value_dim), query.element_size())
-    lists = build_lists(expiry, num_queries, block_of(ratio, rows), max_live)
     blocks = lists.whole.shape[1]
     _backward[(blocks, batch * groups)](
         grad_output,

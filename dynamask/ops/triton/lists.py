@@ -77,6 +77,25 @@ class KeyLists(NamedTuple):
         return self.index[start : start + size]
 
 
+class SpanLists(NamedTuple):
+    """The lists of large blocks, from which those of the blocks are picked; laid out as in `KeyLists`.
+
+    Attributes:
+        index: (B · spans · entries,) int32 positions; in each list whole-block keys from the front, the others from the
+            back.
+        counts: (B·G, spans, 2) int32, how many stand at the front and at the back.
+        span: queries per large block.
+        table: as `KeyLists.table`.
+        capacities: entries of a list of each of the G heads.
+    """
+
+    index: Tensor  # type: ignore[assignment]  # not the tuple method
+    counts: Tensor
+    span: int
+    table: Tensor
+    capacities: tuple[int, ...]
+
+
 def block_of(ratio: int, rows: int = ROWS) -> int:
     """Queries per block for H / G query heads on one key/value head, so that a tile has `rows` rows."""
     return max(16, rows // triton.next_power_of_2(ratio))
@@ -93,7 +112,14 @@ def rows_of(dim: int, element_size: int) -> int:
 
 
 def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence[int]) -> KeyLists:
-    """Build the lists.
+    """Build the lists; arguments as in `build_lists_and_spans`."""
+    return build_lists_and_spans(expiry, num_queries, block, max_live)[0]
+
+
+def build_lists_and_spans(
+    expiry: Tensor, num_queries: int, block: int, max_live: Sequence[int]
+) -> tuple[KeyLists, SpanLists]:
+    """Build the lists of the blocks and of the large blocks.
 
     Args:
         expiry: (B, G, N) int32, contiguous.
@@ -168,11 +194,12 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence
     build_large(large_index, large_capacities, write=True)
     index, whole, partial = empty(batch * blocks * sum(capacities)), empty(rows, blocks), empty(rows, blocks)
     table = _layout(capacities, expiry.device, keep=bool(max_live))
+    large_table = _layout(large_capacities, expiry.device, keep=bool(max_live))
     _fine[(blocks, rows)](
         expiry,
         large_index,
         counts,
-        _layout(large_capacities, expiry.device, keep=bool(max_live)),
+        large_table,
         length,
         first,
         large_blocks,
@@ -189,7 +216,8 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence
         STEP=_STEP,
         num_warps=4,
     )
-    return KeyLists(index, whole, partial, block, table, capacities)
+    spans = SpanLists(large_index, counts, large, large_table, large_capacities)
+    return KeyLists(index, whole, partial, block, table, capacities), spans
 
 
 def _layout(capacities: tuple[int, ...], device: torch.device, keep: bool) -> Tensor:
