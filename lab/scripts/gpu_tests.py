@@ -33,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=8, help="at a time, on the one GPU")
     parser.add_argument("--seconds", type=float, default=600.0, help="what is not done by then counts as failed")
+    parser.add_argument("--keyword", help="only tests whose name it fits, as pytest's -k")
     parser.add_argument("tests", nargs="*", default=FILES, help="files or tests; default: all that need a GPU")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -44,6 +45,7 @@ def main() -> int:
         for shard in range(arguments.processes):
             log = Path(folder) / f"{shard}.log"
             command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
+            command += ["-k", arguments.keyword] if arguments.keyword else []
             command += ["--shard", f"{shard}/{arguments.processes}", *arguments.tests]
             with log.open("w") as file:
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

@@ -1,58 +1,55 @@
 #!/usr/bin/env bash
-# Check and time the attention kernels on one Hopper GPU in about six minutes; wheels of pytest and peers in .whl/.
+# Check and time the attention kernels on one Hopper GPU in about three minutes; wheels of pytest and peers in .whl/.
 #   bash lab/scripts/kernel_call.sh OUT [SECONDS]
-# Logs and JSON go to OUT, short tables to the output. What does not fit into SECONDS is left out, from the end.
+# Logs and JSON go to OUT, short tables to the output. Checks compile in many processes at once, for about 100 seconds;
+# then come the times. What does not fit into SECONDS is left out, from the end.
 set -u
 out=$1
 logs=$(mktemp -d)
 keep() { tail -n +1 "$logs"/*.txt | tail -c 8000000 > "$out/log.txt"; }
-until=$((SECONDS + ${2:-380}))
-left() { echo $((until - SECONDS > 5 ? until - SECONDS : 5)); }
+until=$((SECONDS + ${2:-190}))
+left() { echo $((until - SECONDS > 4 ? until - SECONDS : 4)); }
 export PYTHONPATH=.:lab PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache}
 python3 -m pip install -q --no-index --no-deps .whl/*.whl > "$logs/pip.txt" 2>&1 || echo "pip: $(tail -1 "$logs/pip.txt")"
 python3 -c "import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)"
+times="python3 lab/scripts/kernel_times.py --no-flex --commit ${COMMIT:-unknown}"
+wide="equal 512,equal 1024,equal 2048,heads 1"
+narrow="narrow local,narrow sliding 136,narrow sliding 300"
+whole="triton.backward.WALK_BY_SPANS=0"
 
 echo "== tests and checks ($SECONDS s)"
-times="python3 lab/scripts/kernel_times.py --no-flex --commit ${COMMIT:-unknown}"
-$times --compile-only --no-peers > "$logs/compile.txt" 2>&1 &
-compile=$!
-timeout 170 python3 lab/scripts/kernel_checks.py --runs 100 > "$logs/checks.txt" 2>&1 &
-checks=$!
-rows="hopper.forward.WHOLE_ROWS=1 hopper.backward_dq.WHOLE_ROWS=1"
-few="equal 512,equal 1024,narrow sliding 136"
-timeout 175 python3 lab/scripts/kernel_checks.py --runs 5 --set $rows > "$logs/checks-rows.txt" 2>&1 &
-checks_rows=$!
-$times --compile-only --no-peers --only "$few" --set $rows > "$logs/compile-rows.txt" 2>&1 &
-compile_rows=$!
-python3 lab/scripts/gpu_tests.py --processes 8 --seconds 165 > "$logs/tests.txt" 2>&1
-echo "gpu_tests exit $?"
-grep -a "exit \|^FAILED\|^E  " "$logs/tests.txt" | cut -c1-150 | tail -32
-wait $checks
-echo "kernel_checks exit $?"
-wait $checks_rows
-echo "kernel_checks of the candidate exit $?"
-grep -c ^ok "$logs"/checks*.txt
-grep -av ^ok "$logs/checks.txt" | cut -c1-300 | tail -12
-grep -av ^ok "$logs/checks-rows.txt" | cut -c1-300 | tail -6
-kill $compile $compile_rows 2> /dev/null
+jobs=()
+start() { # name seconds command...
+    local name=$1 seconds=$2
+    shift 2
+    timeout "$seconds" "$@" > "$logs/$name.txt" 2>&1 &
+    jobs+=("$name:$!")
+}
+for part in 0 1 2 3; do start "checks-$part" 100 python3 lab/scripts/kernel_checks.py --runs 0 --part $part/4; done
+start checks-runs 100 python3 lab/scripts/kernel_checks.py --runs 100 --part 9/10
+start compile 100 $times --compile-only --no-peers --only "$wide"
+start compile-narrow 100 $times --compile-only --no-peers --only "$narrow"
+start memcheck 100 compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py --stages 4
+start layer 100 python3 -m pytest -q -x -p no:cacheprovider tests/mixers/test_launch_sequence.py -k "never_waits and False"
+python3 lab/scripts/gpu_tests.py --processes 8 --seconds 100 --keyword "hopper and not odd_pieces" \
+    tests/ops/test_triton_kernels.py > "$logs/tests.txt" 2>&1
+for job in "${jobs[@]}"; do
+    wait "${job#*:}"
+    echo "${job%:*} exit $? ($SECONDS s)"
+done
+echo "checks ok: $(cat "$logs"/checks-*.txt | grep -ac ^ok), tests passed: $(grep -ac PASSED "$logs/tests.txt")"
+grep -ah "^WRONG\|Error\|Warning" "$logs"/checks-*.txt | cut -c1-250 | tail -12
+grep -a "FAILED\|^E  \|exit " "$logs/tests.txt" | cut -c1-150 | tail -24
+grep -a "error\|ERROR\|done" "$logs/memcheck.txt" | cut -c1-120 | tail -6
+tail -3 "$logs/layer.txt" | cut -c1-200
 keep
 
 echo "== times ($SECONDS s)"
-timeout "$(left)" $times --out "$out/times.json" --seconds 75 2>&1 | tee "$logs/times.txt" | grep -av Warning | cut -c1-420
-echo "== output in whole rows ($SECONDS s)"
-timeout "$(left)" $times --no-peers --only "$few" --out "$out/times-rows.json" --set $rows 2>&1 | cut -c1-300
-echo "== short rows: atomics, then the walk ($SECONDS s)"
+timeout "$(left)" $times --out "$out/times.json" --only "$wide,$narrow" 2>&1 | grep -av Warning | cut -c1-420
+echo "== whole intervals ($SECONDS s)"
+timeout "$(left)" $times --no-peers --only "equal 512,equal 1024,local 300" --set $whole --out "$out/times-whole.json" \
+    2>&1 | cut -c1-300
+echo "== short rows ($SECONDS s)"
 timeout "$(left)" $times --dense --out "$out/times-short.json" 2>&1 | cut -c1-420
-timeout "$(left)" $times --dense --set triton.backward.WALK_FROM=1024 --out "$out/times-short-walk.json" 2>&1 | cut -c1-300
-echo "== mask ($SECONDS s)"
-timeout "$(left)" $times --mask --out "$out/times-mask.json" 2>&1 | cut -c1-200
-echo "== sanitizer ($SECONDS s)"
-if command -v compute-sanitizer > /dev/null; then
-    timeout "$(left)" python3 lab/scripts/sanitize.py > "$logs/sanitize.txt" 2>&1
-    timeout "$(left)" compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py \
-        > "$logs/sanitize-memcheck.txt" 2>&1
-    echo "memcheck exit $?"
-    grep -a "error\|done\|ERROR" "$logs/sanitize-memcheck.txt" | cut -c1-120 | tail -12
-fi
 keep
 echo "== done ($SECONDS s)"

@@ -95,8 +95,9 @@ def errors(inputs: list[Tensor], grad: Tensor, expiry: Tensor, found: list[Tenso
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100, help="of deterministic mode")
+    parser.add_argument("--runs", type=int, default=100, help="of deterministic mode; 0: none")
     parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, an integer")
+    parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th check, from the K-th on (K from 0)")
     parser.add_argument("--small", action="store_true", help="short rows and few runs, on any device")
     arguments = parser.parse_args()
     for setting in arguments.set:
@@ -117,7 +118,8 @@ def main() -> int:
     shapes = [
         (dim, heads, windows) for dim in (128, 64) for heads, windows in ((16, (1, n, 136, 700)), (9, (150, n, 1)))
     ]
-    for dim, heads, windows in shapes:
+    part, parts = (int(number) for number in arguments.part.split("/"))
+    for dim, heads, windows in shapes[part::parts]:
         windows = tuple(min(window, n) for window in windows)
         for bias in (False, True):
             for queries in (1, 1 << 30):
@@ -133,7 +135,7 @@ def main() -> int:
                     off = errors(inputs, grad, expiry, found, bias)
                     name = f"D {dim} H {heads} bias {bias} walk {queries == 1} local {local}"
                     report(name, all(e < TOLERANCE for e in off), " ".join(f"{e:.4f}" for e in off))
-    for length in (n, 2 * n):
+    for length in (n, 2 * n) if arguments.runs else ():
         inputs, grad, expiry, live = problem(length, (1, length, 136, 700), 16, 128, device)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

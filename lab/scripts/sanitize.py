@@ -141,12 +141,13 @@ def stages(device: str, backend: str) -> Sequence[Stage]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no stage after so many")
+    parser.add_argument("--stages", type=int, help="so many, the most doubtful first; default: all")
     arguments = parser.parse_args()
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
     device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch")
     torch.manual_seed(0)
     began, wrong = time.perf_counter(), []
-    for name, switched, run, allowed in stages(device, backend):
+    for name, switched, run, allowed in stages(device, backend)[: arguments.stages]:
         if time.perf_counter() - began > arguments.seconds:
             print(f"not begun: {name}", flush=True)
             continue

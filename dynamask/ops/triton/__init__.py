@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.hopper.self_check import check_first_use
-from dynamask.ops.triton.backward import backward_kernel_launch
+from dynamask.ops.triton.backward import backward_kernel_launch, walks
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
 from dynamask.ops.triton.lists import KeyLists, block_of, build_lists, rows_of
@@ -89,14 +89,21 @@ def interval_backward(
     scale: float,
     max_live: Sequence[int],
     deterministic: bool,
+    walk_from: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to query, key, value (their dtypes) and bias (float32); `deterministic`: the same bits every time."""
+    """Compute gradients to query, key, value (their dtypes) and bias (float32).
+
+    Args:
+        deterministic: the same bits every time.
+        walk_from: as in `backward_kernel_launch`.
+    """
     query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
     bias = None if bias is None else bias.float().contiguous()
-    check_first_use("backward", query, value, bias, _small_backward)
+    if deterministic or walks(query):  # else atomic sums in the portable pass give the gradients
+        check_first_use("backward", query, value, bias, _small_backward)
     saved = (output.contiguous(), top.contiguous(), rest.contiguous())
     return backward_kernel_launch(
-        grad_output.contiguous(), query, key, value, expiry, bias, *saved, scale, max_live, deterministic
+        grad_output.contiguous(), query, key, value, expiry, bias, *saved, scale, max_live, deterministic, walk_from
     )
 
 
@@ -112,4 +119,5 @@ def _small_backward(
 ) -> tuple[Tensor, ...]:
     """Compute the gradients of `check_first_use`'s problem to query, key and value."""
     parts = interval_forward(query, key, value, expiry, bias, scale, ())
-    return interval_backward(gradient, query, key, value, expiry, bias, *parts, scale, (), False)[:3]
+    # The problem has fewer queries than the walk is for, and is there to check it.
+    return interval_backward(gradient, query, key, value, expiry, bias, *parts, scale, (), False, walk_from=0)[:3]

@@ -20,9 +20,9 @@ from dynamask.ops.triton.forward import LOG2E, load_row_sums, row_of
 from dynamask.ops.triton.lists import block_of, build_lists_and_spans, list_of, rows_of, widest_first
 
 WALK_FROM = 2048
-"""Queries from which on the walk is taken on Hopper: ordering the keys costs more than it saves on short rows."""
+"""Queries from which on the walk is taken on Hopper: putting keys into tiles costs more than it saves on short rows."""
 
-WALK_BY_SPANS = False
+WALK_BY_SPANS = True
 """Walk long-lived keys in spans of queries on Hopper, for whole intervals."""
 
 
@@ -39,6 +39,7 @@ def backward_kernel_launch(
     scale: float,
     max_live: Sequence[int],
     deterministic: bool,
+    walk_from: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous.
 
@@ -46,13 +47,14 @@ def backward_kernel_launch(
         top, rest: two parts of the log-sum-exp, as the forward pass gives them.
         max_live: no query sees more keys of a head than this, for each of the G heads; empty if unknown.
         deterministic: bitwise the same on every run, in some more time.
+        walk_from: queries from which on dK and dV come from a walk on Hopper; None: `WALK_FROM`.
     """
     batch, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
     ratio = heads // groups
     sums = prepare(grad_output, output, top, rest, parted=bias is not None)
     delta = sums.delta
-    walk = _walk_kernel(query, value)
+    walk = _walk_kernel(query, value, WALK_FROM if walk_from is None else walk_from)
     scatter = not deterministic and walk is None
     query_hopper = None if scatter else hopper("backward_dq", query, value)
     if query_hopper is None:
@@ -149,10 +151,15 @@ def prepare(grad_output: Tensor, output: Tensor, top: Tensor, rest: Tensor, part
     return RowSums(lse, finite_top, delta)
 
 
-def _walk_kernel(query: Tensor, value: Tensor) -> Callable[..., tuple[Tensor, ...]] | None:
+def walks(query: Tensor) -> bool:
+    """Whether there are queries (B, H, Nq, D) enough for the walk on Hopper."""
+    return query.shape[2] >= WALK_FROM
+
+
+def _walk_kernel(query: Tensor, value: Tensor, walk_from: int) -> Callable[..., tuple[Tensor, ...]] | None:
     """The walk over each key's queries on Hopper; None where atomic sums in the pass for dQ give dK, dV and dbias."""
     backward_hopper = hopper("backward_dkv", query, value)
-    if backward_hopper is None or query.shape[2] < WALK_FROM:
+    if backward_hopper is None or query.shape[2] < walk_from:
         return None
     return backward_hopper.walk_kernel_launch
 
