@@ -7,7 +7,7 @@ set -u
 out=$1
 logs=$(mktemp -d)
 keep() { tail -n +1 "$logs"/*.txt | tail -c 8000000 > "$out/log.txt"; }
-until=$((SECONDS + ${2:-190}))
+until=$((SECONDS + ${2:-195}))
 left() { echo $((until - SECONDS > 4 ? until - SECONDS : 4)); }
 export PYTHONPATH=.:lab PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache}
 python3 -m pip install -q --no-index --no-deps .whl/*.whl > "$logs/pip.txt" 2>&1 || echo "pip: $(tail -1 "$logs/pip.txt")"
@@ -16,6 +16,7 @@ times="python3 lab/scripts/kernel_times.py --no-flex --commit ${COMMIT:-unknown}
 wide="equal 512,equal 1024,equal 2048,heads 1"
 narrow="narrow local,narrow sliding 136,narrow sliding 300"
 whole="triton.backward.WALK_BY_SPANS=0"
+odd="hopper.forward.ODD=16"
 
 echo "== tests and checks ($SECONDS s)"
 jobs=()
@@ -25,13 +26,17 @@ start() { # name seconds command...
     timeout "$seconds" "$@" > "$logs/$name.txt" 2>&1 &
     jobs+=("$name:$!")
 }
-for part in 0 1 2 3; do start "checks-$part" 100 python3 lab/scripts/kernel_checks.py --runs 0 --part $part/4; done
-start checks-runs 100 python3 lab/scripts/kernel_checks.py --runs 100 --part 9/10
-start compile 100 $times --compile-only --no-peers --only "$wide"
-start compile-narrow 100 $times --compile-only --no-peers --only "$narrow"
-start memcheck 100 compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py --stages 4
-start layer 100 python3 -m pytest -q -x -p no:cacheprovider tests/mixers/test_launch_sequence.py -k "never_waits and False"
-python3 lab/scripts/gpu_tests.py --processes 8 --seconds 100 --keyword "hopper and not odd_pieces" \
+for part in 0 1 2 3; do start "checks-$part" 112 python3 lab/scripts/kernel_checks.py --runs 0 --part $part/4; done
+for part in 0 1; do
+    start "checks-odd-$part" 112 python3 lab/scripts/kernel_checks.py --runs 0 --part $part/4 --set $odd
+done
+start compile-odd 112 $times --compile-only --no-peers --only "equal 512,equal 1024" --set $odd
+start checks-runs 112 python3 lab/scripts/kernel_checks.py --runs 100 --part 9/10
+start compile 112 $times --compile-only --no-peers --only "$wide"
+start compile-narrow 112 $times --compile-only --no-peers --only "$narrow"
+start memcheck 112 compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py --stages 4
+start layer 112 python3 -m pytest -q -x -p no:cacheprovider tests/mixers/test_launch_sequence.py -k "never_waits and False"
+python3 lab/scripts/gpu_tests.py --processes 7 --seconds 110 --keyword "hopper and not odd_pieces and not dtype0 and not 32-dtype" \
     tests/ops/test_triton_kernels.py > "$logs/tests.txt" 2>&1
 for job in "${jobs[@]}"; do
     wait "${job#*:}"
@@ -46,6 +51,8 @@ keep
 
 echo "== times ($SECONDS s)"
 timeout "$(left)" $times --out "$out/times.json" --only "$wide,$narrow" 2>&1 | grep -av Warning | cut -c1-420
+echo "== odd keys by a narrow product ($SECONDS s)"
+timeout "$(left)" $times --no-peers --only "equal 512,equal 1024" --set $odd --out "$out/times-odd.json" 2>&1 | cut -c1-250
 echo "== whole intervals ($SECONDS s)"
 timeout "$(left)" $times --no-peers --only "equal 512,equal 1024,local 300" --set $whole --out "$out/times-whole.json" \
     2>&1 | cut -c1-300
