@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -233,7 +234,11 @@ def draw(readers: list[Reader], masks: list[Tensor], puzzle: Puzzle, picture: Pa
     axes.set(xlim=(0, 1.45 * max(sizes)), xlabel="cache after the text, MiB")
     axes.set_title(f"{puzzle.asked}  (hidden: {puzzle.answer})", fontsize=11)
     figure.suptitle("Blue: keys that are still in the cache after the text was read", fontsize=13)
-    return save_figure(figure, picture)
+    path = save_figure(figure, picture)
+    # A few colours are enough, in a third of the bytes.
+    with Image.open(path) as drawn:
+        drawn.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(path, optimize=True)
+    return path
 
 
 def choose_model(arguments: argparse.Namespace) -> tuple[Callable[[int], tuple[Any, Any, Any]], int]:
