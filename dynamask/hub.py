@@ -11,6 +11,13 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _LISTED = 8
 
 
+def is_hub_name(name: str | Path) -> bool:
+    """Return whether a name is spelled as one on the hub, `owner/name`, and is no path here."""
+    text, path = str(name), Path(name).expanduser()
+    local = path.exists() or (str(path.parent) != "." and path.parent.is_dir())
+    return not local and not text.startswith("runs/") and _HUB_NAME.fullmatch(text) is not None
+
+
 def check_local_or_hub(name: str | Path, what: str) -> None:
     """Refuse a name that is neither an existing path nor spelled as a hub name.
 

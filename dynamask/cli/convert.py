@@ -120,6 +120,22 @@ def convert_upcycle(
     console.print(f"written to {target}", soft_wrap=True)
 
 
+@app.command("gguf", hidden=True)
+def convert_gguf(rest: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Refuse, with the reason: llama.cpp cannot run dynamask's models."""
+    from dynamask.models.export import cannot_export
+
+    raise cannot_export("gguf")
+
+
+@app.command("onnx", hidden=True)
+def convert_onnx(rest: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Refuse, with the reason: ONNX cannot express dynamask's models."""
+    from dynamask.models.export import cannot_export
+
+    raise cannot_export("onnx")
+
+
 class _Bars:
     """One progress bar for each stage, with the loss, the rate and the time left."""
 

@@ -31,6 +31,7 @@ from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
 from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.cache_argument import given_cache
+from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_window
 from dynamask.ops.context_parallel.shards import current_group
@@ -344,6 +345,7 @@ class ConvertedModel(OwnCacheGeneration):
 
     def _prepared(self, arguments: dict[str, Any], cache_name: str) -> dict[str, Any]:
         """Complete the arguments of a forward call: the cache, and the facts that all layers need."""
+        refuse_onnx_export()
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments.get("inputs_embeds")

@@ -18,21 +18,10 @@ from dynamask.cache import cache_bytes
 from dynamask.convert.distill import teacher_states
 from dynamask.evaluation.retrieval import evaluate_retrieval, least_length
 from dynamask.training.loss import output_head
+from dynamask.training.model_card import USE
 
 NEEDLE_TASKS = ("single_needle", "multi_key")
 _BINS = 8
-_USE = (
-    "```python",
-    "import dynamask  # registers the architecture",
-    "from transformers import AutoModelForCausalLM, AutoTokenizer",
-    "",
-    'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
-    'tokenizer = AutoTokenizer.from_pretrained("path/or/name")',
-    "```",
-    "",
-    "`pip install dynamask-attention` provides the import.",
-    "",
-)
 
 
 @dataclass(frozen=True)
@@ -209,7 +198,7 @@ class ConversionReport:
                 f"{settings['sinks']}, the newest {settings['local']} and those that a small predictor on the layer's "
                 "hidden state ranks highest. The cache keeps these keys and no others, at any length of the text.",
                 "",
-                *_USE,
+                *USE,
                 "## Figures",
                 "",
                 *table,
@@ -255,7 +244,7 @@ def plain_card(source: str, about: str) -> str:
             "",
             about,
             "",
-            *_USE,
+            *USE,
         ]
     )
 

@@ -22,6 +22,7 @@ from dynamask.mixers.rank_loss import RankLosses
 from dynamask.models.cache_argument import CACHE_NAME, takes_cache
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
+from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_segment_ids
 from dynamask.ops.context_parallel.shards import context_shards, current_group
@@ -384,6 +385,7 @@ def sequence_info(
     Raises:
         InvalidInputError: as `DynamaskModel.forward`.
     """
+    refuse_onnx_export()
     batch, new = hidden_states.shape[:2]
     if past is None:
         past = int(cache.get_seq_length()) if cache is not None else 0

@@ -28,6 +28,7 @@ from dynamask.training.checkpointing import checkpoint_step, checkpoints, damage
 from dynamask.training.config import TrainConfig
 from dynamask.training.folder import SETTINGS, model_folder, open_run
 from dynamask.training.interruption import StopAtSignal
+from dynamask.training.model_card import trained_card
 from dynamask.training.processes import agreed, is_first, launched, note_processes, processes, processes_of
 from dynamask.training.trainer import AtomicTrainer, flush
 from dynamask.training.watch import pace_lines
@@ -226,6 +227,7 @@ def _train(
         if trainer.is_world_process_zero():
             tokenizer.save_pretrained(partial)
             trainer.state.save_to_json(str(partial / "trainer_state.json"))
+            (partial / "README.md").write_text(trained_card(config, model, loss), encoding="utf-8")
             for file in partial.iterdir():
                 flush(file)
             partial.rename(final)

@@ -182,3 +182,11 @@ def test_a_full_disk_is_seen_before(
     (tmp_path / "file").write_text("")
     done = dynamask("convert", "upcycle", str(dense), str(tmp_path / "file" / "x"), *OPTIONS)
     assert (done.returncode, "is a file" in done.said) == (2, True)
+
+
+@pytest.mark.parametrize("form", ["gguf", "onnx"])
+def test_other_formats_are_refused_with_the_reason(dynamask: Command, form: str) -> None:
+    done = dynamask("convert", form, "sparse", "out")
+    assert done.returncode == 2
+    assert f"cannot be exported to {form.upper()}" in done.said
+    assert "Serve it with" in done.said

@@ -1,0 +1,92 @@
+"""The model card of a trained model: what it is, how to load it, what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dynamask.hub import is_hub_name
+from dynamask.training.config import TrainConfig
+
+USE = (
+    "```python",
+    "import dynamask  # registers the architecture",
+    "from transformers import AutoModelForCausalLM, AutoTokenizer",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("path/or/name")',
+    'tokenizer = AutoTokenizer.from_pretrained("path/or/name")',
+    "```",
+    "",
+    "`pip install dynamask-attention` provides the import. The checkpoint cannot be exported to GGUF or ONNX: these",
+    "formats have no operator whose keys expire.",
+    "",
+)
+"""How to load a model of dynamask, in lines of Markdown."""
+
+
+def trained_card(settings: TrainConfig, model: Any, loss: float) -> str:
+    """Return the model card of a model that `dynamask train` trained, in Markdown.
+
+    Args:
+        settings: of the run.
+        model: the trained model.
+        loss: on held-out text, in nats per token.
+    """
+    config = model.config
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    tokens = settings.steps * settings.batch_size * settings.gradient_accumulation * (settings.context or 0)
+    facts = [
+        ("parameters", f"{parameters / 1e6:.1f} M"),
+        ("layers, heads, key/value heads", _shape(config)),
+        ("attention", _attention(config)),
+        ("budget: mean window of a key/value head", "none" if config.budget is None else f"{config.budget:.0f} keys"),
+        ("data", ", ".join(_data(settings.data))),
+        ("context", f"{settings.context} tokens"),
+        ("training", f"{settings.steps} steps, about {tokens / 1e6:.1f} M tokens of one process"),
+        ("loss on held-out text", f"{loss:.3f} nats per token"),
+    ]
+    start = settings.init
+    base = [f"base_model: {start}"] if start is not None and is_hub_name(start) else []
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            *base,
+            "tags: [dynamask, sparse-attention, long-context]",
+            "---",
+            "",
+            "# A model trained by dynamask",
+            "",
+            *USE,
+            "| | |",
+            "| --- | --- |",
+            *(f"| {name} | {value} |" for name, value in facts),
+            "",
+            "Settings of the attention:",
+            "",
+            "```json",
+            json.dumps({name: getattr(config, name, None) for name in ("windows", "local", "sinks", "ranking")}),
+            "```",
+            "",
+            "What it is for, and what it must not be used for: not said yet.",
+            "",
+        ]
+    )
+
+
+def _shape(config: Any) -> str:
+    return f"{config.num_hidden_layers}, {config.num_attention_heads}, {config.num_key_value_heads}"
+
+
+def _attention(config: Any) -> str:
+    names = getattr(config, "layer_mixers", None)
+    return str(config.model_type) if names is None else ", ".join(dict.fromkeys(names))
+
+
+def _data(sources: str | Sequence[str]) -> list[str]:
+    """The sources that others can find; paths of one machine are left out."""
+    listed = [sources] if isinstance(sources, str) else list(sources)
+    public = [source for source in listed if source == "stdlib" or is_hub_name(source)]
+    return public + (["local files"] if len(public) < len(listed) else [])
