@@ -12,6 +12,8 @@ from dynamask_lab.report.conversion import PATTERN, conversion_section
 from dynamask_lab.report.masks import masks_section
 from dynamask_lab.report.masks_over_training import masks_over_training_section
 from dynamask_lab.report.pictures import save_small
+from dynamask_lab.report.scale import PATTERN as SCALE
+from dynamask_lab.report.scale import scale_section
 from dynamask_lab.report.tasks import tasks_section
 from dynamask_lab.studies.ceiling.report import PATTERN as CEILING
 from dynamask_lab.studies.ceiling.report import ceiling_section
@@ -288,6 +290,16 @@ BENCHMARKS: dict[str, Benchmark] = {
         "python lab/scripts/local_tasks.py; python lab/scripts/sweep_tasks.py MODELS --output "
         "lab/results/tasks/scaling.jsonl",
         tasks_section,
+        together=True,
+    ),
+    "scale": Benchmark(
+        "Several GPUs and long texts",
+        "Sequences split over GPUs, models split over GPUs, and long texts read in chunks.",
+        SCALE,
+        "torchrun --standalone --nproc-per-node 2 lab/scripts/context_parallel_gpu.py --out "
+        "lab/results/scale/context-parallel.jsonl; python lab/scripts/million_tokens_gpu.py --out "
+        "lab/results/scale/million-tokens.jsonl",
+        scale_section,
         together=True,
     ),
     "ceiling": Benchmark(

@@ -1,0 +1,159 @@
+"""What `lab/scripts/context_parallel_gpu.py` and `million_tokens_gpu.py` measured, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynamask_lab.sweeps.section import Exhibit, Row, Section
+
+PATTERN = "scale/*.jsonl"
+Rows = Mapping[str, Mapping[str, Any]]
+
+
+def scale_section(lines: Sequence[Any], folder: Path) -> tuple[Section, dict[str, Any], str]:
+    """One file of measurements. See `dynamask_lab.report.benchmarks.Benchmark.section`."""
+    keyed = {f"line[{number}]": line for number, line in enumerate(lines)}
+
+    def of(*kinds: str) -> dict[str, Any]:
+        return {key: line for key, line in keyed.items() if line["kind"] in kinds}
+
+    exhibits = []
+    for name, title, text, rows, table in (
+        (
+            "exact",
+            "A split sequence against the whole one",
+            "Relative error of outputs and gradients, each against the whole sequence on one GPU.",
+            of("context_parallel_exact"),
+            _exact,
+        ),
+        (
+            "attention",
+            "One layer of a split sequence",
+            "Forward and backward. One GPU computes the same attention of the whole sequence; ring attention is "
+            "torch's own, dense. Megabytes are those that a GPU sends in the forward pass; ring attention's are of the "
+            "key/value heads as they are, though torch repeats them for the query heads first.",
+            of("context_parallel_attention", "ring_attention"),
+            _attention,
+        ),
+        (
+            "training",
+            "Training steps of a whole model",
+            "",
+            of("training_step", "split_model_step", "training_scaling"),
+            _training,
+        ),
+        ("prefill", "One long text in chunks", "", of("prefill", "decode"), _prefill),
+        (
+            "needles",
+            "What a converted model still finds",
+            "Share of needles found, by their distance from the end of the text.",
+            of("needles"),
+            _needles,
+        ),
+    ):
+        if rows:
+            exhibits.append(Exhibit(name, title, list(rows), text, table(rows)))
+    devices = ", ".join(dict.fromkeys(f"{line.get('gpus', 1)} x {line['device']}" for line in lines))
+    return Section("", exhibits), keyed, devices
+
+
+def _exact(rows: Rows) -> list[Row]:
+    return [
+        {
+            "tokens": f"{row['length']:,}",
+            "windows": _windows(row["windows"]),
+            "packed": "yes" if row["packed"] else "",
+            "dtype": row["dtype"],
+            **{name: f"{row[name]:.0e}" for name in ("output", "dq", "dk", "dv")},
+        }
+        for row in rows.values()
+    ]
+
+
+def _windows(windows: Sequence[int]) -> str:
+    return str(windows[0]) if len(set(windows)) == 1 else f"{min(windows)} to {max(windows)}"
+
+
+def _attention(rows: Rows) -> list[Row]:
+    rings = {row["length"]: row for row in rows.values() if row["kind"] == "ring_attention"}
+    table = []
+    for row in rows.values():
+        if row["kind"] == "ring_attention":
+            continue
+        cells = {
+            "tokens": f"{row['length']:,}",
+            "windows": row["windows"],
+            "layers in a row": str(row.get("layers_in_a_row", 1)),
+            "one GPU, ms": f"{row['one_gpu']['ms']:.1f}",
+            "split, ms": f"{row['split']['ms']:.1f}",
+            "x": f"{row['speedup']:.2f}",
+            "MB sent": f"{row['bytes_forward'] / 1e6:.1f}",
+        }
+        if (ring := rings.get(row["length"])) is not None:
+            sent = ring["bytes_forward_without_repeated_heads"]
+            cells |= {
+                "ring, ms": f"{ring['split']['ms']:.1f}",
+                "ring, MB sent": f"{sent / 1e6:.1f}",
+                "% of ring's": f"{100 * row['bytes_forward'] / sent:.1f}",
+                "both passes, %": f"{100 * _both(row, '') / _both(ring, '_without_repeated_heads'):.1f}",
+            }
+        table.append(cells)
+    return table
+
+
+def _both(row: Mapping[str, Any], of: str) -> float:
+    return float(row[f"bytes_forward{of}"] + row[f"bytes_backward{of}"])
+
+
+def _training(rows: Rows) -> list[Row]:
+    table = []
+    for row in rows.values():
+        if row["kind"] == "training_scaling":
+            share = f"{row['share_of_one_gpu']:.2f} of one GPU's"
+            table.append({"what": "FSDP2 over all", "tokens/s and GPU": share})
+            continue
+        split = row["kind"] == "split_model_step"
+        over = row["gpus"] if split else row["sharded_over"]
+        table.append(
+            {
+                "what": "one sequence over all GPUs, FSDP2" if split else f"FSDP2 over {over}",
+                "tokens of a sequence": f"{row['context']:,}",
+                "step, ms": f"{row['step']['ms']:.0f}",
+                "least to most": f"{row['step']['ms_least']:.0f} to {row['step']['ms_most']:.0f}",
+                "tokens/s and GPU": f"{row['tokens_per_second_and_gpu']:,.0f}",
+                "peak, GB": f"{row['peak_bytes'] / 1e9:.1f}",
+                "layers recomputed": "yes" if row.get("recomputes_layers") else "",
+            }
+        )
+    return table
+
+
+def _prefill(rows: Rows) -> list[Row]:
+    decode = {row["tokens"]: row for row in rows.values() if row["kind"] == "decode"}
+    return [
+        {
+            "tokens": f"{row['tokens']:,}",
+            "seconds": f"{row['seconds']:.1f}",
+            "tokens/s": f"{row['tokens_per_second']:,.0f}",
+            "tokens/s since the line before": f"{row['tokens_per_second_since_last']:,.0f}",
+            "cache, MB": f"{row['cache_bytes'] / 1e6:.1f}",
+            "peak, GB": f"{row['peak_bytes'] / 1e9:.2f}",
+            "decoding, ms a token": f"{decode[row['tokens']]['ms_per_token']:.1f}" if row["tokens"] in decode else "",
+        }
+        for row in rows.values()
+        if row["kind"] == "prefill"
+    ]
+
+
+def _needles(rows: Rows) -> list[Row]:
+    return [
+        {
+            "tokens": f"{row['tokens']:,}",
+            "texts": str(row["texts"]),
+            "cache of a text, MB": f"{row['cache_bytes_per_text'] / 1e6:.1f}",
+            **{f"{int(d):,}": f"{share:.2f}" for d, share in row["found_by_distance_from_the_end"].items()},
+        }
+        for row in rows.values()
+    ]
