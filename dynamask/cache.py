@@ -204,7 +204,7 @@ class BoundedLayer(CacheLayerMixin):
         else:
             keys = self._merge(key, value, ranks, key_mask)
             bias = _finite(keys.score) if bias_is_rank else None
-            output = attend(narrowed, keys.key, keys.value, keys.expiry, bias=bias, scale=scale, max_live=self._widest)
+            output = attend(narrowed, keys.key, keys.value, keys.expiry, bias=bias, scale=scale, max_live=self.windows)
         return output if output.dtype == query.dtype else output.to(query.dtype)
 
     def extend(self, key: Tensor, value: Tensor, scores: Tensor | None, key_mask: Tensor | None) -> LiveKeys:

@@ -317,7 +317,7 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
         segment_ids=facts.segment_ids,
         key_mask=facts.key_mask,
     )
-    return attend(query, key, value, expiry, scale=scale, max_live=max(windows))
+    return attend(query, key, value, expiry, scale=scale, max_live=tuple(windows))
 
 
 def _rank_loss(query: Tensor, key: Tensor, ranks: Tensor, facts: CallFacts, local: int, scale: float) -> Tensor:

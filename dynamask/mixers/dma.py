@@ -163,4 +163,4 @@ def dynamic_mask_mix(
         key_mask=sequence.key_mask,
     )
     bias = None if gate is None else finite_bias(ranks)
-    return attend(query, key, value, expiry, bias=bias, scale=scale, max_live=max(windows))
+    return attend(query, key, value, expiry, bias=bias, scale=scale, max_live=tuple(windows))
