@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamask.models.presets import PRESETS, preset
+from dynamask.training.plan import plan
 from dynamask_lab.sweeps.section import Exhibit, Row, Section
 
 PATTERN = "scale/*.jsonl"
@@ -40,7 +42,7 @@ def scale_section(lines: Sequence[Any], folder: Path) -> tuple[Section, dict[str
         (
             "training",
             "Training steps of a whole model",
-            "",
+            "Layers are not compiled. `dynamask plan` was fitted to compiled ones on an H100.",
             of("training_step", "split_model_step", "training_scaling"),
             _training,
         ),
@@ -78,11 +80,11 @@ def _windows(windows: Sequence[int]) -> str:
 
 def _attention(rows: Rows) -> list[Row]:
     rings = {row["length"]: row for row in rows.values() if row["kind"] == "ring_attention"}
-    table = []
+    table: list[Row] = []
     for row in rows.values():
         if row["kind"] == "ring_attention":
             continue
-        cells = {
+        cells: dict[str, str] = {
             "tokens": f"{row['length']:,}",
             "windows": row["windows"],
             "layers in a row": str(row.get("layers_in_a_row", 1)),
@@ -107,8 +109,17 @@ def _both(row: Mapping[str, Any], of: str) -> float:
     return float(row[f"bytes_forward{of}"] + row[f"bytes_backward{of}"])
 
 
+def _planned(row: Mapping[str, Any]) -> str:
+    """Milliseconds that `dynamask plan` gives the step; "" where layers are not recomputed: it was fitted to those."""
+    if not row.get("recomputes_layers") or row["kind"] != "training_step" or row["preset"] not in PRESETS:
+        return ""
+    config = preset(row["preset"], max_position_embeddings=row["context"])
+    shape = {"context": row["context"], "sequences": row["batch"]}
+    return f"{1e3 * plan(config, gpus=row['sharded_over'], tokens=1e9, **shape).step_seconds:.0f}"
+
+
 def _training(rows: Rows) -> list[Row]:
-    table = []
+    table: list[Row] = []
     for row in rows.values():
         if row["kind"] == "training_scaling":
             share = f"{row['share_of_one_gpu']:.2f} of one GPU's"
@@ -121,6 +132,8 @@ def _training(rows: Rows) -> list[Row]:
                 "what": "one sequence over all GPUs, FSDP2" if split else f"FSDP2 over {over}",
                 "tokens of a sequence": f"{row['context']:,}",
                 "step, ms": f"{row['step']['ms']:.0f}",
+                "sequences of a GPU": str(row.get("batch", "")),
+                "planned, ms": _planned(row),
                 "least to most": f"{row['step']['ms_least']:.0f} to {row['step']['ms_most']:.0f}",
                 "tokens/s and GPU": f"{row['tokens_per_second_and_gpu']:,.0f}",
                 "peak, GB": f"{row['peak_bytes'] / 1e9:.1f}",
