@@ -15,7 +15,6 @@ python3 -c "import torch, triton; print(torch.cuda.get_device_name(), torch.__ve
 times="python3 lab/scripts/kernel_times.py --no-flex --commit ${COMMIT:-unknown}"
 wide="equal 512,equal 1024,equal 2048,heads 1"
 narrow="narrow local,narrow sliding 136,narrow sliding 300"
-whole="triton.backward.WALK_BY_SPANS=0"
 odd="hopper.forward.ODD=16"
 
 echo "== tests and checks ($SECONDS s)"
@@ -53,9 +52,6 @@ echo "== times ($SECONDS s)"
 timeout "$(left)" $times --out "$out/times.json" --only "$wide,$narrow" 2>&1 | grep -av Warning | cut -c1-420
 echo "== odd keys by a narrow product ($SECONDS s)"
 timeout "$(left)" $times --no-peers --only "equal 512,equal 1024" --set $odd --out "$out/times-odd.json" 2>&1 | cut -c1-250
-echo "== whole intervals ($SECONDS s)"
-timeout "$(left)" $times --no-peers --only "equal 512,equal 1024,local 300" --set $whole --out "$out/times-whole.json" \
-    2>&1 | cut -c1-300
 echo "== short rows ($SECONDS s)"
 timeout "$(left)" $times --dense --out "$out/times-short.json" 2>&1 | cut -c1-420
 keep

@@ -115,9 +115,7 @@ def flops(case: Case, expiry: Tensor) -> float:
 def our_parts(inputs: tuple[Tensor, ...], expiry: Tensor, limits: Any, scale: float) -> Iterator[tuple[str, Callable]]:
     """The launches of a forward and a backward pass one by one."""
     from dynamask.ops.hopper import backward_dkv, backward_dq, forward
-    from dynamask.ops.triton import backward
     from dynamask.ops.triton.backward import prepare
-    from dynamask.ops.triton.backward_walk import walking_order
     from dynamask.ops.triton.lists import build_lists_and_spans
 
     query, key, value, bias, grad = inputs
@@ -129,17 +127,15 @@ def our_parts(inputs: tuple[Tensor, ...], expiry: Tensor, limits: Any, scale: fl
     sums = prepare(grad, output, *parts, parted=bias is not None)
     yield "prepare", lambda: prepare(grad, output, *parts, parted=bias is not None)
     dq_lists, spans = build_lists_and_spans(expiry, query.shape[2], backward_dq.block_of(ratio), limits)
-    by_spans = spans if backward.WALK_BY_SPANS else None
     yield (
         "dq kernel",
         lambda: backward_dq.query_kernel_launch(
             grad, query, key, value, expiry, bias, sums, tuple(parts), dq_lists, scale
         ),
     )
-    yield "walk order", lambda: walking_order(expiry)
     yield (
         "walk",
-        lambda: backward_dkv.walk_kernel_launch(grad, query, key, value, expiry, bias, sums, scale, by_spans),
+        lambda: backward_dkv.walk_kernel_launch(grad, query, key, value, expiry, bias, sums, scale, spans),
     )
 
 

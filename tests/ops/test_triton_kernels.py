@@ -395,15 +395,14 @@ def test_lists_of_long_rows(length: int, block: int) -> None:
 
 
 @pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("span", [96, 1024])
 @pytest.mark.parametrize("kind", ["random", "rising", "falling"])
-def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, span: int, local: bool) -> None:
-    """Every key once, long-lived ones first where others are many, slabs by expiry, walks from first birth to end."""
+def test_walking_order(monkeypatch: pytest.MonkeyPatch, kind: str, local: bool) -> None:
+    """Every key once, long-lived ones first where others are many, slabs by expiry."""
     from dynamask.ops.triton import backward_walk
 
     monkeypatch.setattr(backward_walk, "_SLAB", 64)
     monkeypatch.setattr(backward_walk, "_LONG", 50)
-    length, queries, keys, step, overhead = 500, 400, 16, 32, 3
+    length = 500
     scores = scores_of(kind, (2, 2, length), torch.Generator().manual_seed(0)).to(DEVICE)
     expiry = key_expiry(scores, 60, local=30 if local else 0)
     expiry[1, 0] = torch.arange(length)  # a row in which nothing lives
@@ -423,69 +422,6 @@ def test_walks_cover_what_is_seen(monkeypatch: pytest.MonkeyPatch, kind: str, sp
                 assert torch.equal(dies[slab].sort().values, dies[slab])
             begin += len(by_birth)
         assert not living[row[begin:].long()].any()
-    starts, ends, through = backward_walk.walk_steps(expiry, order, queries, keys, step, span, overhead)
-    assert through.dtype == torch.int64
-    tiles, spans, zero = -(-length // keys), -(-queries // span), length - queries
-    steps = through.diff(prepend=through.new_zeros(1)).view(4, spans, tiles)
-    for tile in range(4 * tiles):
-        row, first = divmod(tile, tiles)
-        mine = order.view(4, -1)[row, first * keys : (first + 1) * keys].long()
-        dies, born = expiry.view(4, -1)[row, mine], mine.clamp(min=zero)
-        seen = dies > born
-        walked = torch.zeros(spans * span, dtype=torch.bool, device=DEVICE)
-        if seen.any():
-            start, end = int(born[seen].min()) - zero, int(dies[seen].max()) - zero
-            assert int(starts[tile]) - zero == start - start % step
-            assert int(ends[tile]) - zero == end
-            walked[start:end] = True
-        counted = walked.view(spans, span // step, step).any(-1).sum(-1)
-        assert torch.equal(steps[row, :, first], counted + overhead * (counted > 0))
-
-
-@pytest.mark.parametrize(("target", "span", "window"), [(7, 64, 30), (40, 1024, 30), (1, 64, 3), (500, 64, 90)])
-def test_whole_tiles_are_those_of_one_piece(target: int, span: int, window: int) -> None:
-    """By a walk through all programs' pieces; the sums of the others are cleared, and narrowed to the gradients."""
-    pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
-    from dynamask.ops.hopper import tile_scheduler, whole_tiles
-    from dynamask.ops.triton import backward_walk
-
-    length, queries, keys, step, overhead, programs, groups = 300, 270, 16, 16, 2, 3, 2
-    expiry = key_expiry(torch.randn(1, groups, length, generator=torch.Generator().manual_seed(0)).to(DEVICE), window)
-    order = backward_walk.walking_order(expiry)
-    tiles, spans, zero = -(-length // keys), -(-queries // span), length - queries
-    starts, ends, through = backward_walk.walk_steps(expiry, order, queries, keys, step, span, overhead)
-    total, legs = int(through[-1]), through.tolist()
-    chunk = tile_scheduler.chunk_steps.fn(total, programs, target)
-    pieces = [0] * (groups * tiles)
-    for program in range(programs):
-        low = program * chunk
-        high = min(low + chunk, total)
-        while low < total:
-            leg = next(i for i, last in enumerate(legs) if last > low)
-            item = leg // (spans * tiles) * tiles + leg % tiles
-            reached = zero + leg // tiles % spans * span
-            begin, end = tile_scheduler.piece_queries.fn(
-                low, high, legs[leg - 1] if leg else 0, legs[leg], max(int(starts[item]), reached),
-                min(int(ends[item]), reached + span), step, overhead,
-            )  # fmt: skip
-            pieces[item] += begin < end
-            low, high = tile_scheduler.proceed.fn(low, high, legs[leg], chunk, programs, total)
-    sums = torch.full((1, groups, length, 16), 7.0, device=DEVICE), torch.full((1, groups, length, 32), 7.0).to(DEVICE)
-    cut = (queries, tiles, span, keys, programs, target, overhead)
-    whole = whole_tiles.clear_split_tiles(order, starts, ends, through, sums, *cut)
-    assert whole.tolist() == [(-1, 1)[n] if n < 2 else 0 for n in pieces]
-    gradients = tuple(torch.full_like(t, 5.0) for t in sums)
-    whole_tiles.narrow_split_tiles(order, expiry, whole, sums, gradients, tiles, keys)
-    lives = expiry[0] > torch.arange(length, device=DEVICE)
-    kinds = set()
-    for number, kind in enumerate(whole.tolist()):
-        row, tile = divmod(number, tiles)
-        for j in order[0, row, tile * keys : (tile + 1) * keys].tolist():
-            kept = kind == 1 and bool(lives[row, j])
-            assert all((t[0, row, j] == (5.0 if kept else 0.0)).all() for t in gradients)
-            assert kind != 0 or all((t[0, row, j] == 0).all() for t in sums)
-        kinds.add(kind)
-    assert len(kinds) > 1
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
@@ -501,7 +437,6 @@ def test_hopper_backward(
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_CHUNK", 8)
-    monkeypatch.setattr(backward_hopper, "_SPAN", 16)
     for kind in ("random", "rising", "falling", "large"):
         check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
     check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
@@ -512,16 +447,16 @@ def test_hopper_backward(
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("programs", [1, 3, 132])
 @pytest.mark.parametrize(
-    ("chunk", "span", "overhead", "fanout"),
+    ("chunk", "overhead", "fanout"),
     [
-        pytest.param(1, 10000, 0, 256, id="a step a chunk"),
-        pytest.param(1, 8, 5, 4, id="chunks of overhead alone"),
-        pytest.param(7, 3, 2, 2, id="pieces end within spans"),
-        pytest.param(100000, 16, 1, 8, id="chunks of many legs"),
+        pytest.param(1, 0, 256, id="a step a chunk"),
+        pytest.param(1, 5, 4, id="chunks of overhead alone"),
+        pytest.param(7, 2, 2, id="pieces end within spans"),
+        pytest.param(100000, 1, 8, id="chunks of many legs"),
     ],
 )
 def test_hopper_backward_in_odd_pieces(
-    monkeypatch: pytest.MonkeyPatch, programs: int, chunk: int, span: int, overhead: int, fanout: int
+    monkeypatch: pytest.MonkeyPatch, programs: int, chunk: int, overhead: int, fanout: int
 ) -> None:
     """Every way for a chunk and a leg to meet, searches of one level and of many."""
     from dynamask.ops.hopper import backward_dkv as backward_hopper
@@ -530,7 +465,6 @@ def test_hopper_backward_in_odd_pieces(
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_programs", lambda device: programs)
     monkeypatch.setattr(backward_hopper, "_CHUNK", chunk)
-    monkeypatch.setattr(backward_hopper, "_SPAN", span)
     monkeypatch.setattr(backward_hopper, "_OVERHEAD", overhead)
     monkeypatch.setattr(backward_hopper, "_FANOUT", fanout)
     for kind, length, window in (("random", 700, 30), ("rising", 515, 200), ("falling", 400, 5)):
@@ -544,6 +478,7 @@ def test_hopper_backward_in_odd_pieces(
 def test_hopper_walk_of_rows_without_living_keys(dead: tuple[int, ...]) -> None:
     """They get zeros, and the rows beside them what they get without them."""
     from dynamask.ops.hopper import backward_dkv as backward_hopper
+    from dynamask.ops.triton.lists import build_lists_and_spans
 
     torch.manual_seed(0)
     query, grad = (torch.randn(2, 8, 400, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
@@ -554,7 +489,8 @@ def test_hopper_walk_of_rows_without_living_keys(dead: tuple[int, ...]) -> None:
     sums = RowSums(lse, torch.zeros_like(lse), delta)
 
     def walk(expiry: torch.Tensor) -> list[torch.Tensor]:
-        results = backward_hopper.walk_kernel_launch(grad, query, key, value, expiry, bias, sums, 0.1)
+        spans = build_lists_and_spans(expiry, 400, 32, (50, 50))[1]
+        results = backward_hopper.walk_kernel_launch(grad, query, key, value, expiry, bias, sums, 0.1, spans)
         return [t.flatten(0, 1) for t in results]
 
     whole = walk(expiry)

@@ -1,11 +1,11 @@
 """dK, dV and dbias on Hopper, warp-specialised in Gluon: tiles of keys walk the queries that see them.
 
-The walk of `backward_walk.py` with loading and multiplying apart, as in `forward_hopper.py`: the producer copies tiles
+The walk of `backward_walk.py` with loading and multiplying apart, as in `forward.py`: the producer copies tiles
 of queries and output gradients, and two consumers hold 64 keys each, with their gradients in registers. All four
 products take one operand from registers or in its natural layout, so nothing goes back to shared memory. Walks differ
-in length by orders of magnitude, so they are cut into pieces that load persistent programs alike (`pieces_hopper.py`);
+in length by orders of magnitude, so they are cut into pieces that load persistent programs alike (`tile_scheduler.py`);
 a piece adds its sums to the result by atomics, a few thousandths of what one atomic per key and block of queries moves,
-or, where it takes a tile whole, writes them (`whole_tiles.py`).
+or, where it takes a tile whole, writes them (`walk_tiles.py`).
 The producer, which is some steps ahead, finds the pieces and tells the consumers.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
+from triton import next_power_of_2
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -27,9 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dynamask.ops.hopper.producer import by_lane, take, tell
 from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.hopper.tile_scheduler import chunk_steps, leg_of, own_queries, piece_queries, proceed, search_levels
-from dynamask.ops.hopper.walk_tiles import WalkTiles, clear_sums, narrow_sums, walk_tiles
-from dynamask.ops.hopper.whole_tiles import clear_split_tiles, narrow_split_tiles
-from dynamask.ops.triton.backward_walk import walk_steps, walking_order
+from dynamask.ops.hopper.walk_tiles import clear_sums, narrow_sums, walk_tiles
 from dynamask.ops.triton.lists import SpanLists
 
 _LOG2E = gl.constexpr(1.4426950408889634)
@@ -42,12 +40,6 @@ _ROWS = 64
 
 _CHUNK = 128
 """Steps of a chunk, about."""
-
-_SPAN = 256
-"""Steps after which walks are interrupted, so that what runs at the same time reads the same queries ..."""
-
-_LEGS = 1 << 21
-"""... or more, where that would make more legs than this."""
 
 _OVERHEAD = 2
 """Steps that beginning and ending a piece takes as long as."""
@@ -65,12 +57,12 @@ def walk_kernel_launch(
     bias: Tensor | None,
     sums: RowSums,
     scale: float,
-    spans: SpanLists | None = None,
+    spans: SpanLists,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward_walk.walk_kernel_launch`; inputs that `gluon.hopper` lets through.
 
     Args:
-        spans: the lists of large blocks; None to walk whole intervals instead.
+        spans: the lists of large blocks.
     """
     _, heads, num_queries, dim = query.shape
     groups, length, value_dim = value.shape[1:]
@@ -80,20 +72,8 @@ def walk_kernel_launch(
     d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
     step = _ROWS // next_power_of_2(ratio)
     programs = _programs(query.device)
-    chosen: WalkTiles | None = None
-    if spans is not None:
-        chosen = walk_tiles(expiry, spans, num_queries, 2 * _KEYS, step, _OVERHEAD)
-        clear_sums(expiry, chosen, (key_sum, value_sum), 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
-        order, starts, ends, through, whole = chosen[:5]
-        tiles, span, spans_of_tile, places = chosen.slots, num_queries, 1, chosen.slots * 2 * _KEYS
-    else:
-        order = walking_order(expiry)
-        tiles, places = cdiv(length, 2 * _KEYS), length
-        span = step * max(_SPAN, cdiv(num_queries * tiles * (expiry.numel() // length), _LEGS * step))
-        spans_of_tile = cdiv(num_queries, span)
-        starts, ends, through = walk_steps(expiry, order, num_queries, 2 * _KEYS, step, span, _OVERHEAD)
-        cut = (num_queries, tiles, span, 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
-        whole = clear_split_tiles(order, starts, ends, through, (key_sum, value_sum), *cut)
+    tiles = walk_tiles(expiry, spans, num_queries, 2 * _KEYS, step, _OVERHEAD)
+    clear_sums(expiry, tiles, (key_sum, value_sum), 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
     _walk[(programs,)](
         grad_output,
         query,
@@ -104,11 +84,11 @@ def walk_kernel_launch(
         sums.lse if sums.top is None else sums.top,
         sums.lse,
         sums.delta,
-        order,
-        starts,
-        ends,
-        through,
-        whole,
+        tiles.order,
+        tiles.starts,
+        tiles.ends,
+        tiles.through,
+        tiles.whole,
         key_sum,
         value_sum,
         d_key,
@@ -119,11 +99,11 @@ def walk_kernel_launch(
         heads,
         num_queries,
         length,
-        places,
-        tiles,
-        spans_of_tile,
-        span,
-        through.numel(),
+        tiles.slots * 2 * _KEYS,
+        tiles.slots,
+        1,  # no walk is cut where a span ends: each is of one span, or short
+        num_queries,
+        tiles.through.numel(),
         GROUPS=groups,
         RATIO=ratio,
         RATIO_PAD=next_power_of_2(ratio),
@@ -134,16 +114,13 @@ def walk_kernel_launch(
         TARGET=_CHUNK,
         OVERHEAD=_OVERHEAD,
         FANOUT=_FANOUT,
-        LEVELS=search_levels(through.numel(), _FANOUT),
+        LEVELS=search_levels(tiles.through.numel(), _FANOUT),
         SLOTS=4,
         HAS_BIAS=bias is not None,
         num_warps=4,
         **tuning(max(dim, value_dim)),
     )
-    if chosen is None:
-        narrow_split_tiles(order, expiry, whole, (key_sum, value_sum), (d_key, d_value), tiles, 2 * _KEYS)
-    else:
-        narrow_sums(expiry, chosen, (key_sum, value_sum), (d_key, d_value), 2 * _KEYS)
+    narrow_sums(expiry, tiles, (key_sum, value_sum), (d_key, d_value), 2 * _KEYS)
     return d_key, d_value, d_bias
 
 

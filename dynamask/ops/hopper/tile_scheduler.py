@@ -1,10 +1,9 @@
 """How the persistent programs of the walk on Hopper share its steps.
 
-Spans of queries cut the walk of each tile of keys into legs. Legs are laid end to end by row, span and tile, and cut
-into chunks of equally many steps, as many chunks for each of the P programs, which takes every P-th of them. Programs
-thus finish together, and those that run at the same time share the queries of a few spans in the L2 cache: by a model
-of 40 MB, 5% of their reads miss it at N = 32K and at 128K, where 40% and 80% do if walks are taken whole. A chunk that
-crosses legs falls into pieces, each of one leg.
+The walks of a pass, here legs, are laid end to end by row and tile, and cut into chunks of equally many steps, as
+many chunks for each of the P programs, which takes every P-th of them. Programs thus finish together, and those that
+run at the same time share the queries of a few spans in the L2 cache: tiles stand by span of queries, and by position.
+A chunk that crosses legs falls into pieces, each of one leg.
 
 All but `leg_of` is arithmetic alone: without its decorator it is Python on integers, and is tested as such.
 """

@@ -22,9 +22,6 @@ from dynamask.ops.triton.lists import block_of, build_lists_and_spans, list_of, 
 WALK_FROM = 2048
 """Queries from which on the walk is taken on Hopper: putting keys into tiles costs more than it saves on short rows."""
 
-WALK_BY_SPANS = True
-"""Walk long-lived keys in spans of queries on Hopper, for whole intervals."""
-
 
 def backward_kernel_launch(
     grad_output: Tensor,
@@ -67,8 +64,7 @@ def backward_kernel_launch(
             grad_output, query, key, value, expiry, bias, top, rest, delta, scale
         )
     elif walk is not None:
-        by_spans = spans if WALK_BY_SPANS else None
-        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, sums, scale, by_spans)
+        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, sums, scale, spans)
     else:
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
