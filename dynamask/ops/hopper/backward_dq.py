@@ -370,7 +370,6 @@ def _backward_query(
                     batch_size, heads, num_queries, length, blocks, entries, queries, grads, keys, values, biases,
                     deaths, places, work, told, taken, key_full, value_full, empty,
                     1, 0, GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, True, HAS_BIAS,
-                    0,
                 ),
             ),
         ],

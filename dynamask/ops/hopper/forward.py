@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import by_lane, hold, odd_keys, produce, store_rows, take
+from dynamask.ops.hopper.producer import by_lane, hold, produce, store_rows, take
 from dynamask.ops.hopper.redo import redo_forward, tickets_and_flags
 from dynamask.ops.triton.lists import KeyLists
 
@@ -35,9 +35,6 @@ _CONSUMERS = 3
 
 WHOLE_ROWS = True
 """Write the output in whole rows, by way of the shared memory in which the queries were."""
-
-ODD = 0
-"""Keys left over from a list's tiles, up to which they are taken by a narrower product; 0: always by a whole tile."""
 
 
 def forward_kernel_launch(
@@ -92,7 +89,6 @@ def forward_kernel_launch(
         CONSUMERS=_CONSUMERS,
         HAS_BIAS=bias is not None,
         WHOLE_ROWS=WHOLE_ROWS and dim == value_dim,
-        ODD=ODD,
         num_warps=4,
         **tiles(max(dim, value_dim), bias is not None),
     )
@@ -114,16 +110,16 @@ def tiles(dim: int, bias: bool) -> dict[str, int]:
 
 
 @gluon.jit
-def _softmax(s, top, biases, deaths, places, position, tested, factor, HAS_BIAS: gl.constexpr):
+def _softmax(s, top, biases, deaths, places, position, stage, tested, factor, HAS_BIAS: gl.constexpr):
     """Weights of one tile of scores, by how much to shrink what was summed before, and the new running maximum."""
     columns: gl.constexpr = gl.SliceLayout(0, s.type.layout)
     s = s * factor
     if HAS_BIAS:
         # Not to base 2 yet: a large bias times log2(e) may be infinite.
-        s += biases.load(columns)[None, :]
+        s += biases.index(stage).load(columns)[None, :]
     if tested:
-        born = places.load(columns)
-        dies = deaths.load(columns)
+        born = places.index(stage).load(columns)
+        dies = deaths.index(stage).load(columns)
         seen = (born[None, :] <= position[:, None]) & (position[:, None] < dies[None, :])
         s = gl.where(seen, s, float("-inf"))
     new_top = gl.maximum(top, gl.max(s, 1))
@@ -170,7 +166,6 @@ def _consume(
     CONSUMERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     WHOLE_ROWS: gl.constexpr,
-    ODD: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """The query heads of `ROWS / RATIO_PAD` queries, this consumer's part of the block, against every stage."""
@@ -200,68 +195,15 @@ def _consume(
         total = by_lane(nothing)
         lane_rows: gl.constexpr = gl.SliceLayout(1, total.type.layout)
         mixed = gl.full([ROWS, VALUE_DIM], 0.0, gl.float32, o_layout)
-        if ODD > 0:
-            odd = odd_keys(listed, N, ODD)
-            if odd > 0:
-                # Keys that fill no tile, by a product as narrow as they are.
-                few_layout: gl.constexpr = gl.NVMMADistributedLayout(
-                    version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ODD, 16]
-                )
-                few_rows: gl.constexpr = gl.SliceLayout(1, few_layout)
-                stage = step % STAGES
-                mbarrier.wait(key_full.index(stage), (step // STAGES) & 1)
-                fence_async_shared()
-                few = warpgroup_mma(
-                    queries,
-                    keys.index(stage).slice(0, ODD).permute((1, 0)),
-                    gl.full([ROWS, ODD], 0.0, gl.float32, few_layout),
-                    use_acc=False,
-                    is_async=True,
-                )
-                few = warpgroup_mma_wait(num_outstanding=0, deps=(few,))
-                few_p, _few_shrink, few_top = _softmax(
-                    few,
-                    gl.full([ROWS], float("-inf"), gl.float32, few_rows),
-                    biases.index(stage).slice(0, ODD),
-                    deaths.index(stage).slice(0, ODD),
-                    places.index(stage).slice(0, ODD),
-                    gl.convert_layout(position, few_rows),
-                    True,
-                    factor,
-                    HAS_BIAS,
-                )
-                mbarrier.arrive(empty.index(stage), count=1)
-                top = gl.convert_layout(few_top, s_rows)
-                total = gl.convert_layout(by_lane(few_p), total.type.layout)
-                few_weights = gl.convert_layout(few_p.to(dtype), p_layout)
-                mbarrier.wait(value_full.index(stage), (step // STAGES) & 1)
-                fence_async_shared()
-                mixed = warpgroup_mma(few_weights, values.index(stage).slice(0, ODD), mixed, is_async=True)
-                mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
-                step += 1
-                listed -= odd
         if listed > 0:
             stage = step % STAGES
             mbarrier.wait(key_full.index(stage), (step // STAGES) & 1)
             fence_async_shared()
             s = warpgroup_mma(queries, keys.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(num_outstanding=0, deps=(s,))
-            p, shrink, top = _softmax(
-                s,
-                top,
-                biases.index(stage),
-                deaths.index(stage),
-                places.index(stage),
-                position,
-                num_whole < N,
-                factor,
-                HAS_BIAS,
-            )
+            p, shrink, top = _softmax(s, top, biases, deaths, places, position, stage, num_whole < N, factor, HAS_BIAS)
             # One arrival a tile, for its keys and for the values of the tile before, of an earlier item if need be.
             mbarrier.arrive(empty.index(stage), count=1)
-            if ODD > 0:
-                total = total * gl.convert_layout(shrink, lane_rows)[:, None]
-                mixed = mixed * gl.convert_layout(shrink, o_rows)[:, None]
             total += by_lane(p)
             weights = gl.convert_layout(p.to(dtype), p_layout)
             for begin in range(N, listed, N):
@@ -275,15 +217,7 @@ def _consume(
                 mixed = warpgroup_mma(weights, values.index(stage), mixed, is_async=True)
                 s = warpgroup_mma_wait(num_outstanding=1, deps=(s,))
                 p, shrink, top = _softmax(
-                    s,
-                    top,
-                    biases.index(following),
-                    deaths.index(following),
-                    places.index(following),
-                    position,
-                    begin + N > num_whole,
-                    factor,
-                    HAS_BIAS,
+                    s, top, biases, deaths, places, position, following, begin + N > num_whole, factor, HAS_BIAS
                 )
                 sums = hold(by_lane(p))
                 mixed = warpgroup_mma_wait(num_outstanding=0, deps=(mixed,))
@@ -357,7 +291,6 @@ def _forward(
     CONSUMER_REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     WHOLE_ROWS: gl.constexpr,
-    ODD: gl.constexpr,
 ):
     dtype: gl.constexpr = query.dtype.element_ty
     q_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], dtype)
@@ -394,7 +327,7 @@ def _forward(
                     output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
                     biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
-                    ODD, 0,
+                    0,
                 ),
             ),
             (
@@ -403,7 +336,7 @@ def _forward(
                     output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
                     biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
-                    ODD, 1,
+                    1,
                 ),
             ),
             (
@@ -412,7 +345,7 @@ def _forward(
                     output, largest, rest, flags, heads, num_queries, length, blocks, factor, queries, keys, values,
                     biases, deaths, places, work, told, taken, key_full, value_full, empty,
                     GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
-                    ODD, 2,
+                    2,
                 ),
             ),
             (
@@ -422,7 +355,6 @@ def _forward(
                     heads, num_queries, length, blocks, entries, queries, queries, keys, values, biases, deaths, places,
                     work, told, taken, key_full, value_full, empty,
                     0, 1, GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, False, HAS_BIAS,
-                    ODD,
                 ),
             ),
         ],

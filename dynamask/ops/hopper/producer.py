@@ -67,13 +67,6 @@ def copy_queries(
 
 
 @gluon.jit
-def odd_keys(listed, N: gl.constexpr, ODD: gl.constexpr):
-    """How many of a list's keys fill no tile of N, if these are at most ODD, else 0."""
-    odd = listed % N
-    return gl.where(odd <= ODD, odd, 0)
-
-
-@gluon.jit
 def produce(
     query,
     grad_output,
@@ -120,7 +113,6 @@ def produce(
     CONSUMERS: gl.constexpr,
     HAS_GRADS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    ODD: gl.constexpr,
 ):
     """Take work items, tell the consumers, and gather listed keys and values into the stages, in their order.
 
@@ -178,22 +170,10 @@ def produce(
         v_base = value + base * VALUE_DIM
         # Entry p stands at p if every query sees it, else at capacity - 1 - (p - whole).
         back = capacity - 1 + num_whole
-        first = 0
-        end = total
-        k_p = k_rows
-        n_p = n
-        if ODD > 0:
-            # Keys that fill no tile come first, if they are few.
-            odd = odd_keys(total, N, ODD)
-            end -= odd
-            if odd > 0:
-                first = -N
-                k_p = end + k_rows
-                n_p = end + n
         # Positions are loaded a tile ahead, so that no copy waits for them.
-        k_next = gl.load(list_row + gl.where(k_p < num_whole, k_p, back - k_p), mask=k_p < total, other=0)
-        n_next = gl.load(list_row + gl.where(n_p < num_whole, n_p, back - n_p), mask=n_p < total, other=0)
-        for begin in range(first, end, N):
+        k_next = gl.load(list_row + gl.where(k_rows < num_whole, k_rows, back - k_rows), mask=k_rows < total, other=0)
+        n_next = gl.load(list_row + gl.where(n < num_whole, n, back - n), mask=n < total, other=0)
+        for begin in range(0, total, N):
             stage = step % STAGES
             k_j = k_next
             n_j = n_next
@@ -207,10 +187,8 @@ def produce(
             )
             if HAS_BIAS:
                 async_copy.async_copy_global_to_shared(biases.index(stage), bias + base + n_j)
-            if (begin + N > num_whole) | (begin < 0):
+            if begin + N > num_whole:
                 p = begin + n
-                if ODD > 0:
-                    p = gl.where(begin < 0, end + n, p)
                 entry = gl.where(p < num_whole, p, back - p)
                 async_copy.async_copy_global_to_shared(deaths.index(stage), expiry + base + n_j, mask=p < total)
                 async_copy.async_copy_global_to_shared(places.index(stage), list_row + entry, mask=p < total)
