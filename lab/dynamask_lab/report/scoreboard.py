@@ -11,6 +11,7 @@ from dynamask_lab.sweeps.verdicts import NOT_TESTED
 
 ROLES = {"plain": "plain form", "best": "best form", "control": "control"}
 _SETTING = ("w/N", "size", "seeds", "pairs")
+_COLUMNS = ("claim", "form", "verdict", "measured [95% interval]", "of interest", *_SETTING, "from")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,10 @@ def details(found: Sequence[Placed]) -> list[Row]:
                 }
             )
         if not shown:
-            rows.append({"claim": claim.short, "verdict": f"**{NOT_TESTED}**", "from": f"`{claim.command}`"})
+            rows.append(
+                dict.fromkeys(_COLUMNS, "")
+                | {"claim": claim.short, "verdict": f"**{NOT_TESTED}**", "from": f"`{claim.command}`"}
+            )
     return rows
 
 

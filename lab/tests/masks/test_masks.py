@@ -18,6 +18,7 @@ from dynamask_lab.masks.masks import mask_texts, measure_masks
 from dynamask_lab.masks.token_kinds import KINDS, token_kinds
 from dynamask_lab.report.masks import lifts
 from dynamask_lab.report.results import render_results
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, Interval, judge
 from lab.tests.old_models import tiny_model
 
 LENGTH, WINDOW = 40, 6
@@ -150,5 +151,6 @@ def test_the_line_becomes_a_page_with_a_verdict(tmp_path: Path) -> None:
         assert (tmp_path / "report" / "masks-mine" / f"{picture}.svg").exists()
     row = next(line for line in index.split("\n") if "taking the choice away" in line)
     found = figures["loss"]["sliding"]
-    verdict = "held" if found["difference"] > 2 * found["standard_error"] else "**did not hold**"
-    assert row.split("|")[4].strip() == verdict
+    gain, margin = found["difference"], 2 * found["standard_error"]
+    verdict = judge(Interval(gain, gain - margin, gain + margin), LOSS_INTEREST, seeds=1)
+    assert row.split("|")[3].strip() == f"**{verdict}**"
