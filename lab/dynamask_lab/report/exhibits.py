@@ -262,23 +262,29 @@ def _paired(runs: Sequence[Record], form: str, control: str) -> list[tuple[float
 def _converted(
     lines: Sequence[Mapping[str, Any]], state: str, corpus: str
 ) -> tuple[Interval | None, list[Mapping[str, Any]]]:
-    """Loss saved by learned ranks over the newest keys in the same windows, paired by document."""
-    how = "distilled" if state == "distilled" else "model frozen"
-    forms = {
-        f"learned ranks, a window per head, {how}": "learned",
-        f"newest keys, a window per head, {how}": "newest",
-    }
-    found: dict[str, Mapping[str, Any]] = {}
-    for line in lines:
-        spec, settings = line["spec"], line["settings"]
-        ranks = forms.get(form_name(spec))
-        usual = spec["budget"] == 512 and not spec["seed"]
-        if ranks and usual and line["measure"] == "continuation" and settings["corpus"] == corpus:
-            found.setdefault(ranks, line)
-    if found.keys() < {"learned", "newest"}:
-        return None, []
-    pairs = zip(found["newest"]["result"]["losses"], found["learned"]["result"]["losses"], strict=True)
-    return mean_interval([newest - learned for newest, learned in pairs]), list(found.values())
+    """Loss saved by learned ranks over the newest keys, paired by document: each in its own windows, or in the same."""
+    how = "distilled, 400 steps" if state == "distilled" else "model frozen"
+    earlier = "distilled" if state == "distilled" else "model frozen"
+    compared = (
+        (f"windows and slopes by loss, {how}", f"windows by loss, {how}"),
+        (earlier, earlier),
+    )
+    for learned, newest in compared:
+        names = {
+            f"learned ranks, a window per head, {learned}": "learned",
+            f"newest keys, a window per head, {newest}": "newest",
+        }
+        found: dict[str, Mapping[str, Any]] = {}
+        for line in lines:
+            spec, settings = line["spec"], line["settings"]
+            ranks = names.get(form_name(spec))
+            usual = spec["budget"] == 512 and not spec["seed"]
+            if ranks and usual and line["measure"] == "continuation" and settings["corpus"] == corpus:
+                found.setdefault(ranks, line)
+        if len(found) == 2:
+            pairs = zip(found["newest"]["result"]["losses"], found["learned"]["result"]["losses"], strict=True)
+            return mean_interval([newest - learned for newest, learned in pairs]), list(found.values())
+    return None, []
 
 
 def _needles(runs: Sequence[Record]) -> list[tuple[str, Interval]]:

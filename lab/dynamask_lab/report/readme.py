@@ -260,10 +260,10 @@ def conversion_summary(results: Path) -> str:
     """A pretrained model, dense and with a bounded cache, beside the best rivals at the same cache."""
     lines = read_conversion(results)
     main = [line for line in lines if _is_main(line["spec"])]
-    longest: dict[tuple[Any, ...], int] = {}
+    chosen: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for line in main:
-        longest[_family(line)] = max(longest.get(_family(line), 0), line["spec"].get("steps") or 0)
-    main = [line for line in main if (line["spec"].get("steps") or 0) == longest[_family(line)]]
+        chosen[_family(line)] = max(chosen.get(_family(line), ()), _version(line))
+    main = [line for line in main if _version(line) == chosen[_family(line)]]
     rows = conversion_table(main)
     rivals = [row for row in rows if row["form"].startswith("kvpress")]
     left_out = [row["form"] for row in rivals[_PEERS:]]
@@ -277,12 +277,21 @@ def conversion_forms(results: Path) -> str:
 
 
 def _family(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What forms have in common that differ by the length of their training alone."""
+    """What forms have in common that differ by how windows were set and how they were trained."""
     return tuple(line["spec"][name] for name in ("kind", "budget", "windows", "ranks", "distilled", "peer"))
+
+
+def _version(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells the forms of a family apart; of the highest is shown: slopes, then windows by loss, then steps."""
+    spec = line["spec"]
+    by_loss = spec.get("allocation", "threshold") == "loss"
+    return bool(spec.get("slopes")), by_loss, spec.get("steps") or 0, spec.get("rate") or 0.0
 
 
 def _is_main(spec: Mapping[str, Any]) -> bool:
     if spec["budget"] not in (None, _BUDGET) or spec["rope"] != 1 or spec["predictor"] != "hidden":
+        return False
+    if spec.get("label_share") or spec.get("start_windows", 1.0) != 1:
         return False
     if spec["kind"] != "converted":
         return True
@@ -298,8 +307,9 @@ def _conversion(lines: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> str:
     context = next((line["settings"]["context"] for line in lines if line["measure"] == "continuation"), None)
     behind = f" behind a context of {context:,} tokens" if context else ""
     note = (
-        f"{model}; losses in nats{behind}; retrieval: tasks after RULER; retrieval and benchmarks are means over what "
-        "every form was measured on; cache of one sequence; tokens/s of a batch. Empty: not measured. "
+        f"{model}; losses in nats{behind}; needles: seven tasks after RULER at 1K to 4K tokens; needles and benchmarks "
+        "are means over what every form was measured on; cache of one sequence; tokens/s of a batch. Empty: not "
+        "measured. "
         f"{sources(lines)}."
     )
     return _table(rows, note)

@@ -99,8 +99,8 @@ def test_conversion_cells_compare_over_what_every_form_has(tmp_path: Path) -> No
     _write(tmp_path, lines)
     assert len(read_conversion(tmp_path)) == 4
     first, second = conversion_table(read_conversion(tmp_path))
-    assert first == {"form": "dense", "keys per head": "all", "text loss": "2.500", "retrieval, %": "100.0"}
-    assert second["retrieval, %"] == "50.0"
+    assert first == {"form": "dense", "keys per head": "all", "text loss": "2.500", "needles, %": "100.0"}
+    assert second["needles, %"] == "50.0"
     assert second["keys per head"] == "512"
     assert "text loss" not in second
     shown = TABLES["conversion"](tmp_path)
