@@ -192,6 +192,19 @@ class _PassThrough:
         return getattr(self._cache, name)
 
 
+def check_implementation(name: Any) -> None:
+    """Refuse another attention function than that of converted models.
+
+    Raises:
+        InvalidInputError: `name` is another.
+    """
+    if name != IMPLEMENTATION:
+        raise InvalidInputError(
+            f"a converted model cannot run with attn_implementation={name!r}: it would see all keys again, or none of "
+            "what its cache keeps"
+        )
+
+
 class ConvertedAttention(nn.Module):
     """Mixed in before an architecture's attention class, see `convert_attention`."""
 
@@ -203,6 +216,7 @@ class ConvertedAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, dynamask: CallFacts | None = None, **kwargs: Any) -> Any:
         """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
+        check_implementation(self.config._attn_implementation)
         name = "cache" if kwargs.get("cache") is not None else "past_key_values"
         cache = kwargs.get(name)
         if dynamask is None:  # the decoder was called without the causal LM around it

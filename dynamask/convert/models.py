@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
-from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, convert_attention
+from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, check_implementation, convert_attention
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
@@ -298,11 +298,7 @@ class ConvertedModel(OwnCacheGeneration):
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refuse: the attention of a converted model is part of the model."""
-        if attn_implementation != IMPLEMENTATION:
-            raise InvalidInputError(
-                f"a converted model cannot run with attn_implementation={attn_implementation!r}: it would see all "
-                "keys again, or none of what its cache keeps"
-            )
+        check_implementation(attn_implementation)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: Any = None, *args: Any, **kwargs: Any

@@ -13,6 +13,14 @@ from dynamask.errors import InvalidInputError
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 
 
+def _check_kind(kind: str) -> None:
+    if kind not in ROPE_TYPES:
+        raise InvalidInputError(
+            f"rope_type must be one of {', '.join(ROPE_TYPES)}; got {kind!r}. Frequencies that change with the length "
+            "of the text (dynamic, longrope) would not fit the keys of a cache"
+        )
+
+
 def check_rope_parameters(config: Any) -> None:
     """Refuse rotary embeddings that this library does not compute.
 
@@ -25,11 +33,7 @@ def check_rope_parameters(config: Any) -> None:
     """
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise InvalidInputError(
-            f"rope_type must be one of {', '.join(ROPE_TYPES)}; got {kind!r}. Frequencies that change with the length "
-            "of the text (dynamic, longrope) would not fit the keys of a cache"
-        )
+    _check_kind(kind)
     if parameters.get("partial_rotary_factor", 1.0) not in (None, 1.0):
         raise InvalidInputError(
             f"rope_parameters: partial_rotary_factor must be 1; got {parameters['partial_rotary_factor']}"
@@ -66,6 +70,7 @@ class RotaryFrequencies:
         self._on: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         kind = parameters.get("rope_type", "default")
         if kind != "default":
+            _check_kind(kind)  # the field may have been set after the configuration was made
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
             own = copy(config)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from dynamask import InvalidInputError, convert
+from dynamask.convert.attention import IMPLEMENTATION
 from dynamask.convert.models import reason_not_convertible
 
 DENSE: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -233,6 +234,10 @@ def test_what_cannot_be_served_is_refused(llama: Any) -> None:
         model.generate_batch([[5, 6, 7]])
     with pytest.raises(InvalidInputError, match="sdpa"):
         model.set_attn_implementation("sdpa")
+    model.config._attn_implementation = "eager"
+    with pytest.raises(InvalidInputError, match="eager"):
+        model(tokens)
+    model.config._attn_implementation = IMPLEMENTATION
     cache = DynamicCache()
     cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), 0)
     cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), 1)
