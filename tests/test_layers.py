@@ -50,7 +50,7 @@ def test_shape_and_windows() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bounded", "dynamic"])
-@pytest.mark.parametrize("pieces", [(24,), (10, 1, 1, 12), (1,) * 24])
+@pytest.mark.parametrize("pieces", [(10, 1, 1, 12), pytest.param((1,) * 24, marks=pytest.mark.slow)])
 def test_cached_is_uncached(kind: str, pieces: tuple[int, ...]) -> None:
     layers = stack()
     cache: Any = new_cache(layers) if kind == "bounded" else DynamicCache()
@@ -78,6 +78,7 @@ def test_padding_and_packing() -> None:
     torch.testing.assert_close(starts_over, packed)
 
 
+@pytest.mark.slow
 def test_ranks_learn_by_their_own_loss_alone() -> None:
     model = nn.ModuleList(stack()).train()
     states = STATES.clone().requires_grad_()

@@ -48,7 +48,7 @@ def conversation(model: Any, tokenizer: Any, template: str | None, **settings: A
     return Conversation(model, tokenizer, **{"max_new_tokens": 8, "temperature": 0, **settings})
 
 
-@pytest.mark.parametrize("template", [PLAIN, None], ids=["template", "none"])
+@pytest.mark.parametrize("template", [PLAIN, pytest.param(None, marks=pytest.mark.slow)], ids=["template", "none"])
 def test_the_cache_carries_over_and_only_new_tokens_are_read(model: Any, tokenizer: Any, template: str | None) -> None:
     talk = conversation(model, tokenizer, template)
     pieces: list[str] = []
@@ -74,6 +74,7 @@ def test_the_cache_carries_over_and_only_new_tokens_are_read(model: Any, tokeniz
     assert talk.ask("all work and no play").text == first.text
 
 
+@pytest.mark.slow
 def test_templates_that_change_earlier_turns(model: Any, tokenizer: Any) -> None:
     trims = conversation(model, tokenizer, TRIMS)
     trims.ask("all work")
@@ -90,6 +91,7 @@ def test_templates_that_change_earlier_turns(model: Any, tokenizer: Any) -> None
     assert tokenizer.decode(rewrites.ids).startswith("3[user]all work")
 
 
+@pytest.mark.slow
 def test_a_stopped_answer_stays_and_the_next_turn_goes_on(model: Any, tokenizer: Any) -> None:
     talk = conversation(model, tokenizer, PLAIN)
     calls = iter([False, False, True])

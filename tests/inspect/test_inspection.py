@@ -22,6 +22,11 @@ from tests.conftest import tiny_model, variant
 IDS = torch.arange(40)[None] * 7 % 50
 
 
+def slow(*names: str) -> list[Any]:
+    """Cases for `make test-all`."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def converted(windows: Any, **fields: Any) -> Any:
     """A converted Llama whose ranks choose by content."""
     torch.manual_seed(0)
@@ -37,7 +42,7 @@ def converted(windows: Any, **fields: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["dma", "dma-heads", "dma-paper", "dma-layers", "dma-dense", "dma-latent", "swa-sinks"]
+    "name", ["dma-heads", *slow("dma", "dma-paper", "dma-layers", "dma-dense", "dma-latent", "swa-sinks")]
 )
 def test_alive_keys_are_those_of_the_bounded_cache(name: str) -> None:
     model = variant(name)
@@ -55,6 +60,7 @@ def test_alive_keys_are_those_of_the_bounded_cache(name: str) -> None:
             assert layer[head].nonzero()[:, 0].tolist() == sorted(kept[kept >= 0].tolist())
 
 
+@pytest.mark.slow
 def test_lifetimes_are_key_expiry_of_the_ranks() -> None:
     model = converted([[4, 9], [12, 3]])
     found = inspect_text(model, IDS)
@@ -72,7 +78,7 @@ def test_a_text_shorter_than_the_windows_has_all_its_layers() -> None:
     assert bool((layer_expiry(model, IDS)[1] == 40).all())
 
 
-@pytest.mark.parametrize("name", ["dma", "dma-heads-paper", "swa-sinks", "converted"])
+@pytest.mark.parametrize("name", ["converted", *slow("dma", "dma-heads-paper", "swa-sinks")])
 def test_generated_tokens_are_generate_s_and_their_attention_is_over_live_keys(name: str) -> None:
     model = converted([[4, 9], [12, 3]]) if name == "converted" else variant(name)
     found = inspect_text(model, IDS[:, :20], new_tokens=4)

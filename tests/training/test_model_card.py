@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from dynamask.training import TrainConfig, train
 from dynamask.training.model_card import trained_card
 from tests.conftest import tiny_model
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_card(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for i in range(8):
