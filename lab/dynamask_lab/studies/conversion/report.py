@@ -274,7 +274,8 @@ def lever_table(study: Study) -> str:
         cells = [name, form, base]
         for measure, corpus in (("loss", "text"), ("loss", "code"), ("continuation", "text"), ("continuation", "code")):
             cells.append(difference(study.losses(form, corpus, measure), study.losses(base, corpus, measure)))
-        needles, found = {}, {}
+        needles: dict[Any, float] = {}
+        found: dict[Any, float] = {}
         for length in (1024, 2048, 4096):
             needles |= study.scores(form, GROUPS["needles"], length=length)
             found |= study.scores(base, GROUPS["needles"], length=length)
