@@ -88,7 +88,7 @@ def _agrees(
             wanted = torch.autograd.grad(expected, inputs, gradient.float())
         with torch.no_grad():
             found = compute(gradient, q, k, v, expiry, bias, scale)
-    return all(_close(a, b) for a, b in zip(found, wanted, strict=False))
+    return all(_close(a, b.detach()) for a, b in zip(found, wanted, strict=False))
 
 
 def _same(tensor: Tensor) -> Tensor:
