@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynamask.errors import InvalidInputError
@@ -25,9 +23,6 @@ from dynamask.ops.expiry import key_expiry
 
 TOP_KEYS = 8
 """Keys whose attention weights are kept for each generated token, layer and head."""
-
-_RECORDED = "dynamask_recorded"
-"""Name in transformers' registry of the attention function that records queries and keys."""
 
 
 @dataclass(frozen=True)
@@ -235,39 +230,31 @@ def _recorded(model: Any, modules: list[Any], rows: slice, found: dict[int, _Pro
 
     mixers = [module for module in modules if isinstance(module, GroupedQueryMixer)]
     hooks = [mixer.register_forward_pre_hook(of_mixer, with_kwargs=True) for mixer in mixers]
-    config = model.config
-    before = None if mixers else config._attn_implementation
-    if before is not None:
-        _ORIGINAL[_RECORDED] = before
-        config._attn_implementation = _RECORDED
+    name = None if mixers else model.config._attn_implementation
+    original = None if name is None else ALL_ATTENTION_FUNCTIONS[name]
+    if name is not None:
+        ALL_ATTENTION_FUNCTIONS[name] = _recorded_attention(original)
     token = _recording.set(record)
     try:
         yield
     finally:
         _recording.reset(token)
-        if before is not None:
-            config._attn_implementation = before
+        if name is not None:
+            ALL_ATTENTION_FUNCTIONS[name] = original
         for hook in hooks:
             hook.remove()
 
 
-_ORIGINAL: dict[str, str] = {}
+def _recorded_attention(original: Any) -> Any:
+    """Wrap an attention function of transformers' registry: the recorder of this context sees query and key."""
 
+    def attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        record, scaling = _recording.get(), kwargs.get("scaling")
+        if record is not None:
+            record(module, query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
+        return original(module, query, key, *args, **kwargs)
 
-def _recorded_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Call the model's own attention function, and hand query and key to the recorder."""
-    record, scaling = _recording.get(), kwargs.get("scaling")
-    if record is not None:
-        record(module, query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
-    return ALL_ATTENTION_FUNCTIONS[_ORIGINAL[_RECORDED]](module, query, key, *args, **kwargs)
-
-
-def _recorded_mask(*args: Any, **kwargs: Any) -> Any:
-    return ALL_MASK_ATTENTION_FUNCTIONS[_ORIGINAL[_RECORDED]](*args, **kwargs)
-
-
-AttentionInterface.register(_RECORDED, _recorded_attention)
-AttentionMaskInterface.register(_RECORDED, _recorded_mask)
+    return attention
 
 
 def _attention(first_query: int, layers: list[LayerView], projected: dict[int, _Projected]) -> AttentionView:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dynamask import InvalidInputError, convert, key_expiry
 from dynamask.data import train_tokenizer
@@ -102,9 +103,9 @@ def test_attention_is_that_of_the_dense_model() -> None:
     missing = dense.load_state_dict(model.state_dict(), strict=False).missing_keys
     assert missing == []
     dense.set_attn_implementation("eager")
-    implementation = model.config._attn_implementation
+    function = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]
     found = inspect_text(model, IDS[:, :20], new_tokens=3)
-    assert model.config._attn_implementation == implementation
+    assert ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation] is function
     assert found.attention is not None
     with torch.no_grad():
         weights = dense.eval()(torch.tensor([found.input_ids]), output_attentions=True).attentions
