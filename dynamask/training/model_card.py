@@ -34,13 +34,15 @@ def trained_card(settings: TrainConfig, model: Any, loss: float) -> str:
         loss: on held-out text, in nats per token.
     """
     config = model.config
+    sparse = hasattr(config, "head_windows")  # a dense model of transformers can be trained as well
+    budget = config.budget if sparse else None
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tokens = settings.steps * settings.batch_size * settings.gradient_accumulation * (settings.context or 0)
     facts = [
         ("parameters", f"{parameters / 1e6:.1f} M"),
         ("layers, heads, key/value heads", _shape(config)),
         ("attention", _attention(config)),
-        ("budget: mean window of a key/value head", "none" if config.budget is None else f"{config.budget:.0f} keys"),
+        ("budget: mean window of a key/value head", "none" if budget is None else f"{budget:.0f} keys"),
         ("data", ", ".join(_data(settings.data))),
         ("context", f"{settings.context} tokens"),
         ("training", f"{settings.steps} steps, about {tokens / 1e6:.1f} M tokens of one process"),
@@ -54,26 +56,26 @@ def trained_card(settings: TrainConfig, model: Any, loss: float) -> str:
             "library_name: transformers",
             "pipeline_tag: text-generation",
             *base,
-            "tags: [dynamask, sparse-attention, long-context]",
+            "tags: [dynamask, sparse-attention, long-context]" if sparse else "tags: [dynamask]",
             "---",
             "",
             "# A model trained by dynamask",
             "",
-            *USE,
+            *(USE if sparse else ()),
             "| | |",
             "| --- | --- |",
             *(f"| {name} | {value} |" for name, value in facts),
             "",
-            "Settings of the attention:",
-            "",
-            "```json",
-            json.dumps({name: getattr(config, name, None) for name in ("windows", "local", "sinks", "ranking")}),
-            "```",
-            "",
+            *(_settings(config) if sparse else ()),
             "What it is for, and what it must not be used for: not said yet.",
             "",
         ]
     )
+
+
+def _settings(config: Any) -> list[str]:
+    fields = {name: getattr(config, name, None) for name in ("windows", "local", "sinks", "ranking")}
+    return ["Settings of the attention:", "", "```json", json.dumps(fields), "```", ""]
 
 
 def _shape(config: Any) -> str:
