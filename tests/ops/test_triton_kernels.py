@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +32,13 @@ pytestmark = pytest.mark.skipif(
 )
 # numpy, which the interpreter computes with, has no bfloat16.
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32, torch.float16]
+
+
+def slow(*values: Any) -> Any:
+    """The parameters of a case that the interpreter runs in the whole suite alone; a GPU runs it always."""
+    return pytest.param(*values, marks=[] if GPU else [pytest.mark.slow])
+
+
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -105,19 +113,19 @@ def check(
     return actual
 
 
-@pytest.mark.parametrize("kind", ["random", "rising", "falling", "ties"])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("kind", ["random", slow("rising"), slow("falling"), "ties"])
+@pytest.mark.parametrize("known", [slow(True), False])
 def test_score_patterns(kind: str, known: bool) -> None:
     check(kind=kind, known=known)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [slow(1, 1), slow(4, 4), (6, 2), slow(8, 1)])
 def test_dtypes_and_head_ratios(dtype: torch.dtype, heads: int, groups: int) -> None:
     check(heads=heads, groups=groups, dtype=dtype, length=100)
 
 
-@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256] if GPU else [64, 96])
+@pytest.mark.parametrize("dim", [64, 96, 128, 192, 256] if GPU else [slow(64), 96])
 @pytest.mark.parametrize("dtype", DTYPES if GPU else [torch.float32])
 def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     check(dim=dim, length=300 if GPU else 60, dtype=dtype)
@@ -129,7 +137,7 @@ def test_packed_padded_and_both() -> None:
     check(packed=True, padded=True, local=7, known=False)
 
 
-@pytest.mark.parametrize("queries", [1, 3, 8, 9, 77])
+@pytest.mark.parametrize("queries", [1, slow(3), slow(8), 9, slow(77)])
 def test_fewer_queries_than_keys(queries: int) -> None:
     if queries <= 8:
         with torch.no_grad():
@@ -174,7 +182,7 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("kind", ["random", "rising", "falling", "ties"])
+@pytest.mark.parametrize("kind", ["random", slow("rising"), slow("falling"), slow("ties")])
 def test_deterministic_gradients(deterministic: None, kind: str) -> None:
     check(kind=kind)
     check(kind=kind, heads=6, groups=2, queries=90, packed=True, padded=True, bias=kind != "ties", value_dim=16)
@@ -203,7 +211,9 @@ def test_deterministic_mode_is_bitwise() -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize(("level", "queries"), [(-1e7, 40), (1e30, 40), (LOWEST, 40), (-LOWEST, 3), (LOWEST, 3)])
+@pytest.mark.parametrize(
+    ("level", "queries"), [slow(-1e7, 40), (1e30, 40), slow(LOWEST, 40), slow(-LOWEST, 3), (LOWEST, 3)]
+)
 def test_weights_sum_to_one_under_large_biases(level: float, queries: int, deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     try:
@@ -305,7 +315,7 @@ def test_expiry_is_the_definition(small_cuts: None, problem: tuple[torch.Tensor,
     assert torch.equal(actual.cpu(), expected)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "rising", "falling"])
+@pytest.mark.parametrize("kind", ["random", "ties", slow("rising"), slow("falling")])
 @pytest.mark.parametrize(
     ("length", "count"), [(2600, 1030), (33000, 2048), (140000, 300), (1500, 30)] if GPU else [(300, 70)]
 )
@@ -356,7 +366,7 @@ def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: Sequ
             assert torch.equal(entries[len(entries) - partial :], others[len(others) - partial :])
 
 
-@pytest.mark.parametrize("kind", ["random", "rising", "falling"])
+@pytest.mark.parametrize("kind", ["random", slow("rising"), slow("falling")])
 @pytest.mark.parametrize(
     ("length", "queries", "block", "window", "local"),
     [(200, 200, 16, 40, 0), (333, 170, 48, 100, 30), (90, 1, 16, 7, 7), (1, 1, 16, 1, 0)],
@@ -370,7 +380,7 @@ def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: in
         checked_lists(expiry, queries, block, ())
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [slow(True), False])
 def test_lists_of_head_windows(small_cuts: None, known: bool) -> None:
     """Each head's lists take the room that its own window asks for."""
     from dynamask.ops.triton.lists import build_lists
@@ -395,7 +405,7 @@ def test_lists_of_long_rows(length: int, block: int) -> None:
 
 
 @pytest.mark.parametrize("local", [False, True])
-@pytest.mark.parametrize("kind", ["random", "rising", "falling"])
+@pytest.mark.parametrize("kind", ["random", slow("rising"), slow("falling")])
 def test_walking_order(monkeypatch: pytest.MonkeyPatch, kind: str, local: bool) -> None:
     """Every key once, long-lived ones first where others are many, slabs by expiry."""
     from dynamask.ops.triton import backward_walk

@@ -37,7 +37,8 @@ class _Call:
     key: Tensor
     scores: Tensor
     expiry: Tensor
-    window: int
+    window: Tensor
+    """(G, 1) keys that each head sees at most."""
     scale: float
 
 
@@ -216,7 +217,8 @@ def _recording(calls: list[_Call]) -> Callable[..., Tensor]:
 
     def attend(query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, **rest: Any) -> Tensor:
         scale = rest.get("scale") or query.shape[-1] ** -0.5
-        calls.append(_Call(query, key, rest["bias"], expiry, rest["max_live"], scale))
+        window = torch.tensor(rest["max_live"]).view(-1, 1).expand(key.shape[1], 1)
+        calls.append(_Call(query, key, rest["bias"], expiry, window, scale))
         return original(query, key, value, expiry, **rest)
 
     return attend
@@ -303,12 +305,12 @@ class _Sums:
         query, key, scores = (t[0].float() for t in (call.query, call.key, call.scores))
         repeat = query.shape[0] // key.shape[0]
         key, bias = key.repeat_interleave(repeat, 0), scores.repeat_interleave(repeat, 0)
-        sliding = torch.arange(self.length) + call.window
+        sliding = (torch.arange(self.length) + call.window).repeat_interleave(repeat, 0)
         for begin in range(self.half, self.length, _QUERIES):
             row = torch.arange(begin, min(begin + _QUERIES, self.length))
             gap = row[:, None] - torch.arange(self.length)
             logits = call.scale * query[:, row] @ key.transpose(1, 2) + bias[:, None]
-            for number, alive_until in enumerate((expiry.repeat_interleave(repeat, 0), sliding[None])):
+            for number, alive_until in enumerate((expiry.repeat_interleave(repeat, 0), sliding)):
                 seen = (gap >= 0) & (row[:, None] < alive_until[:, None])
                 weights = logits.masked_fill(~seen.to(logits.device), -math.inf).softmax(-1).cpu().double()
                 self.distance[number, layer].index_add_(1, gap.clamp(min=0).flatten(), weights.flatten(1))

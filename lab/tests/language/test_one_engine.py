@@ -25,7 +25,7 @@ def test_the_same_run_has_the_same_losses(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "text.txt").write_text(" ".join(words))
     source = [str(tmp_path / "text.txt")]
     corpus = prepare(source, tmp_path / "corpus", vocab_size=300, validation=0.02, block=LENGTH + 1)
-    monkeypatch.setattr(engine, "token_streams", lambda name: streams(corpus))
+    monkeypatch.setattr(engine, "token_streams", lambda name, test_share: streams(corpus))
     window = None if attention == "mha" else 8
     settings = LanguageConfig(
         attention=attention,

@@ -103,7 +103,7 @@ def test_scaling_follows_the_best_rate_of_each_mixer() -> None:
     assert more[-1]["learning_rate"] == pytest.approx(best * (256 / 640) ** 0.5)
 
 
-def test_scaling_fits_what_it_finds() -> None:
+def test_scaling_shows_the_loss_of_every_size() -> None:
     records = []
     for place, shape in enumerate(SHAPES):
         compute = 1e15 * 10**place
@@ -111,7 +111,6 @@ def test_scaling_fits_what_it_finds() -> None:
             config = PLANS["paper"].config({"attention": "mha"}, shape, seed, 1e-3)
             records.append(record(config, 20 * compute**-0.05, SCALING, flops=compute))
     (row,) = scaling_summary(records)
-    assert row["b of C^-b"].startswith("0.0500 (0.0500")
     assert row["4.4M"] == f"{20 * 1e15**-0.05:.4f}"
 
 
