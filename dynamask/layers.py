@@ -15,6 +15,7 @@ from dynamask.mixers.base import RMSNorm
 from dynamask.mixers.dma import DynamicMaskAttention as Mixer
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.modeling import sequence_info
+from dynamask.ops.checks import check_integer, check_window
 
 
 class DynamicMaskAttention(nn.Module):
@@ -47,7 +48,7 @@ class DynamicMaskAttention(nn.Module):
             the layer is a sliding window with sinks. `rank_loss_of` collects those of a model.
 
     Raises:
-        InvalidInputError: sizes that contradict each other, or a window below local + sinks.
+        InvalidInputError: sizes that are no integers or contradict each other, or a window below local + sinks.
     """
 
     def __init__(
@@ -66,16 +67,25 @@ class DynamicMaskAttention(nn.Module):
         layer_idx: int = 0,
     ) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2:
-            raise InvalidInputError(f"dim must be an integer of at least 2; got {dim!r}")
-        if layer_idx < 0:
-            raise InvalidInputError(f"layer_idx must be at least 0; got {layer_idx}")
+        dim = check_integer(dim, "dim", 2, "width of the input")
+        layer_idx = check_integer(layer_idx, "layer_idx", 0, "layer of a cache")
+        for name, value, least in (
+            ("num_heads", num_heads, 1),
+            ("num_kv_heads", num_kv_heads, 1),
+            ("head_dim", head_dim, 1),
+            ("local", local, 0),
+            ("sinks", sinks, 0),
+        ):
+            if value is not None:
+                check_integer(value, name, least, "or None for the default")
         heads = max(1, dim // 64) if num_heads is None else num_heads
-        if head_dim is None and (heads < 1 or dim % heads):
+        if head_dim is None and dim % heads:
             raise InvalidInputError(
                 f"dim={dim} is no multiple of num_heads={heads}: choose num_heads so that it is, or give head_dim"
             )
-        windows = window if isinstance(window, int) else [list(window)] * (layer_idx + 1)
+        found = check_window(window)
+        per_head = isinstance(window, Sequence) or len(found) > 1
+        windows = [list(found)] * (layer_idx + 1) if per_head else found[0]
         config = DynamaskConfig(
             vocab_size=1,
             hidden_size=dim,
@@ -141,8 +151,8 @@ class DynamicMaskAttention(nn.Module):
             (B, N, dim). Padding positions hold numbers without meaning.
 
         Raises:
-            InvalidInputError: another width, a mask of another shape, packed documents with a cache, or a cache
-                made for other windows.
+            InvalidInputError: another width, a mask of another shape or an additive one, packed documents with a cache,
+                or a cache made for other windows.
         """
         if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.dim:
             raise InvalidInputError(

@@ -110,12 +110,30 @@ def test_ranks_learn_by_their_own_loss_alone() -> None:
         ({"dim": 30}, "dim=30 is no multiple of num_heads=4"),
         ({"num_kv_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"window": [5, 2]}, "local"),
-        ({"layer_idx": -1}, "layer_idx must be at least 0"),
+        ({"layer_idx": -1}, "layer_idx must be an integer of at least 0"),
+        ({"layer_idx": "0"}, "layer_idx must be an integer"),
+        ({"num_heads": "a"}, "num_heads must be an integer of at least 1"),
+        ({"num_heads": True}, "num_heads must be an integer"),
+        ({"num_kv_heads": "a"}, "num_kv_heads must be an integer"),
+        ({"head_dim": 4.0}, "head_dim must be an integer"),
+        ({"local": "a"}, "local must be an integer"),
+        ({"sinks": 1.5}, "sinks must be an integer"),
+        ({"window": 3.5}, "window must be an integer"),
     ],
 )
 def test_sizes_are_checked(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InvalidInputError, match=complaint):
         layer(**options)
+
+
+def test_an_additive_mask_is_refused_and_a_float_mask_of_ones_is_not() -> None:
+    additive = torch.zeros(2, 24)
+    for mask in (additive, additive.index_fill(1, torch.tensor([0]), -1e9), torch.full((2, 24), float("nan"))):
+        with pytest.raises(InvalidInputError, match="1 for a real token and 0 for padding"):
+            layer()(STATES, mask)
+    padded = torch.ones(2, 24)
+    padded[0, :5] = 0
+    torch.testing.assert_close(layer()(STATES, padded), layer()(STATES, padded.long()), rtol=0, atol=0)
 
 
 def test_inputs_are_checked() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from dynamask.cache import BoundedLayer, cache_bytes
+from dynamask.data.tokenizer import opening_tokens
 from dynamask.errors import InvalidInputError
 from dynamask.models.cache_argument import CACHE_NAME
 
@@ -49,7 +50,8 @@ class Conversation:
 
     Args:
         model: a causal LM in evaluation mode; a bounded cache is used where the model decodes with one.
-        tokenizer: its tokenizer. With a chat template, turns are put into it; without one the texts are continued.
+        tokenizer: its tokenizer. With a chat template, turns are put into it; without one the texts are continued,
+            and the first one begins with the special tokens that the tokenizer puts before a text.
         system: message before the first turn; needs a chat template.
         max_new_tokens: of an answer, at most.
         temperature: 0 is greedy.
@@ -172,9 +174,9 @@ class Conversation:
     def _new_tokens(self, message: str) -> list[int]:
         """The tokens that come behind those of the conversation so far."""
         if not self.has_template:
-            text = message if not self.ids else f"\n{message}"
-            self._text += text
-            return self._encode(text)
+            if not self.ids:
+                return [*opening_tokens(self.tokenizer, message), *self._encode(message)]
+            return self._encode(f"\n{message}")
         before = [*self.messages]
         self.messages.append({"role": "user", "content": message})
         whole = self._render(self.messages, prompt=True)

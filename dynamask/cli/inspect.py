@@ -40,10 +40,12 @@ def inspect(
             raise UsageError(f"--{name} must be at least {least}; got {value}")
     check_output_file(out)
     content = read_text(text)
+    if not content.strip():
+        raise UsageError("the text is empty: give at least one character that is not a blank")
     quiet_libraries()
     import torch
 
-    from dynamask.data.tokenizer import encode_text
+    from dynamask.data.tokenizer import encode_text, opening_tokens
     from dynamask.inspect import inspect_text, inspection_page, token_texts
     from dynamask.training import open_run
 
@@ -55,9 +57,9 @@ def inspect(
         whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = encode_text(tokenizer, content)
+        ids = [*opening_tokens(tokenizer, content), *encode_text(tokenizer, content)]
     if not ids:
-        raise UsageError("the text is empty: give at least one character")
+        raise UsageError("the text is empty: the tokenizer makes no token of it")
     if len(ids) > limit:
         if chat:
             raise UsageError(
@@ -82,7 +84,7 @@ def read_text(text: str) -> str:
     """Return the text that an argument stands for: standard input for "-", a file's content, or itself.
 
     Raises:
-        UsageError: a file that cannot be read as UTF-8, or a name of a text file that is not there.
+        UsageError: a folder, a file that cannot be read as UTF-8, or a name of a text file that is not there.
     """
     if text == "-":
         try:
@@ -95,6 +97,8 @@ def read_text(text: str) -> str:
     except (OSError, ValueError):  # too long for a name, or a null byte: a text
         there = False
     if there:
+        if path.is_dir():
+            raise UsageError(f"{text} is a folder: give a text file, the text itself, or - for standard input")
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

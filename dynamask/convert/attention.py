@@ -25,6 +25,7 @@ from dynamask.mixers.base import SequenceInfo, recency_expiry
 from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_loss import RankLosses, rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
+from dynamask.ops.checks import check_attention_mask
 from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
 from dynamask.ops.expiry import key_expiry
@@ -128,13 +129,15 @@ def call_facts(
         device: of the mask and the positions.
 
     Raises:
-        InvalidInputError: a mask that is not (B, past + Nq), or packed documents behind a past.
+        InvalidInputError: a mask that is not (B, past + Nq) or additive, or packed documents behind a past.
     """
     if attention_mask is not None and attention_mask.shape != (batch, past + new):
         raise InvalidInputError(
             f"attention_mask must be (batch, past + new) = {(batch, past + new)}, 1 for a real token; got shape "
             f"{tuple(attention_mask.shape)}. For packed documents pass position_ids that start over."
         )
+    if attention_mask is not None:
+        check_attention_mask(attention_mask)
     key_mask = None if attention_mask is None else attention_mask.to(device=device, dtype=torch.bool)
     if key_mask is not None and bool(key_mask.all()):
         key_mask = None

@@ -71,3 +71,22 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
         Token ids, without special tokens.
     """
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+
+
+def opening_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Return the special tokens that a tokenizer puts before a text, such as the beginning of a sequence.
+
+    Args:
+        tokenizer: of transformers.
+        text: the text that begins a sequence.
+
+    Returns:
+        Token ids before those of the text in `tokenizer(text)`; none where the tokenizer adds none, and none for a
+        text without tokens. Tokens that it adds behind the text are not among them.
+    """
+    plain = encode_text(tokenizer, text)
+    whole = list(tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"])
+    if not plain:
+        return []
+    starts = range(len(whole) - len(plain) + 1)
+    return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])

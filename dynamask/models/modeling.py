@@ -24,7 +24,7 @@ from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
-from dynamask.ops.checks import check_segment_ids
+from dynamask.ops.checks import check_attention_mask, check_segment_ids
 from dynamask.ops.context_parallel.shards import context_shards, current_group
 
 logger = logging.get_logger(__name__)
@@ -403,6 +403,7 @@ def sequence_info(
                 f"attention_mask covers {tuple(attention_mask.shape)}, expected {(batch, past + new)}: "
                 f"{past} cached positions and {new} new ones"
             )
+        check_attention_mask(attention_mask)
         key_mask = attention_mask.to(device=device, dtype=torch.bool)
         if not torch.compiler.is_compiling() and bool(key_mask.all()):
             key_mask = None  # the unpadded paths are faster

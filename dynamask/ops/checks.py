@@ -46,12 +46,14 @@ def check_window(window: Window, local: int = 0, sinks: int = 0, *, groups: int 
             raise InvalidInputError(
                 f"window must be one integer or one per key/value head ({groups}); got {len(window)} windows"
             )
-        windows = tuple(_whole(each, f"window[{head}]", 1, "keys kept per query") for head, each in enumerate(window))
+        windows = tuple(
+            check_integer(each, f"window[{head}]", 1, "keys kept per query") for head, each in enumerate(window)
+        )
     else:
-        one = _whole(window, "window", 1, "keys kept per query, or one such integer per key/value head")
+        one = check_integer(window, "window", 1, "keys kept per query, or one such integer per key/value head")
         windows = (one,) if groups is None else (one,) * groups
-    local = _whole(local, "local", 0, "newest keys that are always kept")
-    sinks = _whole(sinks, "sinks", 0, "first keys of a segment that are always kept")
+    local = check_integer(local, "local", 0, "newest keys that are always kept")
+    sinks = check_integer(sinks, "sinks", 0, "first keys of a segment that are always kept")
     if windows and local + sinks > min(windows):
         which = f"{'window' if min(windows) == max(windows) else 'the smallest window'} = {min(windows)}"
         raise InvalidInputError(
@@ -61,8 +63,18 @@ def check_window(window: Window, local: int = 0, sinks: int = 0, *, groups: int 
     return windows
 
 
-def _whole(value: object, name: str, least: int, what: str) -> int:
-    """`value` as a Python integer of at least `least`; numpy's integers pass, bools and floats do not."""
+def check_integer(value: object, name: str, least: int, what: str) -> int:
+    """Return `value` as a Python integer.
+
+    Args:
+        value: a Python integer or one of numpy; bools and floats are refused.
+        name: of the argument, for the message.
+        least: the smallest value.
+        what: what the number means, for the message.
+
+    Raises:
+        InvalidInputError: another type, or a number below `least`.
+    """
     number = value
     if not isinstance(number, int) and isinstance(number, SupportsIndex):
         try:
@@ -110,3 +122,25 @@ def check_key_mask(key_mask: Tensor | None, batch: int, length: int, device: tor
         )
     if key_mask.device != device:
         raise InvalidInputError(f"key_mask is on {key_mask.device}, the scores on {device}: move one of them")
+
+
+def check_attention_mask(attention_mask: Tensor) -> None:
+    """Refuse a mask of floating type that is additive (0 for visible) rather than 1 for a real token.
+
+    Integer and bool masks pass without a look at their values, and so does every mask while compiling.
+
+    Args:
+        attention_mask: (B, N).
+
+    Raises:
+        InvalidInputError: floating values other than 0 and 1, or none that is 1.
+    """
+    if not attention_mask.is_floating_point() or torch.compiler.is_compiling():
+        return
+    real = attention_mask == 1
+    if not bool((real | (attention_mask == 0)).all()) or not bool(real.any()):
+        raise InvalidInputError(
+            "attention_mask must hold 1 for a real token and 0 for padding; got floating values other than 0 and 1, or "
+            "no 1 at all, as in an additive mask (0 visible, a large negative number hidden): pass "
+            "(additive_mask == 0).long()"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pty
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamask import InvalidInputError
 from dynamask.cli.conversation import Conversation
 from dynamask.data import train_tokenizer
+from dynamask.data.tokenizer import opening_tokens
 from tests.cli.conftest import Command
 from tests.conftest import tiny_model
 
@@ -72,6 +75,31 @@ def test_the_cache_carries_over_and_only_new_tokens_are_read(model: Any, tokeniz
     talk.reset()
     assert (talk.ids, talk.cache_bytes, talk.messages) == ([], 0, [])
     assert talk.ask("all work and no play").text == first.text
+
+
+def test_the_first_text_begins_with_the_special_tokens_of_the_tokenizer(model: Any, tokenizer: Any) -> None:
+    opened = copy.deepcopy(tokenizer)
+    end = opened.eos_token_id
+    opened.add_special_tokens({"bos_token": "<s>"})
+    bos = 5  # the tiny model has no row for a new token
+    opened.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A <|endoftext|>", special_tokens=[("<s>", bos), ("<|endoftext|>", end)]
+    )
+    text = "all work <|endoftext|>"
+    assert opened(text)["input_ids"][:: len(opened(text)["input_ids"]) - 1] == [bos, end]
+    talk = conversation(model, opened, None, max_new_tokens=1)
+    for _ in range(2):
+        talk.ask(text)
+        assert talk.ids[:-1] == opened(text)["input_ids"][:-1], "as the tokenizer begins, without its end"
+        first = len(talk.ids)
+        talk.ask("no play")
+        assert talk.ids[first:-1] == opened("\nno play", add_special_tokens=False)["input_ids"]
+        talk.reset()
+    templated = conversation(model, opened, PLAIN, max_new_tokens=1)
+    templated.ask(text)
+    assert bos not in templated.ids[:-1]
+    assert opening_tokens(opened, text) == [bos]
+    assert (opening_tokens(opened, ""), opening_tokens(tokenizer, text)) == ([], [])
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 
+from dynamask.data import load_tokenizer
 from tests.cli.conftest import Command
 
 
@@ -42,6 +45,24 @@ def test_a_text_a_file_and_standard_input(
     assert len(data(page)["tokens"]) == 2
 
 
+def test_a_text_begins_as_the_tokenizer_begins_it_and_a_chat_template_does_not(
+    dynamask: Command, run: Path, tmp_path: Path
+) -> None:
+    folder, page = tmp_path / "opened", tmp_path / "page.html"
+    shutil.copytree(run / "run" / "model", folder)
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    for arguments, text in (([], f"{end}dull boy"), (["--chat"], "[dull boy]")):
+        done = dynamask("inspect", str(folder), "dull boy", *arguments, "-o", str(page))
+        assert done.returncode == 0, done.stderr
+        assert "".join(data(page)["tokens"]) == text
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -51,6 +72,8 @@ def test_a_text_a_file_and_standard_input(
         (["a text", "--out", "nosuch/page.html"], "there is no folder nosuch"),
         (["a text", "--chat"], "has no chat template"),
         ([""], "the text is empty"),
+        ([" \n\t "], "the text is empty: give at least one character that is not a blank"),
+        ([str(Path(__file__).parent)], "is a folder: give a text file, the text itself, or - for standard input"),
         (["caf\udce9"], "the text is not UTF-8"),
     ],
 )
