@@ -97,7 +97,7 @@ def interval_mask(
         return sdpa_mask(  # type: ignore[no-any-return]
             batch_size=batch_size,
             q_length=stop - start,
-            kv_length=length,
+            kv_length=kv_length,
             q_offset=int(q_offset) + start,
             kv_offset=int(kv_offset),
             mask_function=mask_function,
@@ -149,7 +149,7 @@ def _evaluated(rows: Callable[[int, int], Tensor], batch: int, queries: int, len
     """The expiries of a mask of any form, by looking at all of it, some queries at a time.
 
     Args:
-        rows: gives the mask of the queries from one number to another, (B, heads, queries, N) bool.
+        rows: gives the mask of the queries from one number to another, (B, heads, queries, N or more) bool.
         batch, queries, length: B, Nq and N.
 
     Returns:
@@ -164,6 +164,9 @@ def _evaluated(rows: Callable[[int, int], Tensor], batch: int, queries: int, len
     ahead: Any = False
     for start in range(0, queries, step):
         visible = rows(start, min(start + step, queries))
+        # Keys behind the last query: slots of a static cache that nobody sees, or another sequence.
+        ahead = ahead | visible[..., length:].any()
+        visible = visible[..., :length]
         query = torch.arange(start, start + visible.shape[-2], device=visible.device)[:, None] + length - queries
         key = torch.arange(length, device=visible.device)
         ahead = ahead | (visible & (key > query)).any()

@@ -85,6 +85,7 @@ class BoundedLayer(CacheLayerMixin):
         self._given = windows
         self.windows = check_window(windows, local, sinks)  # one for all heads while their number is not known
         self.local, self.sinks = int(local), int(sinks)
+        self._slopes: tuple[float, ...] | None = None  # of the ranks of the keys that are held
         self._fitting: object = None  # the arguments of `check_fits` that were last found to fit
         # Set by the first keys, like `keys` and `values`.
         self.ranks: Tensor
@@ -133,15 +134,27 @@ class BoundedLayer(CacheLayerMixin):
         self._layout = ragged_layout((0,) * groups, self.device)
         self.is_initialized = True
 
-    def check_fits(self, windows: Windows, *, local: int = 0, sinks: int = 0) -> None:
+    def check_fits(
+        self, windows: Windows, *, local: int = 0, sinks: int = 0, slopes: Sequence[float] | None = None
+    ) -> None:
         """Refuse to serve attention that keeps other keys than this layer.
 
         Args:
             windows, local, sinks: of the attention that is about to use the layer, as in `BoundedLayer`.
+            slopes: of its ranks, per key/value head; None: none.
 
         Raises:
-            InvalidInputError: they are not those the layer was made for.
+            InvalidInputError: they are not those the layer was made for, or the slopes are not those of the keys that
+                the layer holds.
         """
+        rising = tuple(slopes) if slopes is not None and any(slopes) else None
+        if self.seen == 0:
+            self._slopes = rising
+        elif rising != self._slopes:
+            raise InvalidInputError(
+                f"the ranks of the keys in this cache rise by {self._slopes} per token, those of the layer that uses "
+                f"it by {rising}: slopes were changed after the cache was filled. Start with a new cache"
+            )
         exactly = (tuple(windows) if isinstance(windows, list) else windows, local, sinks)
         known = isinstance(windows, (int, tuple, list))
         if known and self._fitting == exactly:

@@ -197,3 +197,25 @@ def test_what_cannot_be_served_is_refused() -> None:
     ).eval()
     with pytest.raises(InvalidInputError, match=r"see later keys|not causal|dropout"):
         bert(tokens)
+
+
+@torch.no_grad()
+def test_attention_to_another_sequence_is_refused() -> None:
+    config = hf.BertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        is_decoder=True,
+        add_cross_attention=True,
+    )
+    decoder = hf.BertLMHeadModel._from_config(config, attn_implementation="dynamask").eval()
+    # One query at a time looks as if it were causal: it sees all keys up to the first one, and 16 behind it.
+    for length in (1, 3):
+        with pytest.raises(InvalidInputError, match="sees? later keys"):
+            decoder(
+                torch.ones(1, length, dtype=torch.long),
+                encoder_hidden_states=torch.randn(1, 17, 32),
+                encoder_attention_mask=torch.ones(1, 17, dtype=torch.long),
+            )

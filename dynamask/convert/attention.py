@@ -323,7 +323,7 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
     if cache is not None:
         layer: Any = bounded_layer(cache, module.layer_idx)
         if layer is not None:
-            layer.check_fits(windows, local=rules.local, sinks=rules.sinks)
+            layer.check_fits(windows, local=rules.local, sinks=rules.sinks, slopes=rules.slopes)
             return layer.attend(query, key, value, ranks, key_mask=_new_mask(facts), scale=scale)  # type: ignore[no-any-return]
         key, value, ranks = _updated(cache, module.layer_idx, key, value, ranks, facts)
     expiry = key_expiry(

@@ -232,10 +232,16 @@ class ConvertedConfig(CarriesAutoCode):
 def _checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, ...] | None, ...]:
     if slopes is None:
         return (None,) * layers
-    if len(slopes) != layers:
-        raise InvalidInputError(f"slopes must have an entry for each of the {layers} layers; got {len(slopes)}")
+    if not isinstance(slopes, (list, tuple)) or len(slopes) != layers:
+        raise InvalidInputError(
+            f"slopes must be None or a list with an entry for each of the {layers} layers; got {slopes!r}"
+        )
     for layer, entry in enumerate(slopes):
-        if entry is not None and (len(entry) != groups or not all(0 <= slope < math.inf for slope in entry)):
+        if entry is not None and not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == groups
+            and all(isinstance(slope, (int, float)) and 0 <= slope < math.inf for slope in entry)
+        ):
             raise InvalidInputError(
                 f"the slopes of layer {layer} must be {groups} numbers of at least 0, one per key/value head; got "
                 f"{entry!r}"

@@ -113,7 +113,27 @@ def test_allocation_chooses_a_slope_where_keys_only_age(llama: Any) -> None:
 
 def test_bad_slopes_leave_the_model_unchanged(llama: Any) -> None:
     model = sloped(llama)
-    for slopes in ([[0.5, 0.5]], [[0.5], [0.5, 0.5]], [[0.5, -1.0]] * 2, [[0.5, float("inf")]] * 2):
+    for slopes in (
+        [[0.5, 0.5]],
+        [[0.5], [0.5, 0.5]],
+        [[0.5, -1.0]] * 2,
+        [[0.5, float("inf")]] * 2,
+        3,
+        [3, 3],
+        [["a", 0.0], None],
+    ):
         with pytest.raises(InvalidInputError, match="slopes"):
             convert.set_slopes(model, slopes)
     assert model.config.slopes == SLOPES
+
+
+@torch.no_grad()
+def test_slopes_do_not_change_under_a_filled_cache(llama: Any) -> None:
+    model, tokens = sloped(llama), torch.randint(3, 300, (1, 61))
+    cache = BoundedCache(model.config)
+    model(tokens[:, :60], past_key_values=cache)
+    convert.set_slopes(model, [[1.0, 1.0]] * 2)
+    with pytest.raises(InvalidInputError, match="slopes were changed"):
+        model(tokens[:, 60:], past_key_values=cache)
+    cache.reset()
+    model(tokens[:, :60], past_key_values=cache)
