@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import Dataset, Sampler
@@ -122,6 +121,8 @@ class AtomicTrainer(Trainer):
             return
         state = self.accelerator.state
         if not self.is_fsdp_enabled:  # accelerate's list of what FSDP runs on lacks CPUs, on which it runs
+            from accelerate import DistributedType, FullyShardedDataParallelPlugin, PartialState  # an extra
+
             state.fsdp_plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
             state.distributed_type = DistributedType.FSDP
             state._shared_state["distributed_type"] = PartialState._shared_state["distributed_type"] = (
