@@ -135,25 +135,24 @@ class BoundedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def check_fits(
-        self, windows: Windows, *, local: int = 0, sinks: int = 0, slopes: Sequence[float] | None = None
+        self, windows: Windows, *, local: int = 0, sinks: int = 0, slopes: tuple[float, ...] | None = None
     ) -> None:
         """Refuse to serve attention that keeps other keys than this layer.
 
         Args:
             windows, local, sinks: of the attention that is about to use the layer, as in `BoundedLayer`.
-            slopes: of its ranks, per key/value head; None: none.
+            slopes: of its ranks, per key/value head; None where all are 0, as in `ConvertedConfig.head_slopes`.
 
         Raises:
             InvalidInputError: they are not those the layer was made for, or the slopes are not those of the keys that
                 the layer holds.
         """
-        rising = tuple(slopes) if slopes is not None and any(slopes) else None
         if self.seen == 0:
-            self._slopes = rising
-        elif rising != self._slopes:
+            self._slopes = slopes
+        elif slopes != self._slopes:
             raise InvalidInputError(
                 f"the ranks of the keys in this cache rise by {self._slopes} per token, those of the layer that uses "
-                f"it by {rising}: slopes were changed after the cache was filled. Start with a new cache"
+                f"it by {slopes}: slopes were changed after the cache was filled. Start with a new cache"
             )
         exactly = (tuple(windows) if isinstance(windows, list) else windows, local, sinks)
         known = isinstance(windows, (int, tuple, list))
