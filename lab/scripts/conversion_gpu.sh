@@ -4,17 +4,38 @@
 #     conversion_gpu.sh keep CARRIED              keep carried files until the rest has arrived
 #     conversion_gpu.sh run CARRIED SECONDS       set up once, then run both lanes for so long
 #     conversion_gpu.sh spread CARRIED SECONDS    set up once, then run two lanes on each GPU (GPUS="0 1 2 3"), list `levers`
+#     conversion_gpu.sh start CARRIED SECONDS     set up once, then leave list `final` running for so long, behind this call
+#     conversion_gpu.sh collect - SECONDS         wait for so long, or until `start`'s runs end, and copy what they wrote
 #     conversion_gpu.sh speed CARRIED SECONDS     cache bytes and tokens per second, alone on the GPU
 #
 # CARRIED holds the parts of the model's file (fetch_models.py --parts), data.tar.xz (conversion_data.py --pack),
 # benchmarks.tar.xz, the wheels of gguf and kvpress, and, to continue elsewhere, results of earlier runs (*.jsonl) and
 # what they trained (ranks-*.pt, windows.tar). EXTRA holds further arguments of the study, such as "--plan levers".
+# `start` puts a trainer and an evaluator on each of GPUS="0 1 2", and on LATE="3" once nothing else runs there.
 # Everything is kept in $CONVERSION_WORK (default: a folder in the system's temporary one), results go to $OUT too.
 set -uo pipefail
 what=$1 carried=$2 seconds=${3:-500}
 work=${CONVERSION_WORK:-${TMPDIR:-/tmp}/conversion}
 out=${OUT:-$work/out}
 mkdir -p "$work/carried" "$work/site" "$work/data" "$work/benchmarks" "$work/state" "$out"
+collect() {
+    cat "$work"/results-*.jsonl 2>/dev/null | xz -1 >"$out/results.new" && mv "$out/results.new" "$out/results.jsonl.xz"
+    tail -qn 200 "$work"/log-*.txt 2>/dev/null | sort -n >"$out/log.new" && mv "$out/log.new" "$out/log.txt"
+    tar -C "$work/state" -cf "$out/windows.tar" --exclude '*.pt' --exclude claims . 2>/dev/null
+}
+if [ "$what" = collect ]; then
+    for ((; SECONDS < seconds; )); do
+        collect
+        running=0
+        for pid in $(cat "$work/pids"); do kill -0 "$pid" 2>/dev/null && running=1; done
+        [ "$running" = 1 ] || break
+        sleep 5
+    done
+    collect
+    cp "$work"/state/ranks-*.pt "$out/" 2>/dev/null
+    tail -qn 3 "$work"/log-*.txt
+    exit 0
+fi
 cp -r "$carried/." "$work/carried/"
 [ "$what" = keep ] && { du -sm "$work/carried"; exit 0; }
 
@@ -46,7 +67,42 @@ spread() { # part, parts, GPU
         --done "${done[@]}" --plan levers --part "$1/$2" --processes 6 --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
         2>&1 | grep --line-buffered -v "it/s\]" >"$work/log-$1.txt"
 }
-if [ "$what" = speed ]; then
+member() { # role, GPU, processes
+    CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+        setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
+        --model "$model" --data "$work/data" --benchmarks "$work/benchmarks" --state "$work/state" \
+        --out "$work/results-$1-$2.jsonl" --done "${done[@]}" lab/results/conversion*.jsonl --plan final \
+        --role "$1" --name "$1 $2" --processes "$3" --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
+        >"$work/log-$1-$2.txt" 2>&1 </dev/null &
+    echo $! >>"$work/pids"
+}
+if [ "$what" = start ]; then
+    : >"$work/pids"
+    for gpu in ${GPUS:-0 1 2}; do
+        member trainer "$gpu" 2
+        member evaluator "$gpu" 8
+    done
+    if [ -n "${LATE:-}" ]; then
+        setsid nohup bash "$0" late "$carried" "$((seconds - SECONDS))" >"$work/log-late.txt" 2>&1 </dev/null &
+        echo $! >>"$work/pids"
+    fi
+    sleep 20
+    tail -qn 2 "$work"/log-*.txt
+    exit 0
+elif [ "$what" = late ]; then
+    sleep "${LATE_AFTER:-120}"
+    idle=0
+    while ((SECONDS < seconds - 100 && idle < 5)); do # five looks in a row at which nothing holds its memory
+        sleep 2
+        used=$(nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits --id="$LATE")
+        ((used < 1500)) && idle=$((idle + 1)) || idle=0
+    done
+    if ((idle == 5)); then
+        member trainer "$LATE" 4
+        member evaluator "$LATE" 4
+    fi
+    exit 0
+elif [ "$what" = speed ]; then
     lane speed "$seconds" ${EXTRA:-}
 elif [ "$what" = spread ]; then
     read -ra gpus <<<"${GPUS:-0 1 2 3}"

@@ -54,6 +54,7 @@ class Spec:
         slopes: whether "loss" may choose slopes.
         label_share, start_windows: of the distillation, see `dynamask.convert.distill`.
         rate: highest learning rate of the model; None: the schedule's.
+        origin: "dense trained": convert what that form trained for as many steps at the same rate, not the dense model.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Spec:
     label_share: float = 0.0
     start_windows: float = 1.0
     rate: float | None = None
+    origin: str = ""
 
     def facts(self) -> dict[str, Any]:
         """The fields, without later ones that have their default: lines written before they existed stay the same."""
@@ -101,10 +103,18 @@ class Spec:
             parts += [f"labels{self.label_share}"] if self.label_share else []
             parts += [f"from{self.start_windows}"] if self.start_windows != 1 else []
             parts += [f"rate{self.rate}"] if self.rate is not None else []
+        parts += ["of-dense-trained"] if self.origin else []
         return "-".join(parts)
 
 
-_LATER = {"allocation": "threshold", "slopes": False, "label_share": 0.0, "start_windows": 1.0, "rate": None}
+_LATER = {
+    "allocation": "threshold",
+    "slopes": False,
+    "label_share": 0.0,
+    "start_windows": 1.0,
+    "rate": None,
+    "origin": "",
+}
 """Fields of `Spec` that came after the first lines were written, with their defaults."""
 
 
@@ -217,18 +227,35 @@ class Workshop:
             self._kept = (spec, self._trained_dense(spec) if spec.kind == "dense trained" else self.converted(spec))
         return Form(spec.name, self._kept[1], settings=spec.facts())
 
+    def forget(self) -> None:
+        """Free the memory of the last converted or trained form."""
+        self._kept = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
     def seconds_to_make(self, spec: Spec) -> float:
         """Roughly how long the training takes that the form still needs, on one H100 that another run shares."""
         seconds = 0.0
-        learned = spec.kind == "converted" and (spec.ranks == "learned" or spec.windows == "heads")
-        if learned and not (self.state / f"ranks-{spec.predictor}-seed{spec.seed}.pt").exists():
+        if _ranks(spec) and not self._ranks_file(spec).exists():
             seconds += 0.16 * self.schedule.rank_steps
         if spec.trained and not self._file(spec).exists():
             seconds += 15 + 0.5 * spec.steps
+        if spec.origin and not self._file(_origin(spec)).exists():
+            seconds += 15 + 0.5 * spec.steps
         return seconds
 
+    def ready(self, spec: Spec) -> bool:
+        """Whether nothing has to be trained for the form."""
+        needed = [self._file(spec)] if spec.trained else []
+        needed += [self._ranks_file(spec)] if _ranks(spec) else []
+        return all(file.exists() for file in needed)
+
     def _file(self, spec: Spec) -> Path:
-        return self.state / f"model-{spec.name}.pt"
+        """What was trained at the model's own positions also serves where they are scaled."""
+        return self.state / f"model-{replace(spec, rope=1).name}.pt"
+
+    def _ranks_file(self, spec: Spec) -> Path:
+        return self.state / f"ranks-{spec.predictor}-seed{spec.seed}.pt"
 
     def dense(self, rope: int = 1) -> Any:
         """The pretrained model in bfloat16."""
@@ -262,9 +289,10 @@ class Workshop:
     def converted(self, spec: Spec) -> Any:
         """The converted model of that spec."""
         assert spec.budget is not None
-        model = upcycled(self.dense(spec.rope), spec.budget, copy_weights=spec.distilled)
+        dense = self._source(spec)
+        model = upcycled(dense, spec.budget, copy_weights=spec.distilled)
         exchange_predictors(model, spec.predictor)
-        if spec.ranks == "learned" or spec.windows == "heads":
+        if _ranks(spec):
             load_predictors(model, self.ranks(spec))
         if spec.ranks == "newest" and spec.allocation == "loss":
             silence_predictors(model)
@@ -275,12 +303,16 @@ class Workshop:
         if spec.ranks == "newest":
             silence_predictors(model)
         if spec.distilled:
-            self._train(spec, model)
+            self._train(spec, model, teacher=dense)
         return model.eval()
+
+    def _source(self, spec: Spec) -> Any:
+        """The dense model that the form is converted from."""
+        return self._trained_dense(_origin(spec)) if spec.origin else self.dense(spec.rope)
 
     def ranks(self, spec: Spec) -> dict[str, Tensor]:
         """The learned predictors of that seed and kind, trained with the model frozen."""
-        file = self.state / f"ranks-{spec.predictor}-seed{spec.seed}.pt"
+        file = self._ranks_file(spec)
         if not file.exists():
             from dynamask.convert import learn_ranks
 
@@ -322,7 +354,7 @@ class Workshop:
             partial = file.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(kept))
             partial.replace(file)
-            told = replace(spec, distilled=False, steps=STEPS, label_share=0.0, start_windows=1.0, rate=None)
+            told = replace(spec, distilled=False, steps=STEPS, label_share=0.0, start_windows=1.0, rate=None, origin="")
             told = (
                 told
                 if spec.allocation != "threshold"
@@ -338,7 +370,7 @@ class Workshop:
         self._train(spec, model)
         return model.eval()
 
-    def _train(self, spec: Spec, model: Any) -> None:
+    def _train(self, spec: Spec, model: Any, teacher: Any = None) -> None:
         """Train the model, or load what an earlier run trained."""
         file = self._file(spec)
         if file.exists():
@@ -347,7 +379,7 @@ class Workshop:
         with self._alone():
             if time.monotonic() + self.seconds_to_make(spec) > self.deadline:
                 raise OutOfTime(spec.name)
-            self._train_now(spec, model, file)
+            self._train_now(spec, model, file, teacher)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -359,7 +391,7 @@ class Workshop:
             gc.collect()
             torch.cuda.empty_cache()
 
-    def _train_now(self, spec: Spec, model: Any, file: Path) -> None:
+    def _train_now(self, spec: Spec, model: Any, file: Path, teacher: Any) -> None:
         schedule = self.schedule
         rate = schedule.distil_rate if spec.rate is None else spec.rate
         start = time.perf_counter()
@@ -374,7 +406,7 @@ class Workshop:
             ranks = schedule.distil_rank_rate if spec.ranks == "learned" else 0.0
             history = distill(
                 model,
-                self.dense(spec.rope),
+                teacher,
                 batches,
                 steps=spec.steps,
                 learning_rate=rate,
@@ -387,6 +419,16 @@ class Workshop:
         _save(model.state_dict(), file)
         tokens = spec.steps * schedule.batch * schedule.block
         self.report(spec, "train", {"seconds": seconds, "tokens": tokens, "history": history})
+
+
+def _ranks(spec: Spec) -> bool:
+    """Whether the form needs learned ranks, if only to set its windows by."""
+    return spec.kind == "converted" and (spec.ranks == "learned" or spec.windows == "heads")
+
+
+def _origin(spec: Spec) -> Spec:
+    """The form that `spec.origin` names."""
+    return Spec("dense trained", seed=spec.seed, steps=spec.steps, rate=spec.rate)
 
 
 def upcycled(dense: Any, window: int, *, copy_weights: bool = False) -> Any:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from dynamask_lab.studies.conversion import levers, measure
+from dynamask_lab.studies.conversion import final, levers, measure
 from dynamask_lab.studies.conversion.forms import STEPS, OutOfTime, Schedule, Spec, Workshop
 from dynamask_lab.studies.conversion.jobs import Job, jobs, key_of, lane_of
 from dynamask_lab.studies.conversion.tasks import Example, Tasks
@@ -36,6 +36,8 @@ from dynamask_lab.sweeps.provenance import commit, device_name, versions
 
 WAIT = 150.0
 """Seconds that `--after` waits at most."""
+MEASURING = 45.0
+"""Seconds that a training leaves for the losses of what it trained."""
 LANES = ("all", "converted", "dense", "speed")
 
 
@@ -198,7 +200,9 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="blocks, examples and questions of each job; for trials")
     parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--steps", type=int, default=STEPS, help="batches that forms are trained on")
-    parser.add_argument("--plan", choices=("forms", "levers"), default="forms", help="which list of jobs")
+    parser.add_argument("--plan", choices=("forms", "levers", "final"), default="forms", help="which list")
+    parser.add_argument("--role", choices=final.ROLES, help="with --plan final: share its list with other processes")
+    parser.add_argument("--name", default="", help="of the process in its lines, with --role")
     parser.add_argument("--schedule", default="{}", help="JSON: fields of Schedule that differ")
     parser.add_argument("--list", action="store_true", help="print the jobs instead of running them")
     arguments = parser.parse_args()
@@ -206,6 +210,8 @@ def main() -> int:
     start = time.monotonic()
     if arguments.part and (arguments.plan != "levers" or not re.fullmatch(r"\d+/\d+", arguments.part)):
         parser.error(f"--part is I/N and needs --plan levers; got {arguments.part!r}")
+    if arguments.role and arguments.plan != "final":
+        parser.error("--role needs --plan final")
     parts = int(arguments.part.partition("/")[2]) if arguments.part else 0
     lane = f"{int(arguments.part.partition('/')[0])}/{parts}" if arguments.part else arguments.lane
     if arguments.plan == "levers":
@@ -213,7 +219,7 @@ def main() -> int:
         names = [f"{part}/{parts}" for part in range(parts)] or ["converted", "dense"]
         places = levers.lanes(listed, names)
     else:
-        listed, places = jobs(arguments.steps), {}
+        listed, places = (final.jobs() if arguments.plan == "final" else jobs(arguments.steps)), {}
     chosen = [
         job
         for job in listed
@@ -245,32 +251,50 @@ def main() -> int:
     while arguments.after and not arguments.after.exists() and time.monotonic() - start < WAIT:
         time.sleep(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results.facts["device"] = device_name(1 if lane in ("all", "speed") else 2)
+    results.facts["device"] = device_name(1 if lane in ("all", "speed") and not arguments.role else 2)
 
     def report(spec: Spec, what: str, result: dict[str, Any]) -> None:
-        settings: dict[str, Any] = {"lane": lane}
+        settings: dict[str, Any] = {"lane": arguments.name or lane}
         row = {"form": spec.name, "spec": spec.facts(), "measure": what, "settings": settings, "result": result}
         results.append(key_of(spec.facts(), what, settings), row)
         print(f"  {spec.name} {what}: {result['seconds']:.1f} s", flush=True)
 
     workshop = Workshop(arguments.model, arguments.data, arguments.state, schedule, device, report)
-    workshop.deadline = start + arguments.seconds
+    # Losses that nobody measures any more would make the last training worthless.
+    workshop.deadline = start + arguments.seconds - (MEASURING if arguments.role else 0.0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     runner = Runner(workshop, arguments.data, arguments.benchmarks, examples, tokenizer, device, limit=arguments.limit)
     broken: set[tuple[str, str]] = set()
     done = 0
-    for job in left:
+    queue: Iterable[Job] = left
+    if arguments.role:
+        keys = {job.key for job in left}
+        queue = final.claimed(
+            arguments.role,
+            arguments.state / "claims",
+            done=lambda job: job.key in results.keys or job.key not in keys,
+            ready=workshop.ready,
+            fits=lambda spec: time.monotonic() + workshop.seconds_to_make(spec) < workshop.deadline,
+            over=lambda: time.monotonic() - start > arguments.seconds,
+        )
+    for job in queue:
         spent = time.monotonic() - start
         if spent > arguments.seconds:
             print(f"out of time: {done} of {len(left)} jobs done", flush=True)
             break
-        if spent + workshop.seconds_to_make(job.spec) > arguments.seconds:
+        if start + spent + workshop.seconds_to_make(job.spec) > workshop.deadline:
             continue  # jobs without a training may still fit
         if (job.spec.name, job.measure) in broken:
             continue
         began = time.monotonic()
         try:
-            result = runner.run(job)
+            try:
+                result = runner.run(job)
+            except torch.OutOfMemoryError:  # the other run of this GPU may have been at its peak
+                traceback.clear_frames(sys.exc_info()[2])
+                workshop.forget()
+                time.sleep(5)
+                result = runner.run(job)
         except OutOfTime:  # another lane trained meanwhile
             continue
         except Exception:
