@@ -1,84 +1,168 @@
-"""Make a corpus of the Python sources that a machine has: the standard library and installed packages.
+"""Make a corpus of the sources that a machine has: the standard library, installed packages, C and C++ headers.
 
     python lab/scripts/local_corpus.py CORPORA        # makes CORPORA/local, for DYNAMASK_CORPORA=CORPORA
 
 It serves machines without a package registry. Tests, and sources that occur twice, are left out; the digest in every
-result line tells one build from another.
+result line tells one build from another. Tables of further documents come first (`--more`, JSON lines in .xz).
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
+import lzma
+import multiprocessing
+import os
+import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from dynamask.data import documents, prepare, train_tokenizer
+import numpy as np
+
+from dynamask.data import Corpus, documents, prepare, train_tokenizer
 from dynamask.data.sources import Document
 
-PACKAGES = ("torch", "sympy", "numpy", "networkx", "triton", "setuptools", "pip")
 VOCAB_SIZE = 4096
 SAMPLE = 20_000_000
 """Characters that the tokenizer is trained on."""
 SHORTEST, LONGEST = 400, 60_000
 """Characters of a document. What is longer is cut, so that no generated table fills the corpus."""
 VALIDATION = 0.04
+HEADERS = ("/usr/local/cuda/include", "/usr/include")
+HEADER_SUFFIXES = (".h", ".hpp", ".cuh", ".hh")
+_DIGITS = 0.25
+"""Share of digits from which the opening of a text is taken for a table."""
 
 
-def sources(packages: Sequence[str]) -> Iterator[Document]:
-    """The standard library, and of every installed package the Python files that are no tests."""
+def packages() -> list[Path]:
+    """The folders of the installed packages."""
+    place = Path(sysconfig.get_path("purelib"))
+    return sorted(path for path in place.iterdir() if path.is_dir() and "dynamask" not in path.name)
+
+
+def sources(places: Sequence[Path], more: Sequence[Path] = ()) -> Iterator[Document]:
+    """The tables of `more`, the standard library, Python files of the packages that are no tests, and headers."""
+    for table in more:
+        with lzma.open(table, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield Document(**json.loads(line))
     yield from documents(["stdlib"], errors="skip")
-    for name in packages:
-        found = importlib.util.find_spec(name)
-        for place in (found.submodule_search_locations or []) if found else []:
-            root = Path(place)
-            for file in sorted(root.rglob("*.py")):
-                parts = file.relative_to(root).parts
-                if not any("test" in part for part in parts):
-                    for document in documents([str(file)], errors="skip"):
-                        yield Document(f"{name}/{'/'.join(parts)}", document.text)
+    for place in places:
+        yield from _files(place, (".py", ".pyi"))
+    for place in [*places, *map(Path, HEADERS)]:
+        yield from _files(place, HEADER_SUFFIXES)
 
 
-def selected(found: Iterator[Document]) -> Iterator[Document]:
-    """Documents long enough, cut where they are too long, each text once."""
+def _files(place: Path, suffixes: tuple[str, ...]) -> Iterator[Document]:
+    for folder, below, names in os.walk(place):
+        below.sort()
+        for name in sorted(names):
+            path = Path(folder) / name
+            inside = path.relative_to(place).parts
+            if name.endswith(suffixes) and not any("test" in part for part in inside):
+                try:
+                    text = path.read_text(encoding="utf-8")
+                except (OSError, UnicodeDecodeError):
+                    continue
+                yield Document(f"{place.name}/{'/'.join(inside)}", text)
+
+
+def selected(found: Iterable[Document], characters: float = float("inf")) -> Iterator[Document]:
+    """Documents long enough, cut where they are too long, each text once, until there are so many characters."""
     seen: set[bytes] = set()
+    taken = 0
     for document in found:
         text = document.text[:LONGEST]
-        digest = hashlib.sha256(text.encode()).digest()
-        if len(text) >= SHORTEST and digest not in seen:
-            seen.add(digest)
-            yield Document(document.name, text)
+        digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+        opening = text[:1000]
+        if len(text) < SHORTEST or digest in seen or sum(c.isdigit() for c in opening) > _DIGITS * len(opening):
+            continue
+        seen.add(digest)
+        taken += len(text)
+        yield Document(document.name, text)
+        if taken >= characters:
+            return
 
 
-def build(output: Path, packages: Sequence[str] = PACKAGES, *, sample: int = SAMPLE) -> int:
+def build(
+    output: Path,
+    places: Sequence[Path] | None = None,
+    *,
+    more: Sequence[Path] = (),
+    characters: float = float("inf"),
+    sample: int = SAMPLE,
+    processes: int | None = None,
+) -> int:
     """Make `output / local`.
 
     Args:
         output: the folder of the corpora.
-        packages: installed packages; those that are missing are left out.
+        places: folders of packages; None: all installed ones.
+        more: tables of documents (name, text), JSON lines in .xz, that come first.
+        characters: of the corpus, at most.
         sample: characters that the tokenizer is trained on, spread over the documents.
+        processes: that tokenise; None: one per core, up to 32.
 
     Returns:
         Tokens to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
-    texts = list(selected(sources(packages)))
+    processes = processes or min(32, len(os.sched_getaffinity(0)))
+    texts = list(selected(sources(packages() if places is None else places, more), characters))
     every = max(1, sum(len(document.text) for document in texts) // sample)
     with tempfile.TemporaryDirectory() as scratch:
-        table = Path(scratch) / "local.jsonl"
-        table.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in texts), encoding="utf-8")
+        tables = []
+        for part in range(processes):
+            table = Path(scratch) / f"{part}.jsonl"
+            lines = (json.dumps({"text": document.text}) + "\n" for document in texts[part::processes])
+            table.write_text("".join(lines), encoding="utf-8")
+            tables.append(table)
         tokenizer = output / "local-tokenizer"
         train_tokenizer([document.text for document in texts[::every]], VOCAB_SIZE).save_pretrained(tokenizer)
-        made = prepare(
-            [str(table)], output / "local", vocab_size=VOCAB_SIZE, tokenizer=str(tokenizer), validation=VALIDATION
-        )
-    return sum(len(shard) for shard in made.tokens("train"))
+        tokenised = partial(_tokenised, tokenizer=tokenizer)
+        if processes > 1:
+            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+                made = pool.map(tokenised, tables, chunksize=1)
+        else:
+            made = [tokenised(table) for table in tables]
+        _merge([Corpus.open(folder) for folder in made], output / "local")
+    return sum(len(shard) for shard in Corpus.open(output / "local").tokens("train"))
+
+
+def _tokenised(table: Path, tokenizer: Path) -> Path:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    folder = table.with_suffix("")
+    prepare([str(table)], folder, vocab_size=VOCAB_SIZE, tokenizer=str(tokenizer), validation=VALIDATION)
+    return folder
+
+
+def _merge(parts: Sequence[Corpus], folder: Path) -> None:
+    """Join corpora of one tokenizer: their shards stand one after another."""
+    folder.mkdir()
+    splits = {}
+    for split in ("train", "validation"):
+        lengths, starts = [], []
+        for part in parts:
+            tokens = np.concatenate(part.tokens(split)) if part.index["splits"][split]["tokens"] else None
+            if tokens is None:
+                continue
+            tokens.tofile(folder / f"{split}-{len(lengths):05d}.bin")
+            starts.append(np.asarray(part.document_starts(split)) + sum(lengths))
+            lengths.append(len(tokens))
+        np.save(folder / f"{split}-documents.npy", np.concatenate(starts))
+        splits[split] = {"shards": lengths, "tokens": sum(lengths), "documents": sum(map(len, starts))}
+    parts[0].tokenizer.save_pretrained(folder / "tokenizer")
+    content = hashlib.sha256("".join(part.index["content"] for part in parts).encode()).hexdigest()
+    index = {**parts[0].index, "splits": splits, "content": content, "skipped": []}
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder of the corpora")
-    print(f"{build(parser.parse_args().output):,} tokens to train on")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="tables of documents, .jsonl.xz")
+    arguments = parser.parse_args()
+    print(f"{build(arguments.output, more=arguments.more):,} tokens to train on")

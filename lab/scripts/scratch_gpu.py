@@ -1,51 +1,117 @@
-"""Run the sweep `tiny` of the study `scratch` on a machine without a registry, the forms that decide most first.
+"""Run a sweep of the study `scratch` on a machine without a registry, the forms that decide most first.
 
-    python lab/scripts/scratch_gpu.py --corpora CORPORA --state STATE --out scratch-tiny.jsonl --seconds 300
+    python lab/scripts/scratch_gpu.py --corpora CORPORA --state STATE --out scratch.jsonl --size 4M --seconds 700
 
-The corpus is made of the Python sources of that machine where it is missing. Runs share the GPU, so their times do not
-compare. The same command continues what the time did not suffice for.
+The corpus is made of the sources of that machine, and of those in `--more`, where it is missing. Runs share the GPU, so
+their times do not compare. The same command continues what the time did not suffice for.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+import shutil
+import sys
 import time
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from local_corpus import build
-
-FIRST = ("dense", "paper, w = N", "sliding + sinks", "learned, head windows")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpora", type=Path, required=True, help="folder of the corpora")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="tables of documents, .jsonl.xz")
+    parser.add_argument("--characters", type=float, default=300e6, help="of the corpus, at most")
     parser.add_argument("--state", type=Path, required=True, help="folder of unfinished runs")
     parser.add_argument("--out", type=Path, required=True, help="results file, appended to")
+    parser.add_argument("--copy", type=Path, help="where to copy the results file after every run")
     parser.add_argument("--seconds", type=float, required=True, help="stop after so long")
-    parser.add_argument("--workers", type=int, default=12, help="runs at a time")
-    parser.add_argument("--size", default="tiny", help="which sweep")
+    parser.add_argument("--workers", type=int, default=10, help="runs at a time")
+    parser.add_argument("--size", nargs="+", default=["4M"], help="which sweeps, one after another")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of the forms to run")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds to run")
+    parser.add_argument("--first", type=int, default=4, help="so many forms are run with all seeds before the others")
+    parser.add_argument("--steps", type=int, help="steps of every run instead of the sweep's: a trial")
     arguments = parser.parse_args()
-    start = time.monotonic()
+    deadline = time.monotonic() + arguments.seconds
     if not (arguments.corpora / "local" / "index.json").exists():
-        print(f"{build(arguments.corpora):,} tokens to train on, after {time.monotonic() - start:.0f} s", flush=True)
+        tokens = build(arguments.corpora, more=arguments.more, characters=int(arguments.characters))
+        print(f"{tokens:,} tokens to train on, {deadline - time.monotonic():.0f} s left", flush=True)
     os.environ["DYNAMASK_CORPORA"] = str(arguments.corpora.absolute())
     os.environ["DYNAMASK_STATE"] = str(arguments.state.absolute())
-    from dynamask_lab.studies import SCRATCH, run_sweep
+    from dynamask_lab.studies import SCRATCH
     from dynamask_lab.studies.scratch.study import scratch_name
 
-    configs = SCRATCH.configs(arguments.size)
-    first = [config for config in configs if scratch_name(config) in FIRST]
-    rest = [config for config in configs if config not in first]
-    for part in (first, rest):
-        left = arguments.seconds - (time.monotonic() - start)
-        if left > 0:
-            report = run_sweep(SCRATCH, part, arguments.out, left, workers=min(arguments.workers, len(part)))
-            for row in SCRATCH.summary(report.records):
-                print(row, flush=True)
-            for failure in report.failed:
-                print("failed:", failure, flush=True)
+    for size in arguments.size:
+        configs = [
+            config | ({"steps": arguments.steps} if arguments.steps else {})
+            for config in SCRATCH.configs(size)
+            if config["seed"] in arguments.seeds and any(part in scratch_name(config) for part in arguments.only)
+        ]
+        for compiled in (True, False):  # a form that fails is tried again without torch.compile
+            configs = _run(configs, arguments, deadline, compiled)
+
+
+def _run(configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadline: float, compiled: bool) -> list:
+    """Run what is left of them in the order of their worth; returns the settings of those that failed."""
+    from dynamask_lab.studies import SCRATCH, Observer, Record, run_sweep
+    from dynamask_lab.studies.scratch.study import newest_in_head_windows, scratch_name
+
+    order = list(dict.fromkeys(scratch_name(config) for config in configs))
+
+    def place(config: dict[str, Any]) -> float:
+        name = scratch_name(config)
+        decided_by = name.replace("newest", "learned")
+        index = order.index(name) if name in order else order.index(decided_by) + 0.5
+        return 1.0 + 1000 * (index >= arguments.first) + 100 * config["seed"] + index
+
+    def follow_up(records: Sequence[Record]) -> list[dict[str, Any]]:
+        wanted = [record for record in records if record.config in configs]
+        return newest_in_head_windows(wanted)
+
+    class Shown(Observer):
+        def started(self, config: dict[str, Any], estimate: float | None) -> None:
+            print(
+                f"{time.strftime('%X')} begin {scratch_name(config)} {config['width']} seed {config['seed']}",
+                flush=True,
+            )
+
+        def finished(self, record: Record) -> None:
+            result, name = record.result, scratch_name(record.config)
+            rate = (result["tokens_per_second"] or 0) / 1e3
+            print(
+                f"{time.strftime('%X')} {name} {record.config['width']} seed {record.seed}: loss {result['loss']:.4f} "
+                f"test {result.get('test', float('nan')):.4f}, {rate:.0f} thousand tokens/s, {record.seconds:.0f} s",
+                flush=True,
+            )
+            if arguments.copy:
+                shutil.copy(arguments.out, arguments.copy)
+
+        def failed(self, config: dict[str, Any], error: Exception) -> None:
+            print(f"{scratch_name(config)} failed: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+
+    left = deadline - time.monotonic()
+    if left < 10 or not configs:
+        return []
+    configs = [config | {"compile": compiled} for config in configs]
+    # Handed out by worth, not by length: the last ones may find no time.
+    experiment = dataclasses.replace(SCRATCH, cost=place, kind=lambda config: "run")
+    workers = max(2, arguments.workers)
+    try:
+        report = run_sweep(
+            experiment, configs, arguments.out, left, workers=workers, follow_up=follow_up, observer=Shown()
+        )
+    except Exception:
+        traceback.print_exc(file=sys.stdout)
+        return []
+    for row in SCRATCH.summary(report.records):
+        print(row, flush=True)
+    return [config for config, _ in report.failed]
 
 
 if __name__ == "__main__":

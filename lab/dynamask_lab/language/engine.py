@@ -754,6 +754,8 @@ def _by_epoch(places: range, count: int) -> list[tuple[int, slice]]:
 def compile_training(model: DynamaskForCausalLM) -> TokenLosses:
     """Compile the layers, and losses for `next_token_losses`: eager, float32 logits cost more than several layers."""
     torch._dynamo.reset()  # a sweep of many mixers would run into dynamo's limit of graphs per function
+    # With windows per head every layer has a graph for training and one for validation.
+    torch._dynamo.config.recompile_limit = max(8, 6 * len(model.model.layers))
     for layer in model.model.layers:
         layer.compile(dynamic=False)
     return torch.compile(plain_losses, dynamic=False)

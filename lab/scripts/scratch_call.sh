@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Study `scratch` on a lent machine, in the background, over several calls:
+#
+#   scratch_call.sh start FOLDER SECONDS [arguments of scratch_gpu.py]   # FOLDER holds tables of documents, .jsonl.xz
+#   scratch_call.sh collect                                              # copies lines and log to $OUT
+#
+# The job outlives the call and runs from a copy of the tree, which later calls do not change.
+set -u
+W=${SCRATCH_WORK:-/tmp/scratch}
+case $1 in
+start)
+    folder=$2 seconds=$3
+    shift 3
+    mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/" && cp "$folder"/*.jsonl.xz "$W/"
+    cd "$W" || exit 1
+    export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
+    setsid nohup python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state \
+        --out scratch.jsonl --seconds "$seconds" "$@" >log-scratch.txt 2>&1 </dev/null &
+    ;;
+collect)
+    cp "$W/scratch.jsonl" "$W/log-scratch.txt" "$OUT/"
+    tail -n 30 "$W/log-scratch.txt"
+    ;;
+esac
