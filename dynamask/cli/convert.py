@@ -76,9 +76,9 @@ def convert_upcycle(
 ) -> None:
     """Convert a dense model: learn which keys to keep, set a window for each head, distil, report.
 
-    Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 2 and 3 (text), Phi-3, Granite and OLMo 2. Up to the smallest window
-    the result is the dense model exactly. Layers that slide already stay as they are. A conversion that was killed
-    continues where it was when the same command is given again. Without --data the ranks stay untrained.
+    Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 2 and 3 (text), Phi-3, Granite, OLMo 2 and GPT-NeoX. Up to the smallest
+    window the result is the dense model exactly. Layers that slide already stay as they are. A conversion that was
+    killed continues where it was when the same command is given again. Without --data the ranks stay untrained.
 
     **Examples**
 

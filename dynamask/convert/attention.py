@@ -35,6 +35,9 @@ from dynamask.packed_ranks import check_carries_ranks, pack_ranks, rank_channels
 IMPLEMENTATION = "dynamask_converted"
 """Name of converted models' attention in transformers' registry."""
 
+_CACHE_NAMES = ("past_key_values", "cache", "layer_past")
+"""Names under which decoder layers hand their cache to the attention module."""
+
 _LEARNING_ROWS = 4
 """Of so many rows of a training batch one teaches the ranks, at least one: future attention costs as much as dense
 attention."""
@@ -220,7 +223,7 @@ class ConvertedAttention(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, dynamask: CallFacts | None = None, **kwargs: Any) -> Any:
         """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
         check_implementation(self.config._attn_implementation)
-        name = "cache" if kwargs.get("cache") is not None else "past_key_values"
+        name = next((each for each in _CACHE_NAMES if kwargs.get(each) is not None), _CACHE_NAMES[0])
         cache = kwargs.get(name)
         if dynamask is None:  # the decoder was called without the causal LM around it
             if current_group() is not None:

@@ -18,6 +18,7 @@ from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import rank_loss, rank_target
+from dynamask.models.decoder import attention_of, decoder_of
 
 _REPORT_EVERY = 10
 """Steps between two looks at the loss; each look waits for the GPU."""
@@ -103,7 +104,7 @@ def learn_ranks(
 
 
 def _predictors(model: Any) -> dict[int, Any]:
-    return {index: model.model.layers[index].self_attn.rank_predictor for index in model.config.ranked_layers}
+    return {index: attention_of(decoder_of(model).layers[index]).rank_predictor for index in model.config.ranked_layers}
 
 
 def _train(
@@ -208,7 +209,7 @@ def run_decoder(model: Any, tokens: Tensor | None, facts: Any, embedded: Tensor 
     weight = next(model.parameters())
     narrow = weight.is_cuda and weight.dtype == torch.float32
     with torch.autocast("cuda", torch.bfloat16) if narrow else nullcontext():
-        outputs = model.model(input_ids=tokens, inputs_embeds=embedded, use_cache=False, dynamask=facts)
+        outputs = decoder_of(model)(input_ids=tokens, inputs_embeds=embedded, use_cache=False, dynamask=facts)
     return outputs.last_hidden_state  # type: ignore[no-any-return]
 
 

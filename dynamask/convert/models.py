@@ -31,6 +31,7 @@ from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
 from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.cache_argument import given_cache
+from dynamask.models.decoder import attention_of, decoder_of
 from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.ops.checks import check_window
@@ -58,6 +59,7 @@ ARCHITECTURES = {
     "phi3": Architecture("Phi3Config", "Phi3ForCausalLM"),
     "granite": Architecture("GraniteConfig", "GraniteForCausalLM"),
     "olmo2": Architecture("Olmo2Config", "Olmo2ForCausalLM"),
+    "gpt_neox": Architecture("GPTNeoXConfig", "GPTNeoXForCausalLM"),
     "doge": Architecture("DogeConfig", "DogeForCausalLM"),
 }
 """transformers' model_type -> its classes. The converted model_type is "dynamask_" + model_type."""
@@ -287,13 +289,13 @@ class ConvertedModel(OwnCacheGeneration):
                 module.apply(self._init_weights)
 
     def _convert_layers(self) -> None:
-        for layer in self.model.layers:
+        for layer in decoder_of(self).layers:
             if self.config.ranking == "paper":
                 from dynamask.convert.doge_attention import convert_layer
 
                 convert_layer(layer, self.config, self._init_weights)
             else:
-                convert_attention(layer.self_attn, self.config)
+                convert_attention(attention_of(layer), self.config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -419,7 +421,7 @@ class ConvertedModel(OwnCacheGeneration):
             )
 
     def _warn_of_idle_ranks(self) -> None:
-        layers = [self.model.layers[layer].self_attn for layer in self.config.ranked_layers]
+        layers = [attention_of(decoder_of(self).layers[layer]) for layer in self.config.ranked_layers]
         trained = any(p.requires_grad for layer in layers for p in layer.rank_predictor.parameters())
         if trained and all(layer.rank_losses is None for layer in layers) and not self.__dict__.get("_said_idle"):
             self.__dict__["_said_idle"] = True
@@ -459,7 +461,7 @@ def _forward_of(original: Any) -> Callable[..., Any]:
         arguments = self._prepared({**dict(zip(names, args, strict=False)), **kwargs}, cache_name)
         loss_of_hidden = arguments.pop("loss_of_hidden", None)
         if loss_of_hidden is not None:  # a loss that does without the logits of all positions
-            hidden = self.model(**arguments).last_hidden_state
+            hidden = decoder_of(self)(**arguments).last_hidden_state
             self.config.trained_ranks |= bool(arguments["dynamask"].losses)
             return CausalLMOutputWithPast(loss=loss_of_hidden(hidden, arguments["dynamask"]))
         as_tuple = arguments.get("return_dict") is False
@@ -504,6 +506,9 @@ def converted_classes(model_type: str) -> tuple[Any, Any]:
     body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}
     body["__annotations__"] = {name: annotation for name, (annotation, _) in fields.items()}
     body |= {"model_type": _PREFIX + model_type, "__module__": __name__, "base_model_tp_plan": {}}
+    if not hasattr(config_class(), "num_key_value_heads"):  # every query head has keys of its own
+        aliases = {"num_key_value_heads": "num_attention_heads", **config_class.attribute_map}
+        body["attribute_map"] = aliases
     body["__doc__"] = f"`{names.config}` with the windows of dynamic mask attention, see `ConvertedConfig`."
     config: Any = strict(type(f"Dynamask{names.config}", (ConvertedConfig, config_class), body))
     model: Any = type(

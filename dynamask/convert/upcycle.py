@@ -14,6 +14,7 @@ from dynamask.convert.attention import IMPLEMENTATION
 from dynamask.convert.models import converted_classes, reason_not_convertible
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.models.decoder import decoder_of
 from dynamask.ops.checks import check_window
 
 _NOT_TAKEN = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype")
@@ -38,7 +39,7 @@ def upcycle(
 
     Args:
         dense_hf_model: a causal LM of Llama, Mistral, Qwen2, Qwen3, SmolLM3, Gemma 2 or 3 (text, without capped
-            attention logits), Phi-3, Granite or OLMo 2.
+            attention logits), Phi-3, Granite, OLMo 2 or GPT-NeoX.
         window: keys each query keeps, at least local + sinks.
         local: how many of them are the newest positions.
         sinks: how many of them are the first positions.
@@ -102,7 +103,7 @@ def _converted(original: PreTrainedModel, config: Any, model_class: Any, *, copy
     first = next(original.parameters())
     dtype = first.dtype if first.is_floating_point() else config.dtype or torch.get_default_dtype()
     model._convert_layers()
-    for layer, source in zip(model.model.layers, original.model.layers, strict=True):
+    for layer, source in zip(decoder_of(model).layers, decoder_of(original).layers, strict=True):
         for module in layer.modules():
             if isinstance(module, RankPredictor):
                 module.apply(model._init_weights)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from dynamask.convert.attention import Projected, call_facts
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.mixers.rank_predictor import sloped_ranks
+from dynamask.models.decoder import attention_of, decoder_of, output_projection_of
 from dynamask.training.loss import output_head
 
 _CHUNK = 1024
@@ -142,7 +143,7 @@ def _gradients(model: Any, tokens: Tensor, layers: list[int]) -> dict[int, Tenso
 
         return keep
 
-    modules = [model.model.layers[index].self_attn.o_proj for index in layers]
+    modules = [output_projection_of(attention_of(decoder_of(model).layers[index])) for index in layers]
     handles = [module.register_forward_pre_hook(hook(i)) for i, module in zip(layers, modules, strict=True)]
     facts = call_facts(tokens.shape[0], tokens.shape[1], None, None, 0, tokens.device)
     facts.observer = _look_away

@@ -19,6 +19,7 @@ from dynamask.mixers.base import GroupedQueryMixer, Mixer
 from dynamask.mixers.mha import MultiHeadAttention
 from dynamask.mixers.mla import MultiHeadLatentAttention
 from dynamask.mixers.swa import SlidingWindowAttention
+from dynamask.models.decoder import attention_of, decoder_of
 from dynamask.ops.expiry import key_expiry
 
 TOP_KEYS = 8
@@ -133,9 +134,9 @@ def inspect_text(model: Any, input_ids: Tensor, *, new_tokens: int = 0) -> Inspe
     try:
         if length > prompt:
             with _recorded(model, modules, slice(prompt - 1, length - 1), projected):
-                model.model(input_ids, use_cache=False)
+                decoder_of(model)(input_ids, use_cache=False)
         else:
-            model.model(input_ids, use_cache=False)
+            decoder_of(model)(input_ids, use_cache=False)
     finally:
         ranked.remove()
     by_layer = {each.layer: each for each in ranked.found}
@@ -154,7 +155,7 @@ def _attention_modules(model: Any) -> list[Any]:
             f"{kind} is a dense model: every head keeps every key, so there is nothing to inspect. Convert it first, "
             "with `dynamask convert upcycle` or dynamask.convert.upcycle"
         )
-    modules = [getattr(layer, "mixer", None) or layer.self_attn for layer in model.model.layers]
+    modules = [attention_of(layer) for layer in decoder_of(model).layers]
     kinds = [_kind(config, module) for module in modules]
     if "blocks" in kinds:
         raise InvalidInputError(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
+from dynamask.models.decoder import decoder_of
 
 
 class RankedLayer(NamedTuple):
@@ -42,7 +43,7 @@ def ranked_layers(model: Any, input_ids: Tensor) -> list[RankedLayer]:
     recorder = RankRecorder(model)
     try:
         if recorder.hooks:  # without the output layer, whose (N, vocabulary) logits nobody needs
-            model.model(input_ids, use_cache=False)
+            decoder_of(model)(input_ids, use_cache=False)
     finally:
         recorder.remove()
     return recorder.found

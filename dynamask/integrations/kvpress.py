@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dynamask.convert import load_ranks, upcycle
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import sloped_ranks
+from dynamask.models.decoder import attention_of, decoder_of
 
 try:
     from kvpress import ScorerPress
@@ -68,7 +69,7 @@ class DynamaskPress(ScorerPress):
         """The converted layer of the same index, with its predictor, windows and slopes."""
         if self._converted is None:
             raise InvalidInputError("DynamaskPress is applied by `with press(model):`")
-        return self._converted.model.layers[int(module.layer_idx)].self_attn  # type: ignore[arg-type]
+        return attention_of(decoder_of(self._converted).layers[int(module.layer_idx)])
 
     @torch.no_grad()
     def score(

@@ -15,6 +15,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from dynamask import InvalidInputError, convert
 from dynamask.convert.attention import IMPLEMENTATION
 from dynamask.convert.models import reason_not_convertible
+from dynamask.models.decoder import attention_of, decoder_of
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {each: value for each, value in fields.items() if each != name}
+
 
 DENSE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "llama": lambda s: hf.LlamaForCausalLM(hf.LlamaConfig(**s)),
@@ -34,6 +40,7 @@ DENSE: dict[str, Callable[[dict[str, Any]], Any]] = {
     ),
     "phi3": lambda s: hf.Phi3ForCausalLM(hf.Phi3Config(**s, sliding_window=None)),
     "granite": lambda s: hf.GraniteForCausalLM(hf.GraniteConfig(**s, attention_multiplier=0.2)),
+    "gpt_neox": lambda s: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_without(s, "num_key_value_heads"))),
     "olmo2": lambda s: hf.Olmo2ForCausalLM(hf.Olmo2Config(**s)),
 }
 CHOOSING = [name for name in DENSE if name != "mistral-sliding"]
@@ -41,7 +48,7 @@ CHOOSING = [name for name in DENSE if name != "mistral-sliding"]
 
 def random_ranks(model: Any) -> Any:
     for layer in model.config.ranked_layers:
-        nn.init.normal_(model.model.layers[layer].self_attn.rank_predictor.down.weight)
+        nn.init.normal_(attention_of(decoder_of(model).layers[layer]).rank_predictor.down.weight)
     model.config.trained_ranks = True
     return model
 
@@ -126,12 +133,13 @@ def test_a_window_per_head_padding_with_holes_and_packing(llama: Any) -> None:
         torch.testing.assert_close(torch.cat(parts, 1)[0, mask[0].bool()], whole[0])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2-mixed"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2-mixed", "gpt_neox"])
 @torch.no_grad()
 def test_saves_loads_and_generates(name: str, shape: dict[str, Any], tmp_path: Any) -> None:
     model = random_ranks(convert.upcycle(DENSE[name](shape).double().eval(), 12, local=4, sinks=2))
-    windows = [[9, 15] if layer in model.config.ranked_layers else None for layer in range(2)]
-    convert.set_windows(model, windows if None not in windows else [w or [10, 10] for w in windows])
+    heads = [9, 15] * (model.config.num_key_value_heads // 2)
+    windows = [heads if layer in model.config.ranked_layers else None for layer in range(2)]
+    convert.set_windows(model, windows if None not in windows else [w or [10] * len(heads) for w in windows])
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert type(loaded) is type(model)
@@ -290,3 +298,20 @@ def test_reasons_are_given(shape: dict[str, Any]) -> None:
         convert.upcycle(hf.Gemma2ForCausalLM(config), 12, local=4, sinks=2)
     assert "sink in every head" in str(reason_not_convertible(hf.GptOssConfig()))
     assert "Supported: gemma2" in str(reason_not_convertible(hf.GPT2Config()))
+
+
+def test_gpt_neox_goes_through_the_whole_conversion(shape: dict[str, Any], tmp_path: Any) -> None:
+    """Its modules have other names: `attention` with one projection, `gpt_neox` for the decoder."""
+    dense = DENSE["gpt_neox"](shape | {"initializer_range": 0.1}).eval()
+    model = convert.upcycle(dense, 12, local=4, sinks=2, copy_weights=True)
+    blocks = [tokens_of(4, 48)]
+    losses = convert.learn_ranks(model, blocks, steps=3)
+    assert losses[-1] < losses[0]
+    windows = convert.allocate_windows(model, blocks, 16, method="loss")
+    assert 8 <= sum(map(sum, windows)) / 8 <= 16
+    convert.distill(model, dense, blocks, steps=1)
+    file = convert.save_ranks(model, tmp_path / "ranks.safetensors")
+    again = convert.upcycle(dense, 12, local=4, sinks=2)
+    convert.load_ranks(again, file)
+    assert again.config.head_windows == model.config.head_windows
+    assert (again(blocks[0]).logits - dense(blocks[0]).logits).abs().max() > 1e-4

@@ -30,6 +30,7 @@ SERVED = (
 NOT_SERVED = {
     "DynamaskSmolLM3ForCausalLM": "vLLM has no model of its own for SmolLM3",
     "DynamaskOlmo2ForCausalLM": "vLLM has no model of its own for OLMo 2",
+    "DynamaskGPTNeoXForCausalLM": "the plugin has no model for GPT-NeoX, whose modules vLLM names otherwise",
     "DynamaskDogeForCausalLM": "vLLM has no model of its own for Doge",
 }
 """Converted architectures that are refused, and why."""
