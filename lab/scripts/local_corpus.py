@@ -30,6 +30,8 @@ SAMPLE = 20_000_000
 """Characters that the tokenizer is trained on."""
 SHORTEST, LONGEST = 400, 60_000
 """Characters of a document. What is longer is cut, so that no generated table fills the corpus."""
+LONG = (42_000, 170_000)
+"""Characters of the documents of the corpus `long`, each the sources of a folder."""
 VALIDATION = 0.04
 HEADERS = ("/usr/local/cuda/include", "/usr/include")
 HEADER_SUFFIXES = (".h", ".hpp", ".cuh", ".hh")
@@ -87,6 +89,22 @@ def selected(found: Iterable[Document], characters: float = float("inf")) -> Ite
             return
 
 
+def directories(found: Iterable[Document]) -> Iterator[Document]:
+    """The documents of one folder after another as one long document, 16 thousand to 64 thousand tokens or so."""
+    name, parts, size = "", [], 0
+    for document in found:
+        folder = os.path.dirname(document.name)
+        if parts and (folder != name or size > LONG[1]):
+            if size >= LONG[0]:
+                yield Document(f"{name}/{len(parts)}", "\n".join(parts)[: LONG[1]])
+            parts, size = [], 0
+        name = folder
+        parts.append(f"// {document.name}\n{document.text}")
+        size += len(document.text)
+    if size >= LONG[0]:
+        yield Document(name, "\n".join(parts)[: LONG[1]])
+
+
 def build(
     output: Path,
     places: Sequence[Path] | None = None,
@@ -95,8 +113,9 @@ def build(
     characters: float = float("inf"),
     sample: int = SAMPLE,
     processes: int | None = None,
+    name: str = "local",
 ) -> int:
-    """Make `output / local`.
+    """Make a corpus, `output / local` for one.
 
     Args:
         output: the folder of the corpora.
@@ -105,6 +124,7 @@ def build(
         characters: of the corpus, at most.
         sample: characters that the tokenizer is trained on, spread over the documents.
         processes: that tokenise; None: one per core, up to 32.
+        name: "local", or "long": documents are then whole folders of sources.
 
     Returns:
         Tokens to train on.
@@ -112,6 +132,8 @@ def build(
     output.mkdir(parents=True, exist_ok=True)
     processes = processes or min(32, len(os.sched_getaffinity(0)))
     texts = list(selected(sources(packages() if places is None else places, more), characters))
+    if name == "long":
+        texts = list(directories(texts))
     every = max(1, sum(len(document.text) for document in texts) // sample)
     with tempfile.TemporaryDirectory() as scratch:
         tables = []
@@ -120,7 +142,7 @@ def build(
             lines = (json.dumps({"text": document.text}) + "\n" for document in texts[part::processes])
             table.write_text("".join(lines), encoding="utf-8")
             tables.append(table)
-        tokenizer = output / "local-tokenizer"
+        tokenizer = output / f"{name}-tokenizer"
         train_tokenizer([document.text for document in texts[::every]], VOCAB_SIZE).save_pretrained(tokenizer)
         tokenised = partial(_tokenised, tokenizer=tokenizer)
         if processes > 1:
@@ -128,8 +150,8 @@ def build(
                 made = pool.map(tokenised, tables, chunksize=1)
         else:
             made = [tokenised(table) for table in tables]
-        _merge([Corpus.open(folder) for folder in made], output / "local")
-    return sum(len(shard) for shard in Corpus.open(output / "local").tokens("train"))
+        _merge([Corpus.open(folder) for folder in made], output / name)
+    return sum(len(shard) for shard in Corpus.open(output / name).tokens("train"))
 
 
 def _tokenised(table: Path, tokenizer: Path) -> Path:

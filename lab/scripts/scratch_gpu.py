@@ -39,8 +39,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of every run instead of the sweep's: a trial")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    if not (arguments.corpora / "local" / "index.json").exists():
-        tokens = build(arguments.corpora, more=arguments.more, characters=int(arguments.characters))
+    name = "long" if "reading" in arguments.size else "local"
+    if not (arguments.corpora / name / "index.json").exists():
+        tokens = build(arguments.corpora, more=arguments.more, characters=int(arguments.characters), name=name)
         print(f"{tokens:,} tokens to train on, {deadline - time.monotonic():.0f} s left", flush=True)
     os.environ["DYNAMASK_CORPORA"] = str(arguments.corpora.absolute())
     os.environ["DYNAMASK_STATE"] = str(arguments.state.absolute())

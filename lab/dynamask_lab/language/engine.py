@@ -88,6 +88,7 @@ class LanguageConfig:
             mixers, not those of 0.1, and `layer_windows` may then give a list of one window per key/value head.
         calibrate_at: share of the training after which windows per key/value head of the same mean are set by one
             threshold on the learned ranks of validation text; 0: never.
+        by_last_use: with `test_share`, the test loss also by how far back a token's last use lies.
         compile: compile the layers (on a GPU).
         keep_model: save the trained model, for a look at its masks.
         seed: of the weights and the order of the data.
@@ -134,6 +135,7 @@ class LanguageConfig:
     test_share: float = 0.0
     sinks: int = 0
     calibrate_at: float = 0.0
+    by_last_use: bool = False
     compile: bool = True
     keep_model: bool = False
     seed: int = 0
@@ -190,6 +192,7 @@ class LanguageConfig:
                 "test_share",
                 "sinks",
                 "calibrate_at",
+                "by_last_use",
             ),
         )
 
@@ -593,8 +596,8 @@ class _Run:
         self.by_position = by_position
 
     @torch.no_grad()
-    def _validate(self, split: str = "validation") -> Tensor:
-        """(length,) mean loss at each position of that split."""
+    def _validate(self, split: str = "validation", kept: list[Tensor] | None = None) -> Tensor:
+        """(length,) mean loss at each position of that split; appends the losses (rows, length) to `kept`."""
         settings = self.settings
         set_window(self.model, settings.window)
         self.model.eval()
@@ -613,7 +616,10 @@ class _Run:
             part = rows[start : start + size]
             padded = F.pad(part, (0, 0, 0, size - len(part)))
             with self._autocast():
-                total += next_token_losses(self.model, padded, self.token_losses)[: len(part)].double().sum(0)
+                losses = next_token_losses(self.model, padded, self.token_losses)[: len(part)]
+            total += losses.double().sum(0)
+            if kept is not None:
+                kept.append(losses)
         return (total / count).cpu()
 
     def _rows(self, stream: np.ndarray, count: int) -> Tensor:
@@ -651,7 +657,12 @@ class _Run:
             "seconds": self.seconds + time.perf_counter() - self._began,
         }
         if settings.test_share and self.diverged is None:
-            result["test"] = float(self._validate("test").mean())
+            rows: list[Tensor] | None = [] if settings.by_last_use else None
+            result["test"] = float(self._validate("test", rows).mean())
+            if rows:
+                stream = self.streams.test
+                tokens = self._rows(stream, min(len(stream) - 1, settings.validation_tokens) // settings.length)
+                result["last_use"] = losses_by_last_use(torch.cat(rows).cpu().numpy(), tokens.cpu().numpy())
         if settings.calibrate_at:
             result["head_windows"] = [list(layer) for layer in self.model.config.head_windows]
         self.state_file.unlink(missing_ok=True)
@@ -788,6 +799,38 @@ def windows_by_rank(model: DynamaskForCausalLM, tokens: Tensor, window: int) -> 
     counts = counts_above_threshold([torch.cat(found, 1).transpose(0, 1)], window - least)
     groups = config.num_key_value_heads
     return [[least + n for n in counts[start : start + groups]] for start in range(0, len(counts), groups)]
+
+
+def losses_by_last_use(losses: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
+    """Mean loss of tokens by the distance to their last use, in buckets that double.
+
+    A token's last use is the last place before it in the row where it followed the same token as here: a copy of it
+    would be found there. Tokens without one count in a bucket of their own, "from" 0.
+
+    Args:
+        losses: (rows, length), of predicting `tokens[:, 1:]`.
+        tokens: (rows, length + 1).
+
+    Returns:
+        Buckets with "from", "to", "loss" and "tokens".
+    """
+    sums: dict[int, list[float]] = {}
+    for row, predicted in zip(tokens, losses, strict=True):
+        pairs = row[:-1].astype(np.int64) << 32 | row[1:].astype(np.int64)
+        order = np.argsort(pairs, kind="stable")
+        distance = np.zeros(len(pairs), dtype=np.int64)
+        same = pairs[order[1:]] == pairs[order[:-1]]
+        distance[order[1:][same]] = (order[1:] - order[:-1])[same]
+        bucket = np.where(distance == 0, 0, 1 << np.floor(np.log2(np.maximum(distance, 1))).astype(np.int64))
+        for start in np.unique(bucket):
+            inside = bucket == start
+            entry = sums.setdefault(int(start), [0.0, 0])
+            entry[0] += float(predicted[inside].sum())
+            entry[1] += int(inside.sum())
+    return [
+        {"from": start, "to": 2 * start, "loss": total / count, "tokens": count}
+        for start, (total, count) in sorted(sums.items())
+    ]
 
 
 def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:

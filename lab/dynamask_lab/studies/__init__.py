@@ -6,6 +6,7 @@
 | `locality` | forms of dma and rivals at a small window |
 | `scaling` | loss by size and compute |
 | `scratch` | from scratch on fresh tokens: the paper's form up to a window of the whole context, learned ranks |
+| `recurrent` | a recurrent model with one layer that attends |
 | `needle` | retrieval by length and depth |
 | `ablation` | dma with one thing changed at a time |
 | `conversion` | a pretrained model with a bounded cache |
@@ -19,6 +20,7 @@ from dynamask_lab.studies.ablation.study import ABLATION
 from dynamask_lab.studies.locality.study import LOCALITY
 from dynamask_lab.studies.mqar.study import MQAR
 from dynamask_lab.studies.needle.study import NEEDLE
+from dynamask_lab.studies.recurrent.study import RECURRENT
 from dynamask_lab.studies.scaling.study import SCALING
 from dynamask_lab.studies.scratch.study import SCRATCH
 from dynamask_lab.sweeps.registry import EXPERIMENTS, Experiment, get_experiment, register
@@ -32,6 +34,7 @@ __all__ = [
     "LOCALITY",
     "MQAR",
     "NEEDLE",
+    "RECURRENT",
     "SCALING",
     "SCRATCH",
     "Experiment",

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import get_mixer
-from dynamask.models import DynamaskForCausalLM
+from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask.models.window_schedule import check_window_schedule
+from dynamask.training.loss import AUXILIARY_WEIGHT
+from dynamask_lab.language.engine import windows_by_rank
 from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.studies.locality.study import wide_with_dense
 from dynamask_lab.studies.mqar.data import MqarExamples, mqar_examples
@@ -60,6 +62,7 @@ class MqarConfig:
         ranking, rank_power, recency_spread: dma's, see `DynamaskConfig`.
         window_schedule: see `LanguageConfig`; tests are always at the config's own window.
         layer_windows: see `DynamaskConfig`.
+        sinks, calibrate_at: see `LanguageConfig`; with either, or ranking="learned", the mixers are dynamask's.
         width: of the residual stream, d_model.
         heads: query heads, and as many key/value heads.
         layers: decoder layers.
@@ -84,6 +87,8 @@ class MqarConfig:
     recency_spread: float = 1.0
     window_schedule: list[list[float]] = field(default_factory=list)
     layer_windows: list[int] | None = None
+    sinks: int = 0
+    calibrate_at: float = 0.0
     width: int = 128
     heads: int = 2
     layers: int = 2
@@ -125,7 +130,16 @@ class MqarConfig:
 
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
-        return plain_settings(self, ("ranking", "rank_power", "recency_spread", "window_schedule", "layer_windows"))
+        younger = (
+            "ranking",
+            "rank_power",
+            "recency_spread",
+            "window_schedule",
+            "layer_windows",
+            "sinks",
+            "calibrate_at",
+        )
+        return plain_settings(self, younger)
 
     def window_at(self, step: int) -> int | None:
         """Keys per query in that step, the first being 0."""
@@ -174,8 +188,14 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
         model.train()
         total = torch.zeros((), device=device)
         for step, (inputs, queries, answers) in enumerate(_batches(settings, train, device)):
-            set_window(model, settings.window_at(epoch * steps + step))
-            loss = F.cross_entropy(answer_logits(model, inputs, queries).flatten(0, 1), answers.flatten())
+            taken = epoch * steps + step
+            if settings.calibrate_at and taken == round(settings.calibrate_at * settings.epochs * steps):
+                _calibrate(model, settings, train, device)
+            set_window(model, settings.window_at(taken))
+            logits, aux_loss = _answers(model, inputs, queries)
+            loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+            if aux_loss is not None:
+                loss = loss + AUXILIARY_WEIGHT * aux_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -191,7 +211,9 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
         progress((epoch + 1) / settings.epochs, _note(history))
         if accuracy > settings.stop_at:
             break
+    calibrated = {"head_windows": [list(layer) for layer in model.config.head_windows]} if settings.calibrate_at else {}
     return {
+        **calibrated,
         **{"accuracy": history[-1]["accuracy"], "slices": slices, "loss": history[-1]["loss"], "epochs": len(history)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "history": history,
@@ -202,6 +224,8 @@ def build_model(settings: MqarConfig) -> DynamaskForCausalLM:
     """The model of a run: embeddings, layers of the mixer alone, tied output."""
     own = ("local", "recency", "ranking", "rank_power", "recency_spread") if settings.attention == "dma" else ()
     dma = {name: getattr(settings, name) for name in own}
+    if settings.ranking == "learned" or settings.sinks:
+        return _native_model(settings)
     window = {} if settings.window is None else {"window": settings.window, "layer_windows": settings.layer_windows}
     shape = config_of_0_1(
         attention=settings.attention,
@@ -222,6 +246,41 @@ def build_model(settings: MqarConfig) -> DynamaskForCausalLM:
         return DynamaskForCausalLM(shape)
 
 
+def _native_model(settings: MqarConfig) -> DynamaskForCausalLM:
+    """The same of dynamask's mixers, with sinks and learned ranks."""
+    config = DynamaskConfig(
+        attention=settings.attention,
+        windows=settings.window,
+        local=settings.local or 0,
+        sinks=settings.sinks,
+        ranking="learned",
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.width,
+        intermediate_size=0,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads,
+        head_dim=settings.width // settings.heads,
+        max_position_embeddings=max(length for length, _, _ in [*settings.train, *settings.test]),
+        rope_theta=10_000.0,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        return DynamaskForCausalLM(config)
+
+
+@torch.no_grad()
+def _calibrate(
+    model: DynamaskForCausalLM, settings: MqarConfig, segments: Sequence[MqarExamples], device: torch.device
+) -> None:
+    """Set windows per key/value head of the same mean, by the ranks of the longest training examples."""
+    assert settings.window is not None
+    longest = max(segments, key=lambda segment: segment.inputs.shape[1]).inputs
+    model.eval()
+    model.config.windows = windows_by_rank(model, longest[:8].to(device), settings.window)
+    model.train()
+
+
 def answer_logits(model: DynamaskForCausalLM, inputs: Tensor, queries: Tensor) -> Tensor:
     """Logits at the queries alone: those of all positions would take the most memory and be thrown away.
 
@@ -233,9 +292,15 @@ def answer_logits(model: DynamaskForCausalLM, inputs: Tensor, queries: Tensor) -
     Returns:
         (B, P, vocab_size).
     """
-    states = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    return _answers(model, inputs, queries)[0]
+
+
+def _answers(model: DynamaskForCausalLM, inputs: Tensor, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`answer_logits`, and the loss of learned ranks where there is one."""
+    outputs = model.model(input_ids=inputs, use_cache=False)
+    states = outputs.last_hidden_state
     asked = states.gather(1, queries.unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-    return model.lm_head(asked)
+    return model.lm_head(asked), getattr(outputs, "aux_loss", None)
 
 
 def _segments(settings: MqarConfig, segments: Sequence[Segment], split: int) -> list[MqarExamples]:
@@ -310,6 +375,10 @@ def mqar_kind(config: Config) -> str:
 def mixer_name(config: Config) -> str:
     """The mixer as a table shows it: dma's forms apart."""
     parts = [str(config["attention"])]
+    if config.get("ranking") == "learned":
+        return "dma, learned, head windows" if config.get("calibrate_at") else "dma, learned"
+    if config.get("sinks"):
+        parts.append("sinks")
     if config.get("layer_windows"):
         parts.append("uneven windows")
     if config["attention"] != "dma":
@@ -452,6 +521,27 @@ def _long() -> list[Config]:
     return _sweep([128], [512], LEARNING_RATES[1:3], train=[*_fifth(TRAIN), *longer], test=test, epochs=16)
 
 
+def _published() -> list[Config]:
+    """512 pairs and a window of 512 keys at 1024 to 8192 tokens, as the paper reports, of a fifth of the examples.
+
+    Dense attention, sliding windows with sinks, and learned ranks with windows per head from a wide start; three seeds.
+    """
+    longer = [[512, 128, 4000], [1024, 256, 2000], [1024, 512, 2000], [4096, 512, 500], [8192, 512, 250]]
+    test = [[length, 512, 100] for length in (1024, 2048, 4096, 8192)]
+    common = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": 8, "learning_rate": LEARNING_RATES[2]}
+    sliding: dict[str, Any] = {"attention": "swa", "window": 512, "sinks": 4}
+    learned: dict[str, Any] = {**sliding, "attention": "dma", "ranking": "learned", "local": 64}
+    start: dict[str, Any] = {"window_schedule": [[0.0, 4.0], [0.25, 1.0]]}
+    wide = {**start, "calibrate_at": 0.25}
+    forms: list[dict[str, Any]] = [{"attention": "mha"}, {**learned, **wide}, {**sliding, **start}]
+    return [
+        MqarConfig(**{**common, **form, "width": width, "heads": max(1, width // 64), "seed": seed}).plain()
+        for width in (128, 64)
+        for seed in (0, 1, 2)
+        for form in forms
+    ]
+
+
 def _paper() -> list[Config]:
     """The published mixture, extended to 4096 tokens so that length is trained for, and not guessed at."""
     longer = [[512, 128], [1024, 256], [2048, 256], [4096, 256]]
@@ -464,7 +554,15 @@ MQAR = Experiment(
     name="mqar",
     description="multi-query associative recall: accuracy by pairs and length, every mixer, two layers",
     run=run_mqar,
-    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "long": _long, "paper": _paper},
+    sizes={
+        "smoke": _smoke,
+        "probe": _probe,
+        "quick": _quick,
+        "small": _small,
+        "long": _long,
+        "published": _published,
+        "paper": _paper,
+    },
     cost=mqar_cost,
     kind=mqar_kind,
     summary=mqar_summary,

@@ -41,7 +41,7 @@ class NeedleConfig:
 
     Attributes:
         attention, window, local, recency, recency_spread, score_form, gate_init, gate_rate, ranking, rank_power,
-            window_schedule, layer_attention, layer_windows, rope_layers: see `LanguageConfig`.
+            window_schedule, layer_attention, layer_windows, rope_layers, sinks, calibrate_at: see `LanguageConfig`.
         upcycle_steps: steps of fine-tuning after the gates are added; 0: no upcycling.
         upcycle_window: keys per query of the upcycled model.
         upcycle_rankings: its `ranking`, one model for each.
@@ -76,6 +76,8 @@ class NeedleConfig:
     layer_attention: list[str] | None = None
     layer_windows: list[int] | None = None
     rope_layers: list[bool] | None = None
+    sinks: int = 0
+    calibrate_at: float = 0.0
     upcycle_steps: int = 0
     upcycle_window: int | None = None
     upcycle_rankings: list[str] = field(default_factory=lambda: ["score"])
@@ -127,6 +129,7 @@ class NeedleConfig:
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
         younger = ("ranking", "rank_power", "window_schedule", "layer_attention", "layer_windows", "rope_layers")
+        younger = (*younger, "sinks", "calibrate_at")
         return plain_settings(self, (*younger, "upcycle_rankings", "upcycle_spread"))
 
     @property
@@ -265,6 +268,10 @@ def _test(
 def needle_name(config: Config) -> str:
     """The model as tables and pictures show it: dma's forms apart."""
     parts = [str(config["attention"])]
+    if config.get("ranking") == "learned":
+        return "dma, learned, head windows" if config.get("calibrate_at") else "dma, learned"
+    if config.get("sinks"):
+        parts.append("sinks")
     if config.get("layer_attention"):
         parts.append("one layer in four dense")
     parts += named_windows(config.get("layer_windows"), config["window"])
@@ -401,6 +408,18 @@ def _quick() -> list[Config]:
     return _sweep([0], 128, 300, steps=1500, shortest=300, **test)
 
 
+def _seeds() -> list[Config]:
+    """Three training seeds of the deciding forms, 48 samples a cell: 10M parameters at 1024 tokens, tested to 8192."""
+    tasks = ["single_needle", "multi_key"]
+    test = {"tasks": tasks, "lengths": [512, 1024, 2048, 4096, 8192], "depths": [0.0, 0.25, 0.5, 0.75, 1.0]}
+    window = 64
+    sliding: dict[str, Any] = {"attention": "swa", "window": window, "sinks": 4}
+    wide: dict[str, Any] = {"window_schedule": [[0.0, 4.0], [0.25, 1.0]]}
+    learned = {**sliding, **wide, "attention": "dma", "ranking": "learned", "local": 16, "calibrate_at": 0.25}
+    models: list[dict[str, Any]] = [{"attention": "mha"}, learned, {**sliding, **wide}]
+    return _runs(models, [0, 1, 2], {"steps": 1500, "shortest": 300, "samples": 48, **test})
+
+
 def _small() -> list[Config]:
     """12M parameters at 1024 tokens, tested to 8192; window 128."""
     return _sweep([0], 128, 600)
@@ -425,7 +444,7 @@ NEEDLE = Experiment(
     name="needle",
     description="retrieval by length and depth, to eight times the training length: mha, dma, dma upcycled",
     run=run_needle,
-    sizes={"smoke": _smoke, "quick": _quick, "small": _small, "long": _long, "paper": _paper},
+    sizes={"smoke": _smoke, "quick": _quick, "seeds": _seeds, "small": _small, "long": _long, "paper": _paper},
     cost=needle_cost,
     kind=needle_kind,
     summary=needle_summary,
