@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,17 +27,17 @@ from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
 from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, check_implementation, convert_attention
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
-from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid
+from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.cache_argument import given_cache
 from dynamask.models.decoder import attention_of, decoder_of
 from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
+from dynamask.models.windows import Slopes, checked_slopes
 from dynamask.ops.checks import check_window
 from dynamask.ops.context_parallel.shards import current_group
 
 Windows = int | list[Any]
-Slopes = list[list[float] | None] | None
 
 
 class Architecture(NamedTuple):
@@ -182,7 +181,7 @@ class ConvertedConfig(CarriesAutoCode):
         key = None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
         known = self.__dict__.get("_head_slopes")
         if known is None or known[0] != key:
-            known = key, _checked_slopes(slopes, layers, groups)
+            known = key, checked_slopes(slopes, layers, groups)
             self.__dict__["_head_slopes"] = known
         return known[1]  # type: ignore[no-any-return]
 
@@ -229,28 +228,6 @@ class ConvertedConfig(CarriesAutoCode):
         if "layer_windows" in config_dict:
             config_dict = _from_0_1(dict(config_dict), paper=cls.model_type == "dynamask_doge")  # type: ignore[attr-defined]
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-
-
-def _checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, ...] | None, ...]:
-    if slopes is None:
-        return (None,) * layers
-    if not isinstance(slopes, (list, tuple)) or len(slopes) != layers:
-        raise InvalidInputError(
-            f"slopes must be None or a list with an entry for each of the {layers} layers; got {slopes!r}"
-        )
-    for layer, entry in enumerate(slopes):
-        if entry is not None and not (
-            isinstance(entry, (list, tuple))
-            and len(entry) == groups
-            and all(isinstance(slope, (int, float)) and 0 <= slope < math.inf for slope in entry)
-        ):
-            raise InvalidInputError(
-                f"the slopes of layer {layer} must be {groups} numbers of at least 0, one per key/value head; got "
-                f"{entry!r}"
-            )
-    return tuple(
-        tuple(slope_on_grid(slope) for slope in entry) if entry is not None and any(entry) else None for entry in slopes
-    )
 
 
 def _from_0_1(fields: dict[str, Any], *, paper: bool) -> dict[str, Any]:
@@ -582,7 +559,7 @@ def set_slopes(model: Any, slopes: Sequence[Sequence[float] | None] | None) -> N
             unchanged.
     """
     config = model.config
-    checked = _checked_slopes(slopes, config.num_hidden_layers, config.num_key_value_heads)
+    checked = checked_slopes(slopes, config.num_hidden_layers, config.num_key_value_heads)
     config.slopes = None if not any(checked) else [None if entry is None else list(entry) for entry in checked]
 
 

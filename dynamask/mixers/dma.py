@@ -12,7 +12,7 @@ from dynamask.cache import BoundedLayer, bounded_layer
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
 from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.mixers.rank_loss import rank_loss, rank_target
-from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
 from dynamask.ops.bias import finite_bias
 from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.expiry import key_expiry
@@ -28,15 +28,17 @@ teach when a checkpointed layer is computed again."""
 class DynamicMaskAttention(GroupedQueryMixer):
     """Grouped-query attention whose queries each see the best-ranked keys of their prefix.
 
-    With `config.ranking="learned"` a `RankPredictor` on the layer's hidden state ranks the keys. It learns in training
-    by a loss of its own, which reaches no other parameter. With "paper" a `DynamicMaskGate` on the values ranks them,
-    and its scores are added to the logits, from which it learns.
+    With `config.ranking="learned"` a `RankPredictor` on the layer's hidden state ranks the keys, and `config.slopes`
+    raise the ranks with the position. It learns in training by a loss of its own, which reaches no other parameter.
+    With "paper" a `DynamicMaskGate` on the values ranks them, and its scores are added to the logits, from which it
+    learns.
     """
 
     bounded: ClassVar[bool] = True
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        self.slopes: tuple[float, ...] | None = config.head_slopes[layer_idx]
         self.gate: DynamicMaskGate | None = None
         self.rank_predictor: RankPredictor | None = None
         if config.ranking == "paper":
@@ -63,7 +65,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
             query,
             key,
             value,
-            ranks,
+            ranks if self.slopes is None else sloped_ranks(ranks.detach(), self.slopes, sequence.position_ids),
             sequence,
             windows=self.windows,
             local=self.local,
@@ -72,6 +74,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
             # Not read without a cache: compiled layer by layer, one graph serves every layer then.
             layer_idx=self.layer_idx if cache is not None else 0,
             gate=self.gate,
+            slopes=self.slopes,
         )
         output = self.merge_heads(output)
         if self.rank_predictor is not None and cache is None and sequence.learns:
@@ -106,6 +109,7 @@ def dynamic_mask_mix(
     layer_idx: int,
     scale: float | None = None,
     gate: DynamicMaskGate | None = None,
+    slopes: tuple[float, ...] | None = None,
 ) -> Tensor:
     """Compute dynamic mask attention over projected heads, whatever the cache: none, a `BoundedCache`, or another.
 
@@ -121,6 +125,7 @@ def dynamic_mask_mix(
         scale: factor on the logits, default D**-0.5.
         gate: computed the ranks from the values, which are then added to the logits (the paper's form). None: learned
             ranks, which only rank.
+        slopes: that the ranks already have, which a cache must share; None: none.
 
     Returns:
         (B, H, Nq, D).
@@ -143,7 +148,7 @@ def dynamic_mask_mix(
         )
     layer = None if cache is None else bounded_layer(cache, layer_idx)
     if layer is not None:
-        layer.check_fits(windows, local=local, sinks=sinks)
+        layer.check_fits(windows, local=local, sinks=sinks, slopes=slopes)
         new = sequence.new_key_mask()
         return layer.attend(query, key, value, ranks, key_mask=new, bias_is_rank=gate is not None, scale=scale)
     if cache is not None:

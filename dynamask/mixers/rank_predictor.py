@@ -162,7 +162,10 @@ def sloped_ranks(ranks: Tensor, slopes: Sequence[float] | None, positions: Tenso
     """
     if slopes is None or not any(slopes):
         return ranks
-    slope = _slope_tensor(tuple(slopes), ranks.device).to(ranks.dtype)
+    if torch.compiler.is_compiling():  # the graph keeps it
+        slope = torch.tensor(tuple(slopes), dtype=torch.float32, device=ranks.device).to(ranks.dtype)
+    else:
+        slope = _slope_tensor(tuple(slopes), ranks.device).to(ranks.dtype)
     return ranks + slope[:, None] * positions[:, None].to(ranks.dtype)
 
 

@@ -12,7 +12,13 @@ from dynamask.mixers import get_mixer
 from dynamask.mixers.rotary import check_rope_parameters
 from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.saved_by_0_1 import REMOVED, fields_of_0_1
-from dynamask.models.windows import check_kept_keys, default_local, default_sinks, resolved_head_windows
+from dynamask.models.windows import (
+    check_kept_keys,
+    checked_slopes,
+    default_local,
+    default_sinks,
+    resolved_head_windows,
+)
 
 RANKINGS = ("learned", "paper")
 
@@ -53,6 +59,9 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
         ranking: dma: what ranks the keys. "learned": a small network on the layer's hidden state, trained to predict
             future attention (`dynamask.mixers.RankPredictor`). "paper": the scores of arXiv 2508.02124, which are
             added to the logits; without `local` and `sinks`.
+        slopes: dma with ranking="learned": how much the ranks of each head rise per token, in nats, so that a key loses
+            against newer ones as it ages. None: not at all; or a list of one entry per layer, each None or a list of G
+            numbers (`dynamask.mixers.rank_predictor.sloped_ranks`).
         mixer_options: options of mixers that were registered by others, by name; dynamask's mixers read none.
         mla: dimensions of mla: kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim. What is left
             out is chosen so that the model has as many parameters as with mha.
@@ -91,6 +100,7 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
     local: int | None = None
     sinks: int | None = None
     ranking: str = "learned"
+    slopes: list[list[float] | None] | None = None
     mixer_options: dict | None = None
 
     mla: dict | None = None
@@ -128,6 +138,10 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
                 'Leave them out, or use ranking="learned"'
             )
         check_kept_keys(smallest, self.local, self.sinks)
+        if any(self.head_slopes) and paper:
+            raise InvalidInputError(
+                'ranking="paper" ranks by the scores alone: slopes are for ranking="learned". Leave them out'
+            )
         self._fill_sub_configurations()
         super().__post_init__(**kwargs)
         check_rope_parameters(self)
@@ -142,6 +156,11 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
     def head_windows(self) -> tuple[tuple[int, ...], ...]:
         """Return the keys that each query keeps, L x G."""
         return resolved_head_windows(self.windows, self.num_hidden_layers, self.num_key_value_heads)
+
+    @property
+    def head_slopes(self) -> tuple[tuple[float, ...] | None, ...]:
+        """Return how much ranks rise per token, L x G; None for a layer whose ranks do not rise."""
+        return checked_slopes(self.slopes, self.num_hidden_layers, self.num_key_value_heads)
 
     @property
     def budget(self) -> float | None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
 
 from dynamask.errors import InvalidInputError
+from dynamask.mixers.rank_predictor import slope_on_grid
 from dynamask.ops.checks import check_window
 
 HeadWindows = tuple[tuple[int, ...], ...]
 """Keys that each query keeps, per layer and KV head."""
+
+Slopes = list[list[float] | None] | None
+"""How much ranks rise per token, in nats: None for not at all, or per layer None or one number per KV head."""
 
 NARROW_WINDOW = 32
 """Keys of a narrow layer of `uneven_windows`, at most."""
@@ -118,3 +123,37 @@ def set_head_windows(model: Any, windows: Sequence[Sequence[int]]) -> None:
     decoder = getattr(model, "model", model)
     for layer, own in zip(decoder.layers, windows, strict=True):
         layer.mixer.windows = tuple(own)
+
+
+def checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, ...] | None, ...]:
+    """Check a setting `slopes` and round it to the grid on which ranks with slopes are exact.
+
+    Args:
+        slopes: None, or one entry per layer, each None or `groups` numbers, in nats per token.
+        layers, groups: number of layers and of key/value heads.
+
+    Returns:
+        `layers` entries, None for a layer whose ranks do not rise.
+
+    Raises:
+        InvalidInputError: another number of layers or heads, or a number that is negative or not finite.
+    """
+    if slopes is None:
+        return (None,) * layers
+    if not isinstance(slopes, (list, tuple)) or len(slopes) != layers:
+        raise InvalidInputError(
+            f"slopes must be None or a list with an entry for each of the {layers} layers; got {slopes!r}"
+        )
+    for layer, entry in enumerate(slopes):
+        if entry is not None and not (
+            isinstance(entry, (list, tuple))
+            and len(entry) == groups
+            and all(isinstance(slope, (int, float)) and 0 <= slope < math.inf for slope in entry)
+        ):
+            raise InvalidInputError(
+                f"the slopes of layer {layer} must be {groups} numbers of at least 0, one per key/value head; got "
+                f"{entry!r}"
+            )
+    return tuple(
+        tuple(slope_on_grid(slope) for slope in entry) if entry is not None and any(entry) else None for entry in slopes
+    )

@@ -33,6 +33,7 @@ SHORTEST, LONGEST = 400, 60_000
 LONG = (42_000, 170_000)
 """Characters of the documents of the corpus `long`, each the sources of a folder."""
 VALIDATION = 0.04
+PARTS = 32
 HEADERS = ("/usr/local/cuda/include", "/usr/include")
 HEADER_SUFFIXES = (".h", ".hpp", ".cuh", ".hh")
 _DIGITS = 0.25
@@ -113,6 +114,7 @@ def build(
     characters: float = float("inf"),
     sample: int = SAMPLE,
     processes: int | None = None,
+    parts: int = PARTS,
     name: str = "local",
 ) -> int:
     """Make a corpus, `output / local` for one.
@@ -123,28 +125,29 @@ def build(
         more: tables of documents (name, text), JSON lines in .xz, that come first.
         characters: of the corpus, at most.
         sample: characters that the tokenizer is trained on, spread over the documents.
-        processes: that tokenise; None: one per core, up to 32.
+        processes: that tokenise; None: one per core, up to `parts`.
+        parts: shards of each split; which documents are held out depends on them.
         name: "local", or "long": documents are then whole folders of sources.
 
     Returns:
         Tokens to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
-    processes = processes or min(32, len(os.sched_getaffinity(0)))
+    processes = processes or min(parts, len(os.sched_getaffinity(0)))
     texts = list(selected(sources(packages() if places is None else places, more), characters))
     if name == "long":
         texts = list(directories(texts))
     every = max(1, sum(len(document.text) for document in texts) // sample)
     with tempfile.TemporaryDirectory() as scratch:
         tables = []
-        for part in range(processes):
+        for part in range(parts):
             table = Path(scratch) / f"{part}.jsonl"
-            lines = (json.dumps({"text": document.text}) + "\n" for document in texts[part::processes])
+            lines = (json.dumps({"text": document.text}) + "\n" for document in texts[part::parts])
             table.write_text("".join(lines), encoding="utf-8")
             tables.append(table)
         tokenizer = output / f"{name}-tokenizer"
         train_tokenizer([document.text for document in texts[::every]], VOCAB_SIZE).save_pretrained(tokenizer)
-        tokenised = partial(_tokenised, tokenizer=tokenizer)
+        tokenised = partial(_tokenised, tokenizer=tokenizer.absolute())
         if processes > 1:
             with multiprocessing.get_context("spawn").Pool(processes) as pool:
                 made = pool.map(tokenised, tables, chunksize=1)
@@ -156,8 +159,16 @@ def build(
 
 def _tokenised(table: Path, tokenizer: Path) -> Path:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    folder = table.with_suffix("")
-    prepare([str(table)], folder, vocab_size=VOCAB_SIZE, tokenizer=str(tokenizer), validation=VALIDATION)
+    folder, before = table.with_suffix(""), Path.cwd()
+    os.chdir(table.parent)  # what is held out is chosen by the name, which must be the same everywhere
+    try:
+        return _prepared(table, folder, tokenizer)
+    finally:
+        os.chdir(before)
+
+
+def _prepared(table: Path, folder: Path, tokenizer: Path) -> Path:
+    prepare([table.name], folder, vocab_size=VOCAB_SIZE, tokenizer=str(tokenizer), validation=VALIDATION)
     return folder
 
 

@@ -2,18 +2,28 @@
 # Study `scratch` on a lent machine, in the background, over several calls:
 #
 #   scratch_call.sh start FOLDER SECONDS [arguments of scratch_gpu.py]   # FOLDER holds tables of documents, .jsonl.xz
+#   scratch_call.sh corpus FOLDER CHARACTERS                             # makes the corpus alone, on eight cores
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
 set -u
 W=${SCRATCH_WORK:-/tmp/scratch}
+export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
+set_up() {
+    mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/" && cp "$1"/*.jsonl.xz "$W/"
+    cd "$W" || exit 1
+}
 case $1 in
+corpus)
+    set_up "$2"
+    CUDA_VISIBLE_DEVICES='' setsid nohup nice -n 19 taskset -c 0-7 python3 lab/scripts/scratch_gpu.py --corpus-only \
+        --corpora corpora --more ./*.jsonl.xz --characters "$3" --state state --out scratch.jsonl --seconds 999 \
+        >log-corpus.txt 2>&1 </dev/null &
+    ;;
 start)
     folder=$2 seconds=$3
     shift 3
-    mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/" && cp "$folder"/*.jsonl.xz "$W/"
-    cd "$W" || exit 1
-    export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
+    set_up "$folder"
     setsid nohup python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state \
         --out scratch.jsonl --seconds "$seconds" "$@" >log-scratch.txt 2>&1 </dev/null &
     ;;

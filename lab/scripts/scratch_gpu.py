@@ -36,6 +36,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of the forms to run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds to run")
     parser.add_argument("--first", type=int, default=4, help="so many forms are run with all seeds before the others")
+    parser.add_argument("--tokens", type=float, help="per parameter, instead of the sweep's 20")
+    parser.add_argument("--corpus-only", action="store_true", help="make the corpus and end")
     parser.add_argument("--steps", type=int, help="steps of every run instead of the sweep's: a trial")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
@@ -43,6 +45,8 @@ def main() -> None:
     if not (arguments.corpora / name / "index.json").exists():
         tokens = build(arguments.corpora, more=arguments.more, characters=int(arguments.characters), name=name)
         print(f"{tokens:,} tokens to train on, {deadline - time.monotonic():.0f} s left", flush=True)
+    if arguments.corpus_only:
+        return
     os.environ["DYNAMASK_CORPORA"] = str(arguments.corpora.absolute())
     os.environ["DYNAMASK_STATE"] = str(arguments.state.absolute())
     from dynamask_lab.studies import SCRATCH
@@ -50,7 +54,9 @@ def main() -> None:
 
     for size in arguments.size:
         configs = [
-            config | ({"steps": arguments.steps} if arguments.steps else {})
+            config
+            | ({"steps": arguments.steps} if arguments.steps else {})
+            | ({"tokens_per_parameter": arguments.tokens} if arguments.tokens else {})
             for config in SCRATCH.configs(size)
             if config["seed"] in arguments.seeds and any(part in scratch_name(config) for part in arguments.only)
         ]
@@ -68,7 +74,9 @@ def _run(configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadl
     def place(config: dict[str, Any]) -> float:
         name = scratch_name(config)
         decided_by = name.replace("newest", "learned")
-        index = order.index(name) if name in order else order.index(decided_by) + 0.5
+        index = order.index(name) if name in order else len(order)
+        if name not in order and decided_by in order:
+            index = order.index(decided_by) + 0.5
         return 1.0 + 1000 * (index >= arguments.first) + 100 * config["seed"] + index
 
     def follow_up(records: Sequence[Record]) -> list[dict[str, Any]]:

@@ -141,3 +141,38 @@ def test_a_score_that_is_not_finite_ranks_and_is_not_added() -> None:
     logits = model(tokens, use_cache=False).logits
     assert logits.isfinite().all()
     torch.testing.assert_close(model(tokens, use_cache=True).logits, logits)
+
+
+def test_ranks_with_slopes_agree_with_the_cache_padded_and_packed() -> None:
+    config = {"windows": 12, "local": 3, "sinks": 1, "num_hidden_layers": 2}
+    model = tiny_model("dma", slopes=[[0.03, 0.25], None], **config).eval()
+    with torch.no_grad():
+        full = model(IDS, use_cache=False).logits
+        flat = tiny_model("dma", **config).eval()
+        flat.load_state_dict(model.state_dict())
+        assert not torch.allclose(flat(IDS, use_cache=False).logits, full)
+        cache = new_cache(model.config)
+        parts = [model(IDS[:, a:b], past_key_values=cache).logits for a, b in ((0, 11), (11, 12), (12, 30))]
+        torch.testing.assert_close(torch.cat(parts, 1), full)
+        mask = torch.ones(5, 34, dtype=torch.long)
+        mask[:, :4] = 0
+        padded = model(torch.cat([IDS[:, :4], IDS], 1), attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(padded[:, 4:], full)
+        packed = model(
+            torch.cat([IDS[:1], IDS[1:2]], 1),
+            position_ids=torch.cat([torch.arange(30), torch.arange(30)])[None],
+            use_cache=False,
+        ).logits
+        torch.testing.assert_close(packed, torch.cat([full[:1], full[1:2]], 1))
+
+
+def test_steep_slopes_are_a_sliding_window_with_sinks() -> None:
+    steep = tiny_model("dma", windows=8, local=2, sinks=2, slopes=[[100.0, 100.0]] * 2, num_hidden_layers=2).eval()
+    sliding = tiny_model("swa", windows=8, sinks=2, num_hidden_layers=2).eval()
+    sliding.load_state_dict(steep.state_dict(), strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(steep(IDS, use_cache=False).logits, sliding(IDS, use_cache=False).logits)
+    with pytest.raises(InvalidInputError, match="slopes"):
+        tiny_config("dma", slopes=[[0.1, -1.0]] * 2, num_hidden_layers=2)
+    with pytest.raises(InvalidInputError, match="slopes"):
+        tiny_config("dma", slopes=[[0.1, 1.0]] * 2, num_hidden_layers=2, ranking="paper")

@@ -84,6 +84,7 @@ class LanguageConfig:
         validation_tokens: so many of the held-out split, spread over it, the same for every run.
         test_share: share of the held-out documents that are kept for a test split, on which no form is chosen; the
             result then has its loss, over as many tokens.
+        slopes: how much learned ranks rise per token, in nats, one number per key/value head of every layer; None: not.
         sinks: first positions that are always kept, by dma with ranking="learned" and by swa. These two are dynamask's
             mixers, not those of 0.1, and `layer_windows` may then give a list of one window per key/value head.
         calibrate_at: share of the training after which windows per key/value head of the same mean are set by one
@@ -134,6 +135,7 @@ class LanguageConfig:
     validation_tokens: int = 524_288
     test_share: float = 0.0
     sinks: int = 0
+    slopes: list[float] | None = None
     calibrate_at: float = 0.0
     by_last_use: bool = False
     compile: bool = True
@@ -193,6 +195,7 @@ class LanguageConfig:
                 "sinks",
                 "calibrate_at",
                 "by_last_use",
+                "slopes",
             ),
         )
 
@@ -255,6 +258,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
                 local=settings.local,
                 sinks=settings.sinks,
                 ranking="learned",
+                slopes=None if settings.slopes is None else [settings.slopes] * settings.layers,
             )
         )
     own = {

@@ -126,7 +126,7 @@ def test_a_local_corpus_is_made_of_what_is_installed(tmp_path: Path, monkeypatch
             local_corpus.Document(f"{i}", f"def f{i // 2}(x):\n    return x + {i // 2}\n" * 40) for i in range(800)
         ),
     )
-    tokens = local_corpus.build(tmp_path, (), sample=10_000, processes=1)
+    tokens = local_corpus.build(tmp_path, (), sample=10_000, processes=1, parts=2)
     monkeypatch.setenv("DYNAMASK_CORPORA", str(tmp_path))
     streams = token_streams("local", 0.5)
     assert len(streams.train) == tokens

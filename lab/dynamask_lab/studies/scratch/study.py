@@ -9,9 +9,9 @@
 | `learned, even, w = N/k` | ranks learned from future attention, one window |
 | `learned, head windows, w = N/k` | the same, windows per head set after a fifth of the training; wide start |
 | `newest, head windows, w = N/k` | newest keys and sinks in the windows that the run before found |
-| `learned, head windows set late, w = N/k` | the same, half of the training with the wide start |
 | `sliding + sinks, one wide layer, w = N/k` | as many pairs in all, 64 keys but in the fourth of six layers |
-| `learned, one wide layer, w = N/k` | ranks learned in the same layer windows |
+| `learned, one wide layer, w = N/k` | ranks learned in the wide layer of the same windows |
+| `learned, slopes, ..., w = N/k` | ranks that rise with the position, so that a key loses as it ages |
 | `mla`, `nsa` | the paper's other rivals |
 
 All runs of a size and seed read the same tokens in the same order; the test split is of documents that no run is chosen
@@ -23,8 +23,8 @@ interval excludes more), and below `sliding + sinks`, `newest, head windows` and
 that exclude zero. Runs of one seed read the same tokens in the same order, so the spread that makes the intervals is
 what remains of the losses of a size after the mean of each form and of each seed.
 
-The forms with one wide layer and with head windows set late were added after the first results at 4M, in which head
-windows set at a fifth lost to sliding windows; they are judged by the same rule, and are an answer to what bounds it.
+The forms with slopes and with one wide layer were added after the first results at 4M, in which learned ranks lost to
+sliding windows. They are judged by the same rule: they answer what bounds it.
 """
 
 from __future__ import annotations
@@ -82,18 +82,25 @@ def chosen(length: int, share: int) -> dict[str, Config]:
 
 
 def added(length: int, share: int = SHARE) -> dict[str, Config]:
-    """Forms named after the first results: as many pairs as `forms`, spent in one layer or on heads that are known."""
+    """Forms named after the first results: as many pairs as `forms`, spent in one layer, and ranks with slopes.
+
+    The narrow layers slide, and the wide one keeps 60 of its keys by recency. Slopes of its two heads: over the window,
+    one and eight nats.
+    """
     at = _at(length // share, length)
     sliding, learned = (chosen(length, share)[f"{name}, {at}"] for name in ("sliding + sinks", "learned, even"))
     narrow = max(2 * SINKS, length // 64)
     # Five layers see 3.1% of dense attention's pairs, and the wide one 57%: 12.1% in all, as with `share` 16.
-    one: Config = {"layer_windows": [*3 * [narrow], length * 11 // 32, *2 * [narrow]]}
+    wide = length * 11 // 32
+    one: Config = {"layer_windows": [*3 * [narrow], wide, *2 * [narrow]]}
     one["window"] = sum(one["layer_windows"]) // 6
-    late = {"window_schedule": [[0.0, min(WIDE_START, length / sliding["window"])], [0.5, 1.0]], "calibrate_at": 0.5}
+    ranked = {**learned, **one, "local": narrow - SINKS}
+    slopes = [round(8192 * nats / wide) / 8192 for nats in (1, 8)]
     return {
+        f"learned, slopes, one wide layer, {at}": {**ranked, "slopes": slopes},
         f"sliding + sinks, one wide layer, {at}": {**sliding, **one},
-        f"learned, one wide layer, {at}": {**learned, **one, "local": narrow // 4},
-        f"learned, head windows set late, {at}": {**learned, **late},
+        f"learned, slopes, even, {at}": {**learned, "slopes": [16 / 8192, 64 / 8192]},
+        f"learned, one wide layer, {at}": ranked,
     }
 
 
@@ -137,18 +144,17 @@ def scratch_name(settings: Config) -> str:
         return "dense" if attention == "mha" else attention
     uneven = settings.get("layer_windows") and not isinstance(settings["layer_windows"][0], list)
     at = _at(settings["length"] // SHARE if uneven else settings["window"], settings["length"])
-    learned = settings.get("ranking") == "learned"
+    learned, slopes = settings.get("ranking") == "learned", ", slopes" if settings.get("slopes") else ""
     if settings.get("layer_windows"):
         if isinstance(settings["layer_windows"][0], list):
             return f"newest, head windows, {at}"
-        return f"learned, one wide layer, {at}" if learned else f"sliding + sinks, one wide layer, {at}"
+        return f"learned{slopes}, one wide layer, {at}" if learned else f"sliding + sinks, one wide layer, {at}"
     if attention == "swa":
         return f"sliding + sinks, wide start, {at}" if settings.get("window_schedule") else f"sliding + sinks, {at}"
     if learned and settings.get("calibrate_at"):
-        late = " set late" if settings["calibrate_at"] > CALIBRATED_AT else ""
-        return f"learned, head windows{late}, {at}"
+        return f"learned, head windows, {at}"
     if learned:
-        return f"learned, even, {at}"
+        return f"learned{slopes}, even, {at}"
     return f"paper, {at}"
 
 
@@ -173,6 +179,15 @@ def _runs(made: Mapping[str, Config], shape: str, length: int, seeds: Sequence[i
     ]
 
 
+def _with_rivals(length: int) -> dict[str, Config]:
+    """The added forms and the two they are judged against, the four that decide first."""
+    made, known = list(added(length).items()), forms(length)
+    rivals = [
+        (name, form) for name, form in known.items() if name == "dense" or name.startswith("sliding + sinks, w =")
+    ]
+    return dict([*made[:2], *rivals, *made[2:]])
+
+
 def _reading(seeds: Sequence[int]) -> list[Config]:
     """Long documents: the forms that decide, a context of 16,384 tokens, losses by how far back a last use lies."""
     length = 16_384
@@ -186,7 +201,7 @@ SIZES = {
     # Minutes of one large GPU each, on what `lab/scripts/local_corpus.py` finds on a machine without a registry.
     "tiny": lambda: _size("1M", 2048, (0, 1, 2), tokens_per_parameter=16.0),
     "4M": lambda: _size("4M", 4096, (0, 1, 2)),
-    "4M-added": lambda: _runs(added(4096), "4M", 4096, (0, 1, 2)),
+    "4M-added": lambda: _runs(_with_rivals(4096), "4M", 4096, (0, 1, 2)),
     "windows": lambda: _runs(by_window(4096), "1M", 4096, (0, 1, 2)),
     # Documents of 16 to 64 thousand tokens, see `local_corpus.py`.
     "reading": lambda: _reading((0, 1, 2)),
