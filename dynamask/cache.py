@@ -291,7 +291,7 @@ class BoundedLayer(CacheLayerMixin):
             for name in ("keys", "values", "ranks"):
                 setattr(self, name, getattr(self, name).detach().clone())
         pools = (self.keys, self.values, self.ranks, self.positions, self.clock)
-        if self.keys.device.type == "cpu" and not torch.compiler.is_compiling():
+        if not self._on_gpu() and not torch.compiler.is_compiling():
             contest = self._contest
             if contest is None or contest.positions is not self.positions:
                 state = (self.ranks, self.positions, self.clock, self._layout)
@@ -301,11 +301,15 @@ class BoundedLayer(CacheLayerMixin):
             insert_key(key, value, ranks, key_mask, *pools, self._layout, self.local, self.sinks)
         self._count(1, key_mask)
 
+    def _on_gpu(self) -> bool:
+        return self.keys.is_cuda
+
     def _decode(self, query: Tensor, live: Tensor | None, bias: Tensor | None, scale: float | None) -> Tensor:
         """The queries of one token against all occupied slots."""
-        if not query.is_cuda and bias is None:
+        on_gpu = self._on_gpu()
+        if not on_gpu and bias is None:
             return self._decode_by_torch(query, live, scale)
-        if not query.is_cuda or query.dtype == torch.float64 or torch.compiler.is_compiling() or not triton_available():
+        if not on_gpu or query.dtype == torch.float64 or torch.compiler.is_compiling() or not triton_available():
             return ragged_decode(query, self.keys, self.values, live, self.offsets, bias, scale)
         from dynamask.ops.triton.ragged_decode import ragged_decode_launch
 
@@ -460,6 +464,15 @@ class BoundedLayer(CacheLayerMixin):
     def advance(self) -> None:
         """Count the token that a replayed graph of `attend` has put into the layer."""
         self._count(1, None)
+
+    def counts(self) -> tuple[Any, ...]:
+        """Return what the layer counts on the host, for `restore_counts`."""
+        return self.seen, self._exact_from, [*self._calls], self._least, self._most
+
+    def restore_counts(self, counts: tuple[Any, ...]) -> None:
+        """Undo the counting of calls that have not run on the device, such as those of a recording that failed."""
+        self.seen, self._exact_from, calls, self._least, self._most = counts
+        self._calls = [*calls]
 
     def skip(self, tokens: int) -> None:
         """Count `tokens` more real tokens that were seen and evicted before what the layer holds, as benchmarks do."""
@@ -656,8 +669,8 @@ class BoundedCache(Cache):
         local: newest real tokens that are always kept. Default `config.local`, or 0.
         sinks: first real tokens of a row that are always kept. Default `config.sinks`, or 0.
         num_hidden_layers: default `config.num_hidden_layers`, or the number of layers in `windows`.
-        graphs: on a GPU, record the step of a dynamask model as a CUDA graph once the cache is full, and replay it
-            for every further token (`dynamask.models.cuda_graph`). The same numbers without the launches' waiting.
+        graphs: on a GPU, record the step of a dynamask or converted model as a CUDA graph, and replay it for every
+            further token (`dynamask.models.cuda_graph`). The same numbers without the launches' waiting.
 
     Raises:
         InvalidInputError: no windows to be found, or attention that a bounded cache cannot serve.

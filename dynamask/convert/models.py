@@ -29,7 +29,8 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.auto_code import CarriesAutoCode
-from dynamask.models.cache_argument import given_cache
+from dynamask.models.cache_argument import CACHE_NAME, given_cache
+from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.decoder import attention_of, decoder_of
 from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
@@ -64,6 +65,12 @@ ARCHITECTURES = {
 """transformers' model_type -> its classes. The converted model_type is "dynamask_" + model_type."""
 
 _PREFIX = "dynamask_"
+
+_REPLAYED = frozenset(
+    ("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "cache_params", "cache_position")
+    + ("use_cache", "return_dict", "logits_to_keep")
+)
+"""Arguments of a forward call that a recorded step serves."""
 
 _REASONS = {
     "gpt_oss": "its attention has a learned sink in every head's softmax, which interval attention lacks",
@@ -324,6 +331,24 @@ class ConvertedModel(OwnCacheGeneration):
     init_continuous_batching = generate_batch
     continuous_batching_context_manager = generate_batch
 
+    def _by_graph(self, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
+        """One more token by a recorded CUDA graph (`decode_by_graph`); None where the model must run itself."""
+        cache = given_cache(arguments)
+        if cache is None or not isinstance(cache, BoundedCache) or self.config.ranking == "paper":
+            return None
+        for name, value in arguments.items():
+            if name not in _REPLAYED and value is not None and value is not False:
+                return None  # labels, embeddings, states that are to be returned, ...
+        kept = arguments.get("logits_to_keep")
+        plain = arguments.get("use_cache") is not False and arguments.get("return_dict") is not False
+        plain = plain and (kept is None or isinstance(kept, int))
+        config = self.config
+        if not plain or config.output_hidden_states or config.output_attentions or current_group() is not None:
+            return None
+        tokens, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
+        logits = decode_by_graph(self, cache, tokens, mask, positions, counts_padding=True)  # type: ignore[arg-type]
+        return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
+
     def _prepared(self, arguments: dict[str, Any], cache_name: str) -> dict[str, Any]:
         """Complete the arguments of a forward call: the cache, and the facts that all layers need."""
         refuse_onnx_export()
@@ -435,7 +460,11 @@ def _forward_of(original: Any) -> Callable[..., Any]:
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = self._prepared({**dict(zip(names, args, strict=False)), **kwargs}, cache_name)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        replayed = self._by_graph(arguments)
+        if replayed is not None:
+            return replayed
+        arguments = self._prepared(arguments, cache_name)
         loss_of_hidden = arguments.pop("loss_of_hidden", None)
         if loss_of_hidden is not None:  # a loss that does without the logits of all positions
             hidden = decoder_of(self)(**arguments).last_hidden_state

@@ -1,12 +1,16 @@
-"""Decoding from a `BoundedCache` as a CUDA graph.
+"""Decoding from a `BoundedCache` as a CUDA graph, for dynamask's models and converted ones.
 
 A full bounded cache never changes its shapes or addresses again, and one that still grows does so seldom. The step of
 one token is the same list of launches meanwhile: it is recorded once and replayed. A model of hundreds of small
 launches per token otherwise waits for the CPU most of the time.
+
+`generate()` and calls of the model with one token do this by themselves, from the third token on. `reason_against`
+says why a model is not served.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +27,9 @@ _EAGER_STEPS = 2
 _WORTH_RECORDING = 24
 """Steps that a graph must be able to serve before a layer grows: recording takes about as long as a few."""
 
+_GROWING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings whose frequencies change with the length of the text."""
+
 
 class StepGraph:
     """One token's forward, recorded.
@@ -35,7 +42,9 @@ class StepGraph:
 
     def __init__(self, model: nn.Module, cache: Cache, input_ids: Tensor, position_ids: Tensor) -> None:
         self._model = weakref.ref(model)
+        self._modules = [weakref.ref(module) for module in model.modules()]
         self._parts = _parts(model)
+        self._rules = _rules(model)
         self._at = _addresses(cache) if isinstance(cache, BoundedCache) else None
         with torch.inference_mode(False):  # a later step may run in another mode, and writes to them
             self.input_ids, self.position_ids = input_ids.clone(), position_ids.clone()
@@ -47,15 +56,33 @@ class StepGraph:
             )
         self.logits = output.logits
 
-    def fits(self, model: nn.Module, cache: BoundedCache, input_ids: Tensor) -> bool:
-        """Whether a replay would do what the model would: same model, weights in place, cache in place, no hooks."""
+    def fits(self, model: nn.Module, at: list[tuple[int, ...]], input_ids: Tensor) -> bool:
+        """Whether a replay would do what the model would: same model, weights in place, cache in place, no hooks.
+
+        Args:
+            model: that is to run.
+            at: where its cache's tensors lie now.
+            input_ids: (B, 1).
+        """
         return (
             self._model() is model
             and input_ids.shape == self.input_ids.shape
-            and self._at == _addresses(cache)
-            and all(tensor.data_ptr() == at for tensor, at in self._parts)
-            and not _hooked(model)
+            and self._at == at
+            and self._rules == _rules(model)
+            and all(tensor.data_ptr() == where for tensor, where in self._parts)
+            and self._same_modules(model)
         )
+
+    def _same_modules(self, model: nn.Module) -> bool:
+        """Whether the model consists of the modules that were recorded, and nobody listens to them."""
+        count = 0
+        for module in model.modules():
+            if count >= len(self._modules) or self._modules[count]() is not module:
+                return False
+            if module is not model and _listened_to(module):
+                return False
+            count += 1
+        return count == len(self._modules)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Compute logits (B, 1, vocab) of this token, which goes into the cache."""
@@ -70,7 +97,13 @@ _EAGER: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
 
 
 def decode_by_graph(
-    model: nn.Module, cache: Cache | None, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Any
+    model: nn.Module,
+    cache: Cache | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Any,
+    *,
+    counts_padding: bool = False,
 ) -> Tensor | None:
     """Compute logits (B, 1, vocab) of one more token by a recorded graph; None where the model must run itself.
 
@@ -79,45 +112,105 @@ def decode_by_graph(
         cache: graphs serve a `BoundedCache` that need not grow for the token and was not made with `graphs=False`.
         input_ids: (B, 1).
         attention_mask: (B, past + 1), 1 = real token, or None.
-        position_ids: (B, 1), or None to count, skipping padding.
+        position_ids: (B, 1), or None to count.
+        counts_padding: whether padding takes a position where the model counts them, as in transformers' models. Rows
+            with padding and no `position_ids` are then left to the model.
     """
     if (
         not isinstance(cache, BoundedCache)
         or not cache.graphs
-        or input_ids is None
-        or not input_ids.is_cuda
+        or not isinstance(input_ids, Tensor)
+        or input_ids.dim() != 2
         or input_ids.shape[1] != 1
+        or not _on_gpu(input_ids)
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cuda")
         or torch.compiler.is_compiling()
-        or torch.cuda.is_current_stream_capturing()
-        or _addresses(cache) is None
+        or _capturing()
         or model.training
     ):
+        return None
+    at = _addresses(cache)
+    if at is None:
         return None
     past = cache.get_seq_length()
     if attention_mask is not None:
         if attention_mask.shape != (input_ids.shape[0], past + 1) or not bool(attention_mask[:, -1].all()):
             return None  # the model's own forward complains, or treats the padding
         if position_ids is None:
-            position_ids = attention_mask.long().sum(-1, keepdim=True) - 1
+            if not counts_padding:
+                position_ids = attention_mask.long().sum(-1, keepdim=True) - 1
+            elif not bool(attention_mask.all()):
+                return None
     if position_ids is None:
         position_ids = torch.full_like(input_ids, past)
+    if position_ids.shape not in ((1, 1), input_ids.shape):
+        return None
     position_ids = position_ids.expand_as(input_ids)
     graph = _GRAPHS.get(cache)
-    if graph is not None and graph.fits(model, cache, input_ids):
+    if graph is not None and graph.fits(model, at, input_ids):
         for layer in cache.layers:
             layer.advance()  # type: ignore[attr-defined]
         return graph.replay(input_ids, position_ids)
     _GRAPHS.pop(cache, None)
     _EAGER[cache] = _EAGER.get(cache, 0) + 1
-    if _EAGER[cache] <= _EAGER_STEPS or _hooked(model) or any(p.device != input_ids.device for p in model.parameters()):
+    if _EAGER[cache] <= _EAGER_STEPS or reason_against(model) is not None:
+        return None
+    if any(parameter.device != input_ids.device for parameter in model.parameters()):
         return None
     if min(layer.steps_in_place for layer in cache.layers) < _WORTH_RECORDING:  # type: ignore[attr-defined]
         return None
     _EAGER[cache] = 0  # should the cache move, it starts over
-    _GRAPHS[cache] = graph = StepGraph(model, cache, input_ids, position_ids)
+    counts = [layer.counts() for layer in cache.layers]  # type: ignore[attr-defined]
+    try:
+        graph = StepGraph(model, cache, input_ids, position_ids)
+    except RuntimeError as error:
+        # Nothing has run on the device. An operation that a graph cannot hold comes from the model's own modules.
+        for layer, count in zip(cache.layers, counts, strict=True):
+            layer.restore_counts(count)  # type: ignore[attr-defined]
+        cache.graphs = False
+        warnings.warn(
+            f"decoding runs without a CUDA graph, and slower: {type(error).__name__}: {str(error).strip()[:200]}",
+            stacklevel=3,
+        )
+        return None
+    _GRAPHS[cache] = graph
     return graph.replay(input_ids, position_ids)
+
+
+def reason_against(model: nn.Module) -> str | None:
+    """Return why a model's step cannot be replayed as a graph, or None if nothing about the model is in the way.
+
+    Args:
+        model: a dynamask or converted causal LM.
+    """
+    for name, module in model.named_modules():
+        if module is not model and _listened_to(module):
+            return f"{name} has hooks, which a replay would not call"
+        if hasattr(module, "adapter_layer_names"):  # a layer of peft
+            return f"{name} has adapters, which may be switched between two tokens: merge them first"
+        kinds = getattr(module, "rope_type", None)
+        for kind in kinds.values() if isinstance(kinds, dict) else (kinds,):
+            if kind in _GROWING_ROPE:
+                return f"{name} has a rotary embedding of type {kind!r}, which changes with the length of the text"
+    return None
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _rules(model: nn.Module) -> Any:
+    """What the configuration says about the keys that are kept, which a replay would not read again."""
+    config: Any = getattr(model, "config", None)
+    rules = getattr(config, "layer_rules", None)
+    if rules is not None:
+        return rules
+    return [repr(getattr(config, name, None)) for name in ("windows", "local", "sinks")]
 
 
 def _addresses(cache: BoundedCache) -> list[tuple[int, ...]] | None:
@@ -140,10 +233,6 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
     yield from model.buffers()
 
 
-def _hooked(model: nn.Module) -> bool:
-    """Whether somebody listens inside the model: a replay would not call them."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
-        for module in model.modules()
-        if module is not model
-    )
+def _listened_to(module: nn.Module) -> bool:
+    """Whether somebody listens to this module: a replay would not call them."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)
