@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # These modules carry the names of their functions, so they are imported here: a module imported later would take the
 # function's place.
 from dynamask.convert.allocate_windows import allocate_windows
+from dynamask.convert.compiled_layers import CompiledLayers, compiled_layers
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import set_slopes, set_windows
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from dynamask.convert.doge import from_doge
 
 __all__ = [
+    "CompiledLayers",
     "DistillationTrainer",
     "allocate_windows",
+    "compiled_layers",
     "distill",
     "from_doge",
     "learn_ranks",

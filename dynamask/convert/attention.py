@@ -30,6 +30,7 @@ from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
+from dynamask.ops.ranked_attention import ranked_attention
 from dynamask.packed_ranks import check_carries_ranks, pack_ranks, rank_channels, unpack_ranks
 
 IMPLEMENTATION = "dynamask_converted"
@@ -80,6 +81,23 @@ class LayerRules(NamedTuple):
     sinks: int
 
 
+class TensorRules(NamedTuple):
+    """`LayerRules` for a compiled layer: what differs between layers is in tensors, so that one graph serves them all.
+
+    Attributes:
+        windows: (G,) int64 on the CPU.
+        slopes: (G,) float32.
+        local, sinks: as in `LayerRules`.
+        losses: gets the loss of the ranks, if they learn.
+    """
+
+    windows: Tensor
+    slopes: Tensor
+    local: int
+    sinks: int
+    losses: list[Tensor] | None
+
+
 @dataclass
 class CallFacts:
     """Facts about one call of the model that all of its layers need.
@@ -96,6 +114,7 @@ class CallFacts:
         shards: how the sequence is split over processes, where it is.
         losses: where given, layers append the losses of their ranks.
         rules: `ConvertedConfig.layer_rules`, read once for all layers; None: each layer reads its own.
+        tensor_rules: those of the one layer that is called, where it is compiled (`dynamask.convert.compiled_layers`).
     """
 
     length: int
@@ -107,6 +126,7 @@ class CallFacts:
     shards: ContextShards | None = None
     losses: RankLosses | None = field(default=None, repr=False)
     rules: tuple[LayerRules, ...] | None = None
+    tensor_rules: TensorRules | None = None
 
     def sequence(self) -> SequenceInfo:
         """Return the same facts in the form that `dense_attention` takes."""
@@ -294,6 +314,8 @@ def converted_attention(
 
 def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, call: _Call) -> Tensor:
     facts, cache, hidden_states = call.facts, call.cache, call.hidden_states
+    if facts.tensor_rules is not None:
+        return _mix_compiled(module, query, key, value, scale, hidden_states, facts, facts.tensor_rules)
     predictor = module.rank_predictor
     rules = module.config.layer_rules[module.layer_idx] if facts.rules is None else facts.rules[module.layer_idx]
     windows = rules.windows
@@ -338,6 +360,27 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
         key_mask=facts.key_mask,
     )
     return attend(query, key, value, expiry, scale=scale, max_live=tuple(windows))
+
+
+def _mix_compiled(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    hidden_states: Tensor,
+    facts: CallFacts,
+    rules: TensorRules,
+) -> Tensor:
+    """Do what `_mix` does for a layer that ranks, without a cache, beyond its windows."""
+    ranks = module.rank_predictor(hidden_states.detach())
+    if rules.losses is not None:
+        rules.losses.append(_rank_loss(query, key, ranks, facts, rules.local, scale))
+    ranks = ranks.detach()
+    ranks = ranks + rules.slopes.to(ranks.dtype)[:, None] * facts.ages[:, None].to(ranks.dtype)
+    options: dict[str, Any] = {"segment_ids": facts.segment_ids, "key_mask": facts.key_mask}
+    options |= {"local": rules.local, "sinks": rules.sinks, "scale": scale}
+    return ranked_attention(query, key, value, ranks, rules.windows, **options)
 
 
 def _rank_loss(query: Tensor, key: Tensor, ranks: Tensor, facts: CallFacts, local: int, scale: float) -> Tensor:

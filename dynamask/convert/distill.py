@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from dynamask.convert.attention import call_facts
 from dynamask.convert.chunked_kl import chunked_kl
+from dynamask.convert.compiled_layers import compiled_layers
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
@@ -25,6 +26,9 @@ from dynamask.mixers.rank_loss import RankLosses
 from dynamask.training.loss import output_head
 from dynamask.training.optimizer import adamw
 from dynamask.training.schedule import learning_rate_share
+
+_WORTH_COMPILING = 50
+"""Steps from which on compiling the layers saves more time than it takes."""
 
 _REPORT_EVERY = 5
 """Steps between two looks at the loss; each look waits for the GPU."""
@@ -45,6 +49,7 @@ def distill(
     start_windows: float = 1.0,
     shrink_share: float = 0.5,
     gradient_checkpointing: bool = False,
+    compiled: bool | None = None,
     checkpoint: str | Path | None = None,
     save_every: float = 120.0,
     progress: Report | None = None,
@@ -75,6 +80,8 @@ def distill(
         start_windows: factor of all windows at the first step, at least 1. No window rises above the block.
         shrink_share: share of the steps after which the windows are the model's, above 0 to 1.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
+        compiled: whether the decoder layers of both models run compiled (`dynamask.convert.compiled_layers`), which
+            takes some ten seconds at the start. None: on a GPU, for 50 steps or more.
         checkpoint: file that keeps the state of the training. If it exists, training continues from it.
         save_every: seconds between two writes of the checkpoint.
         progress: called every few steps.
@@ -115,6 +122,10 @@ def distill(
     }
     windows = config.windows
     state = load_state(checkpoint, identity)
+    device = next(student.parameters()).device
+    if compiled is None:
+        compiled = device.type == "cuda" and steps >= _WORTH_COMPILING
+    layers = [compiled_layers(each) for each in (student, teacher)] if compiled else []
     try:
         _widen(student)
         for name, parameter in student.named_parameters():
@@ -132,7 +143,6 @@ def distill(
         warmup = min(20, steps // 20) if warmup is None else warmup
         rates = [group["lr"] for group in adamw_rates(optimizer, learning_rate)]
         clock, saved = Clock("distill", steps, start), time.perf_counter()
-        device = next(student.parameters()).device
         losses: list[Tensor] = []
         source = token_blocks(blocks, start, "distill")
         for step in range(start, steps):
@@ -174,6 +184,8 @@ def distill(
                     save_state({"identity": identity, "step": step + 1, "losses": history, **weights}, checkpoint)
                     saved = time.perf_counter()
     finally:
+        for each in layers:
+            each.remove()
         config.windows = windows
         if gradient_checkpointing and not checkpointed:
             student.gradient_checkpointing_disable()

@@ -165,12 +165,12 @@ def sloped_ranks(ranks: Tensor, slopes: Sequence[float] | None, positions: Tenso
     if torch.compiler.is_compiling():  # the graph keeps it
         slope = torch.tensor(tuple(slopes), dtype=torch.float32, device=ranks.device).to(ranks.dtype)
     else:
-        slope = _slope_tensor(tuple(slopes), ranks.device).to(ranks.dtype)
+        slope = slope_tensor(tuple(slopes), ranks.device).to(ranks.dtype)
     return ranks + slope[:, None] * positions[:, None].to(ranks.dtype)
 
 
 @functools.lru_cache(maxsize=4096)
-def _slope_tensor(slopes: tuple[float, ...], device: torch.device) -> Tensor:
+def slope_tensor(slopes: tuple[float, ...], device: torch.device) -> Tensor:
     """(G,) float32. Kept, because a stream that is captured allows no copy to the device."""
     with torch.inference_mode(False):
         return torch.tensor(slopes, dtype=torch.float32, device=device)

@@ -87,6 +87,18 @@ def _key_expiry_op(
     key_mask: Tensor | None,
 ) -> Tensor:
     """Run `key_expiry` after its checks, as an operator: torch.compile calls it whole, kernels and all."""
+    return run_key_expiry(scores, windows, local, sinks, segment_ids, key_mask)
+
+
+def run_key_expiry(
+    scores: Tensor,
+    windows: Sequence[int],
+    local: int,
+    sinks: int,
+    segment_ids: Tensor | None,
+    key_mask: Tensor | None,
+) -> Tensor:
+    """Do what `key_expiry` does after its checks, for operators that contain it."""
     batch, heads, length = scores.shape
     # The older keys contest the places that the newest `local` leave. A sink is a key that wins every contest.
     counts = [min(window - local, length) for window in windows]

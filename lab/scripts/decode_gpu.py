@@ -28,12 +28,13 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from dynamask import BoundedCache, convert
 from dynamask.cache import BoundedLayer, cache_bytes
 from dynamask.convert.distill import losses_of_hidden, teacher_states
+from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.ops.ragged_decode import ragged_decode_reference
 from dynamask.training.loss import use_chunked_loss
@@ -127,6 +128,16 @@ def seconds_of(run: Callable[[], Any], repeats: int, warm: int = 1) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
+def host_seconds(run: Callable[[], Any]) -> float:
+    """How long a call keeps the host, the device idle before it; it waits where the device's queue is full."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    taken = time.perf_counter() - began
+    synchronize()
+    return taken
+
+
 def flash() -> Any:
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION) if GPU else contextlib.nullcontext()
 
@@ -134,6 +145,18 @@ def flash() -> Any:
 def peer_backends() -> list[tuple[str, Any]]:
     """Dense attention of torch: FlashAttention 2, and cuDNN's."""
     return [("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)] if GPU else []
+
+
+UNMASKED = "dense_unmasked"
+
+
+def dense_unmasked(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Dense attention of one token to all keys: transformers makes no mask for it, so that it is at its best."""
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(UNMASKED, dense_unmasked)
 
 
 # Correct first.
@@ -151,27 +174,40 @@ def check() -> None:
         tokens = torch.randint(dense.config.vocab_size, (2, 300), device=DEVICE)
         with torch.no_grad():
             whole = sparse(tokens, use_cache=False).logits
-            cache = BoundedCache(sparse.config)
-            parts = [sparse(tokens[:, :200], past_key_values=cache).logits]
-            parts += [sparse(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(200, 300)]
-            wrong = ((torch.cat(parts, 1) - whole).abs().amax(-1) > 1e-3).float().mean().item()
-            # Ranks that tie but for rounding may fall on two sides of a step of their grid.
-            report({"part": "check", "what": "cached against uncached", "differ": wrong})
-            if wrong > 0.02:
-                raise SystemExit(f"cached logits differ from uncached ones at {wrong:.1%} of the positions")
+            for graphs in (False, True):
+                cache = BoundedCache(sparse.config, graphs=graphs)
+                parts = [sparse(tokens[:, :220], past_key_values=cache).logits]
+                parts += [sparse(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(220, 300)]
+                wrong = ((torch.cat(parts, 1) - whole).abs().amax(-1) > 1e-3).float().mean().item()
+                # Ranks that tie but for rounding may fall on two sides of a step of their grid.
+                recorded = cache in cuda_graph._GRAPHS
+                row = {"what": "cached against uncached", "graphs": graphs, "recorded": recorded, "differ": wrong}
+                report({"part": "check"} | row)
+                if wrong > 0.02:
+                    raise SystemExit(f"cached logits differ from uncached ones at {wrong:.1%} of the positions")
+                if graphs and GPU and not recorded:
+                    raise SystemExit(f"no graph was recorded: {cuda_graph.reason_against(sparse)}")
         found = []
-        for place in (DEVICE, torch.device("cpu")):
+        use_chunked_loss(sparse)
+        for place, compiled in ((DEVICE, True), (DEVICE, False), (torch.device("cpu"), False)):
             sparse.to(place).train()
-            use_chunked_loss(sparse)
+            layers = convert.compiled_layers(sparse) if compiled else None
             loss = sparse(input_ids=tokens.to(place), labels=tokens.to(place), use_cache=False).loss
             loss.backward()
             norm = sum(float(p.grad.double().square().sum()) for p in sparse.parameters() if p.grad is not None) ** 0.5
             found.append((loss.item(), norm))
             sparse.zero_grad()
-        (loss, norm), (expected, expected_norm) = found
-        report({"part": "check", "what": "training step against the CPU", "loss": found[0], "cpu": found[1]})
-        if abs(loss - expected) > 1e-3 * expected or abs(norm - expected_norm) > 1e-2 * expected_norm:
-            raise SystemExit(f"a training step differs from the CPU's: {found}")
+            if layers is not None:
+                report(
+                    {"part": "check", "what": "compiled layers", "failure": layers.failure, "kinds": len(layers._kinds)}
+                )
+                layers.remove()
+        row = {"what": "training step", "compiled": found[0], "eager": found[1], "cpu": found[2]}
+        report({"part": "check"} | row)
+        expected, expected_norm = found[2]
+        for loss, norm in found[:2]:
+            if abs(loss - expected) > 1e-3 * expected or abs(norm - expected_norm) > 1e-2 * expected_norm:
+                raise SystemExit(f"a training step differs from the CPU's: {found}")
 
 
 # (b) eager decoding.
@@ -184,7 +220,8 @@ def eager(name: str, batch: int, prompt: int, steps: int, budget: int) -> Iterat
     tokens = torch.randint(dense.config.vocab_size, (batch, prompt), device=DEVICE)
     forms: list[tuple[str, Any, Callable[[], Any]]] = [
         ("dense, dynamic cache, eager", dense, lambda: DynamicCache(config=dense.config)),
-        ("converted, eager", sparse, lambda: BoundedCache(sparse.config)),
+        ("converted, eager", sparse, lambda: BoundedCache(sparse.config, graphs=False)),
+        ("converted, graph", sparse, lambda: BoundedCache(sparse.config)),
     ]
     for form, model, make in forms:
         cache = make()
@@ -263,18 +300,25 @@ def decode(name: str, batch: int, context: int, budget: int, steps: int) -> Iter
     dense, sparse = models(name, budget, context)
     uneven = sparse.config.windows
     forms = [
-        ("ragged", "bounded"),
-        ("even", "bounded"),
-        ("dense, dynamic cache", "dynamic"),
-        ("dense, graph, keys in place", "fixed"),
+        ("ragged, graph", "bounded", None),
+        ("dense, keys in place, graph, flash", "fixed", SDPBackend.FLASH_ATTENTION),
+        ("even, graph", "bounded", None),
+        ("dense, keys in place, graph, cudnn", "fixed", SDPBackend.CUDNN_ATTENTION),
+        ("ragged, eager", "bounded-eager", None),
+        ("dense, dynamic cache, eager", "dynamic", SDPBackend.FLASH_ATTENTION),
     ]
-    for form, kind in forms:
+    for form, kind, backend in forms:
         windows = budget if form.startswith("even") else uneven
         convert.set_windows(sparse, windows)
         row: dict[str, Any] = {"part": "decode", "model": name, "B": batch, "context": context, "form": form}
         row["budget"] = budget
+        dense.config._attn_implementation = UNMASKED if kind == "fixed" else "sdpa"
+        chosen = contextlib.nullcontext() if backend is None or not GPU else sdpa_kernel(backend)
         try:
-            figures = decode_form(dense if kind in ("dynamic", "fixed") else sparse, sparse.config, kind, row, steps)
+            with chosen:
+                figures = decode_form(
+                    dense if kind in ("dynamic", "fixed") else sparse, sparse.config, kind, row, steps
+                )
         except RuntimeError as error:  # out of memory, or a backend that refuses
             figures = {"error": f"{type(error).__name__}: {error}"[:120]}
         yield row | figures
@@ -295,20 +339,20 @@ def decode_form(model: Any, config: Any, kind: str, row: dict[str, Any], steps: 
             return graph.replay(token, place).argmax(-1)
         return model(token, past_key_values=held, use_cache=True).logits.argmax(-1)  # type: ignore[no-any-return]
 
-    # Over keys in place transformers makes a mask, which flash attention does not take.
-    with flash() if kind == "dynamic" else contextlib.nullcontext():
-        for _ in range(5):
-            token = step(token)
-        if kind == "fixed" and GPU:
-            graph = StepGraph(model, held, token, place)
-            token = step(token)
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(steps):
-            token = step(token)
-        synchronize()
-    seconds = (time.perf_counter() - began) / steps
-    return {"tokens_per_s": batch / seconds, "ms": 1e3 * seconds, "cache_mib": cache_bytes(held) / 2**20}
+    for _ in range(5):
+        token = step(token)
+    if kind == "fixed" and GPU:
+        graph = StepGraph(model, held, token, place)
+        token = step(token)
+    seconds = seconds_of(lambda: [step(token) for _ in range(steps)], 3, warm=0) / steps
+    recorded = held in cuda_graph._GRAPHS
+    figures = {"tokens_per_s": batch / seconds, "ms": 1e3 * seconds, "cache_mib": cache_bytes(held) / 2**20}
+    if kind == "bounded" and GPU and not recorded:
+        raise RuntimeError("no graph was recorded")
+    replayed = graph if graph is not None else cuda_graph._GRAPHS.get(held)
+    if replayed is not None:  # without the host
+        figures["ms_on_device"] = 1e3 * seconds_of(lambda: [replayed.graph.replay() for _ in range(steps)], 3) / steps
+    return figures
 
 
 # (d) prefill.
@@ -335,16 +379,23 @@ def prefill(name: str, length: int, budget: int) -> Iterator[dict[str, Any]]:
 # (e) training.
 
 
-def train(name: str, length: int, budget: int, repeats: int, distil: bool) -> Iterator[dict[str, Any]]:
-    """Milliseconds of forward and backward; checkpointed layers from 32K on, in every form."""
+def train(
+    name: str, length: int, budget: int, repeats: int, distil: bool, compiled: bool = True, batch: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of forward and backward; checkpointed layers from 32K on, in every form.
+
+    With `compiled` the decoder layers of all models, the teacher's too, run compiled.
+    """
     dense, sparse = models(name, budget, length)
     for model in (dense, sparse):
         model.train()
         if length >= 32768:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tokens = torch.randint(dense.config.vocab_size, (1, length), device=DEVICE)
-    row = {"part": "train", "model": name, "N": length, "budget": budget, "checkpointed": length >= 32768}
+    tokens = torch.randint(dense.config.vocab_size, (batch, length), device=DEVICE)
+    row = {"part": "train", "model": name, "B": batch, "N": length, "budget": budget}
+    row |= {"checkpointed": length >= 32768, "compiled": compiled}
     teacher, _ = models(name, budget, length) if distil else (None, None)
+    layers = {id(each): convert.compiled_layers(each) for each in (dense, sparse, teacher) if compiled and each}
     use_chunked_loss(dense)
     plain = sparse.forward
     use_chunked_loss(sparse)
@@ -378,12 +429,47 @@ def train(name: str, length: int, budget: int, repeats: int, distil: bool) -> It
             forms.append(("converted, ranks learn too", sparse, True))
         for form, model, ranks in forms:
             try:
+                began = time.perf_counter()
                 with flash():
+                    run(model, ranks)
+                    synchronize()
+                    first = time.perf_counter() - began
                     taken = seconds_of(functools.partial(run, model, ranks), repeats)
-                yield row | {"kind": kind, "form": form, "ms": 1e3 * taken, "tokens_per_s": length / taken}
+                    host = host_seconds(functools.partial(run, model, ranks))
+                row |= {"first_s": first, "host_ms": 1e3 * host}
+                if compiled and layers[id(model)].failure:
+                    row["failure"] = layers[id(model)].failure
+                yield row | {"kind": kind, "form": form, "ms": 1e3 * taken, "tokens_per_s": batch * length / taken}
             except torch.OutOfMemoryError:
                 yield row | {"kind": kind, "form": form, "error": "out of memory"}
             free()
+
+
+def distillation(name: str, batch: int, length: int, budget: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Tokens per second of `dynamask.convert.distill`, optimizer included, after the first 4 steps and with them."""
+    for compiled in (True, False):
+        _, sparse = models(name, budget, length)
+        teacher, _ = models(name, budget, length)
+        sparse.requires_grad_(True)
+        blocks = [torch.randint(sparse.config.vocab_size, (batch, length)) for _ in range(4)]
+        times: list[tuple[int, float]] = []
+        began = time.perf_counter()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            convert.distill(
+                sparse,
+                teacher,
+                blocks,
+                steps=steps if compiled else steps // 2,
+                compiled=compiled,
+                progress=lambda p, times=times: times.append((p.step, time.perf_counter())),
+            )
+        (first, start), (last, end) = times[1], times[-1]
+        row = {"part": "distillation", "model": name, "B": batch, "N": length, "budget": budget, "compiled": compiled}
+        row |= {"tokens_per_s": (last - first) * batch * length / (end - start), "steps": last - first}
+        row |= {"first_steps_s": start - began, "ms": 1e3 * (end - start) / (last - first)}
+        yield row | {"said": [str(each.message)[:150] for each in said if "compiled" in str(each.message)]}
+        free()
 
 
 def free() -> None:
@@ -412,27 +498,32 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "decode", lambda: decode("tiny", 2, 300, 64, 3)
         yield "prefill", lambda: prefill("tiny", 300, 64)
         yield "train", lambda: train("tiny", 300, 64, 1, True)
+        yield "distillation", lambda: distillation("tiny", 2, 200, 64, 24)
         return
+    small, medium, large = list(SHAPES)[:3]
+    yield "decode", functools.partial(decode, medium, 1, 32768, 2048, 32)
+    yield "distillation", functools.partial(distillation, small, 4, 8192, 512, 40)
+    yield "decode", functools.partial(decode, small, 32, 32768, 2048, 16)
+    yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
+    yield "train", functools.partial(train, small, 8192, 512, 3, True)
+    yield "train", functools.partial(train, medium, 8192, 512, 3, True)
+    yield "train", functools.partial(train, medium, 32768, 2048, 1, True)
+    yield "decode", functools.partial(decode, medium, 16, 32768, 2048, 16)
+    yield "train", functools.partial(train, small, 32768, 2048, 1, True)
+    yield "train", functools.partial(train, large, 8192, 512, 2, True)
+    yield "train", functools.partial(train, small, 8192, 512, 3, True, False)
+    yield "decode", functools.partial(decode, small, 64, 32768, 2048, 16)
+    yield "train", functools.partial(train, large, 32768, 2048, 1, False)
+    yield "eager", functools.partial(eager, small, 1, 2048, 24, 512)
+    yield "eager", functools.partial(eager, medium, 1, 2048, 24, 512)
+    yield "train", functools.partial(train, small, 65536, 4096, 1, True)
+    yield "train", functools.partial(train, medium, 65536, 4096, 1, False)
+    yield "decode", functools.partial(decode, large, 1, 32768, 2048, 24)
+    yield "train", functools.partial(train, large, 65536, 4096, 1, False)
     for batch in (1, 4, 16, 64):
         yield "layer", functools.partial(layer_row, batch, 32768, 2048)
-    yield "eager", lambda: eager("smollm2-135m", 1, 2048, 24, 512)
-    yield "eager", lambda: eager("qwen3-0.6b", 1, 2048, 24, 512)
-    yield "decode", lambda: decode("qwen3-0.6b", 1, 32768, 2048, 24)
-    yield "decode", lambda: decode("smollm2-135m", 32, 32768, 2048, 12)
-    yield "train", lambda: train("smollm2-135m", 8192, 512, 3, True)
-    yield "train", lambda: train("qwen3-0.6b", 8192, 512, 3, True)
-    yield "prefill", lambda: prefill("qwen3-0.6b", 32768, 2048)
-    yield "prefill", lambda: prefill("smollm2-135m", 32768, 2048)
-    yield "train", lambda: train("qwen3-0.6b", 32768, 2048, 1, True)
-    yield "train", lambda: train("smollm2-135m", 32768, 2048, 1, True)
-    yield "train", lambda: train("qwen3-1.7b", 8192, 512, 1, True)
-    yield "decode", lambda: decode("smollm2-135m", 1, 32768, 2048, 24)
-    yield "decode", lambda: decode("qwen3-0.6b", 8, 32768, 2048, 12)
-    yield "train", lambda: train("qwen3-1.7b", 32768, 2048, 1, False)
-    yield "prefill", lambda: prefill("qwen3-1.7b", 32768, 2048)
-    yield "train", lambda: train("smollm2-135m", 65536, 4096, 1, False)
-    yield "train", lambda: train("qwen3-0.6b", 65536, 4096, 1, False)
-    yield "train", lambda: train("qwen3-1.7b", 65536, 4096, 1, False)
+    yield "prefill", functools.partial(prefill, medium, 32768, 2048)
+    yield "prefill", functools.partial(prefill, small, 32768, 2048)
 
 
 def compile_kernels(name: str) -> None:
@@ -454,7 +545,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of decode-rows.jsonl")
     parser.add_argument("--compile", choices=list(SHAPES), help="compile what this shape needs, and time nothing")
-    parser.add_argument("--parts", nargs="+", default=["layer", "eager", "decode", "prefill", "train"])
+    parser.add_argument("--parts", nargs="+", default=["layer", "eager", "decode", "prefill", "train", "distillation"])
     parser.add_argument("--seconds", type=float, default=150.0, help="begin nothing after this long")
     parser.add_argument("--commit", help="of the code, where there is no repository")
     arguments = parser.parse_args()

@@ -154,7 +154,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
     # The kernels are tested by themselves; here each is one step, computed by its definition.
     monkeypatch.setattr(cache_module, "insert_key", launching(insert))
     monkeypatch.setattr(BoundedLayer, "_decode", launching(decode))
-    yield made
+    return made
 
 
 def tensors_of(layer: Any) -> list[Tensor]:
@@ -195,10 +195,12 @@ def test_a_recorded_step_continues_as_the_model_does(recordings: list[Recorder],
     model, tokens = converted(family), drawn(2, 52)
     expected, eager = logits_of(model, tokens, graphs=False)
     actual, cache = logits_of(model, tokens, graphs=True)
-    assert len(recordings) == 1 and len(recordings[0].steps) > 20
+    assert len(recordings) == 1
+    assert len(recordings[0].steps) > 20
     close(actual, expected)
     for layer, other in zip(cache.layers, eager.layers, strict=True):
-        assert isinstance(layer, BoundedLayer) and isinstance(other, BoundedLayer)
+        assert isinstance(layer, BoundedLayer)
+        assert isinstance(other, BoundedLayer)
         assert layer.counts() == other.counts()
         assert torch.equal(layer.clock, other.clock)
     with torch.no_grad():
@@ -254,7 +256,8 @@ def test_a_step_that_cannot_be_recorded_runs_by_itself(recordings: list[Recorder
     model.lm_head.forward = waits
     with pytest.warns(UserWarning, match="without a CUDA graph.*not permitted"):
         actual, cache = logits_of(model, tokens, graphs=True)
-    assert not recordings and not cache.graphs
+    assert not recordings
+    assert not cache.graphs
     close(actual, expected)
 
 

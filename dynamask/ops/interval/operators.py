@@ -33,6 +33,20 @@ def interval_attention_op(
     max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the output and the log-sum-exp in two parts; see `dynamask.ops.interval.blocked.forward`."""
+    return run_forward(query, key, value, expiry, bias, scale, backend, max_live)
+
+
+def run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    backend: str,
+    max_live: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what `interval_attention_op` does, for operators that contain it."""
     if backend == "triton":
         from dynamask.ops import triton as kernels
 
@@ -76,6 +90,24 @@ def interval_attention_backward_op(
     max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute gradients to query, key, value and bias; see `dynamask.ops.interval.blocked.backward` for shapes."""
+    return run_backward(grad_output, query, key, value, expiry, bias, output, top, rest, scale, backend, max_live)
+
+
+def run_backward(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    expiry: Tensor,
+    bias: Tensor | None,
+    output: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    scale: float,
+    backend: str,
+    max_live: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Do what `interval_attention_backward_op` does, for operators that contain it."""
     if backend == "triton":
         from dynamask.ops import triton as kernels
 

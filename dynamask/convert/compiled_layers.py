@@ -1,0 +1,267 @@
+"""Run the decoder layers of a model compiled: one graph for all of them, in training and without a cache.
+
+A layer in training is some hundred small launches, and a fast GPU waits for the CPU that gives them out. Compiling one
+layer takes seconds, because all layers of a model share the graph: what differs between them (windows, slopes) enters
+as tensors.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynamask.convert.attention import CallFacts, TensorRules
+from dynamask.convert.models import is_converted
+from dynamask.errors import InvalidInputError
+from dynamask.mixers.rank_predictor import slope_tensor
+
+_MOST_KINDS = 6
+"""Kinds of calls (shapes, dtypes, modes) that are compiled for; others run as they are."""
+
+_TOLERANCE, _GRADIENT_TOLERANCE = 0.05, 0.2
+"""Of the norm of the difference over the norm of the result, where a first call is compared with the layer itself. In
+16 bits a rank near the threshold may fall on its other side; a wrong graph is off by far more."""
+
+
+class CompiledLayers:
+    """The decoder layers of a model, compiled until `remove()` or the end of a `with` block.
+
+    Calls that a compiled layer does not serve run as before: those with a cache, with an observer, over processes, of
+    texts within the windows, and of layers that slide or are dense in a converted model. The first call of each kind is
+    compared with the layer itself, gradients included; where they differ or compiling fails, a warning says so and the
+    layers run as before.
+
+    Args:
+        model: a converted or a dense causal LM of transformers.
+        backend: of `torch.compile`.
+
+    Raises:
+        InvalidInputError: a model without a list of decoder layers.
+    """
+
+    def __init__(self, model: Any, *, backend: str = "inductor") -> None:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "model", None)
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise InvalidInputError(
+                f"compiled_layers takes a causal LM with a list of decoder layers; got {type(model).__name__}"
+            )
+        self.failure: str | None = None
+        self._kinds: set[tuple[Any, ...]] = set()
+        self._converted = is_converted(model)
+        function = _ranked_layer if self._converted else _dense_layer
+        self._compiled = torch.compile(_copy_of(function), backend=backend, fullgraph=True, dynamic=False)
+        self._layers = [layer for layer in layers if "forward" not in layer.__dict__]
+        for layer in self._layers:
+            layer.forward = _Runner(self, layer)
+
+    def __enter__(self) -> CompiledLayers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Let the layers run as before."""
+        for layer in self._layers:
+            layer.__dict__.pop("forward", None)
+        self._layers = []
+
+    def run(self, layer: Any, hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a layer, compiled where the call allows it."""
+        prepare = _ranked_call if self._converted else _dense_call
+        call = None if args or self.failure is not None else prepare(layer, hidden_states, kwargs)
+        if call is None or not self._checked(layer, hidden_states, call):
+            return type(layer).forward(layer, hidden_states, *args, **kwargs)
+        output, loss = self._compiled(layer, hidden_states, *call)
+        if loss is not None:
+            _losses_of(layer, kwargs["dynamask"]).append(loss)
+        return output
+
+    def _checked(self, layer: Any, hidden_states: Tensor, call: tuple[Any, ...]) -> bool:
+        """Whether calls of this kind are compiled; the first of a kind is tried out."""
+        kind = (
+            *(_kind(part) for part in (hidden_states, *call)),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled(hidden_states.device.type),
+            layer.training,
+            tuple(parameter.requires_grad for parameter in layer.parameters()),
+        )
+        if kind in self._kinds:
+            return True
+        if len(self._kinds) >= _MOST_KINDS:
+            return False
+        try:
+            self._try(layer, hidden_states, call)
+        except Exception as error:  # whatever a compiler or an incomplete installation raises
+            reason = str(error).strip().split("\n")[0][:300]
+            self.failure = f"{type(error).__name__}: {reason}"
+            warnings.warn(f"decoder layers run uncompiled, and slower: {self.failure}", stacklevel=4)
+            return False
+        self._kinds.add(kind)
+        return True
+
+    def _try(self, layer: Any, hidden_states: Tensor, call: tuple[Any, ...]) -> None:
+        """Compare the compiled layer with the layer, on the data of a call.
+
+        Raises:
+            ArithmeticError: they differ.
+        """
+        function = _ranked_layer if self._converted else _dense_layer
+        # Around the call may stand a layer that is recomputed, which counts what is saved for its backward pass.
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            found, expected = (_results(run, layer, hidden_states, call) for run in (self._compiled, function))
+        for index, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+            if (actual is None) != (wanted is None):
+                raise ArithmeticError("the compiled layer has other gradients than the layer")
+            if actual is None or wanted is None:
+                continue
+            error = float((actual.double() - wanted.double()).norm())
+            tolerance = _TOLERANCE if index < 2 else _GRADIENT_TOLERANCE
+            if not error <= tolerance * float(wanted.double().norm()) + 1e-6:
+                raise ArithmeticError(
+                    f"the compiled layer differs from the layer by {error:.3g} where the norm is "
+                    f"{float(wanted.double().norm()):.3g}"
+                )
+
+
+def compiled_layers(model: Any, *, backend: str = "inductor") -> CompiledLayers:
+    """Compile the decoder layers of a converted or dense causal LM; see `CompiledLayers`, which it returns.
+
+    with dynamask.convert.compiled_layers(model):
+        trainer.train()
+    """
+    return CompiledLayers(model, backend=backend)
+
+
+class _Runner:
+    """Stands in for a layer's `forward`."""
+
+    def __init__(self, owner: CompiledLayers, layer: nn.Module) -> None:
+        self.owner, self.layer = owner, layer
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.owner.run(self.layer, hidden_states, args, kwargs)
+
+
+def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a layer, if none of them is a cache."""
+    if torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
+        return None
+    return {name: value for name, value in kwargs.items() if value is not None and name != "dynamask"}
+
+
+def _dense_call(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The further arguments of `_dense_layer`, or None for a call that it does not serve."""
+    plain = _without_cache(kwargs)
+    return None if plain is None else (plain,)
+
+
+def _dense_layer(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, None]:
+    return layer.__class__.forward(layer, hidden_states, **kwargs), None
+
+
+def _ranked_call(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The further arguments of `_ranked_layer`, or None for a call that it does not serve."""
+    plain, facts, module = _without_cache(kwargs), kwargs.get("dynamask"), layer.self_attn
+    if plain is None or facts is None or facts.observer is not None or facts.shards is not None:
+        return None
+    if module.rank_predictor is None or facts.length != hidden_states.shape[1]:
+        return None
+    rules = module.config.layer_rules[module.layer_idx] if facts.rules is None else facts.rules[module.layer_idx]
+    if rules.windows is None or facts.length <= min(rules.windows):
+        return None
+    plain.pop("attention_mask", None)  # what it says is in the facts
+    # Layers without slopes get zeros, and so the same graph.
+    slopes = slope_tensor(tuple(rules.slopes or (0.0,) * len(rules.windows)), hidden_states.device)
+    tensors = (_window_tensor(rules.windows), slopes, facts.ages, facts.position_ids)
+    learns = _losses_of(layer, facts) is not None
+    return (*tensors, facts.segment_ids, facts.key_mask, rules.local, rules.sinks, learns, plain)
+
+
+def _ranked_layer(
+    layer: Any,
+    hidden_states: Tensor,
+    windows: Tensor,
+    slopes: Tensor,
+    ages: Tensor,
+    position_ids: Tensor,
+    segment_ids: Tensor | None,
+    key_mask: Tensor | None,
+    local: int,
+    sinks: int,
+    learns: bool,
+    kwargs: dict[str, Any],
+) -> tuple[Any, Tensor | None]:
+    """Run a converted layer on facts that are tensors; return its output and the loss of its ranks."""
+    losses: list[Tensor] = []
+    facts = CallFacts(hidden_states.shape[1], key_mask, segment_ids, position_ids, ages)
+    facts.tensor_rules = TensorRules(windows, slopes, local, sinks, losses if learns else None)
+    output = layer.__class__.forward(layer, hidden_states, dynamask=facts, **kwargs)
+    return output, losses[0] if losses else None
+
+
+def _losses_of(layer: Any, facts: CallFacts) -> Any:
+    """Where the loss of this layer's ranks goes, or None where they do not learn."""
+    module = layer.self_attn
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.rank_predictor.parameters())
+    if not trained:
+        return None
+    return facts.losses if facts.losses is not None else module.rank_losses if module.training else None
+
+
+def _results(run: Callable[..., Any], layer: Any, hidden_states: Tensor, call: tuple[Any, ...]) -> list[Tensor | None]:
+    """Output, loss and gradients of a call."""
+    inputs = hidden_states.detach().requires_grad_(hidden_states.requires_grad)
+    output, loss = run(layer, inputs, *call)
+    output = output[0] if isinstance(output, tuple) else output
+    results = [output.detach(), None if loss is None else loss.detach()]
+    if not output.requires_grad:
+        return results
+    wanted = [tensor for tensor in (inputs, *layer.parameters()) if tensor.requires_grad]
+    slope = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(0)).to(output.device)
+    total = (output * slope).sum().float()
+    gradients = torch.autograd.grad(total if loss is None else total + loss, wanted, allow_unused=True)
+    return [*results, *gradients]
+
+
+_windows: dict[tuple[int, ...], Tensor] = {}
+
+
+def _window_tensor(windows: tuple[int, ...]) -> Tensor:
+    """(G,) int64 on the CPU, the same one for the same windows."""
+    if windows not in _windows:
+        with torch.inference_mode(False):
+            _windows[windows] = torch.tensor(windows)
+    return _windows[windows]
+
+
+def _kind(part: Any) -> Any:
+    """What of an argument a graph is compiled for."""
+    if isinstance(part, Tensor):
+        return part.shape, part.dtype, part.requires_grad
+    if isinstance(part, dict):
+        return tuple((name, _kind(value)) for name, value in sorted(part.items()))
+    if isinstance(part, (tuple, list)):
+        return tuple(_kind(value) for value in part)
+    return part if isinstance(part, (int, float, str, bool)) else type(part)
+
+
+def _copy_of(function: Any) -> Any:
+    """A function with a code object of its own: `torch.compile` limits how often one is compiled in a process."""
+    copied = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    copied.__kwdefaults__, copied.__defaults__ = function.__kwdefaults__, function.__defaults__
+    return copied
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+__all__ = ["CompiledLayers", "compiled_layers"]
