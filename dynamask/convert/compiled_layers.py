@@ -100,8 +100,7 @@ class CompiledLayers:
         try:
             self._try(layer, hidden_states, call)
         except Exception as error:  # whatever a compiler or an incomplete installation raises
-            reason = str(error).strip().split("\n")[0][:300]
-            self.failure = f"{type(error).__name__}: {reason}"
+            self.failure = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             warnings.warn(f"decoder layers run uncompiled, and slower: {self.failure}", stacklevel=4)
             return False
         self._kinds.add(kind)

@@ -67,18 +67,10 @@ ARCHITECTURES = {
 _PREFIX = "dynamask_"
 
 _REPLAYED = frozenset(
-    (
-        "input_ids",
-        "attention_mask",
-        "position_ids",
-        "past_key_values",
-        "cache",
-        "cache_params",
-        "cache_position",
-        "use_cache",
-        "return_dict",
-        "logits_to_keep",
-    )
+    {
+        *("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "cache_params"),
+        *("cache_position", "use_cache", "return_dict", "logits_to_keep"),
+    }
 )
 """Arguments of a forward call that a recorded step serves."""
 

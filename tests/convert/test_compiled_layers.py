@@ -1,0 +1,155 @@
+"""Compiled layers compute what the layers compute, one graph for all of them."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dynamask import InvalidInputError, convert
+from dynamask.convert.distill import distillation_losses
+
+WINDOWS = [[10, 19], [26, 13]]
+
+
+def student_of(dense: Any, slopes: Any = ([0.1, 0.0], None)) -> Any:
+    model: Any = convert.upcycle(dense, 10, local=4, sinks=2, copy_weights=True)
+    convert.set_windows(model, WINDOWS)
+    convert.set_slopes(model, slopes)
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.rank_predictor.down.weight)
+    model.config.trained_ranks = True
+    return model.train().requires_grad_(True)
+
+
+def tokens(rows: int = 2, length: int = 48) -> Tensor:
+    return torch.randint(3, 300, (rows, length))
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def call(model: Any, kind: str) -> Tensor:
+    """The loss of one training call."""
+    torch.manual_seed(3)
+    inputs: dict[str, Any] = {"input_ids": (block := tokens()), "labels": block}
+    if kind == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(30), torch.arange(18)]).expand(2, -1)
+    elif kind == "padded":
+        inputs["attention_mask"] = torch.ones_like(block)
+        inputs["attention_mask"][1, :9] = 0
+    return model(**inputs, use_cache=False).loss  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["plain", "packed", "padded"])
+def test_one_graph_serves_all_layers(llama: Any, kind: str) -> None:
+    model = student_of(llama)
+    expected_loss = call(model, kind)
+    expected = gradients(model, expected_loss)
+    assert any("rank_predictor" in name for name in expected)
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with convert.compiled_layers(model, backend=backend) as layers:  # type: ignore[arg-type]
+        loss = call(model, kind)
+        assert layers.failure is None
+        assert len(graphs) == 1
+        torch.testing.assert_close(loss, expected_loss)
+        same(gradients(model, loss), expected)
+        assert len(graphs) == 1
+    assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_distillation_steps_of_both_models(llama: Any, backend: str, checkpointing: bool) -> None:
+    model, block = student_of(llama), tokens()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def step() -> tuple[Tensor, dict[str, Tensor]]:
+        loss, ranks = distillation_losses(model, llama, block)
+        assert ranks is not None
+        return loss.detach(), gradients(model, loss + ranks)
+
+    expected_loss, expected = step()
+    options = {"backend": backend}
+    with convert.compiled_layers(model, **options) as own, convert.compiled_layers(llama, **options) as other:
+        for _ in range(2):
+            loss, found = step()
+            torch.testing.assert_close(loss, expected_loss, rtol=1e-3, atol=1e-5)
+            same(found, expected)
+        assert (own.failure, other.failure) == (None, None)
+        assert (len(own._kinds), len(other._kinds)) == (1, 1)
+
+
+def test_distill_compiles_where_it_is_told_to(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, made = [tokens()], []
+
+    def compiled(model: Any) -> Any:
+        made.append(layers := convert.compiled_layers(model, backend="eager"))
+        return layers
+
+    monkeypatch.setattr(importlib.import_module("dynamask.convert.distill"), "compiled_layers", compiled)
+    expected = convert.distill(student_of(llama), llama, data, steps=3)
+    assert not made
+    found = convert.distill(student_of(llama), llama, data, steps=3, compiled=True)
+    assert [len(layers._kinds) for layers in made] == [1, 1]
+    assert all(not layers._layers for layers in made)
+    # The predictors are drawn anew; what they rank by decides little of this loss.
+    assert found[0] == pytest.approx(expected[0], rel=0.5)
+
+
+def test_calls_that_are_not_served_run_as_before(llama: Any) -> None:
+    model = student_of(llama).eval()
+    block = tokens(1, 40)
+    with torch.no_grad():
+        whole = model(block, use_cache=False).logits
+        generated = model.generate(block, max_new_tokens=5, do_sample=False)
+        short = model(block[:, :8], use_cache=False).logits
+        with convert.compiled_layers(model, backend="eager") as layers:
+            assert torch.equal(model.generate(block, max_new_tokens=5, do_sample=False), generated)
+            assert torch.equal(model(block[:, :8], use_cache=False).logits, short)
+            assert not layers._kinds
+            torch.testing.assert_close(model(block, use_cache=False).logits, whole)
+            assert len(layers._kinds) == 1
+
+
+def test_a_wrong_or_broken_graph_is_not_used(llama: Any) -> None:
+    model, block = student_of(llama).eval(), tokens(1, 40)
+
+    def wrong(graph: Any, inputs: Any) -> Any:
+        return lambda *values: tuple(out * 1.5 if out is not None else None for out in graph.forward(*values))
+
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here")
+
+    with torch.no_grad():
+        whole = model(block, use_cache=False).logits
+        for backend, message in ((wrong, "differs from the layer"), (broken, "no compiler here")):
+            with convert.compiled_layers(model, backend=backend) as layers:  # type: ignore[arg-type]
+                with pytest.warns(UserWarning, match=message):
+                    assert torch.equal(model(block, use_cache=False).logits, whole)
+                assert layers.failure is not None
+
+
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="list of decoder layers"):
+        convert.compiled_layers(nn.Linear(2, 2))
