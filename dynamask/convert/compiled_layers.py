@@ -19,6 +19,7 @@ from dynamask.convert.attention import CallFacts, TensorRules
 from dynamask.convert.models import is_converted
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import slope_tensor
+from dynamask.models.decoder import attention_of
 
 _MOST_KINDS = 6
 """Kinds of calls (shapes, dtypes, modes) that are compiled for; others run as they are."""
@@ -45,8 +46,7 @@ class CompiledLayers:
     """
 
     def __init__(self, model: Any, *, backend: str = "inductor") -> None:
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "model", None)
-        layers = getattr(decoder, "layers", None)
+        layers = getattr(getattr(model, "base_model", None), "layers", None)
         if not isinstance(layers, nn.ModuleList):
             raise InvalidInputError(
                 f"compiled_layers takes a causal LM with a list of decoder layers; got {type(model).__name__}"
@@ -168,7 +168,7 @@ def _dense_layer(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> t
 
 def _ranked_call(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """The further arguments of `_ranked_layer`, or None for a call that it does not serve."""
-    plain, facts, module = _without_cache(kwargs), kwargs.get("dynamask"), layer.self_attn
+    plain, facts, module = _without_cache(kwargs), kwargs.get("dynamask"), attention_of(layer)
     if plain is None or facts is None or facts.observer is not None or facts.shards is not None:
         return None
     if module.rank_predictor is None or facts.length != hidden_states.shape[1]:
@@ -208,7 +208,7 @@ def _ranked_layer(
 
 def _losses_of(layer: Any, facts: CallFacts) -> Any:
     """Where the loss of this layer's ranks goes, or None where they do not learn."""
-    module = layer.self_attn
+    module = attention_of(layer)
     trained = torch.is_grad_enabled() and any(p.requires_grad for p in module.rank_predictor.parameters())
     if not trained:
         return None
