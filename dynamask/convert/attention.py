@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from dynamask.cache import bounded_layer
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import SequenceInfo, recency_expiry
+from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_loss import RankLosses, rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
@@ -237,6 +238,8 @@ class ConvertedAttention(nn.Module):
     config: Any
     layer_idx: int
     rank_predictor: RankPredictor | None
+    head_group: Any = None
+    """Processes that hold the other heads of this layer (tensor parallelism)."""
     rank_losses: RankLosses | None = None
     """Where a trainer computes the loss, it collects the ranks' losses here, see `training.add_rank_loss`."""
 
@@ -259,6 +262,10 @@ class ConvertedAttention(nn.Module):
             kwargs[name] = _PassThrough(cache)
         call = _Call(dynamask, cache, hidden_states)
         return super().forward(hidden_states, *args, dynamask_call=call, **kwargs)  # type: ignore[misc]
+
+    def hold_heads(self, shard: HeadShard, group: Any) -> None:
+        """Take over a part of the heads, after the projections have been split over the processes of a group."""
+        self.head_group = group  # windows and slopes come from the configuration, which knows the shard
 
     @property
     def windows(self) -> tuple[int, ...] | None:
@@ -337,7 +344,7 @@ def _mix(module: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, c
     short = cache is None and facts.shards is None and facts.length <= min(windows)
     ranks = None if short and not learns else predictor(hidden_states.detach())
     if learns and ranks is not None and ranks.requires_grad and losses is not None:
-        losses.append(_rank_loss(query, key, ranks, facts, rules.local, scale))
+        losses.append(_rank_loss(query, key, ranks, facts, rules.local, scale, module.head_group))
     if short:
         return dense_attention(query, key, value, facts.sequence(), scale=scale)
     assert ranks is not None
@@ -375,7 +382,7 @@ def _mix_compiled(
     """Do what `_mix` does for a layer that ranks, without a cache, beyond its windows."""
     ranks = module.rank_predictor(hidden_states.detach())
     if rules.losses is not None:
-        rules.losses.append(_rank_loss(query, key, ranks, facts, rules.local, scale))
+        rules.losses.append(_rank_loss(query, key, ranks, facts, rules.local, scale, module.head_group))
     ranks = ranks.detach()
     ranks = ranks + rules.slopes.to(ranks.dtype)[:, None] * facts.ages[:, None].to(ranks.dtype)
     options: dict[str, Any] = {"segment_ids": facts.segment_ids, "key_mask": facts.key_mask}
@@ -383,12 +390,14 @@ def _mix_compiled(
     return ranked_attention(query, key, value, ranks, rules.windows, **options)
 
 
-def _rank_loss(query: Tensor, key: Tensor, ranks: Tensor, facts: CallFacts, local: int, scale: float) -> Tensor:
+def _rank_loss(
+    query: Tensor, key: Tensor, ranks: Tensor, facts: CallFacts, local: int, scale: float, group: Any
+) -> Tensor:
     """() the distance of ranks from what they should be, over the rows that teach them."""
     rows = slice(None, None, _LEARNING_ROWS)
     segments, mask = (None if each is None else each[rows] for each in (facts.segment_ids, facts.key_mask))
     target, valid = rank_target(query[rows], key[rows], local, segments, mask, scale)
-    return rank_loss(ranks[rows], target, valid)
+    return rank_loss(ranks[rows], target, valid, group=group)
 
 
 def _without_ranks(

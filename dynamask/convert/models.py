@@ -26,6 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
 from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, check_implementation, convert_attention
 from dynamask.errors import InvalidInputError
+from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.auto_code import CarriesAutoCode
@@ -34,6 +35,7 @@ from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.decoder import attention_of, decoder_of
 from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
+from dynamask.models.tensor_parallel import TensorParallelLoading, split_attention
 from dynamask.models.windows import Slopes, checked_slopes
 from dynamask.ops.checks import check_window
 from dynamask.ops.context_parallel.shards import current_group
@@ -158,12 +160,19 @@ class ConvertedConfig(CarriesAutoCode):
 
     @property
     def head_windows(self) -> tuple[tuple[int, ...] | None, ...]:
-        """Windows of every layer and key/value head, L x G; None for a layer left dense."""
+        """Windows of every layer and key/value head, L x G; None for a layer left dense.
+
+        Of a model split by tensor parallelism, as the slopes: of the heads that this process holds.
+        """
         layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
-        key = (repr(self.windows), layers, groups)
+        shard: HeadShard | None = self.__dict__.get("_head_shard")  # of a model split by tensor parallelism
+        key = (repr(self.windows), layers, groups, shard)
         known = self.__dict__.get("_head_windows")
         if known is None or known[0] != key:
-            known = key, self._resolved(layers, groups)
+            windows = self._resolved(layers, groups)
+            if shard is not None:
+                windows = tuple(None if layer is None else shard.of(layer) for layer in windows)
+            known = key, windows
             self.__dict__["_head_windows"] = known
         return known[1]  # type: ignore[no-any-return]
 
@@ -187,10 +196,14 @@ class ConvertedConfig(CarriesAutoCode):
         """Slopes of every layer and key/value head, L x G; None for a layer whose ranks do not rise."""
         layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
         slopes = self.slopes
-        key = None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
+        shard: HeadShard | None = self.__dict__.get("_head_shard")
+        key = shard, None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
         known = self.__dict__.get("_head_slopes")
         if known is None or known[0] != key:
-            known = key, checked_slopes(slopes, layers, groups)
+            checked = checked_slopes(slopes, layers, groups)
+            if shard is not None:
+                checked = tuple(None if layer is None else shard.of(layer) for layer in checked)
+            known = key, checked
             self.__dict__["_head_slopes"] = known
         return known[1]  # type: ignore[no-any-return]
 
@@ -227,7 +240,7 @@ class ConvertedConfig(CarriesAutoCode):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, without what is only remembered."""
         fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        for name in ("_head_windows", "_head_slopes"):
+        for name in ("_head_windows", "_head_slopes", "_head_shard"):
             fields.pop(name, None)
         return fields
 
@@ -258,7 +271,7 @@ def _from_0_1(fields: dict[str, Any], *, paper: bool) -> dict[str, Any]:
     return fields
 
 
-class ConvertedModel(OwnCacheGeneration):
+class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
     """What the converted classes share, mixed in before the transformers class."""
 
     config: Any
@@ -513,7 +526,8 @@ def converted_classes(model_type: str) -> tuple[Any, Any]:
     }
     body: dict[str, Any] = {name: default for name, (_, default) in fields.items()}
     body["__annotations__"] = {name: annotation for name, (annotation, _) in fields.items()}
-    body |= {"model_type": _PREFIX + model_type, "__module__": __name__, "base_model_tp_plan": {}}
+    body |= {"model_type": _PREFIX + model_type, "__module__": __name__}
+    body["base_model_tp_plan"] = _tensor_parallel_plan(model_type, config_class)
     if not hasattr(config_class(), "num_key_value_heads"):  # every query head has keys of its own
         aliases = {"num_key_value_heads": "num_attention_heads", **config_class.attribute_map}
         body["attribute_map"] = aliases
@@ -536,6 +550,15 @@ def converted_classes(model_type: str) -> tuple[Any, Any]:
     # The Trainer shifts the labels of the models that this table names.
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = model.__name__
     return config, model
+
+
+def _tensor_parallel_plan(model_type: str, config_class: Any) -> dict[str, str]:
+    """The original's plan. Where it splits the heads, it splits the ranks by the same heads."""
+    plan = dict(config_class.base_model_tp_plan or {})
+    if model_type == "doge":  # its mask reads the values of all heads
+        return {}
+    ranks = [f"{name}.rank_predictor.down" for name in split_attention(plan)]
+    return plan | dict.fromkeys(ranks, "colwise")
 
 
 def converted_model_types() -> list[str]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dynamask.mixers.head_shard import HeadShard, with_summed_gradient
 from dynamask.mixers.rotary import RotaryFrequencies, rotate
 from dynamask.ops.context_parallel.shards import ContextShards
 from dynamask.ops.nsa.blocks import BlockLayout
@@ -200,11 +201,13 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.group: Any = None  # of processes that apply it to heads of their own
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise (..., dim), in the input's dtype."""
         # Under autocast weight and input differ, and only equal dtypes reach the fused kernel.
-        weight = self.weight.to(hidden_states.dtype)
+        weight = self.weight if self.group is None else with_summed_gradient(self.weight, self.group)
+        weight = weight.to(hidden_states.dtype)
         return F.rms_norm(hidden_states, weight.shape, weight, self.eps)
 
 
@@ -214,6 +217,8 @@ class GroupedQueryMixer(Mixer):
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_shard: HeadShard | None = None
+        self.head_group: Any = None
         self.num_heads, self.num_key_value_heads, self.head_dim = heads, groups, dim
         self.q_proj = nn.Linear(config.hidden_size, heads * dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, groups * dim, bias=False)
@@ -226,6 +231,13 @@ class GroupedQueryMixer(Mixer):
     def rotary_dim(self) -> int:
         """Return the width of a head: all of it is rotated."""
         return self.head_dim
+
+    def hold_heads(self, shard: HeadShard, group: Any) -> None:
+        """Take over a part of the heads, after the projections have been split over the processes of a group."""
+        self.windows = shard.of(self.windows)
+        self.num_heads, self.num_key_value_heads = self.num_heads // shard.size, self.num_key_value_heads // shard.size
+        self.head_shard, self.head_group = shard, group
+        self.q_norm.group = self.k_norm.group = group
 
     def project(self, hidden_states: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
         """Project to query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""

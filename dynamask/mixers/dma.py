@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.cache import BoundedLayer, bounded_layer
+from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo, cached_rows
 from dynamask.mixers.gate import DynamicMaskGate
+from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.rank_loss import rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
 from dynamask.ops.bias import finite_bias
@@ -45,6 +47,15 @@ class DynamicMaskAttention(GroupedQueryMixer):
             self.gate = DynamicMaskGate(self.num_key_value_heads, self.head_dim)
         else:
             self.rank_predictor = RankPredictor(config.hidden_size, self.num_key_value_heads)
+
+    def hold_heads(self, shard: HeadShard, group: Any) -> None:
+        """See `GroupedQueryMixer.hold_heads`."""
+        if self.gate is not None:
+            raise InvalidInputError(
+                'ranking="paper" scores every head from the values of all heads, which tensor parallelism (tp_plan) '
+                'splits over the processes. Use ranking="learned", or FSDP'
+            )
+        super().hold_heads(shard, group)
 
     @classmethod
     def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:
@@ -92,7 +103,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
             segment_ids=None if segment_ids is None else segment_ids[rows],
             key_mask=None if key_mask is None else key_mask[rows],
         )
-        return rank_loss(ranks[rows], target, valid)
+        return rank_loss(ranks[rows], target, valid, group=self.head_group)
 
 
 def dynamic_mask_mix(

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import GroupedQueryMixer, SequenceInfo
+from dynamask.mixers.head_shard import HeadShard
 from dynamask.ops.nsa.blocks import BlockLayout, block_layout, nsa_attention
 
 
@@ -27,6 +29,10 @@ class NativeSparseAttention(GroupedQueryMixer):
         self.block_size, self.block_counts = config.nsa["block_size"], config.nsa["block_counts"]
         self.window = config.nsa["window"]
         self.g_proj = nn.Linear(config.hidden_size, self.num_heads * 3, bias=False)
+
+    def hold_heads(self, shard: HeadShard, group: Any) -> None:
+        """Refuse tensor parallelism: gates and blocks are not split."""
+        raise InvalidInputError("nsa cannot be split over processes by heads (tp_plan); use FSDP")
 
     @classmethod
     def default_dimensions(cls, config: Any, given: dict[str, Any]) -> dict[str, int | None]:

@@ -7,12 +7,13 @@ Shared by models that train from scratch (`dynamask.mixers.dma`) and by converte
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamask.mixers.head_shard import summed
 from dynamask.ops.future_attention import future_attention
 
 _FLOOR = 1e-4
@@ -85,7 +86,7 @@ def rank_target(
     return weight.clamp(min=_FLOOR).log(), weight > 0
 
 
-def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
+def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor, *, group: Any = None) -> Tensor:
     """Compute the mean squared distance of ranks from their targets.
 
     Squares, because most keys are attended to rarely: the minimum is then the mean of the targets, which a rare high
@@ -95,6 +96,8 @@ def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
         ranks: (B, G, N) float, differentiable.
         target: (B, G, N) float, as `rank_target` returns it.
         valid_mask: (B, G, N) bool, or a shape that broadcasts to it: the keys that count.
+        group: processes of torch.distributed that hold other heads, or other parts of the sequence, of the same
+            layer: the mean is over the keys of all of them, in every process. Each computes the gradient of its part.
 
     Returns:
         () in the target's dtype, the mean over the valid keys; 0 where there are none.
@@ -102,4 +105,8 @@ def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor) -> Tensor:
     valid = valid_mask.expand_as(target)
     # Before the loss: a NaN behind the mask would have a NaN gradient, times zero.
     ranks, target = ranks.to(target.dtype).masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0)
-    return F.mse_loss(ranks, target, reduction="sum") / valid.sum().clamp(min=1)
+    total, count = F.mse_loss(ranks, target, reduction="sum"), valid.sum()
+    if group is not None:
+        both = summed(torch.stack([total, count.to(total.dtype)]), group)
+        total, count = both[0], both[1].detach()
+    return total / count.clamp(min=1)

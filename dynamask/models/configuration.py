@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from dynamask.errors import InvalidInputError, did_you_mean
 from dynamask.mixers import get_mixer
+from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.rotary import check_rope_parameters
 from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.saved_by_0_1 import REMOVED, fields_of_0_1
@@ -75,6 +76,16 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
 
     model_type = "dynamask"
     auto_module = "dynamask.models"
+    base_model_tp_plan = {  # noqa: RUF012 -- transformers adds to it
+        "layers.*.mixer.q_proj": "colwise",
+        "layers.*.mixer.k_proj": "colwise",
+        "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.o_proj": "rowwise",
+        "layers.*.mixer.rank_predictor.down": "colwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
     keys_to_ignore_at_inference = ["past_key_values", "cache", "aux_loss"]  # noqa: RUF012 -- transformers adds to it
 
     vocab_size: int = 32000
@@ -154,8 +165,16 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
 
     @property
     def head_windows(self) -> tuple[tuple[int, ...], ...]:
-        """Return the keys that each query keeps, L x G."""
-        return resolved_head_windows(self.windows, self.num_hidden_layers, self.num_key_value_heads)
+        """Return the keys that each query keeps, L x G; of a model split by tensor parallelism, this process's G."""
+        windows = resolved_head_windows(self.windows, self.num_hidden_layers, self.num_key_value_heads)
+        shard: HeadShard | None = self.__dict__.get("_head_shard")
+        return windows if shard is None else tuple(shard.of(layer) for layer in windows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields, without the heads that this process holds."""
+        fields: dict[str, Any] = super().to_dict()
+        fields.pop("_head_shard", None)
+        return fields
 
     @property
     def head_slopes(self) -> tuple[tuple[float, ...] | None, ...]:

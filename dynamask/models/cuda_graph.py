@@ -128,6 +128,7 @@ def decode_by_graph(
         or torch.compiler.is_compiling()
         or _capturing()
         or model.training
+        or getattr(model, "_tp_size", None)  # its step exchanges sums with other processes
     ):
         return None
     at = _addresses(cache)

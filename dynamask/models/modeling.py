@@ -24,6 +24,7 @@ from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.export import refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
+from dynamask.models.tensor_parallel import TensorParallelLoading
 from dynamask.ops.checks import check_attention_mask, check_segment_ids
 from dynamask.ops.context_parallel.shards import context_shards, current_group
 
@@ -100,7 +101,7 @@ class DynamaskDecoderLayer(nn.Module):
         return hidden_states if loss is None else (hidden_states, loss)
 
 
-class DynamaskPreTrainedModel(PreTrainedModel):
+class DynamaskPreTrainedModel(TensorParallelLoading, PreTrainedModel):
     """Loading, saving and initialisation shared by the dynamask models."""
 
     config_class = DynamaskConfig
@@ -246,6 +247,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
 class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, GenerationMixin):
     """The decoder with an output layer over the vocabulary."""
 
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: DynamaskConfig) -> None:

@@ -122,7 +122,8 @@ def set_head_windows(model: Any, windows: Sequence[Sequence[int]]) -> None:
     """
     decoder = getattr(model, "model", model)
     for layer, own in zip(decoder.layers, windows, strict=True):
-        layer.mixer.windows = tuple(own)
+        shard = getattr(layer.mixer, "head_shard", None)  # of a model split by tensor parallelism
+        layer.mixer.windows = tuple(own) if shard is None else shard.of(own)
 
 
 def checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, ...] | None, ...]:

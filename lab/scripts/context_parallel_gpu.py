@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import os
 import statistics
@@ -46,7 +47,7 @@ from dynamask.training.optimizer import adamw
 
 TINY = "--tiny" in sys.argv
 DEVICE = torch.device("cpu") if TINY else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-DTYPE = torch.float32 if TINY else torch.bfloat16
+DTYPE = torch.float32 if TINY and "--bf16" not in sys.argv else torch.bfloat16
 HEADS, GROUPS, DIM = (4, 2, 16) if TINY else (16, 8, 128)
 WINDOW, LOCAL, SINKS = (32, 8, 2) if TINY else (2048, 128, 4)
 LAYERS = 1 if TINY else 8
@@ -80,11 +81,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], None], repeats: int, *, together: bool = True, in_a_row: int = 1) -> list[float]:
-    """Wall-clock times; with `together` the processes begin each repeat at once. The slowest process counts.
-
-    With `in_a_row` a repeat is so many runs, as the layers of a model follow each other, and a time is that of one.
-    """
+def seconds(run: Callable[[], None], repeats: int, *, together: bool = True) -> list[float]:
+    """Wall-clock times; with `together` the processes begin each repeat at once. The slowest process counts."""
     times = []
     for _ in range(repeats):
         synchronize()
@@ -92,10 +90,9 @@ def seconds(run: Callable[[], None], repeats: int, *, together: bool = True, in_
             dist.barrier()
             synchronize()
         begun = time.perf_counter()
-        for _ in range(in_a_row):
-            run()
+        run()
         synchronize()
-        taken = torch.tensor((time.perf_counter() - begun) / in_a_row, device=DEVICE, dtype=torch.float64)
+        taken = torch.tensor(time.perf_counter() - begun, device=DEVICE, dtype=torch.float64)
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         times.append(float(taken))
     return times
@@ -206,45 +203,50 @@ def attention_times(report: Report) -> None:
 
 
 def _attention_times(report: Report, mesh: Any, windows: list[int], name: str, length: int) -> None:
-    repeats = 2 if TINY else 7
+    repeats = 2 if TINY else 5
     query, key, value, ranks = inputs(length)
     whole = [query.requires_grad_(), key.requires_grad_(), value.requires_grad_()]
     grad = torch.randn_like(query)
 
-    def one_gpu() -> None:
-        for each in whole:
-            each.grad = None
+    def attend_whole() -> Tensor:
         expiry = key_expiry(ranks, windows, local=LOCAL, sinks=SINKS)
-        attend(*whole, expiry, max_live=tuple(windows)).backward(grad)
+        return attend(*whole, expiry, max_live=tuple(windows))
 
+    def layers(attention: Callable[[], Tensor], leaves: list[Tensor], gradient: Tensor) -> Callable[[], None]:
+        """Layers follow each other as in a model: forward through all, then back through all."""
+
+        def run() -> None:
+            outputs = [attention() for _ in range(LAYERS)]
+            while outputs:
+                torch.autograd.grad(outputs.pop(), leaves, gradient)
+
+        return run
+
+    one_gpu = layers(attend_whole, whole, grad)
     one_gpu()
-    alone = seconds(one_gpu, repeats, together=False, in_a_row=LAYERS)
+    alone = [each / LAYERS for each in seconds(one_gpu, repeats, together=False)]
     part = own(length)
     shard = [each.detach()[:, :, part].clone().requires_grad_() for each in whole]
     shard_ranks, shard_grad = ranks[:, :, part].contiguous(), grad[:, :, part].contiguous()
-    for each in whole:
-        each.grad = None
     shards = context_shards(mesh, 1, part.stop - part.start, DEVICE)
 
-    def split() -> None:
-        for each in shard:
-            each.grad = None
-        context_parallel_attention(*shard, shard_ranks, windows, shards=shards, local=LOCAL, sinks=SINKS).backward(
-            shard_grad
-        )
+    def attend_shard() -> Tensor:
+        return context_parallel_attention(*shard, shard_ranks, windows, shards=shards, local=LOCAL, sinks=SINKS)
 
+    split = layers(attend_shard, shard, shard_grad)
     split()
     shards.traffic.forward = shards.traffic.backward = 0
     split()
-    sent = torch.tensor([shards.traffic.forward, shards.traffic.backward], device=DEVICE)
+    sent = torch.tensor([shards.traffic.forward // LAYERS, shards.traffic.backward // LAYERS], device=DEVICE)
     dist.all_reduce(sent, dist.ReduceOp.MAX)
-    times = seconds(split, repeats, in_a_row=LAYERS)
+    times = [each / LAYERS for each in seconds(split, repeats)]
     report.line(
         "context_parallel_attention",
         length=length,
         windows=name,
         window=WINDOW,
         layers_in_a_row=LAYERS,
+        order="forward through all layers, then backward",
         heads=HEADS,
         groups=GROUPS,
         head_dim=DIM,
@@ -338,9 +340,9 @@ def model_of(context: int) -> Any:
     return model.train()
 
 
-def sharded(model: Any, mesh: Any, *, checkpointing: bool = False) -> Any:
+def sharded(model: Any, mesh: Any, *, checkpointing: bool = False, reduce: torch.dtype = torch.float32) -> Any:
     use_chunked_loss(model)
-    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=DTYPE, reduce_dtype=reduce, cast_forward_inputs=False)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in model.model.layers:
@@ -350,47 +352,81 @@ def sharded(model: Any, mesh: Any, *, checkpointing: bool = False) -> Any:
 
 
 def training_speed(report: Report) -> None:
-    """Tokens per second and GPU of the 1.7b preset's shape: FSDP2 over all GPUs against each GPU by itself."""
+    """Tokens per second and GPU of the 1.7b preset's shape: FSDP2 over all GPUs against each GPU by itself.
+
+    The baseline is the same code over a mesh of one GPU, run by all GPUs at the same time, so that both share the host
+    alike. Batches and accumulation are those of a user's step. Gradients are summed in float32, as `dynamask train`
+    does, or in bfloat16; the weights of the next layer are gathered ahead, or when its forward begins.
+    """
     size = dist.get_world_size()
     grid = init_device_mesh(DEVICE.type, (size, 1), mesh_dim_names=("replicas", "alone"))
-    speeds = {}
-    for name, mesh in (("one", grid["alone"]), ("all", init_device_mesh(DEVICE.type, (size,)))):
-        speeds[name] = _training_step(report, name, mesh)
+    together = init_device_mesh(DEVICE.type, (size,))
+    base: dict[tuple[int, ...], float] = {}
+    for mesh, reduce, ahead in (
+        (grid["alone"], torch.float32, (False,)),
+        (together, torch.float32, (True, False)),
+        (together, torch.bfloat16, (True,)),
+    ):
+        model = sharded(model_of(256 if TINY else 32768), mesh, checkpointing=True, reduce=reduce)
+        optimizer = adamw(model, learning_rate=1e-4, weight_decay=0.1)
+        for prefetch in ahead:
+            prefetch_layers(model, prefetch)
+            for setting in TRAINING:
+                facts = {"sharded_over": mesh.size(), "reduce": str(reduce)[6:], "prefetch": prefetch}
+                speed = _training_step(report, model, optimizer, mesh.size() > 1, setting, facts)
+                if mesh.size() == 1:
+                    base[setting] = speed
+                else:
+                    facts |= dict(zip(("batch", "accumulation", "context"), setting, strict=True))
+                    report.line("training_scaling", **facts, share_of_one_gpu=speed / base[setting])
+        del model, optimizer
         gc.collect()
         if not TINY:
             torch.cuda.empty_cache()
-    report.line("training_scaling", share_of_one_gpu=speeds["all"] / speeds["one"])
 
 
-def _training_step(report: Report, name: str, mesh: Any) -> float:
-    context, batch, repeats = (128, 1, 2) if TINY else (8192, 4, 4)
-    model = sharded(model_of(context), mesh, checkpointing=True)
-    optimizer = adamw(model, learning_rate=1e-4, weight_decay=0.1)
-    vocabulary = model.config.vocab_size
-    tokens = torch.randint(vocabulary, (batch, context), device=DEVICE)
+TRAINING = ((2, 1, 128), (1, 2, 256)) if TINY else ((4, 1, 8192), (1, 1, 8192), (4, 2, 8192), (1, 1, 32768))
+"""Sequences of a GPU in a pass, passes of a step, tokens of a sequence."""
+
+
+def prefetch_layers(model: Any, ahead: bool) -> None:
+    """Let every layer gather the weights of the next one before it computes, or not."""
+    layers = [*model.model.layers]
+    for layer, following in itertools.pairwise(layers):
+        layer.set_modules_to_forward_prefetch([following] if ahead else [])
+
+
+def _training_step(
+    report: Report, model: Any, optimizer: Any, several: bool, setting: tuple[int, ...], facts: dict[str, Any]
+) -> float:
+    batch, accumulation, context = setting
+    repeats = 2 if TINY or accumulation > 1 else 3
+    tokens = torch.randint(model.config.vocab_size, (batch, context), device=DEVICE)
     losses: list[Tensor] = []
 
     def step() -> None:
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        for turn in range(accumulation):
+            model.set_requires_gradient_sync(turn == accumulation - 1)
+            loss = model(input_ids=tokens, labels=tokens).loss / accumulation
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss.detach() * accumulation)
 
-    for _ in range(1 if TINY else 2):
-        step()
+    step()
     if not TINY:
         torch.cuda.reset_peak_memory_stats()
-    times = seconds(step, repeats, together=name == "all")
-    speed = batch * context / statistics.median(times)
+    times = seconds(step, repeats, together=several)
+    speed = batch * accumulation * context / statistics.median(times)
     report.line(
         "training_step",
         preset="tiny" if TINY else "1.7b",
         parameters=sum(p.numel() for p in model.parameters()),
-        sharded_over=1 if name == "one" else dist.get_world_size(),
+        **facts,
         context=context,
         batch=batch,
+        accumulation=accumulation,
         step=spread(times),
         tokens_per_second_and_gpu=speed,
         peak_bytes=0 if TINY else torch.cuda.max_memory_allocated(),
@@ -463,6 +499,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="gloo and small shapes, on a CPU")
+    parser.add_argument("--bf16", action="store_true", help="with --tiny: in bfloat16, as on a GPU")
     arguments = parser.parse_args()
     if not TINY:
         torch.cuda.set_device(DEVICE)

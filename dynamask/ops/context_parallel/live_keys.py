@@ -66,7 +66,8 @@ def choose_live(
     order = torch.where(real, order, info.min)
     if order.dtype == torch.int32:
         column = torch.arange(order.shape[-1], device=order.device)
-        best = ((order.long() << 32) | column).topk(width, dim=-1).indices  # on equal ranks the later one
+        distinct = (order.long() << 32) | column  # on equal ranks the later one
+        best = distinct.topk(width, dim=-1, sorted=min(windows) < width).indices
     else:
         best = order.sort(dim=-1, stable=True).indices.flip(-1)[..., :width]
     places = torch.arange(width, device=order.device)

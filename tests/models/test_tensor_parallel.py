@@ -1,0 +1,23 @@
+"""Models that transformers splits by their plan equal the whole ones: losses, gradients, generation, what is saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models.tensor_parallel_cases import MODELS
+from tests.processes import run_processes
+
+CASES = "tests.models.tensor_parallel_cases"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_split_model_equals_the_whole(name: str, tmp_path: Path) -> None:
+    run_processes(f"{CASES}:several", 2, name, str(tmp_path))
+
+
+@pytest.mark.slow
+def test_what_cannot_be_split_is_refused(tmp_path: Path) -> None:
+    run_processes(f"{CASES}:refused", 2, str(tmp_path))
