@@ -51,7 +51,7 @@ DTYPE = torch.float32 if TINY and "--bf16" not in sys.argv else torch.bfloat16
 HEADS, GROUPS, DIM = (4, 2, 16) if TINY else (16, 8, 128)
 WINDOW, LOCAL, SINKS = (32, 8, 2) if TINY else (2048, 128, 4)
 LAYERS = 1 if TINY else 8
-LENGTHS = [256, 512] if TINY else [65536, 262144]
+LENGTHS = [256, 512] if TINY else [262144]
 
 
 def uneven_windows() -> list[int]:
@@ -467,7 +467,7 @@ def split_model(report: Report) -> None:
         use_chunked_loss(reference)
         alone = reference(input_ids=tokens, labels=tokens)
         expected = float(alone.row_losses.sum() / alone.row_counts.sum())
-        if abs(expected - float(total)) > 1e-4:
+        if abs(expected - float(total)) > (1e-4 if DTYPE == torch.float32 else 3e-3):
             raise AssertionError(f"loss {float(total)}, in one process {expected}")
     report.line(
         "split_model_step",
