@@ -88,7 +88,7 @@ MODELS: dict[str, Any] = {
         "gemma3_text", sliding_window=8, layer_types=["sliding_attention", "full_attention"]
     ),
     "phi3": lambda: converted("phi3", pad_token_id=0),
-    "gpt_neox": lambda: gpt_neox(),
+    "gpt_neox": gpt_neox,
     "olmo2": lambda: converted("olmo2"),
 }
 
