@@ -56,6 +56,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
                 'splits over the processes. Use ranking="learned", or FSDP'
             )
         super().hold_heads(shard, group)
+        self.slopes = None if self.slopes is None else shard.of(self.slopes)
 
     @classmethod
     def cache_layer(cls, config: Any, layer_idx: int) -> CacheLayerMixin:

@@ -179,7 +179,9 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
     @property
     def head_slopes(self) -> tuple[tuple[float, ...] | None, ...]:
         """Return how much ranks rise per token, L x G; None for a layer whose ranks do not rise."""
-        return checked_slopes(self.slopes, self.num_hidden_layers, self.num_key_value_heads)
+        slopes = checked_slopes(self.slopes, self.num_hidden_layers, self.num_key_value_heads)
+        shard: HeadShard | None = self.__dict__.get("_head_shard")
+        return slopes if shard is None else tuple(None if layer is None else shard.of(layer) for layer in slopes)
 
     @property
     def budget(self) -> float | None:

@@ -78,7 +78,7 @@ def gpt_neox() -> Any:
 
 MODELS: dict[str, Any] = {
     "dma": native,
-    "dma, tied": lambda: native(tie_word_embeddings=True),
+    "dma, untied, slopes": lambda: native(tie_word_embeddings=False, slopes=[[0.25, 0.0], None]),
     "swa": lambda: native(attention="swa"),
     "mha": lambda: native(attention="mha"),
     "llama": lambda: converted("llama"),
