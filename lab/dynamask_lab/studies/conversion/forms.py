@@ -202,6 +202,8 @@ class Workshop:
         self.folder, self.state, self.schedule, self.device, self.report = model, state, schedule, device, report
         self.train_tokens = np.load(data / "train.npy", mmap_mode="r")
         self.calibration_tokens = np.load(data / "validation.npy").reshape(-1)
+        record = data / "data.json"
+        self.begin = json.loads(record.read_text()).get("begin", []) if record.exists() else []
         self._dense: dict[int, Any] = {}
         self._kept: tuple[Spec, Any] | None = None
         self.deadline = math.inf
@@ -275,10 +277,14 @@ class Workshop:
         return self._dense[rope]
 
     def blocks(self, seed: int, step: int = 0) -> Iterator[Tensor]:
-        """Training batches (batch, block) on the device, half of them repeating their first half."""
+        """Training batches (batch, block) on the device, half of them repeating their first half.
+
+        Each block begins as the tokenizer begins a text.
+        """
         schedule = self.schedule
         made = CalibrationBlocks(self.train_tokens, schedule.block, batch=schedule.batch, seed=seed)
         for batch in made.from_step(step):
+            batch[:, : len(self.begin)] = torch.tensor(self.begin, dtype=batch.dtype)
             yield batch.to(self.device)
 
     def calibration(self) -> list[Tensor]:

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from dynamask_lab.studies.conversion import final, levers, measure
+from dynamask_lab.studies.conversion import final, gemma, levers, measure
 from dynamask_lab.studies.conversion.forms import STEPS, OutOfTime, Schedule, Spec, Workshop
 from dynamask_lab.studies.conversion.jobs import Job, jobs, key_of, lane_of
 from dynamask_lab.studies.conversion.tasks import Example, Tasks
@@ -38,6 +38,8 @@ WAIT = 150.0
 """Seconds that `--after` waits at most."""
 MEASURING = 45.0
 """Seconds that a training leaves for the losses of what it trained."""
+SHARED: dict[str, Any] = {"final": final, "gemma": gemma}
+"""Lists that processes share."""
 LANES = ("all", "converted", "dense", "speed")
 
 
@@ -111,7 +113,9 @@ def _prepare(model: Path, data: Path) -> None:
     torch.set_num_threads(1)
     essays = (data / "essays.txt").read_text(encoding="utf-8")
     documents = np.load(data / "test-text.npy").reshape(-1)
-    _tasks_of_process = Tasks(AutoTokenizer.from_pretrained(model), essays, documents.tolist())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    chat = tokenizer.chat_template is not None  # a model that was not trained to chat gets the bare question
+    _tasks_of_process = Tasks(tokenizer, essays, documents.tolist(), chat=chat)
 
 
 def _make(settings: dict[str, Any]) -> list[Example]:
@@ -200,8 +204,8 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="blocks, examples and questions of each job; for trials")
     parser.add_argument("--processes", type=int, default=max(1, min(12, (os.cpu_count() or 2) - 2)))
     parser.add_argument("--steps", type=int, default=STEPS, help="batches that forms are trained on")
-    parser.add_argument("--plan", choices=("forms", "levers", "final"), default="forms", help="which list")
-    parser.add_argument("--role", choices=final.ROLES, help="with --plan final: share its list with other processes")
+    parser.add_argument("--plan", choices=("forms", "levers", *SHARED), default="forms", help="which list")
+    parser.add_argument("--role", choices=final.ROLES, help="share the list with other processes")
     parser.add_argument("--name", default="", help="of the process in its lines, with --role")
     parser.add_argument("--schedule", default="{}", help="JSON: fields of Schedule that differ")
     parser.add_argument("--list", action="store_true", help="print the jobs instead of running them")
@@ -210,8 +214,8 @@ def main() -> int:
     start = time.monotonic()
     if arguments.part and (arguments.plan != "levers" or not re.fullmatch(r"\d+/\d+", arguments.part)):
         parser.error(f"--part is I/N and needs --plan levers; got {arguments.part!r}")
-    if arguments.role and arguments.plan != "final":
-        parser.error("--role needs --plan final")
+    if arguments.role and arguments.plan not in SHARED:
+        parser.error(f"--role needs --plan {' or '.join(SHARED)}")
     parts = int(arguments.part.partition("/")[2]) if arguments.part else 0
     lane = f"{int(arguments.part.partition('/')[0])}/{parts}" if arguments.part else arguments.lane
     if arguments.plan == "levers":
@@ -219,7 +223,8 @@ def main() -> int:
         names = [f"{part}/{parts}" for part in range(parts)] or ["converted", "dense"]
         places = levers.lanes(listed, names)
     else:
-        listed, places = (final.jobs() if arguments.plan == "final" else jobs(arguments.steps)), {}
+        plan = SHARED.get(arguments.plan)
+        listed, places = (plan.jobs() if plan else jobs(arguments.steps)), {}
     chosen = [
         job
         for job in listed
@@ -276,6 +281,7 @@ def main() -> int:
             ready=workshop.ready,
             fits=lambda spec: time.monotonic() + workshop.seconds_to_make(spec) < workshop.deadline,
             over=lambda: time.monotonic() - start > arguments.seconds,
+            listed=SHARED[arguments.plan].entries(),
         )
     for job in queue:
         spent = time.monotonic() - start

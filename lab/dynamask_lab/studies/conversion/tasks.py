@@ -108,7 +108,7 @@ class Tasks:
 
     def __init__(self, tokenizer: Any, essays: str, documents: Sequence[int], *, chat: bool = True) -> None:
         self.tokenizer = tokenizer
-        self.before, self.after = self._template() if chat else ("", "\n")
+        self.before, self.after = self._template() if chat else (self._begin(), "\n")
         noise = self._encode("\n".join([NOISE] * 64) + "\n")
         self._haystacks = {"noise": noise, "essays": self._encode(essays), "documents": [int(i) for i in documents]}
         self._essays = essays
@@ -154,6 +154,11 @@ class Tasks:
         else:
             body, depth = self._hide(plan, room - len(head), rng)
         return Example(task, head + body, questions, plan.answers, depth)
+
+    def _begin(self) -> str:
+        """What the tokenizer puts before every text."""
+        first = self.tokenizer("a")["input_ids"][0]
+        return str(self.tokenizer.bos_token) if first == self.tokenizer.bos_token_id else ""
 
     def _template(self) -> tuple[str, str]:
         mark = "\u241e"

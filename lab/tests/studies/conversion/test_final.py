@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamask_lab.studies.conversion import final
+from dynamask_lab.studies.conversion import final, gemma
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.conversion.jobs import Job
 
@@ -65,6 +65,7 @@ def test_nothing_begins_when_the_time_is_up(role: str, tmp_path: Path) -> None:
 
 def test_no_job_is_listed_twice_and_every_comparison_is_measured() -> None:
     entries = final.entries()
+    assert len(gemma.jobs()) == len({job.key for job in gemma.jobs()})
     keys = [job.key for entry in entries for job in entry.jobs]
     assert len(keys) == len(set(keys))
     forms = {job.spec for job in final.jobs()}
