@@ -11,6 +11,7 @@
 # CARRIED holds the parts of the model's file (fetch_models.py --parts), data.tar.xz (conversion_data.py --pack),
 # benchmarks.tar.xz, the wheels of gguf and kvpress, and, to continue elsewhere, results of earlier runs (*.jsonl) and
 # what they trained (ranks-*.pt, windows.tar). EXTRA holds further arguments of the study, such as "--plan levers".
+# MODEL and PLAN name another model's folder and list for `start`, such as gemma3-270m and gemma.
 # `start` puts a trainer and an evaluator on each of GPUS="0 1 2", and on LATE="3" once nothing else runs there.
 # Everything is kept in $CONVERSION_WORK (default: a folder in the system's temporary one), results go to $OUT too.
 set -uo pipefail
@@ -39,7 +40,7 @@ fi
 cp -r "$carried/." "$work/carried/"
 [ "$what" = keep ] && { du -sm "$work/carried"; exit 0; }
 
-model=$work/models/smollm2-135m-instruct
+model=$work/models/${MODEL:-smollm2-135m-instruct}
 export PYTHONPATH=$PWD:$PWD/lab:$work/site PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1
 if [ ! -f "$work/ready" ]; then
@@ -67,11 +68,12 @@ spread() { # part, parts, GPU
         --done "${done[@]}" --plan levers --part "$1/$2" --processes 6 --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
         2>&1 | grep --line-buffered -v "it/s\]" >"$work/log-$1.txt"
 }
+earlier=$([ -n "${PLAN:-}" ] || echo lab/results/conversion*.jsonl) # of the same model
 member() { # role, GPU, processes
     CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
         setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
         --model "$model" --data "$work/data" --benchmarks "$work/benchmarks" --state "$work/state" \
-        --out "$work/results-$1-$2.jsonl" --done "${done[@]}" lab/results/conversion*.jsonl --plan final \
+        --out "$work/results-$1-$2.jsonl" --done "${done[@]}" $earlier --plan "${PLAN:-final}" \
         --role "$1" --name "$1 $2" --processes "$3" --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
         >"$work/log-$1-$2.txt" 2>&1 </dev/null &
     echo $! >>"$work/pids"

@@ -3,10 +3,10 @@
     python lab/scripts/restrict_vocabulary.py MODEL.gguf DATA OUT --tokenizer FOLDER --size 65536
 
 DATA holds token arrays of the whole vocabulary, as `conversion_data.py` writes them. Kept are: every token of the
-arrays and the haystack, the bytes, the pieces that a user defined, the control tokens that have a name, every character
-of a kept token, and the pieces of the lowest ids, which were merged first, up to the size. The rows of the embedding
-are copied as they are quantised, so the model computes the same, but its output distribution lacks the other tokens.
-OUT receives the smaller GGUF file, its tokenizer, and DATA with new ids as uint16; the script ends with an error if the
+arrays and the haystack, the bytes, the pieces that a user defined, the control tokens that have a name, every piece
+that those are merged from, and the pieces of the lowest ids, which were merged first, up to the size. The rows of the
+embedding are copied as they are quantised, so the model computes the same, but its output distribution lacks the other
+tokens. OUT receives the smaller GGUF file, its tokenizer, and DATA with new ids; the script ends with an error if the
 smaller tokenizer splits any text of the data in another way.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,27 @@ CHECKED = 100_000
 """Tokens of each array whose text is split again."""
 
 
-def chosen(tokens: list[str], kinds: list[int], used: set[int], size: int) -> list[int]:
+def steps(token: str, ids: dict[str, int], scores: list[float]) -> set[int]:
+    """The ids of the pieces that a token is merged from, step by step."""
+    pieces = list(token)
+    found = {ids[piece] for piece in pieces if piece in ids}
+    while len(pieces) > 1:
+        unions = [(scores[ids[a + b]], -place) for place, (a, b) in enumerate(pairwise(pieces)) if a + b in ids]
+        if not unions:
+            break
+        place = -max(unions)[1]
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+        found.add(ids[pieces[place]])
+    return found
+
+
+def chosen(tokens: list[str], scores: list[float], kinds: list[int], used: set[int], size: int) -> list[int]:
     """The ids to keep, ascending."""
-    ids = {token: index for index, token in enumerate(tokens)}
+    ids = {token: index for index, token in enumerate(tokens) if kinds[index] == NORMAL}
     named = {i for i, kind in enumerate(kinds) if kind == CONTROL and "unused" not in tokens[i]}
     other = {i for i, kind in enumerate(kinds) if kind not in (CONTROL, NORMAL)}
     kept = used | named | other
-    kept |= {ids[c] for i in list(kept) if kinds[i] == NORMAL for c in tokens[i] if c in ids}
+    kept |= {each for i in list(kept) if kinds[i] == NORMAL for each in steps(tokens[i], ids, scores)}
     if len(kept) > size:
         raise SystemExit(f"the data use {len(kept)} tokens, more than {size}: give a larger --size")
     for index, kind in enumerate(kinds):
@@ -80,7 +95,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1 << 16)
     arguments = parser.parse_args()
     reader = GGUFReader(str(arguments.gguf))
-    tokens, _, kinds = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in LISTS)
+    tokens, scores, kinds = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in LISTS)
     full: Any = AutoTokenizer.from_pretrained(arguments.tokenizer)
     arrays = {path.stem: np.load(path) for path in sorted(arguments.data.glob("*.npy"))}
     essays = (arguments.data / "essays.txt").read_text(encoding="utf-8")
@@ -89,7 +104,7 @@ def main() -> None:
     texts = [essays, *names, *(f" {name}" for name in names), *map(str, range(10)), *"abcdefghijklmnopqrstuvwxyz"]
     used = {int(index) for array in arrays.values() for index in np.unique(array)}
     used |= {index for text in texts for index in full(text, verbose=False)["input_ids"]}
-    kept = chosen(tokens, kinds, used, arguments.size)
+    kept = chosen(tokens, scores, kinds, used, arguments.size)
     arguments.output.mkdir(parents=True, exist_ok=True)
     small = arguments.output / f"{arguments.gguf.stem}-{arguments.size}.gguf"
     write_gguf(reader, small, kept)
@@ -99,7 +114,7 @@ def main() -> None:
     table[kept] = np.arange(len(kept))
     report = json.loads((arguments.data / "data.json").read_text())
     for name, array in arrays.items():
-        new = table[array].astype(np.uint16)
+        new = table[array].astype(np.uint16 if len(kept) <= 1 << 16 else np.uint32)
         np.save(arguments.output / f"{name}.npy", new)
         report["arrays"][name]["sha256"] = hashlib.sha256(new.tobytes()).hexdigest()[:16]
         text = full.decode(array.reshape(-1)[:CHECKED].tolist())
