@@ -396,8 +396,8 @@ def _rank_loss(
     """() the distance of ranks from what they should be, over the rows that teach them."""
     rows = slice(None, None, _LEARNING_ROWS)
     segments, mask = (None if each is None else each[rows] for each in (facts.segment_ids, facts.key_mask))
-    target, valid = rank_target(query[rows], key[rows], local, segments, mask, scale)
-    return rank_loss(ranks[rows], target, valid, group=group)
+    target, valid = rank_target(query[rows], key[rows], local, segments, mask, scale, shards=facts.shards, rows=rows)
+    return rank_loss(ranks[rows], target, valid, group=group, shards=facts.shards)
 
 
 def _without_ranks(

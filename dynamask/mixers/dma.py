@@ -103,8 +103,10 @@ class DynamicMaskAttention(GroupedQueryMixer):
             local=self.local,
             segment_ids=None if segment_ids is None else segment_ids[rows],
             key_mask=None if key_mask is None else key_mask[rows],
+            shards=sequence.shards,
+            rows=rows,
         )
-        return rank_loss(ranks[rows], target, valid, group=self.head_group)
+        return rank_loss(ranks[rows], target, valid, group=self.head_group, shards=sequence.shards)
 
 
 def dynamic_mask_mix(

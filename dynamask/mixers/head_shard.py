@@ -48,9 +48,16 @@ def check_divides(heads: int, size: int) -> None:
         )
 
 
-def summed(tensor: Tensor, group: Any) -> Tensor:
-    """Sum a tensor over the processes of a group. The gradient of each process's own part is that of the sum."""
-    return _Summed.apply(tensor, group)  # type: ignore[no-any-return]
+def summed(tensor: Tensor, group: Any, *, losses_are_summed: bool = False) -> Tensor:
+    """Sum a tensor over the processes of a group.
+
+    Args:
+        tensor: this process's part, of any shape.
+        group: of torch.distributed.
+        losses_are_summed: whether the loss is the sum of the processes' losses: the gradient is then summed, too.
+            False: every process has the whole loss.
+    """
+    return _Summed.apply(tensor, group, losses_are_summed)  # type: ignore[no-any-return]
 
 
 def with_summed_gradient(weight: Tensor, group: Any) -> Tensor:
@@ -60,14 +67,19 @@ def with_summed_gradient(weight: Tensor, group: Any) -> Tensor:
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: Tensor, group: Any, losses_are_summed: bool) -> Tensor:  # type: ignore[override]
+        ctx.group = group if losses_are_summed else None
         total = tensor.detach().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient, None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        if ctx.group is not None:
+            gradient = gradient.contiguous().clone()
+            dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None, None
 
 
 class _SummedGradient(torch.autograd.Function):

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from dynamask.mixers.head_shard import summed
+from dynamask.ops.context_parallel.shards import ContextShards
 from dynamask.ops.future_attention import future_attention
 
 _FLOOR = 1e-4
@@ -64,6 +66,9 @@ def rank_target(
     segment_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    *,
+    shards: ContextShards | None = None,
+    rows: slice = slice(None),
 ) -> tuple[Tensor, Tensor]:
     """Compute what the ranks of a layer should be: the log of the largest attention weight of any later query.
 
@@ -74,19 +79,57 @@ def rank_target(
         segment_ids: (B, N) non-decreasing integers of packed documents, or None.
         key_mask: (B, N) bool, True for a real token, or None.
         scale: factor on the query-key products, default D**-0.5.
+        shards: where the sequence is split over processes: query and key are of this process's shard, and the queries
+            of all shards count. The processes then exchange all keys; `segment_ids` and `key_mask` are not read.
+        rows: with `shards`: rows of the batch that query and key are of.
 
     Returns:
         target: (B, G, N) float32 (float64 for float64 queries), at most 0. No gradient.
         valid: (B, G, N) bool, False for a key that no later query of its document can attend to (near the end of a
             document, padding): it has no target.
     """
-    weight = future_attention(
-        query.detach(), key.detach(), local=local, segment_ids=segment_ids, key_mask=key_mask, scale=scale
-    )
+    if shards is not None:
+        weight = _over_shards(query.detach(), key.detach(), local, scale, shards, rows)
+    else:
+        weight = future_attention(
+            query.detach(), key.detach(), local=local, segment_ids=segment_ids, key_mask=key_mask, scale=scale
+        )
     return weight.clamp(min=_FLOOR).log(), weight > 0
 
 
-def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor, *, group: Any = None) -> Tensor:
+def _over_shards(
+    query: Tensor, key: Tensor, local: int, scale: float | None, shards: ContextShards, rows: slice
+) -> Tensor:
+    """Compute the largest weight that queries of any shard give the keys of this one, (B, G, n).
+
+    Each process computes what its queries give to all keys before them; the maximum over the processes is exact.
+    """
+    batch, groups, length, _ = key.shape
+    start, end = shards.start, shards.start + length
+    every = [key.new_empty(batch, groups, n, key.shape[3]) for n in shards.lengths]
+    shards.gather(every, key.contiguous())
+    segments = None
+    if shards.packed:
+        whole = (shards.segment_ids if shards.segment_ids is not None else shards.first_document(1, key.device)).shape[
+            0
+        ]
+        place = start + torch.arange(length, device=key.device)
+        begins = (place - shards.positions(whole, length, key.device))[rows].expand(batch, length).contiguous()
+        parts = [begins.new_empty(batch, n) for n in shards.lengths]
+        shards.gather(parts, begins)
+        segments = torch.cat(parts, 1)[:, :end]
+    # The queries before this shard are other processes'; `first_query` leaves them out.
+    padded = F.pad(query, (0, 0, start, 0))
+    seen = torch.cat(every, 2)[:, :, :end].contiguous()
+    weight = future_attention(padded, seen, local=local, first_query=start, segment_ids=segments, scale=scale)
+    weight = F.pad(weight, (0, sum(shards.lengths) - end))
+    dist.all_reduce(weight, dist.ReduceOp.MAX, group=shards.group)
+    return weight[:, :, start:end].contiguous()
+
+
+def rank_loss(
+    ranks: Tensor, target: Tensor, valid_mask: Tensor, *, group: Any = None, shards: ContextShards | None = None
+) -> Tensor:
     """Compute the mean squared distance of ranks from their targets.
 
     Squares, because most keys are attended to rarely: the minimum is then the mean of the targets, which a rare high
@@ -96,8 +139,10 @@ def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor, *, group: Any =
         ranks: (B, G, N) float, differentiable.
         target: (B, G, N) float, as `rank_target` returns it.
         valid_mask: (B, G, N) bool, or a shape that broadcasts to it: the keys that count.
-        group: processes of torch.distributed that hold other heads, or other parts of the sequence, of the same
-            layer: the mean is over the keys of all of them, in every process. Each computes the gradient of its part.
+        group: processes of torch.distributed that hold other heads of the same layer: the mean is over the keys of
+            all of them. Every process has the same loss and computes the gradient of its part.
+        shards: where the sequence is split over processes: the mean is over the keys of all shards. The processes'
+            losses are summed, so each part's gradient is that of all of them.
 
     Returns:
         () in the target's dtype, the mean over the valid keys; 0 where there are none.
@@ -106,7 +151,8 @@ def rank_loss(ranks: Tensor, target: Tensor, valid_mask: Tensor, *, group: Any =
     # Before the loss: a NaN behind the mask would have a NaN gradient, times zero.
     ranks, target = ranks.to(target.dtype).masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0)
     total, count = F.mse_loss(ranks, target, reduction="sum"), valid.sum()
-    if group is not None:
-        both = summed(torch.stack([total, count.to(total.dtype)]), group)
-        total, count = both[0], both[1].detach()
+    for others, parts in ((group, False), (None if shards is None else shards.group, True)):
+        if others is not None:
+            both = summed(torch.stack([total, count.to(total.dtype)]), others, losses_are_summed=parts)
+            total, count = both[0], both[1].detach()
     return total / count.clamp(min=1)

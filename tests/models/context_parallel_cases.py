@@ -46,7 +46,7 @@ def gemma() -> Any:
 
 
 def _scrambled(model: Any) -> Any:
-    """Ranks that differ, large weights, float64, no rank loss (it is of each shard by itself)."""
+    """Ranks that differ, large weights, float64."""
     generator = torch.Generator().manual_seed(5)
     for module in model.modules():
         if isinstance(module, RankPredictor):
@@ -54,9 +54,7 @@ def _scrambled(model: Any) -> Any:
         if isinstance(module, DynamicMaskGate):
             for parameter in module.parameters():
                 parameter.data.normal_(0, 1, generator=generator)
-    if hasattr(model.config, "rank_loss_weight"):
-        model.config.rank_loss_weight = 0.0
-        model.config.trained_ranks = True
+    model.config.trained_ranks = True
     return model.double().train()
 
 
@@ -82,7 +80,11 @@ def agrees(name: str, packed: bool, checkpointing: bool) -> None:
     whole = alone(input_ids=tokens, labels=labels, use_cache=False, **given)
     goal = F.pad(labels[:, 1:], (0, 1), value=-100)
     count = (goal != -100).sum()
-    (F.cross_entropy(whole.logits.transpose(1, 2), goal, reduction="sum") / count).backward()
+    weight = getattr(model.config, "rank_loss_weight", 0.1)
+    ranks = getattr(whole, "aux_loss", None)
+    assert (ranks is not None) == (name in ("learned", "llama", "gemma"))
+    loss = F.cross_entropy(whole.logits.transpose(1, 2), goal, reduction="sum") / count
+    (loss if ranks is None else loss + weight * ranks).backward()
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if checkpointing:
@@ -95,15 +97,15 @@ def agrees(name: str, packed: bool, checkpointing: bool) -> None:
     allowed = {"rtol": 1e-4, "atol": 1e-6} if name == "gemma" else CLOSE  # whose norms compute in float32
     torch.testing.assert_close(part.logits, whole.logits.detach()[:, own], **allowed)
     assert batch["num_items_in_batch"] == count
-    (F.cross_entropy(part.logits.transpose(1, 2), batch["shift_labels"], reduction="sum") / count).backward()
-    share = (batch["shift_labels"] != -100).sum() / count
-    total = (part.loss - 0.1 * share * (getattr(part, "aux_loss", None) or 0)).detach()
+    loss = F.cross_entropy(part.logits.transpose(1, 2), batch["shift_labels"], reduction="sum") / count
+    if ranks is not None:
+        torch.testing.assert_close(part.aux_loss, ranks.detach(), rtol=1e-6, atol=1e-6)
+        loss = loss + weight * part.aux_loss * (batch["shift_labels"] != -100).sum() / count
+    loss.backward()
+    total = part.loss.detach().clone()
     dist.all_reduce(total)
-    expected = whole.loss - 0.1 * (getattr(whole, "aux_loss", None) or 0)
-    torch.testing.assert_close(total, expected.detach(), rtol=1e-6, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(total, whole.loss.detach(), rtol=1e-6, atol=1e-6, check_dtype=False)
     for (key, ours), theirs in zip(model.named_parameters(), alone.parameters(), strict=True):
-        if "rank_predictor" in key:
-            continue
         assert (ours.grad is None) == (theirs.grad is None), key
         if ours.grad is not None:
             dist.all_reduce(ours.grad)

@@ -27,10 +27,12 @@ class Traffic:
     Attributes:
         forward: keys, values, ranks and positions.
         backward: gradients of borrowed keys and values.
+        learning: keys that ranks learn from, where they do.
     """
 
     forward: int = 0
     backward: int = 0
+    learning: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,7 @@ class ContextShards:
         document: (B,) int64, position in the whole sequence at which the document of this shard's first token begins;
             None: at 0 in every row.
         traffic: counts what the operators send.
+        packed: whether any shard of any process holds more than one document per row, or begins a later one.
     """
 
     group: Any
@@ -52,6 +55,7 @@ class ContextShards:
     segment_ids: Tensor | None = None
     document: Tensor | None = None
     traffic: Traffic = field(default_factory=Traffic)
+    packed: bool = False
 
     @property
     def rank(self) -> int:
@@ -72,6 +76,21 @@ class ContextShards:
     def start(self) -> int:
         """Return the position of this shard's first token in the whole sequence."""
         return self.starts[self.rank]
+
+    def gather(self, parts: list[Tensor], part: Tensor) -> None:
+        """Collect a tensor of every process in `parts`, which hold one of each process's shape; count the bytes sent.
+
+        Shapes may differ between processes, in which case they are padded on the way.
+        """
+        sizes = [each.numel() for each in parts]
+        longest = max(sizes)
+        rows = [part.new_empty(longest) for _ in sizes]
+        flat = part.new_zeros(longest)
+        flat[: part.numel()] = part.flatten()
+        dist.all_gather(rows, flat, group=self.group)
+        for each, row, size in zip(parts, rows, sizes, strict=True):
+            each.copy_(row[:size].view(each.shape))
+        self.traffic.learning += (self.size - 1) * longest * part.element_size()
 
     def first_document(self, batch: int, device: torch.device) -> Tensor:
         """Return `document`, zeros where it is None: (B,) int64."""
@@ -143,20 +162,27 @@ def context_shards(
     group = process_group(mesh)
     if segment_ids is not None:
         check_segment_ids(segment_ids, batch, length, device)
-    facts = torch.tensor([length, batch, segment_ids is not None], device=device)
+    opens, packs = None, segment_ids is not None
+    if not packs and position_ids is not None:
+        positions = position_ids.expand(batch, length)
+        opens = positions[:, 1:] != positions[:, :-1] + 1
+        # A document that a process begins with, but the first, begins at 0.
+        packs = bool(opens.any()) or (dist.get_rank(group) > 0 and bool((positions[:, 0] == 0).any()))
+    facts = torch.tensor([length, batch, segment_ids is not None, packs], device=device)
     table = _gathered(facts, group)
     lengths = tuple(row[0] for row in table)
-    if min(lengths) < 1 or len({tuple(row[1:]) for row in table}) > 1:
+    if min(lengths) < 1 or len({tuple(row[1:3]) for row in table}) > 1:
         raise InvalidInputError(
             "every process must hold at least one token of the same rows, and all or none give segment_ids; got "
             + ", ".join(
-                f"process {i}: batch {b}, length {n}, segment_ids {bool(s)}" for i, (n, b, s) in enumerate(table)
+                f"process {i}: batch {b}, length {n}, segment_ids {bool(s)}" for i, (n, b, s, _) in enumerate(table)
             )
         )
-    shards = ContextShards(group, lengths)
+    packed = any(row[3] for row in table)
+    shards = ContextShards(group, lengths, packed=packed)
     if segment_ids is not None:
-        return ContextShards(group, lengths, segment_ids, _document_of_segments(shards, segment_ids))
-    if position_ids is None:
+        return ContextShards(group, lengths, segment_ids, _document_of_segments(shards, segment_ids), packed=packed)
+    if position_ids is None or opens is None:
         return shards
     first = position_ids[:, 0].to(torch.int64).expand(batch)
     document = shards.start - first
@@ -164,10 +190,8 @@ def context_shards(
         raise InvalidInputError(
             f"position_ids of this shard begin at {int(first.max())}, and only {shards.start} tokens precede it"
         )
-    positions = position_ids.expand(batch, length)
-    opens = positions[:, 1:] != positions[:, :-1] + 1
     own = torch.nn.functional.pad(opens.long(), (1, 0)).cumsum(-1) if bool(opens.any()) else None
-    return ContextShards(group, lengths, own, document if bool((document > 0).any()) else None)
+    return ContextShards(group, lengths, own, document if bool((document > 0).any()) else None, packed=packed)
 
 
 def _gathered(row: Tensor, group: Any) -> list[list[int]]:
