@@ -449,7 +449,7 @@ def _training_step(
 def split_model(report: Report) -> None:
     """One sequence of the 1.7b preset's shape over all GPUs: context parallelism and FSDP2 on the same processes."""
     size = dist.get_world_size()
-    context, repeats = (256, 1) if TINY else (131072, 2)
+    context, repeats = (256, 1) if TINY else (65536, 2)
     mesh = init_device_mesh(DEVICE.type, (size,))
     model = model_of(context)
     reference = copy.deepcopy(model) if TINY else None
