@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
 from dynamask.cache import bounded_layer
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.base import SequenceInfo, recency_expiry
+from dynamask.mixers.base import SequenceInfo, recency_expiry, starts_over
 from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_loss import RankLosses, rank_loss, rank_target
@@ -160,10 +159,11 @@ def call_facts(
             f"attention_mask must be (batch, past + new) = {(batch, past + new)}, 1 for a real token; got shape "
             f"{tuple(attention_mask.shape)}. For packed documents pass position_ids that start over."
         )
+    exporting = torch.compiler.is_exporting()  # an exported graph cannot look at the data
     if attention_mask is not None:
         check_attention_mask(attention_mask)
     key_mask = None if attention_mask is None else attention_mask.to(device=device, dtype=torch.bool)
-    if key_mask is not None and bool(key_mask.all()):
+    if key_mask is not None and not exporting and bool(key_mask.all()):
         key_mask = None
     counted = position_ids is None
     if (group := current_group()) is not None:
@@ -182,18 +182,15 @@ def call_facts(
     if counted and key_mask is not None:
         ages = (key_mask.cumsum(-1) - 1)[:, past:]
     segments = None
-    if not counted and new > 1:
-        starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-        if key_mask is not None:  # positions jump at padding
-            real = key_mask[:, past:]
-            starts = starts & real[:, 1:] & real[:, :-1]
-        if bool(starts.any()):
+    if not counted and new > 1 and not (past and exporting):
+        starts = starts_over(position_ids, None if key_mask is None else key_mask[:, past:])
+        if exporting or bool(starts.any()):
             if past:
                 raise InvalidInputError(
                     "position_ids start over (packed documents) behind a cache that holds keys: run packed documents "
                     "without a cache"
                 )
-            segments = F.pad(starts.long(), (1, 0)).cumsum(-1)
+            segments = starts.long().cumsum(-1)
     return CallFacts(past + new, key_mask, segments, position_ids, ages)
 
 

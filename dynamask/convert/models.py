@@ -33,7 +33,7 @@ from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
 from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.decoder import attention_of, decoder_of
-from dynamask.models.export import refuse_onnx_export
+from dynamask.models.export import cache_of_export, refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.tensor_parallel import TensorParallelLoading, split_attention
 from dynamask.models.windows import Slopes, checked_slopes
@@ -374,6 +374,7 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         for name in ("cache", "cache_params", "past_key_values"):
             arguments.pop(name, None)
         arguments[cache_name] = cache
+        arguments["use_cache"] = cache_of_export(cache, arguments.get("use_cache"))
         if tokens is None or self.config.ranking == "paper":
             if current_group() is not None:
                 raise InvalidInputError("models converted from Doge cannot be split over processes (context_parallel)")

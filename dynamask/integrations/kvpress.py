@@ -69,7 +69,7 @@ class DynamaskPress(ScorerPress):
         """The converted layer of the same index, with its predictor, windows and slopes."""
         if self._converted is None:
             raise InvalidInputError("DynamaskPress is applied by `with press(model):`")
-        return attention_of(decoder_of(self._converted).layers[int(module.layer_idx)])
+        return attention_of(decoder_of(self._converted).layers[int(module.layer_idx)])  # type: ignore[arg-type]
 
     @torch.no_grad()
     def score(

@@ -77,18 +77,30 @@ def packed_segments(position_ids: Tensor, key_mask: Tensor | None = None) -> Ten
         (B, N) non-decreasing int64, or None where no position starts over. While compiling, which must not look
         at the data, always a tensor.
     """
-    expected = F.pad(position_ids[:, :-1] + 1, (1, 0))
-    starts_over = position_ids != expected
-    starts_over[:, 0] = False
-    if key_mask is not None:
-        # The position of the last real token before each one; a row's first real token starts nothing over.
-        index = torch.arange(position_ids.shape[1], device=position_ids.device)
-        last = F.pad(torch.where(key_mask, index, -1).cummax(-1).values[:, :-1], (1, 0), value=-1)
-        expected = position_ids.gather(-1, last.clamp(min=0)) + 1
-        starts_over = key_mask & (last >= 0) & (position_ids != expected)
-    if torch.compiler.is_compiling() or bool(starts_over.any()):
-        return starts_over.long().cumsum(-1)
+    starts = starts_over(position_ids, key_mask)
+    if torch.compiler.is_compiling() or bool(starts.any()):
+        return starts.long().cumsum(-1)
     return None
+
+
+def starts_over(position_ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """Mark the first token of every packed document but a row's first.
+
+    Args:
+        position_ids: (B, N). A document starts where a position does not follow the one before it. Behind padding it
+            starts at position 0 alone: `generate()` counts on from the padding there.
+        key_mask: (B, N) bool, True for a real token; positions of padding are not read. None: no padding.
+
+    Returns:
+        (B, N) bool.
+    """
+    starts = position_ids != F.pad(position_ids[:, :-1] + 1, (1, 0))
+    starts[:, 0] = False
+    if key_mask is not None:
+        before = F.pad(key_mask[:, :-1], (1, 0))
+        some = F.pad(key_mask.cumsum(-1)[:, :-1] > 0, (1, 0))  # a row's first real token starts nothing over
+        starts = key_mask & torch.where(before, starts, some & (position_ids == 0))
+    return starts
 
 
 class Mixer(nn.Module, ABC):

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import os
+from typing import Any
 
+import torch
+from transformers.cache_utils import Cache
+
+from dynamask.cache import BoundedLayer
 from dynamask.errors import InvalidInputError
 
 REASONS = {
@@ -28,6 +33,54 @@ def cannot_export(form: str) -> InvalidInputError:
         form: "onnx" or "gguf".
     """
     return InvalidInputError(f"a dynamask model cannot be exported to {form.upper()}: {REASONS[form]}. {_INSTEAD}")
+
+
+class SavedAsSafetensors:
+    """Mixed in before a model: `save_pretrained` refuses formats of other programs."""
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args: Any, save_format: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Save the model, see transformers.
+
+        Args:
+            save_directory: the folder.
+            args, kwargs: as transformers' method.
+            save_format: None or "safetensors". transformers' method ignores the argument.
+
+        Raises:
+            InvalidInputError: another format. Nothing is written.
+        """
+        form = None if save_format is None else str(save_format).lower()
+        if form in REASONS:
+            raise cannot_export(form)
+        if form not in (None, "safetensors"):
+            raise InvalidInputError(f"save_format must be None or 'safetensors'; got {save_format!r}")
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+
+def cache_of_export(cache: Cache | None, use_cache: bool | None) -> bool | None:
+    """Settle which cache a forward pass inside of `torch.export` has: none, or one of all keys that is given.
+
+    Args:
+        cache: given to the forward.
+        use_cache: given to the forward.
+
+    Returns:
+        `use_cache`, False where it was left open inside of `torch.export`.
+
+    Raises:
+        InvalidInputError: inside of `torch.export`, a bounded cache or the wish for one.
+    """
+    if not torch.compiler.is_exporting():
+        return use_cache
+    bounded = cache is not None and any(isinstance(layer, BoundedLayer) for layer in cache.layers)
+    if bounded or (cache is None and use_cache):
+        raise InvalidInputError(
+            "torch.export cannot hold a bounded cache, whose size and contents depend on the ranks of the keys: export "
+            "with use_cache=False, or with past_key_values=DynamicCache(), which keeps all keys"
+        )
+    return use_cache if cache is not None else False
 
 
 def refuse_onnx_export() -> None:

@@ -13,9 +13,10 @@ from dynamask.cache import BoundedLayer
 from dynamask.errors import InvalidInputError
 from dynamask.models.auto_code import KeepsOwnCode
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
+from dynamask.models.export import SavedAsSafetensors
 
 
-class OwnCacheGeneration(KeepsOwnCode):
+class OwnCacheGeneration(SavedAsSafetensors, KeepsOwnCode):
     """Mixed in before transformers' `GenerationMixin`: `generate()` takes `_new_cache()` unless told otherwise."""
 
     def _new_cache(self) -> Cache:

@@ -22,7 +22,7 @@ from dynamask.mixers.rank_loss import RankLosses
 from dynamask.models.cache_argument import CACHE_NAME, takes_cache
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
-from dynamask.models.export import refuse_onnx_export
+from dynamask.models.export import SavedAsSafetensors, cache_of_export, refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.tensor_parallel import TensorParallelLoading
 from dynamask.ops.checks import check_attention_mask, check_segment_ids
@@ -101,7 +101,7 @@ class DynamaskDecoderLayer(nn.Module):
         return hidden_states if loss is None else (hidden_states, loss)
 
 
-class DynamaskPreTrainedModel(TensorParallelLoading, PreTrainedModel):
+class DynamaskPreTrainedModel(TensorParallelLoading, SavedAsSafetensors, PreTrainedModel):
     """Loading, saving and initialisation shared by the dynamask models."""
 
     config_class = DynamaskConfig
@@ -187,6 +187,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         split = current_group() is not None
         if split:
             use_cache = _without_cache(past_key_values, use_cache)
+        use_cache = cache_of_export(past_key_values, use_cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
             if use_cache and past_key_values is None and _packed(attention_mask, position_ids, segment_ids):

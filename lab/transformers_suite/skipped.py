@@ -16,10 +16,6 @@ REASONS: dict[str, str] = {
         "compares the shapes of a static cache; values carry ranks in further channels, and layers that slide hold "
         "their window. Tokens are compared in tests/convert/test_models.py"
     ),
-    r"Test(Dma|DmaPaper|Swa|Mha|Nsa)\.test_assisted_decoding_.*": (
-        "its prompts are padded on the right at random, which generate() warns of: positions that start over behind "
-        "it are refused as packed documents. Tokens are compared in tests/convert/test_ecosystem.py"
-    ),
     r"Test(Mla)\.test_(past_key_values_format|.*_dict_outputs_use_cache|assisted_decoding_.*)": (
         "compares the shapes of a cache with (batch, heads, length, dim); latent attention keeps one vector for all"
     ),

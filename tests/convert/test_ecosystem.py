@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from dynamask import InvalidInputError, convert
 from dynamask.registration import _add_lora_targets
+from tests.conftest import tiny_model
 
 
 @pytest.fixture
@@ -43,6 +44,20 @@ def test_prompt_lookup_gives_the_greedy_tokens(model: Any, tokens: torch.Tensor,
         model.generate(tokens, prompt_lookup_num_tokens=3, **GREEDY)
     with pytest.raises(InvalidInputError, match="takes tokens back"):
         model.generate(tokens, prompt_lookup_num_tokens=3, past_key_values=model._new_cache(), **GREEDY)
+
+
+@pytest.mark.filterwarnings("ignore:assisted generation")
+@pytest.mark.parametrize("padding", [slice(0, 5), slice(8, 11), slice(25, 30)], ids=["left", "hole", "right"])
+@pytest.mark.parametrize("form", ["native", "converted"])
+def test_prompt_lookup_of_padded_prompts(model: Any, tokens: torch.Tensor, form: str, padding: slice) -> None:
+    """On the right, where transformers warns, it counts on from the padding: wrong positions, but equal ones."""
+    if form == "native":
+        model = tiny_model(windows=12, local=4, sinks=2, vocab_size=300)
+    model, mask = model.double(), torch.ones_like(tokens)
+    mask[0, padding] = 0
+    options: dict[str, Any] = {**GREEDY, "attention_mask": mask, "eos_token_id": None}
+    greedy = model.generate(tokens, **options)
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **options), greedy)
 
 
 def test_a_converted_assistant_gives_the_greedy_tokens(model: Any, llama: Any, tokens: torch.Tensor) -> None:

@@ -112,6 +112,13 @@ def test_a_window_per_head_padding_with_holes_and_packing(llama: Any) -> None:
     packed = model(both, position_ids=packed_positions).logits
     torch.testing.assert_close(packed[0, :15], whole[0, :15])
     torch.testing.assert_close(packed[0, 15:], whole[1, :25])
+    # Padding between packed documents: the second starts at position 0.
+    between, mask = torch.cat([tokens[:1, :15], tokens[:1, :4], tokens[1:, :25]], 1), torch.ones(1, 44).long()
+    mask[0, 15:19] = 0
+    positions = torch.cat([torch.arange(15), torch.ones(4).long(), torch.arange(25)])[None]
+    packed = model(between, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[0, :15], whole[0, :15])
+    torch.testing.assert_close(packed[0, 19:], whole[1, :25])
     # A hole is as if its tokens were not there.
     mask, positions = torch.ones(1, 46).long(), torch.zeros(1, 46).long()
     mask[0, :3], mask[0, 20:23] = 0, 0

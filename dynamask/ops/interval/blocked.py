@@ -90,6 +90,38 @@ def _tile(
     return q, k, logits.masked_fill_(~seen, float("-inf")), seen, top if steep else None
 
 
+def _fused_tile(
+    grouped: Tensor, key: Tensor, value: Tensor, expiry: Tensor, scale: float, block: tuple
+) -> tuple[Tensor, Tensor] | None:
+    """One block by torch's fused attention: output (B, G, R, M, D) and log-sum-exp (B, G, R, M).
+
+    Args:
+        grouped: (B, G, R, Nq, D); key, value, expiry: as in `forward`.
+        block: as in `_tile`.
+
+    Returns:
+        None where the output is not finite: unseen values that are not finite spoil it.
+    """
+    start, stop, index, listed, first, _ = block
+    queries = grouped[:, :, :, start - first : stop - first]
+    shape, dtype = queries.shape, grouped.dtype
+    ratio, rows = shape[2], stop - start
+    # Heads of a group share keys, values and mask, which are expanded, not copied.
+    k, v = (_gather(each, index).to(dtype).flatten(0, 1)[:, None].expand(-1, ratio, -1, -1) for each in (key, value))
+    query_position = torch.arange(start, stop, device=index.device)[:, None]
+    alive = expiry.gather(-1, index)[:, :, None, :]
+    seen = ((index[:, :, None, :] <= query_position) & (query_position < alive) & listed[:, :, None, :]).flatten(0, 1)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    mask = mask[:, None].expand(-1, ratio, -1, -1)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries.flatten(0, 1), k, v, attn_mask=mask, scale=scale
+    )
+    if not bool(output.isfinite().all()):
+        return None
+    lse = lse.masked_fill(~seen.any(-1)[:, None], float("-inf"))
+    return output.view(*shape[:3], rows, -1), lse.view(*shape[:3], rows)
+
+
 def _is_steep(bias: Tensor | None) -> bool:
     return bias is not None and bool((bias.abs() > _STEEP).any())
 
@@ -124,10 +156,16 @@ def forward(
     top = torch.zeros((batch, groups, ratio, num_queries), dtype=wide, device=query.device)
     rest = torch.full_like(top, float("-inf"))
     steep = _is_steep(bias)
+    fusible = bias is None and query.device.type == "cpu" and dim == value.shape[-1]
     for start, stop, index, listed in key_lists(expiry, num_queries, block):
         if index.shape[-1] == 0:
             continue
         tile = (start, stop, index, listed, first, steep)
+        rows = slice(start - first, stop - first)
+        fused = _fused_tile(grouped, key, value, expiry, scale, tile) if fusible else None
+        if fused is not None:
+            output[:, :, :, rows], rest[:, :, :, rows] = fused
+            continue
         _, _, logits, seen, block_top = _tile(grouped, key, expiry, bias, scale, tile, None)
         largest = logits.amax(-1)
         # exp(-inf - finite) = 0 is what a row without keys needs; -inf - -inf would be NaN.
@@ -137,7 +175,6 @@ def forward(
         mixed = torch.matmul(weights.view(batch, groups, ratio * (stop - start), -1), v).view(*total.shape, -1)
         if not bool(mixed.isfinite().all()):
             mixed = weighted_sum(weights, v.unsqueeze(2), seen)
-        rows = slice(start - first, stop - first)
         output[:, :, :, rows] = mixed / total.masked_fill(total == 0, 1.0).unsqueeze(-1)
         rest[:, :, :, rows] = largest + total.log()
         if block_top is not None:
