@@ -13,8 +13,8 @@ REASONS: dict[str, str] = {
         "tests/models/test_transformers_calls.py"
     ),
     r"Test(Dma|DmaPaper|Swa)\.test_assisted_decoding_.*": (
-        "compares tokens, then the shapes of the greedy run's cache with (batch, heads, length, dim). Tokens, of padded "
-        "prompts too, are compared in tests/convert/test_ecosystem.py"
+        "compares tokens, then the shapes of the greedy run's cache with (batch, heads, length, dim). Tokens, those of "
+        "padded prompts too, are compared in tests/convert/test_ecosystem.py"
     ),
     r"Test(Llama|Qwen3|Gemma3)\.test_(generate_.*static_cache|generate_compilation_all_outputs)": (
         "compares the shapes of a static cache; values carry ranks in further channels, and layers that slide hold "
