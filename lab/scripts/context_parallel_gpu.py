@@ -17,6 +17,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from dynamask import DynamaskForCausalLM, key_expiry
+from dynamask import DynamaskConfig, DynamaskForCausalLM, key_expiry
 from dynamask.models import preset
 from dynamask.ops.context_parallel import (
     context_parallel,
@@ -490,6 +491,73 @@ def split_model(report: Report) -> None:
     )
 
 
+def tensor_parallel(report: Report) -> None:
+    """A model that transformers splits by its plan against the whole one: logits, steps of AdamW, generated tokens."""
+    size = dist.get_world_size()
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 4, "head_dim": 64, "vocab_size": 4096, "max_position_embeddings": 2048}
+    length = 96 if TINY else 1024
+    torch.manual_seed(0)
+    config = DynamaskConfig(**shape, windows=[[length // 8, length // 4] * 2] * 4, local=4, sinks=2)
+    alone = DynamaskForCausalLM(config)
+    with tempfile.TemporaryDirectory() as own:
+        place: list[Any] = [own]
+        dist.broadcast_object_list(place, 0)
+        if dist.get_rank() == 0:
+            alone.save_pretrained(place[0])
+        dist.barrier()
+        split: Any = DynamaskForCausalLM.from_pretrained(place[0], tp_plan="auto", dtype=torch.float32)
+        dist.barrier()
+    alone = alone.to(DEVICE)
+    tokens = torch.randint(shape["vocab_size"], (2, length), device=DEVICE, generator=_seeded())
+    with torch.no_grad():
+        error = (split(input_ids=tokens).logits - alone(input_ids=tokens).logits).abs().max()
+    asked = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+    same = torch.equal(split.generate(tokens, **asked), alone.generate(tokens, **asked))
+    split, optimizer, clip = _prepared_for_steps(split, size)
+    losses = _losses_of_steps(split, optimizer, tokens, clip)
+    plain = torch.optim.AdamW(alone.parameters(), lr=1e-3)
+    expected = _losses_of_steps(alone, plain, tokens, torch.nn.utils.clip_grad_norm_)
+    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    report.line(
+        "tensor_parallel",
+        length=length,
+        logits_error=float(error),
+        generated_equal=same,
+        losses=losses,
+        losses_of_one_process=expected,
+        loss_error=worst,
+        accelerate=not TINY,
+    )
+
+
+def _prepared_for_steps(model: Any, size: int) -> tuple[Any, Any, Callable[..., Any]]:
+    """The model and an optimizer, prepared by accelerate, which splits nothing by tensors on CPUs."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if TINY:
+        return model, optimizer, lambda *_: None
+    from accelerate import Accelerator
+    from accelerate.utils import ParallelismConfig
+
+    accelerator = Accelerator(parallelism_config=ParallelismConfig(tp_size=size))
+    model, optimizer = accelerator.prepare(model, optimizer)
+    return model, optimizer, accelerator.clip_grad_norm_
+
+
+def _losses_of_steps(model: Any, optimizer: Any, tokens: Tensor, clip: Callable[..., Any]) -> list[float]:
+    model.train()
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        if not TINY:
+            clip(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
 def _seeded() -> torch.Generator:
     return torch.Generator(DEVICE).manual_seed(7)
 
@@ -500,6 +568,7 @@ PARTS: dict[str, Callable[[Report], None]] = {
     "ring": ring_attention,
     "training": training_speed,
     "split_model": split_model,
+    "tensor_parallel": tensor_parallel,
 }
 
 
