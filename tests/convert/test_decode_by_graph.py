@@ -190,7 +190,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_a_recorded_step_continues_as_the_model_does(recordings: list[Recorder], family: str) -> None:
     model, tokens = converted(family), drawn(2, 52)
     expected, eager = logits_of(model, tokens, graphs=False)
@@ -207,6 +207,7 @@ def test_a_recorded_step_continues_as_the_model_does(recordings: list[Recorder],
         close(actual, model(tokens, use_cache=False).logits)
 
 
+@pytest.mark.slow
 def test_a_left_padded_batch(recordings: list[Recorder]) -> None:
     model, tokens = converted(), drawn(2, 48)
     mask = torch.ones_like(tokens)
@@ -270,6 +271,7 @@ def test_reasons() -> None:
     assert "hooks" in str(cuda_graph.reason_against(model))
 
 
+@pytest.mark.slow
 def test_generate_by_recorded_steps(recordings: list[Recorder]) -> None:
     model, prompt = converted(), drawn(2, 40)
     options: dict[str, Any] = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
