@@ -427,7 +427,9 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
 
     def _warn_of_untrained_ranks(self, facts: Any) -> None:
         config = self.config
-        if config.trained_ranks or facts.observer is not None or self.__dict__.get("_warned_of_ranks"):
+        if config.trained_ranks or facts.observer is not None or torch.compiler.is_exporting():
+            return
+        if self.__dict__.get("_warned_of_ranks"):
             return
         narrowest = min((min(config.head_windows[layer] or ()) for layer in config.ranked_layers), default=None)
         if narrowest is not None and facts.length > narrowest:

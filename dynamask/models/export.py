@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 from dynamask.cache import BoundedLayer
 from dynamask.errors import InvalidInputError
@@ -70,10 +70,15 @@ def cache_of_export(cache: Cache | None, use_cache: bool | None) -> bool | None:
         `use_cache`, False where it was left open inside of `torch.export`.
 
     Raises:
-        InvalidInputError: inside of `torch.export`, a bounded cache or the wish for one.
+        InvalidInputError: inside of `torch.export`, a bounded cache or the wish for one, or a static cache.
     """
     if not torch.compiler.is_exporting():
         return use_cache
+    if cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise InvalidInputError(
+            "torch.export cannot hold a static cache of a dynamask model: which of its slots are filled is known at run "
+            "time only. Export with use_cache=False, or with past_key_values=DynamicCache()"
+        )
     bounded = cache is not None and any(isinstance(layer, BoundedLayer) for layer in cache.layers)
     if bounded or (cache is None and use_cache):
         raise InvalidInputError(

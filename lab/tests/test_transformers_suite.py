@@ -56,11 +56,13 @@ def test_the_release_stands_before_the_checkout(source: Path, tmp_path: Path) ->
 
 def test_reasons_belong_to_cases() -> None:
     skipped = _by_path("skipped")
-    cases = (FOLDER / "cases.py").read_text()
+    cases = (FOLDER / "cases.py").read_text() + (FOLDER / "cache_cases.py").read_text()
     assert skipped.reason("TestMha", "test_greedy_generate") is None
     assert "flat pool" in skipped.reason("TestDma", "test_past_key_values_format")
+    table = (FOLDER / "README.md").read_text(encoding="utf-8")
     for pattern, why in skipped.REASONS.items():
         assert len(why) > 20
+        assert f"| {pattern.replace('|', ' ').replace(chr(92), '')} | {why} |" in table
         for name in pattern.partition("(")[2].partition(")")[0].split("|"):
             if name and not name.startswith("?"):
                 assert f"class Test{name}(" in cases, name

@@ -93,7 +93,12 @@ def lay_out(source: Path | None, checkout: Path | None, folder: Path) -> list[st
     (own / "__init__.py").touch()
     shutil.copy(HERE / "cases.py", own / "test_dynamask.py")
     shutil.copy(HERE / "skipped.py", own / "skipped.py")
-    return ["tests/dynamask_cases/test_dynamask.py"]
+    files = ["tests/dynamask_cases/test_dynamask.py"]
+    if (tests / "utils" / "test_cache_utils.py").exists():
+        (tests / "utils" / "__init__.py").touch()
+        shutil.copy(HERE / "cache_cases.py", own / "test_dynamask_caches.py")
+        files.append("tests/dynamask_cases/test_dynamask_caches.py")
+    return files
 
 
 def _follow_release(path: Path) -> None:

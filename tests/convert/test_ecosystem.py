@@ -110,19 +110,28 @@ def test_lora_adapters_of_predictors_get_a_gradient(model: Any, tokens: torch.Te
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}])
-def test_bitsandbytes_leaves_the_predictors_out(
+def test_quantised_it_is_the_dense_model_quantised_alike(
     shape: dict[str, Any], tokens: torch.Tensor, tmp_path: Path, options: dict[str, bool]
 ) -> None:
     pytest.importorskip("bitsandbytes")
     dense = LlamaForCausalLM(LlamaConfig(**shape | {"initializer_range": 0.02, "hidden_size": 64}))
     model = convert.upcycle(dense, 12, local=4, sinks=2)
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
-    )
+    dense.save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "converted")
+    quantised = [
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / name, quantization_config=BitsAndBytesConfig(**options), device_map="cpu"
+        )
+        for name in ("dense", "converted")
+    ]
+    loaded = quantised[1]
+    assert type(loaded.model.layers[0].self_attn.q_proj) is type(quantised[0].model.layers[0].self_attn.q_proj)
+    assert type(loaded.model.layers[0].self_attn.q_proj) is not torch.nn.Linear
     predictor = loaded.model.layers[0].self_attn.rank_predictor
-    assert type(predictor.up) is torch.nn.Linear
+    assert {p.dtype for p in predictor.parameters()} == {torch.float32}
     with torch.no_grad():
-        given, expected = loaded(tokens).logits.float(), model(tokens).logits
-    cosine = torch.nn.functional.cosine_similarity(given.flatten(), expected.flatten(), dim=0)
+        expected, given = (each(tokens[:, :12]).logits.float() for each in quantised)  # as long as the windows
+        torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+        given, unquantised = loaded(tokens).logits.float(), model(tokens).logits
+    cosine = torch.nn.functional.cosine_similarity(given.flatten(), unquantised.flatten(), dim=0)
     assert cosine > (0.999 if "load_in_8bit" in options else 0.98)

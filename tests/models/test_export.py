@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dynamask import InvalidInputError, convert
 from tests.conftest import tiny_model
@@ -63,3 +64,7 @@ def test_a_bounded_cache_is_not_exported(make: Any) -> None:
     model, tokens = make().eval(), torch.arange(6)[None]
     with pytest.raises(InvalidInputError, match=r"torch.export cannot hold a bounded cache.*use_cache=False"):
         torch.export.export(model, (), {"input_ids": tokens, "use_cache": True}, strict=False)
+    with mock.patch("torch.compiler.is_exporting", return_value=True):
+        static = StaticCache(config=model.config, max_cache_len=16)
+        with pytest.raises(InvalidInputError, match="static cache"):
+            model(tokens, past_key_values=static)
