@@ -76,8 +76,8 @@ def cache_of_export(cache: Cache | None, use_cache: bool | None) -> bool | None:
         return use_cache
     if cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers):
         raise InvalidInputError(
-            "torch.export cannot hold a static cache of a dynamask model: which of its slots are filled is known at run "
-            "time only. Export with use_cache=False, or with past_key_values=DynamicCache()"
+            "torch.export cannot hold a static cache of a dynamask model: which of its slots are filled is known at "
+            "run time only. Export with use_cache=False, or with past_key_values=DynamicCache()"
         )
     bounded = cache is not None and any(isinstance(layer, BoundedLayer) for layer in cache.layers)
     if bounded or (cache is None and use_cache):

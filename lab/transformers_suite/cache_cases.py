@@ -1,7 +1,8 @@
 """Converted models in transformers' own tests of caches; `run.py` copies this file beside these.
 
-The tests that generate texts take SmolLM2-135M-Instruct, in a folder that the variable SMOLLM2_INSTRUCT names. A converted
-copy with windows wider than these texts must write what the dense model does. Tests of `torch.export` take tiny models. What remains of that file tests transformers' caches by themselves, without a model.
+The tests that generate texts take SmolLM2-135M-Instruct, in a folder that the variable SMOLLM2_INSTRUCT names. A
+converted copy with windows wider than these texts must write what the dense model does. Tests of `torch.export` take
+tiny models. What remains of that file tests transformers' caches by themselves, without a model.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class TestCacheGeneration(_Reasons, original.CacheIntegrationTest):
         self.texts.append(found)
 
     def tearDown(self) -> None:
-        self.assertTrue(self.expected)
-        self.assertEqual(repr(self.texts), repr(self.expected))
+        assert self.expected
+        assert repr(self.texts) == repr(self.expected)
 
 
 def _tiny(name: str, *args: Any, **kwargs: Any) -> Any:
