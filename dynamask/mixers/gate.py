@@ -42,6 +42,7 @@ class DynamicMaskGate(nn.Module):
             model's dtype.
         """
         with torch.autocast(value.device.type, enabled=False):
-            z = self.delta(value.transpose(1, 2).flatten(2))
-            score = (self.gate.to(z.dtype) * F.softplus(z)).exp()
-            return settle(score).transpose(1, 2)
+            # Transposed first: compiled code takes the gradient of softplus to be contiguous, whatever comes in.
+            z = self.delta(value.transpose(1, 2).flatten(2)).transpose(1, 2).contiguous()
+            score = (self.gate.to(z.dtype)[:, None] * F.softplus(z)).exp()
+            return settle(score)

@@ -49,7 +49,7 @@ def test_a_layer_compiles_without_a_graph_break(form: str) -> None:
     expected = step(layer, hidden, sequence)
     gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
     layer.zero_grad()
-    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=False)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)
     assert torch.allclose(step(compiled, hidden, sequence), expected, atol=1e-5)
     for got, wanted in zip([p.grad for p in layer.parameters() if p.grad is not None], gradients, strict=True):
         assert torch.allclose(got, wanted, atol=1e-5)
