@@ -37,8 +37,8 @@ def plan(
 
     - `dynamask plan --preset 320m --gpus 1 --tokens 6B --context 4096 --batch 8`
 
-    The model of a step's time is fitted to measured steps on H100s, with compiled layers; its error is printed.
-    Communication and steps of several GPUs are modelled from bandwidths.
+    The model of a step's time is fitted to measured steps on one GPU and checked against others on one and two; the
+    largest error is printed. Communication is modelled from bandwidths; more than two GPUs have not been measured.
     """
     from dynamask import recipes
     from dynamask.models import preset as shape_of
@@ -85,8 +85,8 @@ def plan(
     )
     console.print(f"\n{escape(launch_command(arguments, gpus, gpus_per_node))}", soft_wrap=True, highlight=False)
     console.print(
-        f"\nFitted to {found.measured}; largest error {found.error:.1%}. Communication is modelled, and so are the "
-        "operations from which ranks learn.",
+        f"\nFitted to {found.measured}; largest error {found.error:.1%}. Communication is modelled from "
+        "bandwidths; more than two GPUs have not been measured.",
         soft_wrap=True,
     )
 

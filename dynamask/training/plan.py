@@ -1,9 +1,10 @@
 """What a training will take: operations, memory of a GPU, time, and the command that starts it.
 
 A step's time is modelled as the operations of its three kinds over the share of the GPU's peak that each reaches, and a
-constant. The shares and the constant are fitted to measured steps (`measured.json`, written by
-`lab/scripts/fit_plan.py`), on one kind of GPU, with compiled and recomputed layers. Communication is modelled from
-bandwidths, as hidden behind computation but for a share.
+constant; where layers are not compiled, a step takes at least as long as its launches. The shares and the constants are
+fitted to measured steps (`measured.json`, written by `lab/scripts/fit_plan.py`), of recomputed layers, and checked
+against steps of one and two GPUs that they were not fitted to. Communication is modelled from bandwidths, as hidden
+behind computation but for a share.
 """
 
 from __future__ import annotations
@@ -44,13 +45,15 @@ class Work:
     Attributes:
         products: of the weights' matrix products, the output layer's among them.
         interval: of attention over kept keys.
-        dense: of attention over all keys, and of what ranks learn from.
+        dense: of attention over all keys.
+        learning: of the attention over all keys that ranks learn from.
         useful: of the step without recomputation and without what ranks learn from.
     """
 
     products: float
     interval: float
     dense: float
+    learning: float
     useful: float
 
 
@@ -69,7 +72,7 @@ class Plan:
         days: of the whole training.
         share_of_peak: useful operations over the GPUs' peak.
         fits: whether "peak" is below the GPU's memory, less a tenth.
-        error: the largest relative error of the model over the steps it was fitted to.
+        error: the largest relative error of the model over the measured steps, those of two GPUs among them.
         measured: those steps, in words.
     """
 
@@ -129,7 +132,7 @@ def work_of(config: DynamaskConfig, context: int, *, sequences: int, recompute: 
     # Two passes over all pairs, a product of queries and keys each.
     learning = 4.0 * config.head_dim * causal_pairs(context) * config.num_attention_heads * ranked
     learning *= -(-sequences // 4) * (2 if recompute else 1)
-    return Work(weights * again, per_pair * interval * again, per_pair * dense * again + learning, useful)
+    return Work(weights * again, per_pair * interval * again, per_pair * dense * again, learning, useful)
 
 
 def plan(
@@ -140,6 +143,7 @@ def plan(
     context: int,
     sequences: int = 1,
     recompute: bool = True,
+    compiled: bool = True,
     gpus_per_node: int = 8,
     network: float = 50e9,
 ) -> Plan:
@@ -152,6 +156,7 @@ def plan(
         context: tokens of a sequence.
         sequences: a GPU's in each step.
         recompute: whether layers are computed again in the backward pass (gradient_checkpointing).
+        compiled: whether layers are compiled; others are launched one operation at a time.
         gpus_per_node: how many share NVLink.
         network: bytes per second of one GPU between nodes.
 
@@ -171,8 +176,10 @@ def plan(
     parameters = parameters_of(config)
     work = work_of(config, context, sequences=sequences, recompute=recompute, learns=True)
     computing = work.products / shares["products"] + work.interval / shares["interval_attention"]
-    computing = (computing + work.dense / shares["dense_attention"]) / PEAK_FLOPS
-    computing += constants["seconds_per_step"]
+    computing += work.dense / shares["dense_attention"] + work.learning / shares["learning"]
+    computing = computing / PEAK_FLOPS + constants["seconds_per_step"]
+    if not compiled:
+        computing = max(computing, constants["launch_seconds_per_layer"] * config.num_hidden_layers)
 
     # Weights are gathered in bfloat16 forward and backward, gradients reduced in float32.
     moved = 8.0 * parameters * (gpus - 1) / gpus
@@ -196,7 +203,8 @@ def plan(
         share_of_peak=work.useful / seconds / PEAK_FLOPS,
         fits=memory["peak"] < 0.9 * GPU_BYTES,
         error=constants["largest_error"],
-        measured=f"{constants['steps']} steps of the 1.7b preset on one {constants['device']}",
+        measured=f"{constants['steps']} steps of the 1.7b preset on one {constants['device']} and checked against "
+        f"{len(constants['checked'])} steps on one and two {constants['checked_device']}",
     )
 
 
@@ -216,9 +224,10 @@ def _memory(
     memory = {name: size * parameters / gpus for name, size in state.items()}
     embedding = config.vocab_size * width
     gathered = 0.0 if gpus == 1 else 2.0 * embedding + 2 * 2.0 * (parameters - embedding) / layers
+    memory["buffers"] = constants["buffer_bytes_per_parameter"] * parameters  # of FSDP, the loss and the allocator
     memory |= {"activations": kept, "logits": 6.0 * min(MOST_LOGITS, config.vocab_size * tokens), "gathered": gathered}
     # The first logits are gone before all gradients are there.
-    step = memory["weights"] + memory["optimizer"] + gathered
+    step = memory["weights"] + memory["optimizer"] + gathered + memory["buffers"]
     memory["peak"] = max(step + memory["gradients"], step + kept + max(memory["logits"], memory["gradients"] / 2))
     return memory
 

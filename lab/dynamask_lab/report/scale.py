@@ -42,7 +42,8 @@ def scale_section(lines: Sequence[Any], folder: Path) -> tuple[Section, dict[str
         (
             "training",
             "Training steps of a whole model",
-            "Layers are not compiled. `dynamask plan` was fitted to compiled ones on an H100.",
+            "Layers are not compiled, and ranks learn. The share is that of the median speeds in one run, both GPUs "
+            "busy in both cases.",
             of("training_step", "split_model_step", "training_scaling"),
             _training,
         ),
@@ -115,7 +116,8 @@ def _planned(row: Mapping[str, Any]) -> str:
         return ""
     config = preset(row["preset"], max_position_embeddings=row["context"])
     shape = {"context": row["context"], "sequences": row["batch"]}
-    return f"{1e3 * plan(config, gpus=row['sharded_over'], tokens=1e9, **shape).step_seconds:.0f}"
+    planned = plan(config, gpus=row["sharded_over"], tokens=1e9, compiled=False, **shape).step_seconds
+    return f"{1e3 * planned:.0f} ({1e5 * planned / row['step']['ms'] - 100:+.0f}%)"
 
 
 def _training(rows: Rows) -> list[Row]:
@@ -123,7 +125,11 @@ def _training(rows: Rows) -> list[Row]:
     for row in rows.values():
         if row["kind"] == "training_scaling":
             share = f"{row['share_of_one_gpu']:.2f} of one GPU's"
-            table.append({"what": "FSDP2 over all", "tokens/s and GPU": share})
+            cells = {"what": "FSDP2 over all", "tokens/s and GPU": share}
+            if "context" in row:
+                cells |= {"tokens of a sequence": f"{row['context']:,}", "sequences of a GPU": str(row["batch"])}
+                cells |= {"reduced in": row["reduce"], "gathers ahead": "yes" if row["prefetch"] else ""}
+            table.append(cells)
             continue
         split = row["kind"] == "split_model_step"
         over = row["gpus"] if split else row["sharded_over"]
@@ -138,32 +144,43 @@ def _training(rows: Rows) -> list[Row]:
                 "tokens/s and GPU": f"{row['tokens_per_second_and_gpu']:,.0f}",
                 "peak, GB": f"{row['peak_bytes'] / 1e9:.1f}",
                 "layers recomputed": "yes" if row.get("recomputes_layers") else "",
+                "reduced in": row.get("reduce", ""),
+                "gathers ahead": "yes" if row.get("prefetch") else "",
             }
         )
     return table
 
 
 def _prefill(rows: Rows) -> list[Row]:
-    decode = {row["tokens"]: row for row in rows.values() if row["kind"] == "decode"}
+    decode = {(_model(row), row["tokens"]): row for row in rows.values() if row["kind"] == "decode"}
     return [
         {
+            "model": _model(row),
+            "weights": row.get("weights", "random"),
             "tokens": f"{row['tokens']:,}",
             "seconds": f"{row['seconds']:.1f}",
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
             "tokens/s since the line before": f"{row['tokens_per_second_since_last']:,.0f}",
             "cache, MB": f"{row['cache_bytes'] / 1e6:.1f}",
             "peak, GB": f"{row['peak_bytes'] / 1e9:.2f}",
-            "decoding, ms a token": f"{decode[row['tokens']]['ms_per_token']:.1f}" if row["tokens"] in decode else "",
+            "decoding, ms a token": f"{decode[_model(row), row['tokens']]['ms_per_token']:.1f}"
+            if (_model(row), row["tokens"]) in decode
+            else "",
         }
         for row in rows.values()
         if row["kind"] == "prefill"
     ]
 
 
+def _model(row: Mapping[str, Any]) -> str:
+    return str(row.get("model") or row.get("preset") or "1.7b")
+
+
 def _needles(rows: Rows) -> list[Row]:
     return [
         {
             "tokens": f"{row['tokens']:,}",
+            "rotary angles": row.get("rotary_scaling", "none").replace("none", "as trained"),
             "texts": str(row["texts"]),
             "cache of a text, MB": f"{row['cache_bytes_per_text'] / 1e6:.1f}",
             **{f"{int(d):,}": f"{share:.2f}" for d, share in row["found_by_distance_from_the_end"].items()},
