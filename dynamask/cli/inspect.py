@@ -77,6 +77,8 @@ def inspect(
         raise UsageError(f"cannot write to {out}: {error.strerror or error}") from error
     made = len(found.input_ids) - found.prompt
     facts = f"{len(found.input_ids)} tokens" + (f", {made} of them generated" if made else "")
+    if found.not_recorded is not None:
+        errors.print(f"without what generated tokens attended to: {found.not_recorded}", highlight=False)
     console.print(f"written {out} ({facts}, {len(page.encode()) / 1024:.0f} KiB)", highlight=False, soft_wrap=True)
 
 

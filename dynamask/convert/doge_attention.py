@@ -44,15 +44,9 @@ class DogeAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
         cache = past_key_values if cache is None else cache
         batch, new = hidden_states.shape[:2]
-        shape = (batch, new, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key, value = self.project(hidden_states, position_embeddings)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
         facts = call_facts(batch, new, attention_mask, position_ids, past, hidden_states.device)
         output = dynamic_mask_mix(
@@ -70,6 +64,19 @@ class DogeAttention(nn.Module):
             gate=self.gate,
         )
         return self.o_proj(output.transpose(1, 2).flatten(2)), None
+
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Map (B, N, hidden) to query (B, H, N, D), key and value (B, G, N, D), query and key rotated."""
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        return query, key, value
 
 
 def convert_layer(layer: Any, config: Any, initialize: Callable[[nn.Module], None]) -> None:

@@ -71,13 +71,15 @@ class Inspection:
         input_ids: N token ids, generated ones included.
         prompt: how many of them were given.
         layers: one entry per layer.
-        attention: of the generated tokens; None where none were generated or the architecture hides its queries.
+        attention: of the generated tokens; None where none were generated or a layer hides its queries.
+        not_recorded: why `attention` is None although tokens were generated; else None.
     """
 
     input_ids: list[int]
     prompt: int
     layers: list[LayerView]
     attention: AttentionView | None
+    not_recorded: str | None = None
 
     @property
     def heads(self) -> int:
@@ -141,10 +143,15 @@ def inspect_text(model: Any, input_ids: Tensor, *, new_tokens: int = 0) -> Inspe
         ranked.remove()
     by_layer = {each.layer: each for each in ranked.found}
     layers = [_view(model, module, by_layer.get(index), length) for index, module in enumerate(modules)]
-    attention = None
-    if length > prompt and len(projected) == len(layers):
-        attention = _attention(prompt - 1, layers, projected)
-    return Inspection(input_ids[0].tolist(), prompt, layers, attention)
+    attention, not_recorded = None, None
+    if length > prompt:
+        hidden = [index for index in range(len(layers)) if index not in projected]
+        if hidden:
+            kind = type(modules[hidden[0]]).__name__
+            not_recorded = f"layer {hidden[0]} ({kind}) has no query and key per head to record"
+        else:
+            attention = _attention(prompt - 1, layers, projected)
+    return Inspection(input_ids[0].tolist(), prompt, layers, attention, not_recorded)
 
 
 def _attention_modules(model: Any) -> list[Any]:
@@ -221,15 +228,18 @@ def _recorded(model: Any, modules: list[Any], rows: slice, found: dict[int, _Pro
 
     def of_mixer(module: Any, inputs: Any, named: dict[str, Any]) -> None:
         hidden_states = inputs[0] if inputs else named["hidden_states"]
-        sequence = inputs[1] if len(inputs) > 1 else named["sequence"]
-        query, key, value = module.project(hidden_states, sequence)
-        record(module, query, key, query.shape[-1] ** -0.5)
+        if isinstance(module, GroupedQueryMixer):
+            place = inputs[1] if len(inputs) > 1 else named["sequence"]
+        else:  # of a model converted from Doge
+            place = inputs[1] if len(inputs) > 1 else named["position_embeddings"]
+        query, key, value = module.project(hidden_states, place)
+        record(module, query, key, getattr(module, "scaling", query.shape[-1] ** -0.5))
         gate = getattr(module, "gate", None)
         if gate is not None:
             bias = gate(value)
             found[module.layer_idx].bias = torch.where(bias.isfinite(), bias, 0.0)
 
-    mixers = [module for module in modules if isinstance(module, GroupedQueryMixer)]
+    mixers = [module for module in modules if hasattr(module, "project")]
     hooks = [mixer.register_forward_pre_hook(of_mixer, with_kwargs=True) for mixer in mixers]
     name = None if mixers else model.config._attn_implementation
     original = None if name is None else ALL_ATTENTION_FUNCTIONS[name]

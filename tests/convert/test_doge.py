@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM, Llam
 
 from dynamask import InvalidInputError, convert
 from dynamask.convert.doge_attention import doge_layer_unpacks_experts, first_output
+from dynamask.inspect import inspect_text
 
 SHAPE = {
     "vocab_size": 500,
@@ -96,3 +97,15 @@ def test_from_doge_saves_and_loads(tmp_path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     tokens = distinct_tokens(1, 30)
     torch.testing.assert_close(loaded(tokens).logits, converted(tokens).logits)
+
+
+@torch.no_grad()
+def test_inspection_records_doges_attention() -> None:
+    """The weights of the original, over the tokens that were generated, past its window."""
+    original = doge()
+    found = inspect_text(convert.from_doge(original), distinct_tokens(1, 14), new_tokens=3)
+    assert found.not_recorded is None
+    assert found.attention is not None
+    weights = original(torch.tensor([found.input_ids]), output_attentions=True, use_cache=False).attentions
+    expected = torch.stack(weights).mean((0, 2))[0, found.attention.first_query : -1]
+    torch.testing.assert_close(found.attention.mean, expected.float(), atol=1e-5, rtol=1e-4)

@@ -166,3 +166,10 @@ def test_pieces_join_to_the_text() -> None:
     pieces = token_texts(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece for piece in pieces)
+
+
+def test_layers_without_queries_per_head_are_named() -> None:
+    found = inspect_text(variant("dma-latent"), IDS, new_tokens=3)
+    assert found.attention is None
+    assert found.not_recorded == "layer 0 (MultiHeadLatentAttention) has no query and key per head to record"
+    assert inspect_text(variant("dma-latent"), IDS).not_recorded is None
