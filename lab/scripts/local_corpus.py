@@ -92,7 +92,8 @@ def selected(found: Iterable[Document], characters: float = float("inf")) -> Ite
 
 def directories(found: Iterable[Document]) -> Iterator[Document]:
     """The documents of one folder after another as one long document, 16 thousand to 64 thousand tokens or so."""
-    name, parts, size = "", [], 0
+    name, size = "", 0
+    parts: list[str] = []
     for document in found:
         folder = os.path.dirname(document.name)
         if parts and (folder != name or size > LONG[1]):
@@ -177,7 +178,8 @@ def _merge(parts: Sequence[Corpus], folder: Path) -> None:
     folder.mkdir()
     splits = {}
     for split in ("train", "validation"):
-        lengths, starts = [], []
+        lengths: list[int] = []
+        starts: list[np.ndarray] = []
         for part in parts:
             tokens = np.concatenate(part.tokens(split)) if part.index["splits"][split]["tokens"] else None
             if tokens is None:

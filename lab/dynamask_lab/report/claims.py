@@ -37,6 +37,12 @@ CLAIMS: dict[str, Claim] = {
         _experiment("scaling"),
         short="perplexity",
     ),
+    "perplexity-mha": Claim(
+        "Lower perplexity than MHA, the other rivals left aside",
+        _V1,
+        _experiment("scratch"),
+        short="perplexity, MHA alone",
+    ),
     "recall": Claim(
         "Multi-query associative recall: more accurate than MHA, SWA, MLA and NSA",
         _V1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
+from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.report.conversion import PATTERN, form_name, read_conversion
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
@@ -22,10 +24,11 @@ from dynamask_lab.studies.locality.report import without_choice as scores_withou
 from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.studies.mqar.study import mixer_name
 from dynamask_lab.studies.needle.report import distance, without_choice
-from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores
+from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_name
 from dynamask_lab.studies.scaling.report import loss_by_step
+from dynamask_lab.studies.scratch.study import scratch_name
 from dynamask_lab.sweeps.section import Exhibit
-from dynamask_lab.sweeps.verdicts import Interval, SeedSpread, mean_interval
+from dynamask_lab.sweeps.verdicts import Interval, SeedSpread, mean_interval, paired_difference
 
 Sweeps = Mapping[str, Sequence[Record]]
 """Name of a results file without its suffix -> the runs in it."""
@@ -87,51 +90,94 @@ def _losses(runs: Sequence[Record], named: Callable[[Record], str]) -> dict[str,
     return {name: min(rates.values(), key=lambda each: float(np.mean(each))) for name, rates in by_rate.items()}
 
 
+_FRESH = {
+    "dense": ("dense", BLACK),
+    "paper": ("the paper's form", SKY),
+    "sliding + sinks": ("newest keys and sinks", RED),
+    "learned, even": ("learned ranks", BLUE),
+    "sliding + sinks, one wide layer": ("newest keys, one layer wide", ORANGE),
+    "learned, slopes, one wide layer": ("learned ranks with slopes, one layer wide", PINK),
+}
+"""Forms of study `scratch` that exhibits show -> name and colour."""
+
+
+def _fresh(sweeps: Sweeps, name: str = "scratch") -> dict[tuple[str, float], list[Record]]:
+    """Runs of study `scratch` by form and window over context, of forms that exhibits show."""
+    found: dict[tuple[str, float], list[Record]] = defaultdict(list)
+    for run in sweeps.get(name, ()):
+        whole = scratch_name(run.config)
+        form, _, at = whole.rpartition(", ")
+        share = 1 / int(at.partition("/")[2]) if "/" in at else 1.0
+        if (form or whole) in _FRESH and run.result.get("test") is not None:
+            found[form or whole, share].append(run)
+    return dict(found)
+
+
+def _test_gap(found: Mapping[tuple[str, float], Sequence[Record]], form: tuple[str, float]) -> Interval:
+    """Test loss above dense attention, seed by seed."""
+    ours, dense = ({run.seed: run.result["test"] for run in found[each]} for each in (form, ("dense", 1.0)))
+    return paired_difference(dense, ours)
+
+
+def _above(gap: Interval) -> str:
+    """A gap in words: "0.108 nats [0.036 to 0.180] below"."""
+    low, high = sorted((abs(gap.low), abs(gap.high))) if gap.low * gap.high > 0 else (gap.low, gap.high)
+    return f"{abs(gap.mean):.3f} nats [{low:.3f} to {high:.3f}] {'above' if gap.mean > 0 else 'below'}"
+
+
 def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
     """Loss above dense attention against window over context; and what the leak of one top-k for all queries gives."""
     panels = _windows_of_sweeps(sweeps)
     ablation = sweeps.get("ablation-probe", ())
-    if not panels or not ablation:
+    fresh = _fresh(sweeps)
+    if not panels or not ablation or ("dense", 1.0) not in fresh:
         return None
-    figure, (left, right) = _figure(10.5, 3.9, 2)
-    keys: list[str] = []
-    gaps: dict[tuple[str, float], float] = {}
+    figure, (first, left, right) = _figure(14, 3.9, 3)
+    keys = [run.key for runs in fresh.values() for run in runs]
+    gap_of = {form: _test_gap(fresh, form) for form in fresh}
+    for (name, share), above in gap_of.items():
+        label, colour = _FRESH[name]
+        margins = [[above.mean - above.low], [above.high - above.mean]]
+        first.errorbar(share, above.mean, yerr=margins, fmt="o", color=colour, capsize=3, label=label)
+    first.set(title="4.4M parameters, fresh tokens, three seeds")
+    handles, labels = first.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    first.legend(once.values(), once.keys(), fontsize=7)
     for (label, share), runs in panels.items():
         losses = _losses(runs, _any_depth)
         dense = float(np.mean(losses["mha"]))
         for name in (_PLAIN, _BEST, _CONTROL, "swa"):
             if name in losses:
                 gap = float(np.mean(losses[name])) - dense
-                gaps[name, share] = max(gap, gaps.get((name, share), -np.inf))
                 left.plot(share, gap, "o", color=_COLOURS[name], markersize=7)
                 left.annotate(label, (share, gap), textcoords="offset points", xytext=(7, -3), fontsize=6.5)
         keys += [run.key for run in runs if _any_depth(run) in (_PLAIN, _BEST, _CONTROL, "swa", "mha")]
     for name in (_PLAIN, _BEST, _CONTROL, "swa"):
         left.plot([], [], "o", color=_COLOURS[name], label=_NAMES[name])
-    left.axhline(0, color=BLACK, linestyle="--", linewidth=1)
-    left.annotate("dense attention", (1, 0), textcoords="offset points", xytext=(-66, 4), fontsize=8)
-    left.set_xscale("log", base=2)
-    left.set(
-        xlabel="window / context", ylabel="nats above dense attention", title="4.4M parameters", xlim=(1 / 24, 1.5)
-    )
-    left.set_yscale("symlog", linthresh=0.5)
+    left.set(title="4.4M parameters, tokens read repeatedly")
     left.legend(fontsize=7)
+    for axes in (first, left):
+        axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="window / context", ylabel="nats above dense attention", xlim=(1 / 24, 1.5))
+        axes.set_yscale("symlog", linthresh=0.2 if axes is first else 0.5)
     leak = _leak(ablation, right)
     keys += [run.key for run in ablation]
-    plain = [(share, gap) for (name, share), gap in gaps.items() if name == _PLAIN]
-    share, gap = max(plain) if plain else (0.0, float("nan"))
+    narrow = min(share for _, share in fresh)
+    told = [_above(gap_of[form]) for form in (("paper", 1.0), ("paper", narrow), ("sliding + sinks", narrow))]
     text = (
-        f"At a window of 1/{1 / share:.0f} of the context, the largest at which the paper's form was trained, its "
-        f"loss is {gap:.2f} nats above dense attention's; the paper's own setting, a window as long as the context, "
-        "has not been run. The leak (one choice of keys for all queries, which sees the future) lowers the loss of "
-        f"a model trained with it by {leak:.2f} nats, which exact selection then loses."
+        f"With a window as long as the context, as the paper mostly trains, its form ends {told[0]} dense attention; "
+        f"with 1/{1 / narrow:.0f} of the context {told[1]} it, and newest keys with sinks {told[2]} it. The leak (one "
+        "choice of keys for all queries, which sees the future) lowers the loss of a model trained with it by "
+        f"{leak:.2f} nats, which exact selection then loses."
     )
     alt = "loss above dense attention against window over context; loss of a small model by window, exact and leaky"
     picture = save_small(figure, folder / "loss-window.svg")
     exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
-    command = "dynamask experiment scaling --size small; dynamask experiment locality --size chinchilla"
-    names = ("scaling-small", "locality-chinchilla", "ablation-probe")
-    return exhibit, _rows(sweeps, *names), f"{command}; dynamask experiment ablation --size probe"
+    command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
+    names = ("scratch", "scaling-small", "locality-chinchilla", "ablation-probe")
+    more = "dynamask experiment locality --size chinchilla; dynamask experiment ablation --size probe"
+    return exhibit, _rows(sweeps, *names), f"{command}; {more}"
 
 
 def _any_depth(run: Record) -> str:
@@ -191,6 +237,22 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
         spread = SeedSpread.pooled(list(own.values()))
         losses.append(("from scratch, 4.4M, code + text, w/N 1/8", spread.difference(own[_BEST], own[_CONTROL])))
     rows |= _rows(sweeps, "locality-chinchilla", "scaling-small")
+    for name, learned, newest, label in (
+        ("scratch", "learned, even", "sliding + sinks", "fresh tokens, w/N 1/16"),
+        ("scratch-added", "learned, slopes, even", "sliding + sinks", "fresh tokens, slopes, w/N 1/16"),
+        (
+            "scratch-added",
+            "learned, slopes, one wide layer",
+            "sliding + sinks, one wide layer",
+            "fresh tokens, slopes, one layer wide",
+        ),
+        ("scratch-reading", "learned, head windows", "newest, head windows", "documents of 16K, windows per head"),
+    ):
+        gain = _fresh_gain(sweeps.get(name, ()), learned, newest)
+        if gain is not None:
+            size = LanguageConfig.of(sweeps[name][0].config).parameters / 1e6
+            losses.append((f"from scratch, {size:.1f}M, {label}", gain))
+            rows |= _rows(sweeps, name)
     lines = read_conversion(results)
     files = {line["key"]: file.name for file in sorted(results.glob(PATTERN)) for line in _json_lines(file)}
     for state in ("frozen", "distilled"):
@@ -199,6 +261,10 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
             if gain is not None:
                 losses.append((f"converted 135M, {state}, {corpus}", gain))
                 rows |= {line["key"]: (f"lab/results/{files[line['key']]}", line) for line in used}
+    seeds = _needle_seeds(sweeps.get("needle-seeds", ()))
+    if seeds is not None:
+        shares.append(seeds)
+        rows |= _rows(sweeps, "needle-seeds")
     for name in ("needle-long", "needle-quick"):
         for where, gain in _needles(sweeps.get(name, ())):
             shares.append((where, gain))
@@ -227,12 +293,36 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
         f"Choosing keys lowers the loss in {better} of {len(losses)} comparisons with as many keys without a learned "
         f"choice, and finds more in {found_more} of {len(shares)} (95% intervals that exclude zero). Intervals of "
         "models from scratch cover seeds, those of converted models documents, and those of needles the examples of "
-        "one training seed."
+        "one training seed, where no seeds are named."
     )
     alt = "forest plot of the gain from choosing keys, in loss and in right answers, each with its interval"
     picture = save_small(figure, folder / "choosing.svg")
     exhibit = Exhibit("choosing", "Effect of choosing", list(rows), text, picture=picture, alt=alt)
     return exhibit, rows, "dynamask experiment locality | scaling | needle | mqar; lab/scripts/conversion_gpu.sh"
+
+
+def _fresh_gain(runs: Sequence[Record], learned: str, newest: str) -> Interval | None:
+    """Test loss saved by learned ranks over the newest keys of as many pairs, in study `scratch`."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        if run.result.get("test") is not None:
+            losses[scratch_name(run.config).rpartition(", ")[0] or "dense"][run.seed] = run.result["test"]
+    gain = paired_difference(losses.get(learned, {}), losses.get(newest, {}))
+    return None if math.isnan(gain.low) else gain
+
+
+def _needle_seeds(runs: Sequence[Record]) -> tuple[str, Interval] | None:
+    """Exact match gained by learned ranks over newest keys within the examples' length, seed by seed."""
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        longest = NeedleConfig.of(run.config).context // 2
+        cells = [score["exact"] for score in run.result["scores"] if score["length"] <= longest]
+        found[needle_name(run.config)][run.seed] = float(np.mean(cells))
+    ours, theirs = found.get("dma, learned, head windows", {}), found.get("swa, sinks", {})
+    gain = paired_difference({seed: -share for seed, share in ours.items()}, {s: -share for s, share in theirs.items()})
+    if math.isnan(gain.low):
+        return None
+    return f"needles, w/N 1/16, within the examples' length, {len(ours.keys() & theirs.keys())} seeds", gain
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
@@ -341,7 +431,10 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     if "mha" not in by_name or _BEST not in by_name:
         return None
     dense = loss_by_step(by_name["mha"])
-    figure, (left, middle, right) = _figure(12, 3.7, 3)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 7.0), layout="constrained")
+    below, (left, middle, right) = figure.subplots(2, 3)
     keys = [run.key for run in by_name["mha"]]
     left.plot(list(dense), list(dense.values()), "s--", color=BLACK, label="dense", markersize=4)
     gaps: dict[str, dict[int, float]] = {}
@@ -356,27 +449,59 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
             middle.plot(list(gaps[name]), list(gaps[name].values()), "o-", **style)
             places = _by_position(by_name[name])
             right.plot(list(places), [positions[place] - loss for place, loss in places.items()], "o-", **style)
-    for axes in (middle, right):
-        axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
-        axes.set_ylabel("nats below dense attention")
-    left.set(xlabel="step", ylabel="validation loss", xscale="log")
-    middle.set(xlabel="step", xscale="log")
-    right.set(xlabel="position in the sequence, at the end")
-    right.set_xscale("log", base=2)
-    left.legend(fontsize=7)
+    fresh_text, fresh_keys = _fresh_by_step(sweeps, below)
+    keys += fresh_keys
+    for panels in (below, (left, middle, right)):
+        for axes in panels[1:]:
+            axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
+            axes.set_ylabel("nats below dense attention")
+        panels[0].set(xlabel="step", ylabel="validation loss", xscale="log")
+        panels[1].set(xlabel="step", xscale="log")
+        panels[2].set(xlabel="position in the sequence, at the end")
+        panels[2].set_xscale("log", base=2)
+        panels[0].legend(fontsize=7)
     lead = gaps[_BEST]
     most, last = max(lead, key=lambda step: lead[step]), max(lead)
     size = by_name["mha"][0].result["parameters"]["non_embedding"] / 1e6
+    left.set_title(f"{size:.1f}M parameters, tokens read repeatedly, one seed", fontsize=9)
     text = (
-        f"At {size:.1f}M parameters the best form's lead over dense attention is {lead[most]:.3f} nats after {most} "
-        f"steps and {lead[last]:+.3f} at the end ({last} steps, one seed: less than seeds differ by). Sliding "
-        f"windows of the same sizes lead by {gaps[_CONTROL][most]:.3f} and {gaps[_CONTROL][last]:+.3f}; a lead that "
-        "shrinks with training is faster learning, not a better model."
+        f"{fresh_text}At {size:.1f}M parameters the best form's lead over dense attention is {lead[most]:.3f} nats "
+        f"after {most} steps and {lead[last]:+.3f} at the end ({last} steps, one seed: less than seeds differ by). "
+        f"Sliding windows of the same sizes lead by {gaps[_CONTROL][most]:.3f} and {gaps[_CONTROL][last]:+.3f}; a lead "
+        "that shrinks with training is faster learning, not a better model."
     )
     alt = "validation loss by step, and the gap to dense attention by step and by position"
     picture = save_small(figure, folder / "loss-step.svg")
     exhibit = Exhibit("loss-step", "Loss against step", keys, text, picture=picture, alt=alt)
-    return exhibit, _rows(sweeps, "scaling-small"), "dynamask experiment scaling --size small"
+    command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
+    return exhibit, _rows(sweeps, "scratch", "scaling-small"), command
+
+
+def _fresh_by_step(sweeps: Sweeps, panels: Any) -> tuple[str, list[str]]:
+    """Draw loss and gap to dense attention of study `scratch`; a sentence, and the keys of the runs."""
+    fresh = _fresh(sweeps)
+    if ("dense", 1.0) not in fresh:
+        return "", []
+    dense, positions = loss_by_step(fresh["dense", 1.0]), _by_position(fresh["dense", 1.0])
+    gaps: dict[tuple[str, float], dict[int, float]] = {}
+    for (name, share), runs in fresh.items():
+        own, places = loss_by_step(runs), _by_position(runs)
+        label, colour = _FRESH[name]
+        style = {"color": colour, "label": f"{label}, w/N 1/{1 / share:.0f}" if share < 1 else label, "markersize": 4}
+        panels[0].plot(list(own), list(own.values()), "s--" if name == "dense" else "o-", **style)
+        if name == "dense" or (name == "paper" and share < 1):
+            continue  # far below the others, so that their gaps would not be seen
+        gaps[name, share] = {step: dense[step] - own[step] for step in own if step in dense}
+        panels[1].plot(list(gaps[name, share]), list(gaps[name, share].values()), "o-", **style)
+        panels[2].plot(list(places), [positions[place] - loss for place, loss in places.items()], "o-", **style)
+    panels[0].set_title("4.4M parameters, fresh tokens, three seeds", fontsize=9)
+    sliding = next((gap for (name, share), gap in gaps.items() if name == "sliding + sinks"), {})
+    most, last = max(sliding, key=lambda step: sliding[step]), max(sliding)
+    text = (
+        f"At 4.4M parameters newest keys lead dense attention by {sliding[most]:.2f} nats after {most} steps and trail "
+        f"it by {-sliding[last]:.2f} at the end ({last} steps, three seeds). "
+    )
+    return text, [run.key for runs in fresh.values() for run in runs]
 
 
 def _by_position(runs: Sequence[Record]) -> dict[float, float]:
@@ -406,7 +531,8 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     for score in mean_scores(runs):
         if score.depth < 1 and score.model in shown:
             cells[score.model][distance(score)].append(score.exact)
-    figure, (axes,) = _figure(8.2, 4, 1)
+    figure, (axes, right) = _figure(13, 4, 2)
+    seeds_text, seeds_keys = _distance_over_seeds(sweeps.get("needle-seeds", ()), right)
     for name, (label, colour) in shown.items():
         points = sorted((place, 100 * float(np.mean(found))) for place, found in cells[name].items())
         if points:
@@ -417,6 +543,7 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
         axes.annotate(f"{label} {edge}", (edge, 28), fontsize=7, rotation=90, va="bottom", ha="right")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens from the needle to the question", ylabel="exact match, %", ylim=(-3, 103))
+    axes.set_title("12.9M parameters, trained at 4,096 tokens, one seed", fontsize=9)
     axes.legend(fontsize=7.5)
 
     def beyond(name: str) -> float:
@@ -431,13 +558,59 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
         f"From 1,280 tokens, past the widest layer's window, to the training length of {context:,}, dense attention "
         f"finds {beyond('mha'):.0%}, chosen keys {beyond(best):.0%}, newest keys in the same windows "
         f"{beyond(control):.0%} (one training seed). Beyond the training length the best form of all finds "
-        f"{furthest:.0%}."
+        f"{furthest:.0%}.{seeds_text}"
     )
     picture = save_small(figure, folder / "match-distance.svg")
     alt = "exact match against distance from needle to question, one line per form, window edges drawn"
-    keys = [run.key for run in runs]
+    keys = [run.key for run in runs] + seeds_keys
     exhibit = Exhibit("match-distance", "Exact match against distance", keys, text, picture=picture, alt=alt)
-    return exhibit, _rows(sweeps, "needle-long"), "dynamask experiment needle --size long"
+    command = "dynamask experiment needle --size long; dynamask experiment needle --size seeds"
+    return exhibit, _rows(sweeps, "needle-long", "needle-seeds"), command
+
+
+def _distance_over_seeds(runs: Sequence[Record], axes: Any) -> tuple[str, list[str]]:
+    """Draw exact match against distance of forms with several training seeds; a sentence, and the keys of the runs."""
+    if not runs:
+        axes.set_axis_off()
+        return "", []
+    settings = NeedleConfig.of(runs[0].config)
+    window = min(run.config["window"] for run in runs if run.config["window"])
+    shown = {
+        "mha": ("dense", BLACK),
+        "dma, learned, head windows": ("learned ranks, windows per head", BLUE),
+        "swa, sinks": ("newest keys and sinks", RED),
+    }
+    cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for score in mean_scores(runs):
+        if score.depth < 1 and score.model in shown:
+            cells[score.model][distance(score)].append(score.exact)
+    for name, (label, colour) in shown.items():
+        points = sorted((place, 100 * float(np.mean(found))) for place, found in cells[name].items())
+        count = sum(needle_name(run.config) == name for run in runs)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=f"{label}, {count} seeds", markersize=4)
+    for edge, label in ((window, "window"), (settings.context // 2, "longest example"), (settings.context, "context")):
+        axes.axvline(edge, color=GREY, linestyle=":")
+        axes.annotate(f"{label} {edge}", (edge, 28), fontsize=7, rotation=90, va="bottom", ha="right")
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens from the needle to the question", ylabel="exact match, %", ylim=(-3, 103))
+    axes.set_title(f"12.9M parameters, trained at {settings.context:,} tokens, w/N 1/16", fontsize=9)
+    axes.legend(fontsize=7.5)
+
+    counts = [sum(needle_name(run.config) == name for run in runs) for name in shown]
+    least, most = min(counts), max(counts)
+
+    def within(name: str) -> float:
+        longest = settings.context // 2
+        values = [v for place, found in cells[name].items() if window < place <= longest for v in found]
+        return float(np.mean(values))
+
+    text = (
+        f" With {least} to {most} training seeds and a window of a sixteenth of the context, beyond the window and "
+        f"within the longest example dense attention finds {within('mha'):.0%}, learned ranks "
+        f"{within('dma, learned, head windows'):.0%} and newest keys {within('swa, sinks'):.0%}."
+    )
+    return text, [run.key for run in runs]
 
 
 def cost(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:

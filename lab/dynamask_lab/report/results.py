@@ -400,16 +400,17 @@ def _index(pages: Sequence[_Page], opening: Sequence[_Part], output: Path, resul
         "",
         "The paper's claims ([arXiv 2508.02124](https://arxiv.org/abs/2508.02124)) at the sizes that were run here. "
         "*Plain form*: the paper's own; *best form*: dynamask 0.1's form for the task, with ranks learned from "
-        "attention; *control*: newest keys in the same windows. *Reproduced* or *refuted*: the 95% interval "
+        "attention, and on fresh tokens learned ranks with windows per head; *control*: newest keys in the same "
+        "windows. *Reproduced* or *refuted*: the 95% interval "
         "excludes zero and the difference is at least the smallest of interest. *No difference*: the interval lies "
         f"within it. *Not tested*: the runs do not decide; differences of losses below {FEW_SEEDS_INTEREST} nats "
         f"decide nothing with fewer than {FEW_SEEDS} seeds. `w/N`: window over context.",
         "",
         markdown_table(board(placed)),
         "",
-        "These forms were named after their sweeps had been run, and judged on the split that the sweeps compare forms "
-        "on. Later runs keep a third split (`test_share`). What did not work, and why: "
-        "[what did not hold](../what-did-not-hold.md).",
+        "Forms on fresh tokens were named before their runs and are judged on a test split. The others were named "
+        "after their sweeps had been run, and judged on the split that the sweeps compare forms on. What did not work, "
+        "and why: [what did not hold](../what-did-not-hold.md).",
         "",
         "## Exhibits",
         "",

@@ -1,4 +1,4 @@
-"""The scoreboard: the paper's eight claims against the plain form, the form named beforehand and its control."""
+"""The scoreboard: the paper's claims against the plain form, the form named beforehand and its control."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
     is the claim as it was made. With `all_settings`, every finding of the sections outside the appendix.
 
     Returns:
-        The finding that decides, and after it those on settings that no run had; empty where there is none.
+        The finding that decides, those of its sweep at other windows, and those on settings that no run had; empty
+        where there is none.
     """
     own = [each for each in found if each.finding.role == role or (role == "plain" and not each.finding.role)]
     if all_settings:
@@ -92,9 +93,17 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
         return main
     tested = [each for each in main if _seeds(each) > 0 or "seeds" not in each.finding.setting]
     first = max(tested, key=_seeds) if tested else None
+    others: list[Placed] = []
+    if first is not None and role == "plain":  # what its sweep found at other windows counts as well
+        seen = {first.finding.setting.get("w/N")}
+        for each in tested:
+            share = each.finding.setting.get("w/N")
+            if each.part == first.part and each.finding.role == role and share not in seen:
+                seen.add(share)
+                others.append(each)
     shares = {each.finding.setting.get("w/N") for each in tested}
     untested = [each for each in main if each not in tested and each.finding.setting.get("w/N") not in shares]
-    return ([first] if first else []) + untested
+    return ([first] if first else []) + others + untested
 
 
 def _seeds(placed: Placed) -> int:

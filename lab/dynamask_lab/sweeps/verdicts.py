@@ -71,6 +71,21 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - margin, mean + margin)
 
 
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Interval:
+    """How far our losses lie below theirs, seed by seed, where runs of one seed share their data.
+
+    Args:
+        ours, theirs: seed -> loss; seeds that one side lacks are left out.
+
+    Returns:
+        The mean difference and its interval, by Student's t; NaN without a shared seed.
+    """
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        return Interval(math.nan, math.nan, math.nan)
+    return mean_interval([theirs[seed] - ours[seed] for seed in shared])
+
+
 @dataclass(frozen=True)
 class SeedSpread:
     """How much one setting's losses differ from seed to seed, pooled over settings that have several.
@@ -93,29 +108,6 @@ class SeedSpread:
                 total += sum((loss - mean) ** 2 for loss in losses)
                 freedom += len(losses) - 1
         return cls(math.sqrt(total / freedom) if freedom else math.nan, freedom)
-
-    @classmethod
-    def paired(cls, table: Iterable[Mapping[int, float]]) -> SeedSpread:
-        """From the losses of each setting by seed, where runs of one seed share their data.
-
-        The spread is what remains after the mean of each setting and of each seed. Settings that lack a seed that
-        another has are left out, since their means would not compare.
-        """
-        rows = list(table)
-        seeds = sorted(set().union(*rows)) if rows else []
-        full = [[row[seed] for seed in seeds] for row in rows if set(row) == set(seeds)]
-        if len(full) < 2 or len(seeds) < 2:
-            return cls(math.nan, 0)
-        of_setting = [sum(losses) / len(seeds) for losses in full]
-        of_seed = [sum(losses) / len(full) for losses in zip(*full, strict=True)]
-        grand = sum(of_setting) / len(full)
-        total = sum(
-            (loss - mean - by_seed + grand) ** 2
-            for losses, mean in zip(full, of_setting, strict=True)
-            for loss, by_seed in zip(losses, of_seed, strict=True)
-        )
-        freedom = (len(full) - 1) * (len(seeds) - 1)
-        return cls(math.sqrt(total / freedom), freedom)
 
     def difference(self, ours: Sequence[float], theirs: Sequence[float]) -> Interval:
         """How far our mean loss lies below theirs, with the interval that this spread gives.

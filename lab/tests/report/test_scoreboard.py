@@ -26,12 +26,13 @@ def test_a_setting_that_no_run_had_is_named_until_one_has() -> None:
     run, missing = _placed(REFUTED, 3), _placed(NOT_TESTED, 0, "1")
     (row,) = [row for row in board([run, missing]) if row["claim"] == CLAIMS["recall"].text]
     assert row["plain form"] == "**refuted** (w/N 1/8, 4.4M, 3 seeds); **not tested** (w/N 1, 4.4M)"
-    assert chosen([run, missing, _placed(REFUTED, 3, "1")], "plain") == [run]
+    other = _placed(REPRODUCED, 3, "1")
+    assert chosen([run, missing, other], "plain") == [run, other]  # of one sweep, so both windows count
 
 
 def test_every_claim_has_a_row() -> None:
     rows = board([])
-    assert len(rows) == 8 == len(CLAIMS) - len(GOALS)
+    assert len(rows) == 9 == len(CLAIMS) - len(GOALS)
     assert all("not tested" in row["plain form"] for row in rows)
     shown = details([_placed(REFUTED, 3)])
     assert {row["claim"] for row in shown} == {claim.short for claim in CLAIMS.values()}

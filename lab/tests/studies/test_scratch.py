@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dynamask.errors import InvalidInputError
 from dynamask_lab.language.data import token_streams
-from dynamask_lab.language.engine import STATE_FOLDER, LanguageConfig, build_model, run_language, windows_by_rank
+from dynamask_lab.language.engine import (
+    STATE_FOLDER,
+    LanguageConfig,
+    build_model,
+    losses_by_last_use,
+    run_language,
+    windows_by_rank,
+)
 from dynamask_lab.studies import SCRATCH, Record, run_key
 from dynamask_lab.studies.judged import share_of_pairs
 from dynamask_lab.studies.scratch.report import report_scratch
 from dynamask_lab.studies.scratch.study import forms, scratch_name
-from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, SeedSpread
+from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, paired_difference
 
 
 @pytest.fixture(autouse=True)
@@ -104,12 +113,12 @@ def test_verdicts_read_the_test_split(tmp_path: Path) -> None:
     assert {finding.verdict for finding in one} == {NOT_TESTED}
 
 
-def test_the_paired_spread_is_what_seeds_and_forms_leave() -> None:
-    exact = SeedSpread.paired([{0: 1.0, 1: 1.5, 2: 2.0}, {0: 3.0, 1: 3.5, 2: 4.0}])
-    assert exact == SeedSpread(pytest.approx(0.0), 2)
-    uneven = SeedSpread.paired([{0: 1.0, 1: 2.0}, {0: 1.0, 1: 1.0}, {0: 5.0}])
-    assert uneven == SeedSpread(pytest.approx(0.5), 1)
-    assert SeedSpread.paired([{0: 1.0}, {0: 2.0}]).freedom == 0
+def test_paired_differences_do_not_see_how_seeds_differ() -> None:
+    theirs = {0: 1.0, 1: 5.0, 2: 3.0, 3: 9.0}
+    found = paired_difference({0: 0.5, 1: 4.5, 2: 2.5}, theirs)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert math.isnan(paired_difference({7: 1.0}, theirs).mean)
+    assert math.isnan(paired_difference({0: 1.0}, theirs).low)
 
 
 def test_a_local_corpus_is_made_of_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,3 +141,13 @@ def test_a_local_corpus_is_made_of_what_is_installed(tmp_path: Path, monkeypatch
     assert len(streams.train) == tokens
     assert len(streams.test)
     assert len(streams.validation)
+
+
+def test_losses_by_last_use_find_the_pair_before() -> None:
+    tokens = np.array([[1, 2, 3, 1, 2, 9, 1, 2, 5, 5, 5]])
+    found = losses_by_last_use(np.arange(10.0)[None], tokens)
+    assert found == [
+        {"from": 0, "to": 0, "loss": 27 / 7, "tokens": 7},
+        {"from": 1, "to": 2, "loss": 9.0, "tokens": 1},  # 5 after 5
+        {"from": 2, "to": 4, "loss": 4.5, "tokens": 2},  # 2 after 1, twice, three tokens apart
+    ]

@@ -277,7 +277,7 @@ def _calibrate(
     assert settings.window is not None
     longest = max(segments, key=lambda segment: segment.inputs.shape[1]).inputs
     model.eval()
-    model.config.windows = windows_by_rank(model, longest[:8].to(device), settings.window)
+    model.config.windows = [*windows_by_rank(model, longest[:8].to(device), settings.window)]
     model.train()
 
 

@@ -129,8 +129,7 @@ class NeedleConfig:
     def plain(self) -> Config:
         """As plain JSON, from which `of` reads it."""
         younger = ("ranking", "rank_power", "window_schedule", "layer_attention", "layer_windows", "rope_layers")
-        younger = (*younger, "sinks", "calibrate_at")
-        return plain_settings(self, (*younger, "upcycle_rankings", "upcycle_spread"))
+        return plain_settings(self, (*younger, "sinks", "calibrate_at", "upcycle_rankings", "upcycle_spread"))
 
     @property
     def mixture(self) -> MixtureSettings:
