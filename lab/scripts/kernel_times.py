@@ -116,26 +116,26 @@ def our_parts(inputs: tuple[Tensor, ...], expiry: Tensor, limits: Any, scale: fl
     """The launches of a forward and a backward pass one by one."""
     from dynamask.ops.hopper import backward_dkv, backward_dq, forward
     from dynamask.ops.triton.backward import prepare
+    from dynamask.ops.triton.inputs import AttentionInputs
     from dynamask.ops.triton.lists import build_lists_and_spans
 
     query, key, value, bias, grad = inputs
     ratio = query.shape[1] // key.shape[1]
+    all_inputs = AttentionInputs.of(query, key, value, expiry, bias, scale)
     lists = kernels.forward_lists(query, value, expiry, limits)
     yield "lists", lambda: kernels.forward_lists(query, value, expiry, limits)
-    yield "forward kernel", lambda: forward.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
-    output, *parts = forward.forward_kernel_launch(query, key, value, expiry, bias, lists, scale)
+    yield "forward kernel", lambda: forward.forward_kernel_launch(all_inputs, lists)
+    output, *parts = forward.forward_kernel_launch(all_inputs, lists)
     sums = prepare(grad, output, *parts, parted=bias is not None)
     yield "prepare", lambda: prepare(grad, output, *parts, parted=bias is not None)
     dq_lists, spans = build_lists_and_spans(expiry, query.shape[2], backward_dq.block_of(ratio), limits)
     yield (
         "dq kernel",
-        lambda: backward_dq.query_kernel_launch(
-            grad, query, key, value, expiry, bias, sums, tuple(parts), dq_lists, scale
-        ),
+        lambda: backward_dq.query_kernel_launch(all_inputs, grad, sums, tuple(parts), dq_lists),
     )
     yield (
         "walk",
-        lambda: backward_dkv.walk_kernel_launch(grad, query, key, value, expiry, bias, sums, scale, spans),
+        lambda: backward_dkv.walk_kernel_launch(all_inputs, grad, sums, spans),
     )
 
 

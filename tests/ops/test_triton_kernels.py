@@ -488,6 +488,7 @@ def test_hopper_backward_in_odd_pieces(
 def test_hopper_walk_of_rows_without_living_keys(dead: tuple[int, ...]) -> None:
     """They get zeros, and the rows beside them what they get without them."""
     from dynamask.ops.hopper import backward_dkv as backward_hopper
+    from dynamask.ops.triton.inputs import AttentionInputs
     from dynamask.ops.triton.lists import build_lists_and_spans
 
     torch.manual_seed(0)
@@ -500,7 +501,8 @@ def test_hopper_walk_of_rows_without_living_keys(dead: tuple[int, ...]) -> None:
 
     def walk(expiry: torch.Tensor) -> list[torch.Tensor]:
         spans = build_lists_and_spans(expiry, 400, 32, (50, 50))[1]
-        results = backward_hopper.walk_kernel_launch(grad, query, key, value, expiry, bias, sums, 0.1, spans)
+        inputs = AttentionInputs(query, key, value, expiry, bias, 0.1)
+        results = backward_hopper.walk_kernel_launch(inputs, grad, sums, spans)
         return [t.flatten(0, 1) for t in results]
 
     whole = walk(expiry)
@@ -557,6 +559,7 @@ def test_redoing_flagged_tiles(bias: bool) -> None:
     """Every other tile flagged: those get what the reference gives, the others stay as they were."""
     from dynamask.ops.hopper import redo
     from dynamask.ops.triton.backward import prepare
+    from dynamask.ops.triton.inputs import AttentionInputs
     from dynamask.ops.triton.lists import build_lists
 
     batch, heads, groups, length, queries, dim, consumers, block = 1, 3, 1, 70, 50, 32, 2, 32
@@ -578,18 +581,19 @@ def test_redoing_flagged_tiles(bias: bool) -> None:
     flags = torch.arange(blocks * consumers, dtype=torch.int32, device=DEVICE) % 2
     output = torch.full_like(query, 7.0)
     largest, rest = (torch.full((batch, heads, queries), 7.0, device=DEVICE) for _ in range(2))
-    arguments = (query, key, value, expiry, added)
-    redo.redo_forward(*arguments, lists, flags, consumers, output, largest, rest, dim**-0.5)
+    inputs = AttentionInputs(query, key, value, expiry, added, dim**-0.5)
+    results = (output, largest, rest)
+    redo.redo_forward(inputs, lists, flags, consumers, results)
     redone = (torch.arange(queries, device=DEVICE) // (block // consumers) % 2).bool()
     assert (output[:, :, ~redone] == 7).all()
     torch.testing.assert_close(
         output[:, :, redone].double(), expected[:, :, redone], equal_nan=True, atol=1e-5, rtol=1e-4
     )
     full = torch.ones_like(flags)
-    redo.redo_forward(*arguments, lists, full, consumers, output, largest, rest, dim**-0.5)
+    redo.redo_forward(inputs, lists, full, consumers, results)
     d_query = torch.full_like(query, 7.0)
     sums = prepare(grad, output, largest, rest, parted=bias)
-    redo.redo_dq(grad, *arguments, largest, rest, sums.delta, lists, flags, consumers, d_query, dim**-0.5)
+    redo.redo_dq(inputs, grad, (largest, rest), sums.delta, lists, flags, consumers, d_query)
     assert (d_query[:, :, ~redone] == 7).all()
     (wanted,) = torch.autograd.grad(expected, leaves[:1], grad.double())
     finite = redone & expected.isfinite().all(-1).all(1)[0]

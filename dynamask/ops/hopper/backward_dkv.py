@@ -28,7 +28,9 @@ from dynamask.ops.hopper.producer import by_lane, take, tell
 from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.hopper.tile_scheduler import chunk_steps, leg_of, own_queries, piece_queries, proceed, search_levels
 from dynamask.ops.hopper.walk_tiles import clear_sums, narrow_sums, walk_tiles
+from dynamask.ops.triton.inputs import AttentionInputs
 from dynamask.ops.triton.lists import SpanLists
+from dynamask.ops.tuning import tuning
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -49,38 +51,26 @@ _FANOUT = 256
 
 
 def walk_kernel_launch(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
-    sums: RowSums,
-    scale: float,
-    spans: SpanLists,
+    inputs: AttentionInputs, grad_output: Tensor, sums: RowSums, spans: SpanLists
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `backward_walk.walk_kernel_launch`; inputs that `gluon.hopper` lets through.
+    """Compute what `backward_walk.walk_kernel_launch` does, on inputs that `dispatch.hopper` takes.
 
     Args:
+        grad_output: (B, H, Nq, Dv), contiguous.
+        sums: as `backward.prepare` gives them.
         spans: the lists of large blocks.
     """
-    _, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio = heads // groups
+    key, value, expiry = inputs.key, inputs.value, inputs.expiry
     key_sum, value_sum = (torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
     d_key, d_value = torch.empty_like(key), torch.empty_like(value)
     d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
-    step = _ROWS // next_power_of_2(ratio)
-    programs = _programs(query.device)
-    tiles = walk_tiles(expiry, spans, num_queries, 2 * _KEYS, step, _OVERHEAD)
+    step = _ROWS // next_power_of_2(inputs.ratio)
+    programs = _programs(key.device)
+    tiles = walk_tiles(expiry, spans, inputs.num_queries, 2 * _KEYS, step, _OVERHEAD)
     clear_sums(expiry, tiles, (key_sum, value_sum), 2 * _KEYS, programs, _CHUNK, _OVERHEAD)
     _walk[(programs,)](
         grad_output,
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
+        *inputs.tensors,
         sums.lse if sums.top is None else sums.top,
         sums.lse,
         sums.delta,
@@ -94,21 +84,16 @@ def walk_kernel_launch(
         d_key,
         d_value,
         d_bias,
-        scale * (_LOG2E.value if bias is None else 1.0),
-        scale,
-        heads,
-        num_queries,
-        length,
+        inputs.scale * (_LOG2E.value if inputs.bias is None else 1.0),
+        inputs.scale,
+        inputs.heads,
+        inputs.num_queries,
+        inputs.length,
         tiles.slots * 2 * _KEYS,
         tiles.slots,
         1,  # no walk is cut where a span ends: each is of one span, or short
-        num_queries,
+        inputs.num_queries,
         tiles.through.numel(),
-        GROUPS=groups,
-        RATIO=ratio,
-        RATIO_PAD=next_power_of_2(ratio),
-        DIM=dim,
-        VALUE_DIM=value_dim,
         KEYS=_KEYS,
         ROWS=_ROWS,
         TARGET=_CHUNK,
@@ -116,20 +101,12 @@ def walk_kernel_launch(
         FANOUT=_FANOUT,
         LEVELS=search_levels(tiles.through.numel(), _FANOUT),
         SLOTS=4,
-        HAS_BIAS=bias is not None,
+        **inputs.constants,
         num_warps=4,
-        **tuning(max(dim, value_dim)),
+        **tuning("Hopper walk", inputs.widest),
     )
     narrow_sums(expiry, tiles, (key_sum, value_sum), (d_key, d_value), 2 * _KEYS)
     return d_key, d_value, d_bias
-
-
-def tuning(dim: int) -> dict[str, int]:
-    """Stages, rows copied at a time, and registers of the warps' roles for a head width."""
-    # All of a multiprocessor's registers are given out. Narrow heads leave the producer enough to spill nothing.
-    if dim > 64:
-        return {"STAGES": 4, "PART": 16, "PRODUCER_REGISTERS": 24, "CONSUMER_REGISTERS": 240}
-    return {"STAGES": 6, "PART": 8, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 224}
 
 
 def _programs(device: torch.device) -> int:

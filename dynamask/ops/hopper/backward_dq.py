@@ -21,7 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from dynamask.ops.hopper.producer import produce, store_rows, take
 from dynamask.ops.hopper.redo import redo_dq, tickets_and_flags
 from dynamask.ops.hopper.row_sums import RowSums
+from dynamask.ops.triton.inputs import AttentionInputs
 from dynamask.ops.triton.lists import KeyLists
+from dynamask.ops.tuning import tuning
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -36,83 +38,49 @@ WHOLE_ROWS = True
 
 
 def query_kernel_launch(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
-    sums: RowSums,
-    parts: tuple[Tensor, Tensor],
-    lists: KeyLists,
-    scale: float,
+    inputs: AttentionInputs, grad_output: Tensor, sums: RowSums, parts: tuple[Tensor, Tensor], lists: KeyLists
 ) -> Tensor:
-    """dQ in the query's dtype.
+    """Compute dQ in the query's dtype, on inputs that `dispatch.hopper` takes.
 
     Args:
+        grad_output: (B, H, Nq, Dv), contiguous.
         sums: as `backward.prepare` gives them.
         parts: of the log-sum-exp, as the forward pass gives them.
         lists: of blocks of `block_of` queries.
-
-    The others as in `backward.backward_kernel_launch`; inputs that `gluon.hopper` lets through.
     """
-    batch, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio = heads // groups
-    blocks = lists.whole.shape[1]
-    d_query = torch.empty_like(query)
-    items = blocks * batch * groups
-    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
-    tickets, flags = tickets_and_flags(items * _CONSUMERS, query.device)
+    d_query = torch.empty_like(inputs.query)
+    items = lists.blocks * inputs.batch * inputs.groups
+    programs = min(items, torch.cuda.get_device_properties(d_query.device).multi_processor_count)
+    tickets, flags = tickets_and_flags(items * _CONSUMERS, d_query.device)
     _backward_query[(programs,)](
         grad_output,
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
+        *inputs.tensors,
         sums.lse if sums.top is None else sums.top,
         sums.lse,
         sums.delta,
-        lists.index,
-        lists.whole,
-        lists.partial,
-        lists.table,
+        *lists.tensors,
         tickets,
         flags,
         d_query,
-        scale * (_LOG2E.value if bias is None else 1.0),
-        scale,
+        inputs.scale * (_LOG2E.value if inputs.bias is None else 1.0),
+        inputs.scale,
         items,
-        batch,
-        heads,
-        num_queries,
-        length,
-        blocks,
+        inputs.batch,
+        inputs.heads,
+        inputs.num_queries,
+        inputs.length,
+        lists.blocks,
         lists.entries,
-        GROUPS=groups,
-        RATIO=ratio,
-        RATIO_PAD=next_power_of_2(ratio),
-        DIM=dim,
-        VALUE_DIM=value_dim,
         ROWS=_ROWS,
-        N=64,
-        STAGES=stages(max(dim, value_dim)),
         SLOTS=4,
         CONSUMERS=_CONSUMERS,
-        PRODUCER_REGISTERS=72,
-        CONSUMER_REGISTERS=216,
-        HAS_BIAS=bias is not None,
         WHOLE_ROWS=WHOLE_ROWS,
+        **inputs.constants,
         num_warps=4,
+        **tuning("Hopper dQ", inputs.widest),
     )
-    redo_dq(grad_output, query, key, value, expiry, bias, *parts, sums.delta, lists, flags, _CONSUMERS, d_query, scale)
+    redo_dq(inputs, grad_output, parts, sums.delta, lists, flags, _CONSUMERS, d_query)
     return d_query
-
-
-def stages(dim: int) -> int:
-    """Tiles of keys and values in shared memory, beside two buffers of queries and output gradients."""
-    return 3 if dim > 64 else 8
 
 
 def block_of(ratio: int) -> int:

@@ -22,7 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dynamask.ops.hopper.producer import by_lane, hold, produce, store_rows, take
 from dynamask.ops.hopper.redo import redo_forward, tickets_and_flags
+from dynamask.ops.triton.forward import empty_results
+from dynamask.ops.triton.inputs import AttentionInputs
 from dynamask.ops.triton.lists import KeyLists
+from dynamask.ops.tuning import tuning
 
 _LOG2E = gl.constexpr(1.4426950408889634)
 _LN2 = gl.constexpr(0.6931471805599453)
@@ -37,76 +40,43 @@ WHOLE_ROWS = True
 """Write the output in whole rows, by way of the shared memory in which the queries were."""
 
 
-def forward_kernel_launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
-    lists: KeyLists,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `dynamask.ops.triton.forward.forward_kernel_launch`; inputs that `dispatch.hopper` lets through."""
-    batch, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio = heads // groups
-    blocks = lists.whole.shape[1]
-    output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
-    largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
-    items = blocks * batch * groups
-    programs = min(items, torch.cuda.get_device_properties(query.device).multi_processor_count)
-    tickets, flags = tickets_and_flags(items * _CONSUMERS, query.device)
+def forward_kernel_launch(inputs: AttentionInputs, lists: KeyLists) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `dynamask.ops.triton.forward.forward_kernel_launch` does, on inputs that `dispatch.hopper` takes."""
+    results = empty_results(inputs)
+    device = inputs.query.device
+    items = lists.blocks * inputs.batch * inputs.groups
+    programs = min(items, torch.cuda.get_device_properties(device).multi_processor_count)
+    tickets, flags = tickets_and_flags(items * _CONSUMERS, device)
+    biased = inputs.bias is not None
     _forward[(programs,)](
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
-        lists.index,
-        lists.whole,
-        lists.partial,
-        lists.table,
+        *inputs.tensors,
+        *lists.tensors,
         tickets,
         flags,
-        output,
-        largest,
-        rest,
-        scale * (_LOG2E.value if bias is None else 1.0),
+        *results,
+        inputs.scale * (1.0 if biased else _LOG2E.value),
         items,
-        batch,
-        heads,
-        num_queries,
-        length,
-        blocks,
+        inputs.batch,
+        inputs.heads,
+        inputs.num_queries,
+        inputs.length,
+        lists.blocks,
         lists.entries,
-        GROUPS=groups,
-        RATIO=ratio,
-        RATIO_PAD=next_power_of_2(ratio),
-        DIM=dim,
-        VALUE_DIM=value_dim,
         ROWS=_ROWS,
         SLOTS=4,
         CONSUMERS=_CONSUMERS,
-        HAS_BIAS=bias is not None,
-        WHOLE_ROWS=WHOLE_ROWS and dim == value_dim,
+        WHOLE_ROWS=WHOLE_ROWS and inputs.dim == inputs.value_dim,
+        **inputs.constants,
         num_warps=4,
-        **tiles(max(dim, value_dim), bias is not None),
+        **tuning("Hopper forward with a bias" if biased else "Hopper forward", inputs.widest),
     )
-    redo_forward(query, key, value, expiry, bias, lists, flags, _CONSUMERS, output, largest, rest, scale)
-    return output, largest, rest
+    redo_forward(inputs, lists, flags, _CONSUMERS, results)
+    return results
 
 
 def block_of(ratio: int) -> int:
     """Queries per block for H / G query heads on one key/value head."""
     return _CONSUMERS * _ROWS // next_power_of_2(ratio)
-
-
-def tiles(dim: int, bias: bool) -> dict[str, int]:
-    """Keys per stage, stages and registers of the warps' roles for a head width."""
-    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md). All of a multiprocessor's registers are given out, and
-    # with two buffers of queries nearly all of its shared memory: a bias leaves room for three stages.
-    stages = 8 if dim <= 64 else 3 if bias else 4
-    return {"N": 64, "STAGES": stages, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 152}
 
 
 @gluon.jit

@@ -7,12 +7,15 @@ which are nearly always all zero, and compute such tiles again as `dynamask.ops.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dynamask.ops.triton.forward import load_row_sums
+from dynamask.ops.triton.inputs import AttentionInputs
 from dynamask.ops.triton.lists import KeyLists, list_of
 
 _FLAGS = 64
@@ -26,119 +29,68 @@ def tickets_and_flags(flags: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def redo_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
-    lists: KeyLists,
-    flags: Tensor,
-    consumers: int,
-    output: Tensor,
-    largest: Tensor,
-    rest: Tensor,
-    scale: float,
+    inputs: AttentionInputs, lists: KeyLists, flags: Tensor, consumers: int, results: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Write again what the flagged tiles of the forward pass gave; arguments as in `hopper.forward`.
 
     Args:
         flags: (B·G · blocks · consumers,) int32, not 0 for a tile to compute again.
         consumers: tiles of a block.
+        results: of the forward pass.
     """
-    _, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio_pad = triton.next_power_of_2(heads // groups)
     _redo_forward[(triton.cdiv(flags.numel(), _FLAGS),)](
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
-        lists.index,
-        lists.whole,
-        lists.partial,
-        lists.table,
+        *inputs.tensors,
+        *lists.tensors,
         flags,
-        output,
-        largest,
-        rest,
-        scale,
-        flags.numel(),
-        heads,
-        num_queries,
-        length,
-        lists.whole.shape[1],
-        lists.entries,
-        GROUPS=groups,
-        RATIO=heads // groups,
-        RATIO_PAD=ratio_pad,
-        M=lists.block // consumers,
-        CONSUMERS=consumers,
-        DIM=dim,
-        VALUE_DIM=value_dim,
-        HAS_BIAS=bias is not None,
-        FLAGS=_FLAGS,
-        num_warps=4,
+        *results,
+        *_sizes(inputs, lists, flags),
+        **_constants(inputs, lists, consumers),
     )
 
 
 def redo_dq(
+    inputs: AttentionInputs,
     grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
-    top: Tensor,
-    rest: Tensor,
+    parts: tuple[Tensor, Tensor],
     delta: Tensor,
     lists: KeyLists,
     flags: Tensor,
     consumers: int,
     d_query: Tensor,
-    scale: float,
 ) -> None:
     """Write again what the flagged tiles of the pass for dQ gave; arguments as in `hopper.backward_dq`.
 
     Args:
         flags, consumers: as in `redo_forward`.
     """
-    _, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
     _redo_dq[(triton.cdiv(flags.numel(), _FLAGS),)](
         grad_output,
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
-        top,
-        rest,
+        *inputs.tensors,
+        *parts,
         delta,
-        lists.index,
-        lists.whole,
-        lists.partial,
-        lists.table,
+        *lists.tensors,
         flags,
         d_query,
-        scale,
-        flags.numel(),
-        heads,
-        num_queries,
-        length,
-        lists.whole.shape[1],
-        lists.entries,
-        GROUPS=groups,
-        RATIO=heads // groups,
-        RATIO_PAD=triton.next_power_of_2(heads // groups),
-        M=lists.block // consumers,
-        CONSUMERS=consumers,
-        DIM=dim,
-        VALUE_DIM=value_dim,
-        HAS_BIAS=bias is not None,
-        FLAGS=_FLAGS,
-        num_warps=4,
+        *_sizes(inputs, lists, flags),
+        **_constants(inputs, lists, consumers),
     )
+
+
+def _sizes(inputs: AttentionInputs, lists: KeyLists, flags: Tensor) -> tuple[float | int, ...]:
+    """The numbers that both kernels take behind their tensors."""
+    sizes = (inputs.heads, inputs.num_queries, inputs.length, lists.blocks, lists.entries)
+    return inputs.scale, flags.numel(), *sizes
+
+
+def _constants(inputs: AttentionInputs, lists: KeyLists, consumers: int) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    return {
+        **inputs.constants,
+        "M": lists.block // consumers,
+        "CONSUMERS": consumers,
+        "FLAGS": _FLAGS,
+        "num_warps": 4,
+    }
 
 
 @triton.jit

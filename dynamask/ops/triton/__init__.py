@@ -2,6 +2,7 @@
 
 | file | holds |
 | --- | --- |
+| `inputs.py` | what every launch takes, in one tuple |
 | `lists.py` | which keys a block of queries can see, gathered into one list per block |
 | `tables.py` | small tables of integers on the device |
 | `forward.py` | attention of a block of queries over its list |
@@ -31,6 +32,7 @@ from dynamask.ops.hopper.self_check import check_first_use
 from dynamask.ops.triton.backward import backward_kernel_launch, walks
 from dynamask.ops.triton.decode import MAX_QUERIES, decode
 from dynamask.ops.triton.forward import forward_kernel_launch
+from dynamask.ops.triton.inputs import AttentionInputs
 from dynamask.ops.triton.lists import KeyLists, block_of, build_lists, rows_of
 
 
@@ -54,15 +56,14 @@ def interval_forward(
         max_live: no query sees more keys of a head than this, one number for each of the G heads; empty if unknown,
             which costs one look at the data.
     """
-    query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
-    bias = None if bias is None else bias.float().contiguous()
-    if query.shape[2] <= MAX_QUERIES:
-        return decode(query, key, value, expiry, bias, scale)
+    inputs = AttentionInputs.of(query, key, value, expiry, bias, scale)
+    if inputs.num_queries <= MAX_QUERIES:
+        return decode(inputs)
     check_first_use("forward", query, value, bias, _small_forward)
-    lists = forward_lists(query, value, expiry, max_live)
+    lists = forward_lists(query, value, inputs.expiry, max_live)
     forward_hopper = hopper("forward", query, value)
     launch = forward_kernel_launch if forward_hopper is None else forward_hopper.forward_kernel_launch
-    return launch(query, key, value, expiry, bias, lists, scale)
+    return launch(inputs, lists)
 
 
 def forward_lists(query: Tensor, value: Tensor, expiry: Tensor, max_live: Sequence[int]) -> KeyLists:
@@ -97,13 +98,12 @@ def interval_backward(
         deterministic: the same bits every time.
         walk_from: as in `backward_kernel_launch`.
     """
-    query, key, value, expiry = (t.contiguous() for t in (query, key, value, expiry))
-    bias = None if bias is None else bias.float().contiguous()
+    inputs = AttentionInputs.of(query, key, value, expiry, bias, scale)
     if deterministic or walks(query):  # else atomic sums in the portable pass give the gradients
         check_first_use("backward", query, value, bias, _small_backward)
-    saved = (output.contiguous(), top.contiguous(), rest.contiguous())
+    parts = (top.contiguous(), rest.contiguous())
     return backward_kernel_launch(
-        grad_output.contiguous(), query, key, value, expiry, bias, *saved, scale, max_live, deterministic, walk_from
+        inputs, grad_output.contiguous(), output.contiguous(), parts, max_live, deterministic, walk_from
     )
 
 

@@ -17,102 +17,73 @@ from dynamask.ops.hopper.dispatch import hopper
 from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.triton.backward_walk import walk_kernel_launch
 from dynamask.ops.triton.forward import LOG2E, load_row_sums, row_of
+from dynamask.ops.triton.inputs import AttentionInputs
 from dynamask.ops.triton.lists import block_of, build_lists_and_spans, list_of, rows_of, widest_first
+from dynamask.ops.tuning import tuning
 
 WALK_FROM = 2048
 """Queries from which on the walk is taken on Hopper: putting keys into tiles costs more than it saves on short rows."""
 
 
 def backward_kernel_launch(
+    inputs: AttentionInputs,
     grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
     output: Tensor,
-    top: Tensor,
-    rest: Tensor,
-    scale: float,
+    parts: tuple[Tensor, Tensor],
     max_live: Sequence[int],
     deterministic: bool,
     walk_from: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to query, key, value in their dtypes and bias in float32; arguments contiguous.
+    """Compute the gradients to query, key, value in their dtypes and to the bias in float32; arguments contiguous.
 
     Args:
-        top, rest: two parts of the log-sum-exp, as the forward pass gives them.
+        output, parts: the output, and the two parts of the log-sum-exp, as the forward pass gives them.
         max_live: no query sees more keys of a head than this, for each of the G heads; empty if unknown.
         deterministic: bitwise the same on every run, in some more time.
         walk_from: queries from which on dK and dV come from a walk on Hopper; None: `WALK_FROM`.
     """
-    batch, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio = heads // groups
-    sums = prepare(grad_output, output, top, rest, parted=bias is not None)
-    delta = sums.delta
+    query, key, value, expiry = inputs[:4]
+    sums = prepare(grad_output, output, *parts, parted=inputs.bias is not None)
     walk = _walk_kernel(query, value, WALK_FROM if walk_from is None else walk_from)
     scatter = not deterministic and walk is None
     query_hopper = None if scatter else hopper("backward_dq", query, value)
     if query_hopper is None:
-        block = block_of(ratio, rows_of(max(dim, value_dim), query.element_size()))
+        block = block_of(inputs.ratio, rows_of(inputs.widest, query.element_size()))
     else:
-        block = query_hopper.block_of(ratio)
-    lists, spans = build_lists_and_spans(expiry, num_queries, block, max_live)
+        block = query_hopper.block_of(inputs.ratio)
+    lists, spans = build_lists_and_spans(expiry, inputs.num_queries, block, max_live)
     if deterministic:
-        d_key, d_value, d_bias = walk_kernel_launch(
-            grad_output, query, key, value, expiry, bias, top, rest, delta, scale
-        )
+        d_key, d_value, d_bias = walk_kernel_launch(inputs, grad_output, parts, sums.delta)
     elif walk is not None:
-        d_key, d_value, d_bias = walk(grad_output, query, key, value, expiry, bias, sums, scale, spans)
+        d_key, d_value, d_bias = walk(inputs, grad_output, sums, spans)
     else:
         d_key, d_value = (torch.zeros(t.shape, dtype=torch.float32, device=t.device) for t in (key, value))
         d_bias = torch.zeros(expiry.shape, dtype=torch.float32, device=key.device)
     if query_hopper is not None:
-        d_query = query_hopper.query_kernel_launch(
-            grad_output, query, key, value, expiry, bias, sums, (top, rest), lists, scale
-        )
+        d_query = query_hopper.query_kernel_launch(inputs, grad_output, sums, parts, lists)
         return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
     d_query = torch.empty_like(query)
-    narrow = query.element_size() == 2
-    blocks = lists.whole.shape[1]
-    _backward[(blocks, batch * groups)](
+    _backward[(lists.blocks, inputs.batch * inputs.groups)](
         grad_output,
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
-        top,
-        rest,
-        delta,
-        lists.index,
-        lists.whole,
-        lists.partial,
-        lists.table,
+        *inputs.tensors,
+        *parts,
+        sums.delta,
+        *lists.tensors,
         d_query,
         d_key,
         d_value,
         d_bias,
-        scale,
-        batch,
-        heads,
-        num_queries,
-        length,
-        blocks,
+        inputs.scale,
+        inputs.batch,
+        inputs.heads,
+        inputs.num_queries,
+        inputs.length,
+        lists.blocks,
         lists.entries,
-        GROUPS=groups,
-        RATIO=ratio,
-        RATIO_PAD=triton.next_power_of_2(ratio),
         M=lists.block,
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        VALUE_DIM=value_dim,
-        VALUE_PAD=triton.next_power_of_2(value_dim),
-        HAS_BIAS=bias is not None,
         SCATTER=scatter,
-        PRECISION="tf32" if narrow else "ieee",
-        **tiles(max(dim, value_dim), narrow),
+        **inputs.portable_constants,
+        **tuning("backward", inputs.widest, inputs.narrow),
     )
     return d_query, d_key.to(key.dtype), d_value.to(value.dtype), d_bias
 
@@ -158,14 +129,6 @@ def _walk_kernel(query: Tensor, value: Tensor, walk_from: int) -> Callable[..., 
     if backward_hopper is None or query.shape[2] < walk_from:
         return None
     return backward_hopper.walk_kernel_launch
-
-
-def tiles(dim: int, narrow: bool) -> dict[str, int]:
-    """Keys per tile, warps and pipeline stages for a head width; `narrow` for 16-bit inputs."""
-    if not narrow or dim > 128:
-        return {"N": 32, "num_warps": 8, "num_stages": 1}
-    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md).
-    return {"N": 64, "num_warps": 8, "num_stages": 2} if dim > 64 else {"N": 32, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

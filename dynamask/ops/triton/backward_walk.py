@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from dynamask.ops.triton.forward import LOG2E, load_row_sums
+from dynamask.ops.triton.inputs import AttentionInputs
+from dynamask.ops.tuning import tuning
 
 _SLAB = 1024
 """Keys ordered by expiry at a time; between 512 and 2048 makes little difference."""
@@ -127,73 +129,37 @@ def _order_slab(
 
 
 def walk_kernel_launch(
-    grad_output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
-    top: Tensor,
-    rest: Tensor,
-    delta: Tensor,
-    scale: float,
+    inputs: AttentionInputs, grad_output: Tensor, parts: tuple[Tensor, Tensor], delta: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to key and value in their dtypes and bias in float32; arguments contiguous.
+    """Compute the gradients to key and value in their dtypes and to the bias in float32.
 
     Args:
-        top, rest: two parts of the log-sum-exp, as the forward pass gives them.
+        parts: of the log-sum-exp, as the forward pass gives them.
         delta: as `backward.prepare` gives it.
     """
-    batch, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio = heads // groups
-    d_key, d_value = torch.empty_like(key), torch.empty_like(value)
-    d_bias = torch.empty(expiry.shape, dtype=torch.float32, device=key.device)
-    narrow = query.element_size() == 2
-    chosen = tiles(max(dim, value_dim), narrow)
+    d_key, d_value = torch.empty_like(inputs.key), torch.empty_like(inputs.value)
+    d_bias = torch.empty(inputs.expiry.shape, dtype=torch.float32, device=d_key.device)
+    chosen = tuning("deterministic walk", inputs.widest, inputs.narrow)
     rows = chosen.pop("rows")
-    ratio_pad = triton.next_power_of_2(ratio)
-    _walk[(triton.cdiv(length, chosen["N"]), batch * groups)](
+    ratio_pad = triton.next_power_of_2(inputs.ratio)
+    _walk[(triton.cdiv(inputs.length, chosen["N"]), inputs.batch * inputs.groups)](
         grad_output,
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
-        top,
-        rest,
+        *inputs.tensors,
+        *parts,
         delta,
-        walking_order(expiry),
+        walking_order(inputs.expiry),
         d_key,
         d_value,
         d_bias,
-        scale,
-        heads,
-        num_queries,
-        length,
-        GROUPS=groups,
-        RATIO=ratio,
-        RATIO_PAD=ratio_pad,
+        inputs.scale,
+        inputs.heads,
+        inputs.num_queries,
+        inputs.length,
         M=max(16 // ratio_pad, rows // ratio_pad, 1),
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        VALUE_DIM=value_dim,
-        VALUE_PAD=triton.next_power_of_2(value_dim),
-        HAS_BIAS=bias is not None,
-        PRECISION="tf32" if narrow else "ieee",
+        **inputs.portable_constants,
         **chosen,
     )
     return d_key, d_value, d_bias
-
-
-def tiles(dim: int, narrow: bool) -> dict[str, int]:
-    """Keys per tile, rows of queries per step, warps and pipeline stages; `narrow` for 16-bit inputs."""
-    if not narrow:
-        return {"N": 32, "rows": 32 if dim > 128 else 64, "num_warps": 4, "num_stages": 1}
-    if dim > 128:
-        return {"N": 32, "rows": 64, "num_warps": 8, "num_stages": 1}
-    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md).
-    return {"N": 64, "rows": 64 if dim > 64 else 128, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

@@ -7,72 +7,60 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.triton.forward import LOG2E, attend_row
+from dynamask.ops.triton.forward import LOG2E, attend_row, empty_results
+from dynamask.ops.triton.inputs import AttentionInputs
 
 MAX_QUERIES = 8
 _SPLIT = 256
 """Keys per program at least: fewer and the merge costs more than the reading."""
 
 
-def decode(
-    query: Tensor, key: Tensor, value: Tensor, expiry: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, H, Nq, Dv), largest logit and rest (B, H, Nq) as `forward.forward_kernel_launch`, Nq <= MAX_QUERIES.
+def decode(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `forward.forward_kernel_launch` does, for at most MAX_QUERIES queries.
 
     Every key is read once, in order, and tested: from a bounded cache nearly all of them are seen.
     """
-    batch, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio = heads // groups
+    batch, heads, num_queries, length = inputs.batch, inputs.heads, inputs.num_queries, inputs.length
     # Enough programs to fill a large GPU, whatever the batch.
-    splits = max(1, min(triton.cdiv(length, _SPLIT), triton.cdiv(528, batch * groups)))
+    splits = max(1, min(triton.cdiv(length, _SPLIT), triton.cdiv(528, batch * inputs.groups)))
     part = triton.cdiv(triton.cdiv(length, splits), 64) * 64
     splits = max(1, triton.cdiv(length, part))
-    rows = max(16, triton.next_power_of_2(ratio * num_queries))
-    outputs = torch.empty(splits, batch, heads, num_queries, value_dim, dtype=torch.float32, device=query.device)
-    tops, totals = (torch.empty(outputs.shape[:4], dtype=torch.float32, device=query.device) for _ in range(2))
-    _decode[(splits, batch * groups)](
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
+    outputs = torch.empty(
+        splits, batch, heads, num_queries, inputs.value_dim, dtype=torch.float32, device=inputs.query.device
+    )
+    tops, totals = (torch.empty(outputs.shape[:4], dtype=torch.float32, device=outputs.device) for _ in range(2))
+    constants = inputs.portable_constants
+    for unused in ("GROUPS", "RATIO_PAD"):
+        del constants[unused]
+    _decode[(splits, batch * inputs.groups)](
+        *inputs.tensors,
         outputs,
         tops,
         totals,
-        scale,
+        inputs.scale,
         batch * heads * num_queries,
         length,
         part,
         NUM_QUERIES=num_queries,
-        RATIO=ratio,
-        ROWS=rows,
+        ROWS=max(16, triton.next_power_of_2(inputs.ratio * num_queries)),
         N=64,
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        VALUE_DIM=value_dim,
-        VALUE_PAD=triton.next_power_of_2(value_dim),
-        HAS_BIAS=bias is not None,
-        PRECISION="tf32" if query.element_size() == 2 else "ieee",
+        **constants,
         num_warps=4,
         num_stages=2,
     )
-    output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
-    largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
+    results = empty_results(inputs)
     _merge[(batch * heads * num_queries,)](
         outputs,
         tops,
         totals,
-        output,
-        largest,
-        rest,
+        *results,
         splits,
         SPLITS_PAD=triton.next_power_of_2(splits),
-        VALUE_DIM=value_dim,
-        VALUE_PAD=triton.next_power_of_2(value_dim),
+        VALUE_DIM=inputs.value_dim,
+        VALUE_PAD=constants["VALUE_PAD"],
         num_warps=4,
     )
-    return output, largest, rest
+    return results
 
 
 @triton.jit

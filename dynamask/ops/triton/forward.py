@@ -7,72 +7,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynamask.ops.triton.inputs import AttentionInputs
 from dynamask.ops.triton.lists import KeyLists, list_of, widest_first
+from dynamask.ops.tuning import tuning
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-def forward_kernel_launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    expiry: Tensor,
-    bias: Tensor | None,
-    lists: KeyLists,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output (B, H, Nq, Dv), and float32 (B, H, Nq) each query's largest logit and the log of the sum of
-    exp(logit - largest); arguments contiguous, shapes as in `blocked.forward`."""
-    batch, heads, num_queries, dim = query.shape
-    groups, length, value_dim = value.shape[1:]
-    ratio = heads // groups
-    output = torch.empty(batch, heads, num_queries, value_dim, dtype=query.dtype, device=query.device)
-    largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=query.device) for _ in range(2))
-    narrow = query.element_size() == 2
-    blocks = lists.whole.shape[1]
-    _forward[(blocks, batch * groups)](
-        query,
-        key,
-        value,
-        expiry,
-        expiry if bias is None else bias,
-        lists.index,
-        lists.whole,
-        lists.partial,
-        lists.table,
-        output,
-        largest,
-        rest,
-        scale,
-        batch,
-        heads,
-        num_queries,
-        length,
-        blocks,
+def forward_kernel_launch(inputs: AttentionInputs, lists: KeyLists) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the output (B, H, Nq, Dv), and float32 (B, H, Nq) each query's largest logit and the log of the sum of
+    exp(logit - largest)."""
+    results = empty_results(inputs)
+    _forward[(lists.blocks, inputs.batch * inputs.groups)](
+        *inputs.tensors,
+        *lists.tensors,
+        *results,
+        inputs.scale,
+        inputs.batch,
+        inputs.heads,
+        inputs.num_queries,
+        inputs.length,
+        lists.blocks,
         lists.entries,
-        GROUPS=groups,
-        RATIO=ratio,
-        RATIO_PAD=triton.next_power_of_2(ratio),
         M=lists.block,
-        DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
-        VALUE_DIM=value_dim,
-        VALUE_PAD=triton.next_power_of_2(value_dim),
-        HAS_BIAS=bias is not None,
-        PRECISION="tf32" if narrow else "ieee",
-        **tiles(max(dim, value_dim), narrow),
+        **inputs.portable_constants,
+        **tuning("forward", inputs.widest, inputs.narrow),
     )
+    return results
+
+
+def empty_results(inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for the output, in the query's dtype, and the two parts of the log-sum-exp in float32."""
+    output = inputs.query.new_empty(*inputs.query.shape[:3], inputs.value_dim)
+    largest, rest = (torch.empty(output.shape[:3], dtype=torch.float32, device=output.device) for _ in range(2))
     return output, largest, rest
-
-
-def tiles(dim: int, narrow: bool) -> dict[str, int]:
-    """Keys per tile, warps and pipeline stages for a head width; `narrow` for 16-bit inputs."""
-    if not narrow:
-        return {"N": 32, "num_warps": 8, "num_stages": 2}
-    if dim > 128:
-        return {"N": 32, "num_warps": 8, "num_stages": 2}
-    # Swept on an H100 at N = 32K, w = 2048 (lab/kernels.md).
-    return {"N": 64 if dim > 64 else 128, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit

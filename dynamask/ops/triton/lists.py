@@ -64,6 +64,16 @@ class KeyLists(NamedTuple):
     capacities: tuple[int, ...]
 
     @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the attention kernels read of the lists."""
+        return self.index, self.whole, self.partial, self.table
+
+    @property
+    def blocks(self) -> int:
+        """Lists of each row."""
+        return self.whole.shape[1]
+
+    @property
     def entries(self) -> int:
         """Entries of one list of each head together."""
         return sum(self.capacities)
