@@ -115,15 +115,14 @@ def main() -> int:
         bad += not good
         print(f"{'ok   ' if good else 'WRONG'} {name}: {detail}", flush=True)
 
-    shapes = [
-        (dim, heads, windows) for dim in (128, 64) for heads, windows in ((16, (1, n, 136, 700)), (9, (150, n, 1)))
-    ]
+    mixes = ((16, (1, n, 136, 700)), (9, (150, n, 1)), (6, (136, 1, 90, 300, 136, 200)))
+    shapes = [(dim, heads, windows) for dim in (128, 64) for heads, windows in mixes]
     part, parts = (int(number) for number in arguments.part.split("/"))
     for dim, heads, windows in shapes[part::parts]:
         windows = tuple(min(window, n) for window in windows)
         for bias in (False, True):
             for queries in (1, 1 << 30):
-                for local in (0, 1):
+                for local in (0, 1 if n in windows else 120):
                     inputs, grad, expiry, live = problem(n, windows, heads, dim, device, local)
                     poison(device)
                     with walk_from(queries):

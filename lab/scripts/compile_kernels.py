@@ -1,0 +1,130 @@
+"""Compile the attention kernels for a Hopper GPU on a machine without one, down to machine code.
+
+    PYTHONPATH=.:lab python lab/scripts/compile_kernels.py [expiry] [lists] [hopper]
+
+The interpreter runs kernels that Triton refuses to compile: this finds them before a GPU has to. Nothing is launched,
+and no result is looked at. One line per kernel; exit code 1 if any does not compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGET = GPUTarget("cuda", 90, 32)
+_done: dict[str, float] = {}
+_failed: list[str] = []
+
+
+class _NoDevice:
+    """What Triton asks a driver for before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGET
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_alone() -> None:
+    """Make every launch a compilation."""
+    driver.set_active(_NoDevice())  # type: ignore[arg-type]
+    run = JITFunction.run
+
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        name = self.fn.__module__.removeprefix("dynamask.ops.") + "." + self.fn.__name__
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+            if kernel is not None and "cubin" not in kernel.asm:
+                raise RuntimeError("no machine code")
+        except Exception as error:
+            _failed.append(name)
+            print(f"FAILED {name}: {type(error).__name__}: {error}"[-1500:], flush=True)
+            return None
+        _done[name] = _done.get(name, 0.0) + time.perf_counter() - began
+        return kernel
+
+    JITFunction.run = compiled  # type: ignore[method-assign]
+
+
+def expiry() -> None:
+    """Expiry in every layout, at lengths of every table's rows."""
+    from dynamask.ops.triton.expiry import contested_expiry
+
+    for length, groups in ((8192, 4), (32768, 4), (131072, 2), (1 << 20, 1)):
+        scores = torch.zeros(1, groups, length)
+        mask, segments = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.long)
+        contested_expiry(scores, [512] * groups, 0, 0)
+        if length == 32768:
+            contested_expiry(scores, [512, 700, 900, 40000], 8, 4, None, mask)
+            contested_expiry(scores, [512] * 4, 8, 4)
+            contested_expiry(scores, [512] * 4, 8, 4, segments)
+            contested_expiry(scores, [512] * 4, 8, 4, segments, mask)
+
+
+def lists() -> None:
+    """Lists of short rows, of long ones, and with spans."""
+    from dynamask.ops.triton.lists import build_lists, build_lists_and_spans
+
+    for length in (8192, 32768, 131072):
+        mask = torch.zeros(1, 4, length, dtype=torch.int32)
+        build_lists(mask, length, 48, [512] * 4)
+        build_lists_and_spans(mask, length, 32, [512] * 4)
+
+
+def hopper() -> None:
+    """Forward and backward pass of Hopper, with and without a bias."""
+    from dynamask.ops.hopper import backward_dkv, backward_dq, forward
+    from dynamask.ops.hopper.row_sums import RowSums
+    from dynamask.ops.triton.inputs import AttentionInputs
+    from dynamask.ops.triton.lists import build_lists, build_lists_and_spans
+
+    torch.cuda.get_device_properties = lambda _device: SimpleNamespace(multi_processor_count=132)  # type: ignore[assignment]
+    for dim, ratio in ((128, 4), (128, 1), (64, 3)):
+        for biased in (False, True):
+            length = 4096
+            query = torch.zeros(1, 2 * ratio, length, dim, dtype=torch.bfloat16)
+            key, bias = torch.zeros(1, 2, length, dim, dtype=torch.bfloat16), torch.zeros(1, 2, length)
+            mask = torch.zeros(1, 2, length, dtype=torch.int32)
+            inputs = AttentionInputs(query, key, key, mask, bias if biased else None, 0.1)
+            forward.forward_kernel_launch(inputs, build_lists(mask, length, forward.block_of(ratio), [512] * 2))
+            sums = torch.zeros(1, 2 * ratio, length)
+            rows = RowSums(sums, sums if biased else None, sums)
+            found, spans = build_lists_and_spans(mask, length, backward_dq.block_of(ratio), [512] * 2)
+            backward_dq.query_kernel_launch(inputs, query, rows, (sums, sums), found)
+            backward_dkv.walk_kernel_launch(inputs, query, rows, spans)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", default=["expiry", "lists", "hopper"])
+    compile_alone()
+    for family in parser.parse_args().families:
+        {"expiry": expiry, "lists": lists, "hopper": hopper}[family]()
+    for name, seconds in _done.items():
+        print(f"{seconds:6.1f} s  {name}")
+    print(f"Triton {triton.__version__}: {len(_done)} kernels compile, failed: {sorted(set(_failed)) or 'none'}")
+    return int(bool(_failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
