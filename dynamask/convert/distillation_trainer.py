@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from dynamask.convert.attention import CallFacts
+from dynamask.convert.compiled_layers import compiled_layers
 from dynamask.convert.distill import check_teacher, losses_of_hidden, next_tokens, separate_teacher, teacher_states
 from dynamask.convert.models import check_converted
 from dynamask.errors import InvalidInputError
@@ -27,6 +29,8 @@ class DistillationTrainer(Trainer):
         temperature, chunk: see `dynamask.convert.chunked_kl.chunked_kl`.
         label_share: share of the cross-entropy of the next token in the loss, see `dynamask.convert.distill`.
         rank_rate: learning rate of the rank predictors, divided by that of the model; 0 leaves them as they are.
+        compiled: whether `train()` runs the layers of both models compiled (`dynamask.convert.compiled_layers`).
+            None: on one GPU, for models without adapters.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class DistillationTrainer(Trainer):
         chunk: int = 1024,
         label_share: float = 0.0,
         rank_rate: float = 6.0,
+        compiled: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -48,6 +53,9 @@ class DistillationTrainer(Trainer):
         if not 0 <= label_share <= 1:
             raise InvalidInputError(f"label_share must be from 0 to 1; got {label_share}")
         self.temperature, self.chunk, self.rank_rate, self.label_share = temperature, chunk, rank_rate, label_share
+        if compiled is None:
+            compiled = base is student and self.args.device.type == "cuda" and self.args.world_size == 1
+        self.compiled = compiled
         self.model_accepts_loss_kwargs = False  # a mean over tokens: Trainer divides by the accumulation steps
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -61,6 +69,16 @@ class DistillationTrainer(Trainer):
                 rank_rate=self.rank_rate,
             )
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does, with compiled layers where they are wanted."""
+        with ExitStack() as stack:
+            if self.compiled:
+                student: Any = self.model
+                base = student.get_base_model() if hasattr(student, "get_base_model") else student
+                for model in (base, self.teacher):
+                    stack.enter_context(compiled_layers(model))
+            return super().train(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

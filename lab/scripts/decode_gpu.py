@@ -436,10 +436,11 @@ def train(
                     first = time.perf_counter() - began
                     taken = seconds_of(functools.partial(run, model, ranks), repeats)
                     host = host_seconds(functools.partial(run, model, ranks))
-                row |= {"first_s": first, "host_ms": 1e3 * host}
+                figures = {"ms": 1e3 * taken, "tokens_per_s": batch * length / taken}
+                figures |= {"first_s": first, "host_ms": 1e3 * host}
                 if compiled and layers[id(model)].failure:
-                    row["failure"] = layers[id(model)].failure
-                yield row | {"kind": kind, "form": form, "ms": 1e3 * taken, "tokens_per_s": batch * length / taken}
+                    figures["failure"] = layers[id(model)].failure
+                yield row | {"kind": kind, "form": form} | figures
             except torch.OutOfMemoryError:
                 yield row | {"kind": kind, "form": form, "error": "out of memory"}
             free()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from dynamask import InvalidInputError, convert
 from dynamask.convert.distill import distillation_losses
@@ -130,6 +131,28 @@ def test_distill_compiles_where_it_is_told_to(llama: Any, monkeypatch: pytest.Mo
     assert all(not layers._layers for layers in made)
     # The predictors are drawn anew; what they rank by decides little of this loss.
     assert found[0] == pytest.approx(expected[0], rel=0.5)
+
+
+@pytest.mark.slow
+def test_a_trainer_compiles_where_it_is_told_to(llama: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    made = []
+
+    def compiled(model: Any) -> Any:
+        made.append(layers := convert.compiled_layers(model, backend="eager"))
+        return layers
+
+    monkeypatch.setattr(importlib.import_module("dynamask.convert.distillation_trainer"), "compiled_layers", compiled)
+    options = {"report_to": [], "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+    for wanted in (None, True):
+        convert.DistillationTrainer(
+            student_of(llama),
+            TrainingArguments(str(tmp_path), max_steps=2, **options),
+            teacher=llama,
+            train_dataset=[{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens(4)],
+            compiled=wanted,
+        ).train()
+        assert [len(layers._kinds) for layers in made] == ([1, 1] if wanted else [])
+    assert all(not layers._layers for layers in made)
 
 
 def test_calls_that_are_not_served_run_as_before(llama: Any) -> None:
