@@ -34,9 +34,9 @@ class CompiledLayers:
     """The decoder layers of a model, compiled until `remove()` or the end of a `with` block.
 
     Calls that a compiled layer does not serve run as before: those with a cache, with an observer, over processes, of
-    texts within the windows, and of layers that slide or are dense in a converted model. The first call of each kind is
-    compared with the layer itself, gradients included; where they differ or compiling fails, a warning says so and the
-    layers run as before.
+    texts within the windows, of models split by tensor parallelism, and of layers that slide or are dense in a
+    converted model. The first call of each kind is compared with the layer itself, gradients included; where they
+    differ or compiling fails, a warning says so and the layers run as before.
 
     Args:
         model: a converted or a dense causal LM of transformers.
@@ -52,7 +52,9 @@ class CompiledLayers:
             raise InvalidInputError(
                 f"compiled_layers takes a causal LM with a list of decoder layers; got {type(model).__name__}"
             )
-        self.failure: str | None = None
+        # Layers that are split exchange sums with other processes.
+        split = bool(getattr(model, "_tp_size", None))
+        self.failure: str | None = "tensor parallelism" if split else None
         self._kinds: set[tuple[Any, ...]] = set()
         self._converted = is_converted(model)
         function = _ranked_layer if self._converted else _dense_layer
