@@ -151,7 +151,11 @@ def agrees(name: str, folder: str) -> None:
     torch.testing.assert_close(steps(split, tokens), steps(alone, tokens), rtol=0, atol=1e-5)
     trained = dict(alone.named_parameters())
     for key, parameter in split.named_parameters():
-        torch.testing.assert_close(whole(parameter.detach()), trained[key].detach(), rtol=0, atol=2e-5, msg=key)
+        found, expected = whole(parameter.detach()), trained[key].detach()
+        for dimension, (ours, theirs) in enumerate(zip(found.shape, expected.shape, strict=True)):
+            if ours != theirs:  # before transformers 5.17 parameters are plain parts
+                expected = expected.narrow(dimension, ours * dist.get_rank(), ours)
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5, msg=lambda m, n=key: f"{n}: {m}")
     split.save_pretrained(place.with_suffix(".saved"))
     dist.barrier()
     again = AutoModelForCausalLM.from_pretrained(place.with_suffix(".saved"), dtype=torch.float32).eval()

@@ -18,6 +18,7 @@ from dynamask.errors import UsageError
 from dynamask.training import TrainConfig, checkpoints, open_run, train
 from dynamask.training.checkpointing import is_sharded
 from dynamask.training.processes import agreed, processes_of
+from tests.processes import run_processes
 from tests.training.test_training import MODEL, losses, settings, text  # noqa: F401 -- a fixture
 
 STEPS = 12
@@ -160,3 +161,26 @@ def test_processes_that_do_not_agree_are_none() -> None:
     assert agreed(lambda: 3) == 3
     with pytest.raises(UsageError, match="no"):
         agreed(lambda: (_ for _ in ()).throw(UsageError("no")))
+
+
+def slow_process(text: str, output: str) -> None:  # noqa: F811
+    """Train while the products of the second process take long; the first one reports it."""
+    import torch.distributed as dist
+
+    from dynamask.training import watch
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # accelerate wants them; the group is there already
+    honest, lines = watch._probe, []
+    if dist.get_rank() == 1:
+        watch._probe = lambda device: 10 * honest(device) + 0.05
+    result = train(run_settings(Path(text), Path(output), steps=3, save_every=0), report=lines.append)
+    logged = [entry for entry in result.history if "slowest_ratio" in entry]
+    assert logged
+    assert all(entry["slowest_process"] == 1 and entry["slowest_ratio"] > 1.5 for entry in logged)
+    if dist.get_rank() == 0:
+        assert any("process 1 is slow" in line for line in lines), lines
+
+
+@pytest.mark.slow
+def test_a_slow_process_is_reported_in_a_training(text: Path, tmp_path: Path) -> None:  # noqa: F811
+    run_processes("tests.training.test_distributed:slow_process", 2, str(text), str(tmp_path / "run"))

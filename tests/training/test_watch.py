@@ -69,6 +69,27 @@ def test_a_step_that_is_no_number_stops_with_its_batch_and_can_be_left_out(
 
 
 @pytest.mark.slow
+def test_a_spike_stops_with_its_batch_and_can_be_left_out(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    healthy = AtomicTrainer.compute_loss
+
+    def broken(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = healthy(self, model, inputs, *args, **kwargs)
+        return loss + 9.0 if self.state.global_step == 13 and model.training else loss
+
+    monkeypatch.setattr(AtomicTrainer, "compute_loss", broken)
+    config = settings(text, tmp_path / "run", steps=15, save_every=4, spike=5.0)
+    with pytest.raises(UsageError, match=r"stopped at step 14: .*median of the last 13 steps.*checkpoint-12"):
+        train(config, quiet=True)
+    assert torch.load(tmp_path / "run" / "stopped-at-step-14.pt", weights_only=True)["step"] == 14
+    config.skip = [14]
+    assert set(losses(train(config, quiet=True).history)) == set(range(1, 16))
+
+
+@pytest.mark.slow
 def test_data_that_comes_late_is_said(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     prompt = PackedDataset.__getitem__
 
