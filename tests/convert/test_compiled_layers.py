@@ -116,6 +116,7 @@ def test_distillation_steps_of_both_models(llama: Any, backend: str, checkpointi
         assert (len(own._kinds), len(other._kinds)) == (1, 1)
 
 
+@pytest.mark.slow
 def test_distill_compiles_where_it_is_told_to(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data, made = [tokens()], []
 
