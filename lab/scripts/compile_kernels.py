@@ -98,7 +98,7 @@ def hopper() -> None:
     from dynamask.ops.triton.inputs import AttentionInputs
     from dynamask.ops.triton.lists import build_lists, build_lists_and_spans
 
-    torch.cuda.get_device_properties = lambda _device: SimpleNamespace(multi_processor_count=132)  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda _device: SimpleNamespace(multi_processor_count=132)  # type: ignore[assignment, misc]
     for dim, ratio in ((128, 4), (128, 1), (64, 3)):
         for biased in (False, True):
             length = 4096
