@@ -719,15 +719,22 @@ class BoundedCache(Cache):
         return cache_bytes(self)
 
 
-def check_consistent(cache: Cache) -> None:
+def check_consistent(cache: Cache, layers: int | None = None) -> None:
     """Refuse a cache whose bounded layers have seen different numbers of tokens, as an interrupted forward leaves it.
 
     Args:
         cache: any transformers cache, at the start of a model's forward. Layers that are not bounded are not compared.
+        layers: of the model; None: not compared.
 
     Raises:
-        InvalidInputError: they have.
+        InvalidInputError: they have, or a bounded layer belongs to a cache for another number of layers.
     """
+    bounded = any(isinstance(layer, BoundedLayer) for layer in cache.layers)
+    if bounded and layers is not None and len(cache.layers) != layers:
+        raise InvalidInputError(
+            f"this cache was made for {len(cache.layers)} layers and the model has {layers}: make it from the "
+            "configuration of the model, BoundedCache(model.config)"
+        )
     seen = {layer.seen for layer in cache.layers if isinstance(layer, BoundedLayer)}
     if len(seen) > 1:
         raise InvalidInputError(

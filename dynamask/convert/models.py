@@ -336,16 +336,6 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         facts = zip(config.head_windows, config.layer_locals, config.layer_sinks, strict=True)
         return Cache(layers=[DynamicLayer() if w is None else BoundedLayer(w, local=n, sinks=s) for w, n, s in facts])
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: transformers' paged cache of continuous batching keeps neither ranks nor windows."""
-        raise InvalidInputError(
-            f"{type(self).__name__} cannot serve continuous batching: transformers' paged cache keeps no ranks. "
-            "Use generate() on a padded batch"
-        )
-
-    init_continuous_batching = generate_batch
-    continuous_batching_context_manager = generate_batch
-
     def _by_graph(self, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
         """One more token by a recorded CUDA graph (`decode_by_graph`); None where the model must run itself."""
         cache = given_cache(arguments)
@@ -390,7 +380,7 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
                 "model.gradient_checkpointing_disable(), or model.eval() before generate()"
             )
         if cache is not None:
-            check_consistent(cache)
+            check_consistent(cache, self.config.num_hidden_layers)
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         facts = arguments.get("dynamask")
         if facts is None:

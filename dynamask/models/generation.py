@@ -23,6 +23,16 @@ class OwnCacheGeneration(SavedAsSafetensors, KeepsOwnCode):
         """An empty cache of the kind the model decodes with."""
         raise NotImplementedError
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: transformers' paged cache of continuous batching keeps neither ranks nor windows."""
+        raise InvalidInputError(
+            f"{type(self).__name__} cannot serve continuous batching: transformers' paged cache keeps no ranks. "
+            "Use generate() on a padded batch"
+        )
+
+    init_continuous_batching = generate_batch
+    continuous_batching_context_manager = generate_batch
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,

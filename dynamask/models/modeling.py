@@ -200,7 +200,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
         if past_key_values is not None:
-            check_consistent(past_key_values)
+            check_consistent(past_key_values, self.config.num_hidden_layers)
         sequence = sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
 
         # Once for all layers that rotate by the same angles.

@@ -170,3 +170,17 @@ def test_projections_are_called_and_never_read(name: str) -> None:
     cache = new_cache(model.config)
     parts = [model(part, past_key_values=cache).logits for part in IDS.split([10, 1, 1], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.parametrize("attention", ["dma", "swa", "mla"])
+def test_continuous_batching_is_refused_before_the_first_token(attention: str) -> None:
+    model = tiny_model(attention)
+    for call in (model.generate_batch, model.init_continuous_batching):
+        with pytest.raises(InvalidInputError, match="cannot serve continuous batching"):
+            call([[5, 6, 7]])
+
+
+def test_a_cache_for_another_number_of_layers_is_refused_at_once() -> None:
+    model, other = tiny_model(), tiny_model(num_hidden_layers=3)
+    with pytest.raises(InvalidInputError, match=r"made for 3 layers and the model has \d"):
+        model(torch.arange(6)[None], past_key_values=other._new_cache())
