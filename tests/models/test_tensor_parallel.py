@@ -13,9 +13,8 @@ from tests.processes import run_processes
 CASES = "tests.models.tensor_parallel_cases"
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "swa" else pytest.mark.slow) for name in MODELS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_split_model_equals_the_whole(name: str, tmp_path: Path) -> None:
     if name == "gpt_neox" and transformers.__version__.startswith(("5.10", "5.11", "5.12", "5.13", "5.14")):
         pytest.skip("these releases rename the biases of layers that they split by rows")

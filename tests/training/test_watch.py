@@ -128,3 +128,17 @@ def test_metrics_go_where_they_are_set_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert run_module._reports() == ["tensorboard"]
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     assert run_module._reports() == ["tensorboard", "wandb"]
+
+
+@pytest.mark.slow
+def test_tensorboard_gets_the_losses(text: Path, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(settings(text, tmp_path / "run", steps=3, save_every=0), quiet=True)
+    found = {}
+    for file in (tmp_path / "run").rglob("events.out.tfevents.*"):
+        events = EventAccumulator(str(file)).Reload()
+        if "train/loss" in events.Tags()["scalars"]:
+            found |= {event.step: event.value for event in events.Scalars("train/loss")}
+    assert found == pytest.approx(losses(result.history), abs=1e-4)
