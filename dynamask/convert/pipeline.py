@@ -121,11 +121,14 @@ def run_conversion(settings: Conversion, *, progress: Report | None = None, say:
         resumed = _open_work(settings, say)
         try:
             report = _run(settings, tokenizer, block, progress, say, resumed)
-        except OSError as error:
-            raise UsageError(f"cannot write to {work}: {error.strerror or error}") from error
-        except Exception:
+        except Exception as error:
             if not (work / "ranks.pt").exists():  # nothing worth resuming
                 shutil.rmtree(work, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UsageError(
+                    f"cannot write to {work}: {error.strerror or error}. Free some disk space if it is full, and run "
+                    "the same command again"
+                ) from error
             raise
         shutil.rmtree(work, ignore_errors=True)
     return report
@@ -353,6 +356,13 @@ def _load(settings: Conversion) -> Any:
         model = AutoModelForCausalLM.from_pretrained(settings.source, dtype="auto")
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot load a causal LM from {settings.source!r}: {_line(error)}") from error
+    broken = [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UsageError(
+            f"{settings.source} holds NaN or infinity in {broken[0]}{more}: it computes no numbers to learn from; "
+            "download or save the model again"
+        )
     device = settings.device or ("cuda" if torch.cuda.is_available() and settings.data else "cpu")
     return model.to(device).eval()
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dynamask.convert.attention import Projected, call_facts
 from dynamask.convert.learn_ranks import run_decoder
+from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import sloped_ranks
 from dynamask.models.decoder import attention_of, decoder_of, output_projection_of
 from dynamask.training.loss import output_head
@@ -157,7 +158,13 @@ def _gradients(model: Any, tokens: Tensor, layers: list[int]) -> dict[int, Tenso
             total = torch.zeros((), device=tokens.device)
             for part in hidden.split(_CHUNK):
                 with torch.no_grad():
-                    drawn = torch.multinomial(head(part).float().softmax(-1), 1, generator=generator)
+                    chances = head(part).float().softmax(-1)
+                    if not bool(torch.isfinite(chances).all()):
+                        raise InvalidInputError(
+                            "allocate_windows: the model computes NaN or infinity on these blocks; check its weights "
+                            "and dtype"
+                        )
+                    drawn = torch.multinomial(chances, 1, generator=generator)
                 total = total + checkpoint(_log_probability, part, drawn, head, use_reentrant=False)
         found = torch.autograd.grad(total, [captured[index] for index in layers])
     finally:

@@ -130,7 +130,7 @@ def nan(dense: Path, tmp_path: Path) -> list[str]:
 
     model = AutoModelForCausalLM.from_pretrained(dense)
     with torch.no_grad():
-        model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     shutil.copytree(dense, tmp_path / "nan")
     model.save_pretrained(tmp_path / "nan")
     return [str(tmp_path / "nan"), "--needles", "0"]
@@ -153,7 +153,7 @@ Case = Callable[[Path, Path], list[str]]
         (lambda dense, _: [str(dense), "--dense-layer", "2"], "indices of the 2 layers"),
         (no_tokenizer, "has no tokenizer"),
         (not_convertible, "architecture 'gpt2' is not supported"),
-        (nan, "layer 1 is not finite"),
+        (nan, "holds NaN or infinity in model.layers.1.mlp.up_proj.weight"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

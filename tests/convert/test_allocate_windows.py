@@ -51,6 +51,14 @@ def test_bad_input(llama: Any) -> None:
         convert.allocate_windows(model, [], 24)
 
 
+def test_logits_that_are_no_numbers_are_refused(llama: Any) -> None:
+    model = trained(llama)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(InvalidInputError, match="NaN or infinity"):
+        convert.allocate_windows(model, [torch.randint(0, 64, (1, 64))], 24, method="loss")
+
+
 def test_one_threshold_over_all_heads() -> None:
     ranks = torch.stack([torch.linspace(0, 1, 100), torch.linspace(-1, 0.5, 100)])[:, None]
     few, many = sorted(counts_above_threshold([ranks], 30))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ SHORT_COLUMNS = (
 
 
 def read_conversion(results: Path) -> list[dict[str, Any]]:
-    """Read the study's lines, each job once: of lines with one key the last counts.
+    """Read the study's lines, each job of a model once: of lines with one key the last counts.
 
     Args:
         results: folder of raw lines.
@@ -82,7 +83,7 @@ def read_conversion(results: Path) -> list[dict[str, Any]]:
     Returns:
         The lines of `conversion*.jsonl`, in order; a last line that a kill cut off is left out.
     """
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for file in sorted(results.glob(PATTERN)):
         for text in file.read_text(encoding="utf-8").split("\n"):
             try:
@@ -90,8 +91,14 @@ def read_conversion(results: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             if isinstance(line, dict) and line.get("study") == STUDY and "limit" not in line:
-                found[line["key"]] = line
+                found[line["model"], line["key"]] = line
     return list(found.values())
+
+
+def of_main_model(lines: Sequence[dict[str, Any]] | Sequence[Line]) -> list[Any]:
+    """Return the lines of the model that has most of them."""
+    models = Counter(line["model"] for line in lines).most_common(1)
+    return [line for line in lines if line["model"] == models[0][0]]
 
 
 def form_name(spec: Mapping[str, Any]) -> str:
@@ -115,6 +122,8 @@ def form_name(spec: Mapping[str, Any]) -> str:
             words.append(f"{spec['label_share']:.0%} next tokens")
         if spec.get("start_windows", 1.0) != 1:
             words.append(f"from {spec['start_windows']:g} times the windows")
+    if spec.get("origin"):
+        words.append("from the trained dense model")
     if spec.get("rate") is not None:
         words.append(f"rate {spec['rate']:g}")
     if spec.get("steps", STEPS) != STEPS:
@@ -171,6 +180,31 @@ def conversion_table(lines: Sequence[Line], columns: Sequence[Column] = SHORT_CO
     return made
 
 
+def long_table(lines: Sequence[Line]) -> list[Row]:
+    """Losses of long blocks: of all positions, and in brackets of their last eighth.
+
+    Args:
+        lines: of the measure "long".
+
+    Returns:
+        One row per form, with a column for each length and corpus.
+    """
+    rows: dict[tuple[str, int | None], dict[str, str]] = {}
+    for line in lines:
+        spec = {**line["spec"], "rope": 1}
+        row = rows.setdefault(
+            (form_name(spec), spec["budget"]),
+            {"form": form_name(spec), "keys per head": "all" if spec["budget"] is None else f"{spec['budget']:,}"},
+        )
+        blocks = [[loss for loss in block if not math.isnan(loss)] for block in line["result"]["losses"]]
+        whole = [sum(block) / len(block) for block in blocks]
+        ends = [block[-len(block) // 8 :] for block in blocks]
+        last = [sum(end) / len(end) for end in ends]
+        title = f"{line['settings']['length'] // 1024}K {line['settings']['corpus']}"
+        row[title] = f"{sum(whole) / len(whole):.3f} ({sum(last) / len(last):.3f})"
+    return [*rows.values()]
+
+
 def _in_common(found: Sequence[Mapping[str, Any]]) -> set[str]:
     """The settings that all forms have, those that hold less than half of the most left out of account."""
     most = max((len(settings) for settings in found), default=0)
@@ -181,10 +215,11 @@ def _in_common(found: Sequence[Mapping[str, Any]]) -> set[str]:
 def training_seconds(lines: Sequence[Line]) -> dict[str, float]:
     """Return the seconds of each step of a conversion: "learn_ranks", "allocate_windows", "train" (distillation).
 
-    Of the product's way where it was measured: windows and slopes by loss, and of the distillations the longest.
+    Of the product's way where it was measured: windows and slopes by loss, and of the distillations the longest. Of the
+    model with most lines.
     """
     found: dict[str, tuple[tuple[bool, int], float]] = {}
-    for line in lines:
+    for line in of_main_model(lines):
         spec, measure = line["spec"], line["measure"]
         usual = spec["kind"] == "converted" and spec["predictor"] == "hidden" and not spec["seed"]
         usual = usual and spec["ranks"] == "learned" and spec["windows"] == "heads" and not spec.get("label_share")

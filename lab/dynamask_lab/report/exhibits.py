@@ -14,7 +14,7 @@ import numpy as np
 
 from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
 from dynamask_lab.language.engine import LanguageConfig
-from dynamask_lab.report.conversion import PATTERN, form_name, read_conversion
+from dynamask_lab.report.conversion import PATTERN, form_name, of_main_model, read_conversion
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
 from dynamask_lab.studies.ablation.study import LEAKY, ablation_name
@@ -253,8 +253,14 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
             size = LanguageConfig.of(sweeps[name][0].config).parameters / 1e6
             losses.append((f"from scratch, {size:.1f}M, {label}", gain))
             rows |= _rows(sweeps, name)
-    lines = read_conversion(results)
-    files = {line["key"]: file.name for file in sorted(results.glob(PATTERN)) for line in _json_lines(file)}
+    lines = of_main_model(read_conversion(results))
+    model = lines[0]["model"] if lines else ""
+    files = {
+        line["key"]: file.name
+        for file in sorted(results.glob(PATTERN))
+        for line in _json_lines(file)
+        if line.get("model") == model
+    }
     for state in ("frozen", "distilled"):
         for corpus in ("text", "code"):
             gain, used = _converted(lines, state, corpus)

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from dynamask.errors import UsageError, did_you_mean
-from dynamask_lab.report.conversion import conversion_table, read_conversion, sources, training_seconds
+from dynamask_lab.report.conversion import (
+    conversion_table,
+    long_table,
+    of_main_model,
+    read_conversion,
+    sources,
+    training_seconds,
+)
 from dynamask_lab.studies.judged import layer_windows, share_of_pairs
 from dynamask_lab.sweeps.section import Row
 from dynamask_lab.sweeps.verdicts import FEW_SEEDS, FEW_SEEDS_INTEREST
@@ -258,7 +265,7 @@ _PEERS = 2
 
 def conversion_summary(results: Path) -> str:
     """A pretrained model, dense and with a bounded cache, beside the best rivals at the same cache."""
-    lines = read_conversion(results)
+    lines = of_main_model(read_conversion(results))
     main = [line for line in lines if _is_main(line["spec"])]
     chosen: dict[tuple[Any, ...], tuple[Any, ...]] = {}
     for line in main:
@@ -272,8 +279,29 @@ def conversion_summary(results: Path) -> str:
 
 def conversion_forms(results: Path) -> str:
     """All forms, budgets and seeds of the conversion study."""
-    lines = read_conversion(results)
+    lines = of_main_model(read_conversion(results))
     return _conversion(lines, conversion_table(lines))
+
+
+def conversion_goals(results: Path) -> str:
+    """The goals of the conversion study, with intervals, and whether they are met."""
+    # Only here: the study's module draws pictures, and takes long to import.
+    from dynamask_lab.report.conversion_goals import goal_rows
+
+    lines = read_conversion(results)
+    note = (
+        "512 keys per KV head where a form names none; distilled: 400 steps of 4 x 8,192 tokens at a rate of 2e-4, "
+        "twice the rate the same steps at 4e-4; 95% bootstrap intervals over documents, examples or questions, paired."
+    )
+    return _table(goal_rows(lines), f"{note} {sources(lines)}.") if lines else NOT_MEASURED
+
+
+def conversion_long(results: Path) -> str:
+    """Losses beyond the context that the model was trained for, dense and converted."""
+    lines = read_conversion(results)
+    rows = long_table([line for line in lines if line["measure"] == "long"])
+    note = "Losses in nats of all positions, in brackets of the last eighth; positions scaled by YaRN. "
+    return _table(rows, f"{note}{sources(lines)}.")
 
 
 def _family(line: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -394,6 +422,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality": quality_table,
     "conversion": conversion_summary,
     "conversion-forms": conversion_forms,
+    "conversion-goals": conversion_goals,
+    "conversion-long": conversion_long,
     "cost": cost_table,
 }
 """Name of a marked part -> what draws it from the folder of raw lines."""

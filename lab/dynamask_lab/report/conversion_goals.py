@@ -1,0 +1,251 @@
+"""The goals of the conversion study, each with what was measured and whether it is met."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dynamask_lab.studies.conversion.final import (
+    ADAPTED,
+    DISTILLED,
+    FROM_ADAPTED,
+    LABELLED,
+    LONGER,
+    NARROW,
+    NEWEST,
+    QUICKER,
+    QUICKER_NARROW,
+    SEEDS,
+    WIDE,
+)
+from dynamask_lab.studies.conversion.forms import Spec
+from dynamask_lab.studies.conversion.gemma import DISTILLED as GEMMA_DISTILLED
+from dynamask_lab.studies.conversion.levers import DENSE, FROZEN, converted
+from dynamask_lab.studies.conversion.measure import BENCHMARKS
+from dynamask_lab.studies.conversion.report import GROUPS, Study, Values, difference, interval, share
+from dynamask_lab.sweeps.section import Row
+
+GOAL_LENGTHS = (1024, 2048, 4096)
+SMOLLM2, GEMMA = "smollm2-135m-instruct", "gemma3-270m"
+_TOKENS_PER_SECOND = 120_000
+_PEERS = ("streaming_llm", "snapkv", "tova", "expected_attention", "keydiff", "ada_snapkv", "ada_expected_attention")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A figure that a goal judges.
+
+    Attributes:
+        text: as the table shows it.
+        value: what is compared with the bar; None where nothing was measured.
+    """
+
+    text: str
+    value: float | None = None
+
+
+def goal_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """Judge the goals.
+
+    Args:
+        lines: of the study, all models.
+
+    Returns:
+        One row per goal: what, the form, the bar, what was measured with its 95% interval, met or missed, and what
+        bounds it where it is missed.
+    """
+    own: list[dict[str, Any]] = [dict(line) for line in lines]
+    study = Study(line for line in own if line["model"] == SMOLLM2)
+    rows: list[Row] = []
+
+    def add(what: str, form: str, goal: str, found: Measured, met: bool | None, bound: str = "") -> None:
+        if found.value is None:
+            rows.append({"what": what, "form": form, "goal": goal, "measured": "not run", "": ""})
+            return
+        word = "" if met is None else "met" if met else "**missed**"
+        if met is False and bound:
+            word += f": {bound}"
+        rows.append({"what": what, "form": form, "goal": goal, "measured": found.text, "": word})
+
+    def below(what: str, form: str, found: Measured, bar: float, bound: str = "") -> None:
+        add(what, form, f"<= {bar:+.3f}", found, found.value is not None and found.value <= bar, bound)
+
+    def at_least(what: str, form: str, found: Measured, bar: float, bound: str = "") -> None:
+        add(what, form, f">= {bar:.2f}", found, found.value is not None and round(found.value, 3) >= bar, bound)
+
+    text = "text loss above dense"
+    below(text, "frozen", _loss(study, FROZEN, DENSE), 0.040, _FROZEN)
+    seeds = [converted(steps=0, seed=seed) for seed in (1, 2)]
+    below(text, "frozen, mean of three seeds", _mean_loss(study, [FROZEN, *seeds]), 0.040, _FROZEN)
+    below(text, "distilled", _loss(study, DISTILLED, DENSE), 0.005, _STEPS)
+    for number, seed in enumerate(SEEDS, 1):
+        below(text, f"distilled, seed {number}", _loss(study, seed, DENSE), 0.005, _STEPS)
+    below(text, "distilled, twice the rate", _loss(study, QUICKER, DENSE), 0.005, _STEPS)
+    below(text, "distilled, twice the steps and rate", _loss(study, LONGER, DENSE), 0.005)
+    against = "text loss above dense trained on the same tokens"
+    below(against, "next tokens alone", _loss(study, LABELLED, ADAPTED), 0.010, _ADAPTATION)
+    below(against, "dense trained, then converted", _loss(study, FROM_ADAPTED, ADAPTED), 0.010, _ADAPTATION)
+
+    share_of = "needle tasks at 1K to 4K, share of dense"
+    at_least(share_of, "frozen", _needles(study, FROZEN, DENSE), 0.98, "the goal is that of distilled forms")
+    for name, spec in (
+        ("distilled", DISTILLED),
+        ("distilled, seed 1", SEEDS[0]),
+        ("distilled, seed 2", SEEDS[1]),
+        ("distilled, twice the rate", QUICKER),
+        ("distilled, twice the steps and rate", LONGER),
+    ):
+        at_least(share_of, name, _needles(study, spec, DENSE), 0.98)
+    at_least(share_of, "1/8, distilled", _needles(study, WIDE, DENSE), 1.0)
+    at_least(share_of, "1/32, distilled", _needles(study, NARROW, DENSE), 0.85, _STEPS)
+    at_least(share_of, "1/32, distilled, twice the rate", _needles(study, QUICKER_NARROW, DENSE), 0.85, _STEPS)
+
+    for group, tasks in GROUPS.items():
+        for name, spec in (("distilled", DISTILLED), ("frozen", FROZEN)):
+            peer, found = _ahead(study, spec, tasks)
+            met = found.value is not None and found.value > 0
+            what = f"{group}: score above the best peer's"
+            add(what, f"{name}; {peer}", "interval above 0", found, met, _PEER.get(group, ""))
+
+    add("learned ranks above newest keys in windows of their own: text loss", "distilled", "shown", *_shown(study))
+    ahead = _needles(study, DISTILLED, NEWEST)
+    add("the same: needle tasks, ratio", "distilled", "shown", ahead, None)
+
+    benchmarks = _benchmarks(study, DISTILLED)
+    add("benchmarks: converted - dense", "distilled", "within noise", benchmarks[0], benchmarks[1])
+    longer = _benchmarks(study, LONGER)
+    add("benchmarks: converted - dense", "distilled, twice the steps and rate", "within noise", longer[0], longer[1])
+
+    seconds = _seconds(study, None)
+    add("seconds from dense to converted", "frozen", "<= 60", seconds, (seconds.value or 0) <= 60, _SHARED)
+    for name, spec in (("distilled", DISTILLED), ("twice the rate", QUICKER), ("twice the steps and rate", LONGER)):
+        seconds = _seconds(study, spec)
+        add("seconds from dense to converted", name, "<= 300", seconds, (seconds.value or 0) <= 300, _SHARED)
+    speed = _tokens_per_second(study)
+    goal = f">= {_TOKENS_PER_SECOND:,}"
+    add(
+        "distillation, tokens/s",
+        "fastest of the runs above",
+        goal,
+        speed,
+        (speed.value or 0) >= _TOKENS_PER_SECOND,
+        _SHARED,
+    )
+
+    gemma = Study(line for line in own if line["model"] == GEMMA)
+    what = f"Gemma 3 270M: {text}"
+    below(what, "frozen", _loss(gemma, FROZEN, DENSE), 0.040, _GEMMA)
+    below(what, "distilled, 200 steps", _loss(gemma, GEMMA_DISTILLED, DENSE), 0.005, _STEPS)
+    what = f"Gemma 3 270M: {share_of}"
+    at_least(what, "frozen", _needles(gemma, FROZEN, DENSE), 0.98, _GEMMA)
+    at_least(what, "distilled, 200 steps", _needles(gemma, GEMMA_DISTILLED, DENSE), 0.98)
+    return rows
+
+
+_STEPS = "bounded by the length and rate of the distillation: more of both lower it"
+_FROZEN = "bounded by static ranks and windows; the mean of the seeds decides"
+_ADAPTATION = (
+    "both end at nearly the same training loss, the gap is on held-out documents; the dense model's rate falls to "
+    "zero, the converted one's to a tenth, which was not told apart"
+)
+_PEER = {
+    "multi-key 3": "the dense model answers hardly any, too",
+    "pairs": "the dense model answers hardly any, too",
+    "tracking": "distilling on plain text loses it; the frozen form keeps the dense model's score",
+}
+_GEMMA = (
+    "not examined further; its three global layers have one KV head each, so that four query heads share a window and "
+    "windows cannot differ within a layer"
+)
+_SHARED = "bounded by the training step; two runs shared the card"
+
+
+def _loss(study: Study, spec: Spec, base: Spec) -> Measured:
+    values, other = study.losses(spec.name, "text"), study.losses(base.name, "text")
+    common = [key for key in values if key in other]
+    if not common:
+        return Measured("")
+    return Measured(difference(values, other), float(np.mean([values[key] - other[key] for key in common])))
+
+
+def _mean_loss(study: Study, specs: Sequence[Spec]) -> Measured:
+    base = study.losses(DENSE.name, "text")
+    found = [study.losses(spec.name, "text") for spec in specs]
+    if not all(found) or not base:
+        return Measured("")
+    figures = np.array([[values[key] - base[key] for key in base] for values in found]).mean(0)
+    low, high = interval(figures)
+    return Measured(f"{figures.mean():+.3f} ({low:+.3f} to {high:+.3f})", float(figures.mean()))
+
+
+def _scores(study: Study, spec: Spec) -> Values:
+    found: dict[Any, float] = {}
+    for length in GOAL_LENGTHS:
+        found |= study.scores(spec.name, GROUPS["needles"], length=length)
+    return {key: value for key, value in found.items() if key[2] == "essays"}
+
+
+def _needles(study: Study, spec: Spec, base: Spec) -> Measured:
+    values, other = _scores(study, spec), _scores(study, base)
+    common = [key for key in values if key in other]
+    total = sum(other[key] for key in common)
+    if not total:
+        return Measured("")
+    ratio = sum(values[key] for key in common) / total
+    return Measured(f"{ratio:.3f} {share(values, other).partition(' ')[2]}", ratio)
+
+
+def _ahead(study: Study, spec: Spec, tasks: Sequence[str]) -> tuple[str, Measured]:
+    """The best peer of a task group, and the difference; its value is the interval's lower end."""
+    scored = {peer: study.scores(f"{peer}-{spec.budget}", tasks) for peer in _PEERS}
+    values = study.scores(spec.name, tasks)
+    scored = {peer: found for peer, found in scored.items() if found and set(found) >= set(values)}
+    if not values or not scored:
+        return "", Measured("")
+    best = max(scored, key=lambda peer: float(np.mean([scored[peer][key] for key in values])))
+    figures = np.array([values[key] - scored[best][key] for key in values])
+    return best, Measured(difference(values, scored[best], 2), interval(figures)[0])
+
+
+def _shown(study: Study) -> tuple[Measured, None]:
+    return _loss(study, DISTILLED, NEWEST), None
+
+
+def _benchmarks(study: Study, spec: Spec) -> tuple[Measured, bool]:
+    values: dict[Any, float] = {}
+    base: dict[Any, float] = {}
+    for name in BENCHMARKS:
+        values |= study.answers(spec.name, name, "acc")
+        base |= study.answers(DENSE.name, name, "acc")
+    common = [key for key in values if key in base]
+    if not common:
+        return Measured(""), False
+    figures = np.array([values[key] - base[key] for key in common])
+    low, high = interval(figures)
+    return Measured(difference(values, base, 4), float(figures.mean())), low <= 0 <= high
+
+
+def _seconds(study: Study, spec: Spec | None) -> Measured:
+    """Seconds of ranks, windows and, for a spec, its distillation."""
+    names = {"learn_ranks": Spec("converted", None).name, "allocate_windows": FROZEN.name}
+    found = [
+        min((row["result"]["seconds"] for row in study.of(name, stage)), default=None) for stage, name in names.items()
+    ]
+    if spec is not None:
+        found.append(min((row["result"]["seconds"] for row in study.of(spec.name, "train")), default=None))
+    if any(each is None for each in found):
+        return Measured("")
+    parts = [float(each) for each in found if each is not None]
+    return Measured(f"{sum(parts):.0f} ({' + '.join(f'{part:.0f}' for part in parts)})", sum(parts))
+
+
+def _tokens_per_second(study: Study) -> Measured:
+    rates = [
+        row["result"]["tokens"] / row["result"]["seconds"]
+        for row in study.rows
+        if row["measure"] == "train" and row["spec"].get("slopes") and not row["spec"].get("label_share")
+    ]
+    return Measured(f"{max(rates):,.0f}", max(rates)) if rates else Measured("")

@@ -1,0 +1,57 @@
+"""Tests of the table of goals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dynamask_lab.report.conversion import long_table
+from dynamask_lab.report.conversion_goals import SMOLLM2, goal_rows
+from dynamask_lab.studies.conversion.final import DISTILLED, LONGER
+from dynamask_lab.studies.conversion.forms import Spec
+from dynamask_lab.studies.conversion.jobs import key_of
+from dynamask_lab.studies.conversion.levers import DENSE
+
+
+def _line(spec: Spec, measure: str, settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    key = key_of(spec.facts(), measure, settings)
+    facts = {"study": "conversion", "model": SMOLLM2, "key": key, "form": spec.name, "spec": spec.facts()}
+    return {**facts, "measure": measure, "settings": settings, "result": result}
+
+
+def _losses(spec: Spec, above: float) -> dict[str, Any]:
+    settings = {"corpus": "text", "blocks": 100}
+    return _line(spec, "loss", settings, {"losses": [[2.0 + above, 1.0 + above], [3.0 + above, 2.0 + above]]})
+
+
+def _row(rows: Any, what: str, form: str) -> Any:
+    return next(row for row in rows if row["what"] == what and row["form"] == form)
+
+
+def test_a_goal_is_met_missed_or_not_run() -> None:
+    rows = goal_rows([_losses(DENSE, 0.0), _losses(DISTILLED, 0.02), _losses(LONGER, -0.01)])
+    what = "text loss above dense"
+    missed = _row(rows, what, "distilled")
+    assert missed["measured"].startswith("+0.020 ")
+    assert missed[""].startswith("**missed**: bounded by")
+    met = _row(rows, what, "distilled, twice the steps and rate")
+    assert met["measured"].startswith("-0.010 ")
+    assert met[""] == "met"
+    assert _row(rows, what, "frozen")["measured"] == "not run"
+    assert all(row[""] == "" for row in rows if row["measured"] == "not run")
+
+
+def test_needles_are_judged_by_their_share_of_the_dense_models() -> None:
+    settings = {"task": "single_1", "length": 1024, "haystack": "essays", "first": 0, "count": 2}
+    lines = [
+        _line(spec, "tasks", settings, {"scores": scores})
+        for spec, scores in ((DENSE, [[1.0], [1.0]]), (DISTILLED, [[1.0], [0.5]]))
+    ]
+    row = _row(goal_rows(lines), "needle tasks at 1K to 4K, share of dense", "distilled")
+    assert row["measured"].startswith("0.750 ")
+    assert row[""].startswith("**missed**")
+
+
+def test_long_losses_show_the_last_eighth() -> None:
+    losses = [[float("nan"), *[2.0] * 14, 4.0, 4.0]]
+    line = _line(Spec("dense", rope=2), "long", {"corpus": "text", "length": 16384}, {"losses": losses})
+    assert long_table([line]) == [{"form": "dense", "keys per head": "all", "16K text": "2.250 (4.000)"}]
