@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,7 +98,7 @@ class Recorder(TorchDispatchMode):
 
 
 @pytest.fixture
-def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     """Let the code for CUDA graphs run on a CPU, with kernels' definitions; gives what has been recorded."""
     if GPU:
         pytest.skip("on a GPU the real graphs are tested")
@@ -133,8 +133,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recorder]]:
         return lambda *a, **k: current[-1].launch(function)(*a, **k) if current else function(*a, **k)
 
     def insert(*arguments: Any) -> None:
-        *tensors, layout, local, sinks = arguments
-        cache_insert.insert_key_reference(*tensors, layout, local=local, sinks=sinks)
+        cache_insert.insert_key_reference(*arguments[:-2], local=arguments[-2], sinks=arguments[-1])  # type: ignore[misc]
 
     def decode(self: BoundedLayer, query: Tensor, live: Any, bias: Any, scale: float) -> Tensor:
         return ragged_decode_reference(query, self.keys, self.values, live, self.offsets, bias, scale)
