@@ -23,6 +23,7 @@ import torch
 from decode_gpu import COUNTED, DEVICE, GPU, models, seconds_of, synchronize
 from torch.profiler import ProfilerActivity, profile
 
+from dynamask.convert import compiled_layers
 from dynamask.convert.distill import distillation_losses
 from dynamask.training.optimizer import adamw
 
@@ -45,9 +46,8 @@ class Log:
 
 def distillation(name: str, batch: int, length: int, budget: int) -> tuple[Callable[[], None], Any, Any]:
     """One step as `distill` does it: float32 weights under autocast, a bfloat16 teacher, clipping, AdamW."""
-    teacher, student = models(name, budget, length)
+    _, student = models(name, budget, length)
     student = student.float().train()
-    teacher.requires_grad_(False)
     optimizer = adamw(student, learning_rate=1e-5, weight_decay=0.0, rank_rate=1.0)
     tokens = torch.randint(student.config.vocab_size, (batch, length), device=DEVICE)
     frozen, _ = models(name, budget, length)
@@ -97,7 +97,7 @@ def profiled(log: Log, what: str, step: Callable[[], None], tokens: int) -> None
 
 
 def profile_steps(log: Log, seconds: float) -> None:
-    """Profile an eager step, then one with a compiled teacher and compiled MLPs and norms."""
+    """Profile an eager step, then one with compiled layers in both models."""
     name, length, budget = ("smollm2-135m", 8192, 512) if GPU else ("tiny", 300, 64)
     for batch in (1, 4):
         step, student, teacher = distillation(name, batch, length, budget)
@@ -106,27 +106,13 @@ def profile_steps(log: Log, seconds: float) -> None:
         synchronize()
         log(f"first step {time.perf_counter() - began:.1f} s")
         profiled(log, f"eager B{batch}", step, batch * length)
-    began = time.perf_counter()
-    torch._dynamo.config.cache_size_limit = 64  # type: ignore[attr-defined]
-    try:
-        for layer in teacher.model.layers:
-            layer.compile()
-        step()
-        synchronize()
-        log(f"teacher compiled in {time.perf_counter() - began:.1f} s")
-        log(f"compiled teacher B4: {1e3 * seconds_of(step, 3):.1f} ms a step")
-        if time.perf_counter() - _BEGAN > seconds - 20:
-            return
+    with compiled_layers(student) as own, compiled_layers(teacher):
         began = time.perf_counter()
-        for layer in student.model.layers:
-            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-                part.compile()
         step()
         synchronize()
-        log(f"MLPs and norms compiled in {time.perf_counter() - began:.1f} s")
-        profiled(log, "compiled parts B4", step, batch * length)
-    except Exception as error:
-        log(f"compiling failed: {type(error).__name__}: {str(error)[:600]}")
+        log(f"compiled in {time.perf_counter() - began:.1f} s; failure {own.failure}")
+        if time.perf_counter() - _BEGAN < seconds - 15:
+            profiled(log, f"compiled B{batch}", step, batch * length)
 
 
 def main() -> int:
