@@ -21,6 +21,8 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
 
+import dynamask  # noqa: F401 -- lets the Auto classes open converted models without asking
+
 
 def served(folder: str, arguments: argparse.Namespace) -> Any:
     """Start vLLM on a model."""
