@@ -243,7 +243,7 @@ def test_keys_at_minus_infinity_alone_give_zeros(queries: int) -> None:
 @pytest.mark.parametrize(
     ("which", "number", "queries"),
     [
-        ("value", NAN, 40),
+        slow("value", NAN, 40),
         pytest.param("key", NAN, 40, marks=pytest.mark.slow),
         pytest.param("padding", NAN, 40, marks=pytest.mark.slow),
         ("value", math.inf, 3),
@@ -369,7 +369,7 @@ def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: Sequ
 @pytest.mark.parametrize("kind", ["random", slow("rising"), slow("falling")])
 @pytest.mark.parametrize(
     ("length", "queries", "block", "window", "local"),
-    [(200, 200, 16, 40, 0), (333, 170, 48, 100, 30), (90, 1, 16, 7, 7), (1, 1, 16, 1, 0)],
+    [(200, 200, 16, 40, 0), slow(333, 170, 48, 100, 30), (90, 1, 16, 7, 7), (1, 1, 16, 1, 0)],
 )
 def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: int, window: int, local: int) -> None:
     scores = scores_of(kind, (1, 2, length), torch.Generator().manual_seed(0))
@@ -380,7 +380,7 @@ def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: in
         checked_lists(expiry, queries, block, ())
 
 
-@pytest.mark.parametrize("known", [slow(True), False])
+@pytest.mark.parametrize("known", [slow(True), slow(False)])
 def test_lists_of_head_windows(small_cuts: None, known: bool) -> None:
     """Each head's lists take the room that its own window asks for."""
     from dynamask.ops.triton.lists import build_lists
