@@ -602,9 +602,14 @@ def set_slopes(model: Any, slopes: Sequence[Sequence[float] | None] | None) -> N
         slopes: as `ConvertedConfig.slopes`; rounded to the grid of `dynamask.mixers.rank_predictor.slope_on_grid`.
 
     Raises:
-        InvalidInputError: another number of layers or heads, or a number that is not finite or below 0. The model is
-            unchanged.
+        InvalidInputError: a model that is not converted, another number of layers or heads, or a number that is not
+            finite or below 0. The model is unchanged.
     """
+    if not is_converted(model):  # layers of others would not read them, and the saved model would
+        raise InvalidInputError(
+            f"set_slopes takes a model made by dynamask.convert.upcycle; got {type(model).__name__}. A new model takes "
+            "its slopes from DynamaskConfig(slopes=...)"
+        )
     config = model.config
     checked = checked_slopes(slopes, config.num_hidden_layers, config.num_key_value_heads)
     config.slopes = None if not any(checked) else [None if entry is None else list(entry) for entry in checked]

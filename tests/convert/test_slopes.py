@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from dynamask import BoundedCache, InvalidInputError, convert
+from dynamask import BoundedCache, DynamaskConfig, DynamaskForCausalLM, InvalidInputError, convert
 from dynamask.inspect.key_ranks import ranked_layers
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid, sloped_ranks
 
@@ -137,3 +137,11 @@ def test_slopes_do_not_change_under_a_filled_cache(llama: Any) -> None:
         model(tokens[:, 60:], past_key_values=cache)
     cache.reset()
     model(tokens[:, :60], past_key_values=cache)
+
+
+def test_slopes_of_a_new_model_are_not_set_behind_its_layers() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = DynamaskConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, head_dim=8, windows=8)
+    with pytest.raises(InvalidInputError, match=r"DynamaskConfig\(slopes"):
+        convert.set_slopes(DynamaskForCausalLM(config), [[0.5, 0.5]])
+    assert config.slopes is None
