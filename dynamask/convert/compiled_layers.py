@@ -47,11 +47,8 @@ class CompiledLayers:
     """
 
     def __init__(self, model: Any, *, backend: str = "inductor") -> None:
-        layers = getattr(getattr(model, "base_model", None), "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise InvalidInputError(
-                f"compiled_layers takes a causal LM with a list of decoder layers; got {type(model).__name__}"
-            )
+        check_compilable(model)
+        layers = model.base_model.layers
         # Layers that are split exchange sums with other processes.
         split = bool(getattr(model, "_tp_size", None))
         self.failure: str | None = "tensor parallelism" if split else None
@@ -133,6 +130,19 @@ class CompiledLayers:
                     f"the compiled layer differs from the layer by {error:.3g} where the norm is "
                     f"{float(wanted.double().norm()):.3g}"
                 )
+
+
+def is_compilable(model: Any) -> bool:
+    """Whether a model has the list of decoder layers that `CompiledLayers` takes."""
+    return isinstance(getattr(getattr(model, "base_model", None), "layers", None), nn.ModuleList)
+
+
+def check_compilable(model: Any) -> None:
+    """Raise `InvalidInputError` unless `is_compilable(model)`."""
+    if not is_compilable(model):
+        raise InvalidInputError(
+            f"compiled_layers takes a causal LM with a list of decoder layers; got {type(model).__name__}"
+        )
 
 
 def compiled_layers(model: Any, *, backend: str = "inductor") -> CompiledLayers:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dynamask.convert.attention import call_facts
 from dynamask.convert.chunked_kl import chunked_kl
-from dynamask.convert.compiled_layers import compiled_layers
+from dynamask.convert.compiled_layers import check_compilable, compiled_layers, is_compilable
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
@@ -82,7 +82,8 @@ def distill(
         shrink_share: share of the steps after which the windows are the model's, above 0 to 1.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
         compiled: whether the decoder layers of both models run compiled (`dynamask.convert.compiled_layers`), which
-            takes some ten seconds at the start. None: on a GPU, for 50 steps or more.
+            takes some ten seconds at the start. None: on a GPU, for 50 steps or more, and of a teacher without a list
+            of decoder layers (GPT-2) not.
         checkpoint: file that keeps the state of the training. If it exists, training continues from it.
         save_every: seconds between two writes of the checkpoint.
         progress: called every few steps.
@@ -124,9 +125,12 @@ def distill(
     windows = config.windows
     state = load_state(checkpoint, identity)
     device = next(student.parameters()).device
+    served = [each for each in (student, teacher) if is_compilable(each)]
     if compiled is None:
         compiled = device.type == "cuda" and steps >= _WORTH_COMPILING
-    layers = [compiled_layers(each) for each in (student, teacher)] if compiled else []
+    elif compiled:
+        check_compilable(teacher)
+    layers = [compiled_layers(each) for each in served] if compiled else []
     try:
         _widen(student)
         for name, parameter in student.named_parameters():

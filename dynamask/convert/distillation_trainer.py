@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from dynamask.convert.attention import CallFacts
-from dynamask.convert.compiled_layers import compiled_layers
+from dynamask.convert.compiled_layers import check_compilable, compiled_layers, is_compilable
 from dynamask.convert.distill import check_teacher, losses_of_hidden, next_tokens, separate_teacher, teacher_states
 from dynamask.convert.models import check_converted
 from dynamask.errors import InvalidInputError
@@ -30,7 +30,8 @@ class DistillationTrainer(Trainer):
         label_share: share of the cross-entropy of the next token in the loss, see `dynamask.convert.distill`.
         rank_rate: learning rate of the rank predictors, divided by that of the model; 0 leaves them as they are.
         compiled: whether `train()` runs the layers of both models compiled (`dynamask.convert.compiled_layers`).
-            None: on one GPU, for models without adapters.
+            None: on one GPU, for models without adapters, and of a teacher without a list of decoder layers (GPT-2)
+            not.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class DistillationTrainer(Trainer):
         self.temperature, self.chunk, self.rank_rate, self.label_share = temperature, chunk, rank_rate, label_share
         if compiled is None:
             compiled = base is student and self.args.device.type == "cuda" and self.args.world_size == 1
+        elif compiled:
+            check_compilable(self.teacher)
         self.compiled = compiled
         self.model_accepts_loss_kwargs = False  # a mean over tokens: Trainer divides by the accumulation steps
 
@@ -76,7 +79,7 @@ class DistillationTrainer(Trainer):
             if self.compiled:
                 student: Any = self.model
                 base = student.get_base_model() if hasattr(student, "get_base_model") else student
-                for model in (base, self.teacher):
+                for model in filter(is_compilable, (base, self.teacher)):
                     stack.enter_context(compiled_layers(model))
             return super().train(*args, **kwargs)
 

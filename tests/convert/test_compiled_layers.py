@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from dynamask import InvalidInputError, convert
 from dynamask.convert.distill import distillation_losses
@@ -192,3 +195,27 @@ def test_a_wrong_or_broken_graph_is_not_used(llama: Any) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="list of decoder layers"):
         convert.compiled_layers(nn.Linear(2, 2))
+
+
+def test_a_teacher_without_decoder_layers_is_refused_before_the_student_is_touched(
+    llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = student_of(llama)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    teacher = GPT2LMHeadModel(GPT2Config(vocab_size=student.config.vocab_size, **sizes))
+    with pytest.raises(InvalidInputError, match="list of decoder layers"):
+        convert.distill(student, teacher, [tokens()], steps=1, compiled=True)
+    assert all("forward" not in layer.__dict__ for layer in student.model.layers)
+
+    settings = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
+    trainer = convert.DistillationTrainer(student, settings, teacher=teacher)
+    trainer.compiled = True  # what None means on a GPU
+    compiled: list[Any] = []
+    monkeypatch.setattr(
+        importlib.import_module("dynamask.convert.distillation_trainer"),
+        "compiled_layers",
+        lambda model: compiled.append(model) or nullcontext(),
+    )
+    monkeypatch.setattr(transformers.Trainer, "train", lambda self: None)
+    trainer.train()
+    assert compiled == [student]
