@@ -167,7 +167,7 @@ def test_accumulation_checkpointing_and_bf16_train_alike(text: Path, tmp_path: P
     for name, change in changes.items():
         config = settings(text, tmp_path / name, corpus=str(tmp_path / "corpus"), steps=3, save_every=0, **change)
         curves[name] = list(losses(train(config, quiet=True).history).values())
-    assert curves["parts"] == pytest.approx(curves["whole"], rel=1e-2)  # ranks learn from other rows of a part
+    assert curves["parts"] == pytest.approx(curves["whole"], rel=5e-2)  # ranks learn from other rows of a part
     assert curves["again"] == pytest.approx(curves["whole"], rel=1e-5)
     assert curves["bf16"] == pytest.approx(curves["whole"], rel=2e-2)
     assert curves["bf16"] != curves["whole"]
