@@ -54,9 +54,9 @@ class CompiledLayers:
         self.failure: str | None = "tensor parallelism" if split else None
         self._kinds: set[tuple[Any, ...]] = set()
         self._converted = is_converted(model)
-        function = _ranked_layer if self._converted else _dense_layer
+        self._function = _ranked_layer if self._converted else _dense_layer
         self._compiled = torch.compile(
-            _copy_of(function), backend=backend, fullgraph=True, dynamic=False, options=_options(backend)
+            _copy_of(self._function), backend=backend, fullgraph=True, dynamic=False, options=_options(backend)
         )
         self._layers = [layer for layer in layers if "forward" not in layer.__dict__]
         for layer in self._layers:
@@ -114,10 +114,9 @@ class CompiledLayers:
         Raises:
             ArithmeticError: they differ.
         """
-        function = _ranked_layer if self._converted else _dense_layer
         # Around the call may stand a layer that is recomputed, which counts what is saved for its backward pass.
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
-            found, expected = (_results(run, layer, hidden_states, call) for run in (self._compiled, function))
+            found, expected = (_results(run, layer, hidden_states, call) for run in (self._compiled, self._function))
         for index, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
             if (actual is None) != (wanted is None):
                 raise ArithmeticError("the compiled layer has other gradients than the layer")

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynamask.ops.autocast import autocast_dtype
 from dynamask.ops.expiry import run_key_expiry
 from dynamask.ops.interval.api import choose_backend
-from dynamask.ops.interval.operators import run_backward, run_forward
+from dynamask.ops.interval.operators import empty_forward, run_backward, run_forward
 
 
 def ranked_attention(
@@ -87,10 +87,7 @@ def _(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    top, rest = (query.new_empty(query.shape[:-1], dtype=wide) for _ in range(2))
-    expiry = query.new_empty(key.shape[:-1], dtype=torch.int32)
-    return query.new_empty(*query.shape[:-1], value.shape[-1]), top, rest, expiry
+    return *empty_forward(query, value), query.new_empty(key.shape[:-1], dtype=torch.int32)
 
 
 @torch.library.custom_op("dynamask::ranked_attention_backward", mutates_args=())

@@ -68,6 +68,11 @@ def _(
     backend: str,
     max_live: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_forward(query, value)
+
+
+def empty_forward(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors of the forward's shapes and dtypes, for operators that contain it."""
     wide = torch.promote_types(query.dtype, torch.float32)
     output = query.new_empty(*query.shape[:-1], value.shape[-1])
     top, rest = (query.new_empty(query.shape[:-1], dtype=wide) for _ in range(2))
