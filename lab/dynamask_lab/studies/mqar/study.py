@@ -229,21 +229,11 @@ def build_model(settings: MqarConfig) -> DynamaskForCausalLM:
     window = {} if settings.window is None else {"window": settings.window, "layer_windows": settings.layer_windows}
     shape = config_of_0_1(
         attention=settings.attention,
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.width,
-        intermediate_size=0,  # an empty feed-forward adds nothing, as zoology's Identity for a state mixer
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        head_dim=settings.width // settings.heads,
-        max_position_embeddings=max(length for length, _, _ in [*settings.train, *settings.test]),
-        rope_theta=10_000.0,
+        **_shape(settings),
         **window,
         **dma,
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        return DynamaskForCausalLM(shape)
+    return _model_of(shape)
 
 
 def _native_model(settings: MqarConfig) -> DynamaskForCausalLM:
@@ -254,16 +244,27 @@ def _native_model(settings: MqarConfig) -> DynamaskForCausalLM:
         local=settings.local or 0,
         sinks=settings.sinks,
         ranking="learned",
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.width,
-        intermediate_size=0,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads,
-        num_key_value_heads=settings.heads,
-        head_dim=settings.width // settings.heads,
-        max_position_embeddings=max(length for length, _, _ in [*settings.train, *settings.test]),
-        rope_theta=10_000.0,
+        **_shape(settings),
     )
+    return _model_of(config)
+
+
+def _shape(settings: MqarConfig) -> dict[str, Any]:
+    """What the configurations of all forms say of a model's size."""
+    return {
+        "vocab_size": settings.vocab_size,
+        "hidden_size": settings.width,
+        "intermediate_size": 0,  # an empty feed-forward adds nothing, as zoology's Identity for a state mixer
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.heads,
+        "num_key_value_heads": settings.heads,
+        "head_dim": settings.width // settings.heads,
+        "max_position_embeddings": max(length for length, _, _ in [*settings.train, *settings.test]),
+        "rope_theta": 10_000.0,
+    }
+
+
+def _model_of(config: DynamaskConfig) -> DynamaskForCausalLM:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         return DynamaskForCausalLM(config)
