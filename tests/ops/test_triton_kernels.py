@@ -39,10 +39,6 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=[] if GPU else [pytest.mark.slow])
 
 
-IN_THE_WHOLE_SUITE = pytest.mark.skipif(False, reason="") if GPU else pytest.mark.slow
-"""A test that takes the interpreter long, and looks at code that quicker ones look at, too."""
-
-
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -156,7 +152,7 @@ def test_fewer_queries_than_keys(queries: int) -> None:
     check(queries=queries)
 
 
-@IN_THE_WHOLE_SUITE
+@pytest.mark.slow
 def test_without_bias_and_with_another_value_width() -> None:
     check(bias=False)
     check(value_dim=16)
@@ -188,7 +184,7 @@ def deterministic():
 
 
 @pytest.mark.parametrize("kind", ["random", "rising", "falling", "ties"])
-@IN_THE_WHOLE_SUITE
+@pytest.mark.slow
 def test_deterministic_gradients(deterministic: None, kind: str) -> None:
     check(kind=kind)
     check(kind=kind, heads=6, groups=2, queries=90, packed=True, padded=True, bias=kind != "ties", value_dim=16)
