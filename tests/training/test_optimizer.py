@@ -18,7 +18,7 @@ from dynamask.training import loss as loss_module
 from dynamask.training.loss import next_token_losses, use_chunked_loss
 from dynamask.training.schedule import SCHEDULES, learning_rate_share
 from tests.conftest import tiny_model
-from tests.training.test_training import losses, settings, text  # noqa: F401 -- a fixture
+from tests.training.test_training import MODEL, losses, settings, text  # noqa: F401 -- a fixture
 
 
 class WithPredictor(nn.Module):
@@ -157,17 +157,21 @@ def test_a_warmup_that_never_ends_is_refused(steps: int, warmup: int) -> None:
 
 def test_accumulation_checkpointing_and_bf16_train_alike(text: Path, tmp_path: Path) -> None:  # noqa: F811
     """The same batch in parts, with layers computed again, has the same losses; bfloat16 nearly so."""
+    sliding = MODEL | {"attention": "swa"}
     changes: dict[str, dict[str, object]] = {
         "whole": {"batch_size": 4},
         "parts": {"batch_size": 2, "gradient_accumulation": 2},
         "again": {"batch_size": 4, "gradient_checkpointing": True},
         "bf16": {"batch_size": 4, "precision": "bf16"},
+        "whole, no ranks": {"batch_size": 4, "model": sliding},
+        "parts, no ranks": {"batch_size": 2, "gradient_accumulation": 2, "model": sliding},
     }
     curves = {}
     for name, change in changes.items():
         config = settings(text, tmp_path / name, corpus=str(tmp_path / "corpus"), steps=3, save_every=0, **change)
         curves[name] = list(losses(train(config, quiet=True).history).values())
     assert curves["parts"] == pytest.approx(curves["whole"], rel=5e-2)  # ranks learn from other rows of a part
+    assert curves["parts, no ranks"] == pytest.approx(curves["whole, no ranks"], rel=1e-5)
     assert curves["again"] == pytest.approx(curves["whole"], rel=1e-5)
     assert curves["bf16"] == pytest.approx(curves["whole"], rel=2e-2)
     assert curves["bf16"] != curves["whole"]
