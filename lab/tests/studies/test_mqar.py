@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,7 +102,7 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
         sharp = "from dense, ranked by attention^4"
         forms = {"dma", "dma, paper", "dma, ranked by attention", f"dma, {sharp}", f"dma, uneven windows, {sharp}"}
         forms.add("swa, uneven windows")
-        if size not in ("probe", "published"):
+        if size not in ("probe", "published", "published-rates"):
             assert {mixer_name(config) for config in configs} == {"mha", "mla", "swa", "nsa", *forms}
         assert len({json.dumps(config) for config in configs}) == len(configs)
         for config in configs:
@@ -111,6 +112,10 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
             assert (config["window"] is None) == (config["attention"] in ("mha", "mla"))
             assert config["width"] // config["heads"] <= 64
             assert mqar_cost(config) > 0
+    published = MQAR.configs("published")
+    assert {pairs for _, pairs, _ in published[0]["test"]} == {512}
+    assert {config["window"] for config in published} == {None, 512}
+    assert {config["width"] for config in published} == {32, 64, 128, 256}
     paper = MQAR.configs("paper")
     assert {config["width"] for config in paper} == {64, 128, 256, 512}
     assert [4096, 256, 20_000] in paper[0]["train"]
@@ -187,3 +192,18 @@ def test_the_summary_takes_the_best_learning_rate_after_averaging_seeds() -> Non
 def test_settings_that_do_not_fit_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         MqarConfig.of(settings)
+
+
+@pytest.mark.parametrize("slopes", [None, [0.01]])
+def test_learned_ranks_run_under_autocast(slopes: list[float] | None) -> None:
+    form = {"attention": "dma", "ranking": "learned", "window": 8, "local": 2, "sinks": 1, "calibrate_at": 0.5}
+    config = easy(**form, slopes=slopes, precision="bfloat16", train=[[16, 1, 64]], epochs=1)
+    result = run_mqar(config, lambda share, note: None)
+    assert np.mean(result["head_windows"]) == 8
+    model = build_model(MqarConfig.of(config))
+    assert all(bool(layer) == bool(slopes) for layer in model.config.head_slopes)
+
+
+def test_a_segment_that_cannot_hold_its_questions_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="need 2048 tokens"):
+        MqarConfig("mha", train=[[1024, 512, 1]])

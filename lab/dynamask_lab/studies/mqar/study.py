@@ -6,6 +6,10 @@ tokens; AdamW with weight decay 0.1, constant within an epoch and cosine from ep
 float32, batches of at most 65536 tokens in the mixture's order, stopped at 99% accuracy; learning rates
 `np.logspace(-4, -2, 4)`, of which the best counts. Different here, for all mixers alike: dynamask's layers (RoPE and
 q/k norm instead of learned positions, heads of 64 instead of one), no dropout, no convolution in the first layer.
+
+Judged in the size "published", named before it ran: the mean accuracy of `dma, learned, slopes, head windows` and of
+`dma, learned, head windows` (best forms) and of `dma, paper` (the plain form) against `mha` and `swa, sinks`, by
+intervals that exclude zero and at least 0.05. The goal asks for dense attention's accuracy with 512 keys.
 """
 
 from __future__ import annotations
@@ -62,7 +66,8 @@ class MqarConfig:
         ranking, rank_power, recency_spread: dma's, see `DynamaskConfig`.
         window_schedule: see `LanguageConfig`; tests are always at the config's own window.
         layer_windows: see `DynamaskConfig`.
-        sinks, calibrate_at: see `LanguageConfig`; with either, or ranking="learned", the mixers are dynamask's.
+        sinks, calibrate_at, slopes: see `LanguageConfig`; with sinks or ranking="learned", the mixers are dynamask's.
+        precision: "float32" as in zoology, or "bfloat16": autocast to it.
         width: of the residual stream, d_model.
         heads: query heads, and as many key/value heads.
         layers: decoder layers.
@@ -89,6 +94,8 @@ class MqarConfig:
     layer_windows: list[int] | None = None
     sinks: int = 0
     calibrate_at: float = 0.0
+    slopes: list[float] | None = None
+    precision: str = "float32"
     width: int = 128
     heads: int = 2
     layers: int = 2
@@ -117,9 +124,16 @@ class MqarConfig:
             )
         if self.window is None and self.attention not in WINDOWLESS:
             raise InvalidInputError(f"attention={self.attention!r} chooses among keys: give it a window")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InvalidInputError(f'precision must be "float32" or "bfloat16"; got {self.precision!r}')
         for segment in [*self.train, *self.test]:
             if len(segment) != 3:
                 raise InvalidInputError(f"a segment is [length, pairs, examples]; got {segment}")
+            if 4 * segment[1] > segment[0]:
+                raise InvalidInputError(
+                    f"{segment[1]} pairs and their questions need {4 * segment[1]} tokens; the segment {segment} has "
+                    f"{segment[0]}: make it longer or the pairs fewer"
+                )
         if not self.train or not self.test:
             raise InvalidInputError("train and test need at least one segment [length, pairs, examples] each")
 
@@ -138,6 +152,8 @@ class MqarConfig:
             "layer_windows",
             "sinks",
             "calibrate_at",
+            "slopes",
+            "precision",
         )
         return plain_settings(self, younger)
 
@@ -192,10 +208,11 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
             if settings.calibrate_at and taken == round(settings.calibrate_at * settings.epochs * steps):
                 _calibrate(model, settings, train, device)
             set_window(model, settings.window_at(taken))
-            logits, aux_loss = _answers(model, inputs, queries)
-            loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-            if aux_loss is not None:
-                loss = loss + AUXILIARY_WEIGHT * aux_loss
+            with _autocast(settings, device):
+                logits, aux_loss = _answers(model, inputs, queries)
+                loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+                if aux_loss is not None:
+                    loss = loss + AUXILIARY_WEIGHT * aux_loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -244,6 +261,7 @@ def _native_model(settings: MqarConfig) -> DynamaskForCausalLM:
         local=settings.local or 0,
         sinks=settings.sinks,
         ranking="learned",
+        slopes=None if settings.slopes is None else [settings.slopes] * settings.layers,
         **_shape(settings),
     )
     return _model_of(config)
@@ -278,8 +296,13 @@ def _calibrate(
     assert settings.window is not None
     longest = max(segments, key=lambda segment: segment.inputs.shape[1]).inputs
     model.eval()
-    model.config.windows = [*windows_by_rank(model, longest[:8].to(device), settings.window)]
+    with _autocast(settings, device):
+        model.config.windows = [*windows_by_rank(model, longest[:8].to(device), settings.window)]
     model.train()
+
+
+def _autocast(settings: MqarConfig, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.precision == "bfloat16")
 
 
 def answer_logits(model: DynamaskForCausalLM, inputs: Tensor, queries: Tensor) -> Tensor:
@@ -341,7 +364,8 @@ def _test(
     for segment in segments:
         right = torch.zeros((), dtype=torch.long, device=device)
         for inputs, queries, answers in _batches(settings, [segment], device):
-            right += (answer_logits(model, inputs, queries).argmax(-1) == answers).sum()
+            with _autocast(settings, device):
+                right += (answer_logits(model, inputs, queries).argmax(-1) == answers).sum()
         shape = {"length": segment.inputs.shape[1], "pairs": segment.answers.shape[1]}
         found.append({**shape, "accuracy": int(right) / segment.answers.numel()})
     return found
@@ -377,7 +401,8 @@ def mixer_name(config: Config) -> str:
     """The mixer as a table shows it: dma's forms apart."""
     parts = [str(config["attention"])]
     if config.get("ranking") == "learned":
-        return "dma, learned, head windows" if config.get("calibrate_at") else "dma, learned"
+        slopes = ", slopes" if config.get("slopes") else ""
+        return f"dma, learned{slopes}, head windows" if config.get("calibrate_at") else f"dma, learned{slopes}"
     if config.get("sinks"):
         parts.append("sinks")
     if config.get("layer_windows"):
@@ -522,25 +547,52 @@ def _long() -> list[Config]:
     return _sweep([128], [512], LEARNING_RATES[1:3], train=[*_fifth(TRAIN), *longer], test=test, epochs=16)
 
 
-def _published() -> list[Config]:
-    """512 pairs and a window of 512 keys at 1024 to 8192 tokens, as the paper reports, of a fifth of the examples.
+PUBLISHED_PAIRS = 512
+PUBLISHED_WINDOW = 512
+PUBLISHED_LENGTHS = (2048, 4096, 8192)
+"""The paper reports 1024 tokens, too, which cannot hold 512 pairs and their questions."""
+_NATS = (2.0, 16.0)
+"""Slopes: how much ranks rise over the longest text, from the first head to the last."""
 
-    Dense attention, sliding windows with sinks, and learned ranks with windows per head from a wide start; three seeds.
-    """
-    longer = [[512, 128, 4000], [1024, 256, 2000], [1024, 512, 2000], [4096, 512, 500], [8192, 512, 250]]
-    test = [[length, 512, 100] for length in (1024, 2048, 4096, 8192)]
-    common = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": 8, "learning_rate": LEARNING_RATES[2]}
-    sliding: dict[str, Any] = {"attention": "swa", "window": 512, "sinks": 4}
-    learned: dict[str, Any] = {**sliding, "attention": "dma", "ranking": "learned", "local": 64}
-    start: dict[str, Any] = {"window_schedule": [[0.0, 4.0], [0.25, 1.0]]}
+
+def published_forms(heads: int) -> list[Config]:
+    """Mixer settings of the sweep "published" for that many heads, those that are judged first."""
+    sliding: Config = {"attention": "swa", "window": PUBLISHED_WINDOW, "sinks": 4}
+    learned = {**sliding, "attention": "dma", "ranking": "learned", "local": 64}
+    start: Config = {"window_schedule": [[0.0, 4.0], [0.25, 1.0]]}
     wide = {**start, "calibrate_at": 0.25}
-    forms: list[dict[str, Any]] = [{"attention": "mha"}, {**learned, **wide}, {**sliding, **start}]
+    longest = max(PUBLISHED_LENGTHS)
+    nats = np.geomspace(*_NATS, heads) if heads > 1 else [_NATS[0]]
+    slopes = [round(8192 * float(each) / longest) / 8192 for each in nats]
+    paper: Config = {"attention": "dma", "window": PUBLISHED_WINDOW, "local": 0, "recency": 0.0}
+    return [{"attention": "mha"}, {**learned, **wide}, sliding, paper, {**learned, **wide, "slopes": slopes}]
+
+
+def _published(
+    widths: Sequence[int] = (128, 64, 256, 32), seeds: Sequence[int] = (0, 1, 2), rates: Sequence[float] | None = None
+) -> list[Config]:
+    """512 pairs and a window of 512 keys, as the paper reports, widths 32 to 256, three seeds; autocast to bfloat16.
+
+    Trained on a fifth of the published mixture and on longer segments up to 512 pairs in 8192 tokens. One learning
+    rate, which size "published-rates" is there to choose.
+    """
+    longer = [[512, 128, 4000], [1024, 256, 2000], [2048, 512, 1000], [4096, 512, 500], [8192, 512, 250]]
+    test = [[length, PUBLISHED_PAIRS, 100] for length in PUBLISHED_LENGTHS]
+    common = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": 8, "precision": "bfloat16"}
     return [
-        MqarConfig(**{**common, **form, "width": width, "heads": max(1, width // 64), "seed": seed}).plain()
-        for width in (128, 64)
-        for seed in (0, 1, 2)
-        for form in forms
+        MqarConfig(
+            **{**common, **form, "width": width, "heads": max(1, width // 64), "seed": seed}, learning_rate=rate
+        ).plain()
+        for width in widths
+        for rate in rates or LEARNING_RATES[2:3]
+        for seed in seeds
+        for form in published_forms(max(1, width // 64))
     ]
+
+
+def _published_rates() -> list[Config]:
+    """One seed of "published" at two widths and the two rates that win in "quick"."""
+    return _published((128, 64), (0,), LEARNING_RATES[2:0:-1])
 
 
 def _paper() -> list[Config]:
@@ -562,6 +614,7 @@ MQAR = Experiment(
         "small": _small,
         "long": _long,
         "published": _published,
+        "published-rates": _published_rates,
         "paper": _paper,
     },
     cost=mqar_cost,
