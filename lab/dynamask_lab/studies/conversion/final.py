@@ -21,7 +21,8 @@ intervals; loss is the mean over the 8192 positions of a block. 512 keys per KV 
 8. Cache bytes and decoded tokens per second of dense and of 1, alone on a GPU.
 
 Added after the first run, which met the bar of 1 with twice the steps at twice the rate, but in more than 300 seconds,
-with another run on the card: 400 steps at that rate, at 1/16 and 1/32.
+with another run on the card: 400 steps at that rate, at 1/16 and 1/32. Added after the second run, in which one seed
+of it met the bar of 1: seeds 1 and 2. That rate becomes the default if the mean of its seeds meets the bar.
 
 A trainer takes entries that train, then the others; an evaluator takes only entries whose weights exist. Each entry is
 claimed by a file, so any number of both shares the list.
@@ -50,6 +51,7 @@ QUICKER, QUICKER_NARROW = converted(rate=2 * RATE), converted(256, rate=2 * RATE
 LABELLED, ADAPTED = converted(rate=RATE, label_share=1.0), Spec("dense trained", steps=LONG, rate=RATE)
 FROM_ADAPTED = converted(rate=RATE, origin="dense trained")
 SEEDS = tuple(converted(rate=RATE, seed=seed) for seed in (1, 2))
+QUICKER_SEEDS = tuple(converted(rate=2 * RATE, seed=seed) for seed in (1, 2))
 NARROW, WIDE = converted(256, rate=RATE), converted(1024, rate=RATE)
 NEWEST = converted(rate=RATE, slopes=False, ranks="newest")
 LINEAR, VALUES = (converted(steps=0, predictor=kind) for kind in ("linear", "values"))
@@ -63,6 +65,8 @@ COMPARISONS = (
     ("1/32 at twice the rate, against dense", QUICKER_NARROW, DENSE),
     ("seed 1, against dense", SEEDS[0], DENSE),
     ("seed 2, against dense", SEEDS[1], DENSE),
+    ("the same steps at twice the rate, seed 1, against dense", QUICKER_SEEDS[0], DENSE),
+    ("the same steps at twice the rate, seed 2, against dense", QUICKER_SEEDS[1], DENSE),
     ("next tokens alone, against dense trained on them", LABELLED, ADAPTED),
     ("dense trained, then converted, against dense trained", FROM_ADAPTED, ADAPTED),
     ("1/32 distilled, against dense", NARROW, DENSE),
@@ -107,9 +111,9 @@ def entries() -> list[Entry]:
         return Entry(tuple(losses_of(spec)), trains=True)
 
     trained = [DISTILLED, LONGER, LABELLED, ADAPTED, NARROW, WIDE, SEEDS[0], NEWEST, LINEAR, SEEDS[1]]
-    trained += [QUICKER, QUICKER_NARROW, FROM_ADAPTED, VALUES]
+    trained += [QUICKER, *QUICKER_SEEDS, QUICKER_NARROW, FROM_ADAPTED, VALUES]
     made = [train(spec) for spec in trained]
-    made += [needles(spec) for spec in (QUICKER, QUICKER_NARROW)]
+    made += [needles(spec) for spec in (QUICKER, *QUICKER_SEEDS, QUICKER_NARROW)]
     made += [needles(spec) for spec in (DISTILLED, LONGER, NARROW, WIDE)]
     made += [_benchmarks(DISTILLED)]
     made += [Entry(tuple(losses_of(spec))) for spec in (FROZEN_NARROW, FROZEN_WIDE, FROZEN_QUARTER)]
