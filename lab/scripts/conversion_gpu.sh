@@ -13,6 +13,7 @@
 # what they trained (ranks-*.pt, windows.tar). EXTRA holds further arguments of the study, such as "--plan levers".
 # MODEL and PLAN name another model's folder and list for `start`, such as gemma3-270m and gemma.
 # `start` puts a trainer and an evaluator on each of GPUS="0 1 2", and on LATE="3" once nothing else runs there.
+# ROLES names less than both, APPEND=1 leaves the processes of an earlier `start` in the list that `collect` waits for.
 # Everything is kept in $CONVERSION_WORK (default: a folder in the system's temporary one), results go to $OUT too.
 set -uo pipefail
 what=$1 carried=$2 seconds=${3:-500}
@@ -68,7 +69,8 @@ spread() { # part, parts, GPU
         --done "${done[@]}" --plan levers --part "$1/$2" --processes 6 --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
         2>&1 | grep --line-buffered -v "it/s\]" >"$work/log-$1.txt"
 }
-earlier=$([ -n "${PLAN:-}" ] || echo lab/results/conversion*.jsonl) # of the same model
+earlier=$(find lab/results -name 'conversion*.jsonl' ! -name '*gemma*') # of the same model
+[ "${MODEL:-smollm2-135m-instruct}" = smollm2-135m-instruct ] || earlier=$(find lab/results -name "conversion-${MODEL%%3-*}*.jsonl")
 member() { # role, GPU, processes
     CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
         setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
@@ -79,10 +81,11 @@ member() { # role, GPU, processes
     echo $! >>"$work/pids"
 }
 if [ "$what" = start ]; then
-    : >"$work/pids"
+    [ -n "${APPEND:-}" ] || : >"$work/pids"
     for gpu in ${GPUS:-0 1 2}; do
-        member trainer "$gpu" 2
-        member evaluator "$gpu" 8
+        for role in ${ROLES:-trainer evaluator}; do
+            member "$role" "$gpu" "$([ "$role" = trainer ] && echo 2 || echo 8)"
+        done
     done
     if [ -n "${LATE:-}" ]; then
         setsid nohup bash "$0" late "$carried" "$((seconds - SECONDS))" >"$work/log-late.txt" 2>&1 </dev/null &

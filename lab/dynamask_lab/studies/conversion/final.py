@@ -115,14 +115,14 @@ def entries() -> list[Entry]:
     made = [train(spec) for spec in trained]
     made += [needles(spec) for spec in (QUICKER, *QUICKER_SEEDS, QUICKER_NARROW)]
     made += [needles(spec) for spec in (DISTILLED, LONGER, NARROW, WIDE)]
-    made += [_benchmarks(DISTILLED)]
+    made += [benchmarks(DISTILLED)]
     made += [Entry(tuple(losses_of(spec))) for spec in (FROZEN_NARROW, FROZEN_WIDE, FROZEN_QUARTER)]
-    made += [needles(FROZEN_NARROW), needles(FROZEN_WIDE), _other_tasks(DISTILLED)]
+    made += [needles(FROZEN_NARROW), needles(FROZEN_WIDE), other_tasks(DISTILLED)]
     made += [needles(spec) for spec in (LABELLED, ADAPTED, *SEEDS, NEWEST)]
     made += [_long(spec) for spec in (DENSE, FROZEN, DISTILLED)]
-    made += [needles(LINEAR), needles(FROZEN_QUARTER), _other_tasks(FROZEN), _benchmarks(FROZEN), _benchmarks(LONGER)]
+    made += [needles(LINEAR), needles(FROZEN_QUARTER), other_tasks(FROZEN), benchmarks(FROZEN), benchmarks(LONGER)]
     made += [_needles_16k(spec) for spec in (DENSE, FROZEN, DISTILLED)]
-    made += [needles(FROM_ADAPTED), needles(VALUES), _benchmarks(LABELLED), _benchmarks(ADAPTED)]
+    made += [needles(FROM_ADAPTED), needles(VALUES), benchmarks(LABELLED), benchmarks(ADAPTED)]
     return made
 
 
@@ -205,7 +205,7 @@ def needles(spec: Spec) -> Entry:
     return Entry(tuple(j for j in made if j.settings["task"] in _COUNTED and j.settings["length"] <= 4096))
 
 
-def _other_tasks(spec: Spec) -> Entry:
+def other_tasks(spec: Spec) -> Entry:
     """All tasks and lengths that `needles` leaves out: first the needles at 8K, and the second question."""
     skipped = {job.key for job in needles(spec).jobs}
     made = [job for job in tasks_of(spec, range(25)) if job.key not in skipped]
@@ -213,7 +213,7 @@ def _other_tasks(spec: Spec) -> Entry:
     return Entry(tuple(made))
 
 
-def _benchmarks(spec: Spec) -> Entry:
+def benchmarks(spec: Spec) -> Entry:
     return Entry(tuple(Job(spec, "benchmark", {"name": name, "limit": 1000}) for name in BENCHMARKS))
 
 

@@ -54,7 +54,10 @@ class Spec:
         slopes: whether "loss" may choose slopes.
         label_share, start_windows: of the distillation, see `dynamask.convert.distill`.
         rate: highest learning rate of the model; None: the schedule's.
-        origin: "dense trained": convert what that form trained for as many steps at the same rate, not the dense model.
+        origin: "dense trained": convert what that form trained for as many steps at the same rate and in the same loop,
+            not the dense model.
+        loop: of a dense model that is trained: "" for `adapt`, whose rate falls to zero; "distil" for that of
+            `dynamask.convert.distill`, with windows as long as the blocks, which is dense attention.
     """
 
     kind: str
@@ -73,6 +76,7 @@ class Spec:
     start_windows: float = 1.0
     rate: float | None = None
     origin: str = ""
+    loop: str = ""
 
     def facts(self) -> dict[str, Any]:
         """The fields, without later ones that have their default: lines written before they existed stay the same."""
@@ -103,6 +107,7 @@ class Spec:
             parts += [f"labels{self.label_share}"] if self.label_share else []
             parts += [f"from{self.start_windows}"] if self.start_windows != 1 else []
             parts += [f"rate{self.rate}"] if self.rate is not None else []
+        parts += [f"loop-{self.loop}"] if self.loop else []
         parts += ["of-dense-trained"] if self.origin else []
         return "-".join(parts)
 
@@ -114,6 +119,7 @@ _LATER = {
     "start_windows": 1.0,
     "rate": None,
     "origin": "",
+    "loop": "",
 }
 """Fields of `Spec` that came after the first lines were written, with their defaults."""
 
@@ -236,14 +242,14 @@ class Workshop:
         torch.cuda.empty_cache()
 
     def seconds_to_make(self, spec: Spec) -> float:
-        """Roughly how long the training takes that the form still needs, on one H100 that another run shares."""
+        """Roughly how long the training takes that the form still needs, on one H200 that an evaluator shares."""
         seconds = 0.0
         if _ranks(spec) and not self._ranks_file(spec).exists():
             seconds += 0.16 * self.schedule.rank_steps
         if spec.trained and not self._file(spec).exists():
-            seconds += 15 + 0.5 * spec.steps
+            seconds += 15 + 0.36 * spec.steps
         if spec.origin and not self._file(_origin(spec)).exists():
-            seconds += 15 + 0.5 * spec.steps
+            seconds += 15 + 0.36 * spec.steps
         return seconds
 
     def ready(self, spec: Spec) -> bool:
@@ -360,7 +366,8 @@ class Workshop:
             partial = file.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(kept))
             partial.replace(file)
-            told = replace(spec, distilled=False, steps=STEPS, label_share=0.0, start_windows=1.0, rate=None, origin="")
+            untrained = {"distilled": False, "steps": STEPS, "label_share": 0.0, "start_windows": 1.0}
+            told = replace(spec, **untrained, rate=None, origin="", loop="")
             told = (
                 told
                 if spec.allocation != "threshold"
@@ -403,11 +410,17 @@ class Workshop:
         start = time.perf_counter()
         # Not the batches that the ranks were learned on.
         batches = self.blocks(spec.seed + 1000)
-        if spec.kind == "dense trained":
+        from dynamask.convert import distill
+
+        if spec.kind == "dense trained" and spec.loop == "distil":
+            # Windows as long as the blocks: dense attention, in the loop that converted models are trained in.
+            student = upcycled(model, schedule.block)
+            options: dict[str, Any] = {"steps": spec.steps, "learning_rate": rate, "label_share": 1.0}
+            history = distill(student, self.dense(), batches, rank_learning_rate=0.0, **options)
+            model.load_state_dict(student.state_dict(), strict=False)
+        elif spec.kind == "dense trained":
             history = adapt(model, batches, steps=spec.steps, rate=rate)
         else:
-            from dynamask.convert import distill
-
             # Where ranks stand for the newest keys, they must stay equal.
             ranks = schedule.distil_rank_rate if spec.ranks == "learned" else 0.0
             history = distill(
@@ -434,7 +447,7 @@ def _ranks(spec: Spec) -> bool:
 
 def _origin(spec: Spec) -> Spec:
     """The form that `spec.origin` names."""
-    return Spec("dense trained", seed=spec.seed, steps=spec.steps, rate=spec.rate)
+    return Spec("dense trained", seed=spec.seed, steps=spec.steps, rate=spec.rate, loop=spec.loop)
 
 
 def upcycled(dense: Any, window: int, *, copy_weights: bool = False) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamask_lab.studies.conversion import final, gemma
+from dynamask_lab.studies.conversion import close, final, gemma
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.conversion.jobs import Job
 
@@ -68,5 +68,5 @@ def test_no_job_is_listed_twice_and_every_comparison_is_measured() -> None:
     assert len(gemma.jobs()) == len({job.key for job in gemma.jobs()})
     keys = [job.key for entry in entries for job in entry.jobs]
     assert len(keys) == len(set(keys))
-    forms = {job.spec for job in final.jobs()}
-    assert all(spec in forms for _, spec, _ in final.COMPARISONS)
+    forms = {job.spec for job in final.jobs()} | {job.spec for job in close.jobs()}
+    assert all(spec in forms for _, spec, _ in (*final.COMPARISONS, *close.COMPARISONS))

@@ -146,6 +146,19 @@ def test_training_leaves_the_dense_model_alone(workshop: Workshop, told: list[tu
         assert torch.equal(parameter, again.state_dict()[name])
 
 
+def test_a_dense_model_is_trained_in_the_loop_of_distillation(workshop: Workshop) -> None:
+    before = {name: p.clone() for name, p in workshop.dense().state_dict().items()}
+    spec = Spec("dense trained", steps=2, loop="distil")
+    trained = workshop.form(spec).model
+    assert trained.state_dict().keys() == before.keys(), "without predictors"
+    assert all(torch.equal(p, before[name]) for name, p in workshop.dense().state_dict().items())
+    assert any(not torch.equal(p, before[name]) for name, p in trained.state_dict().items())
+    origin = Spec("converted", BUDGET, distilled=True, steps=2, origin="dense trained", loop="distil")
+    workshop.form(origin)
+    assert workshop.ready(spec)
+    assert workshop.ready(origin)
+
+
 def test_only_what_is_missing_takes_time(workshop: Workshop) -> None:
     spec = Spec("converted", BUDGET, distilled=True, steps=2)
     assert workshop.seconds_to_make(Spec("dense")) == 0
