@@ -11,11 +11,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
 
-import pytest
-from torch import nn
+from typing import TYPE_CHECKING
 
-from dynamask import DynamaskConfig, DynamaskForCausalLM
-from dynamask.mixers import DynamicMaskGate, RankPredictor
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:  # the process that hands tests to the workers needs no models, whose import takes seconds
+    from dynamask import DynamaskConfig, DynamaskForCausalLM
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +33,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests of whole models take as many examples. Every run draws others, so the quick suite needs few.
+    settings.register_profile("models", max_examples=4 if "not slow" in config.option.markexpr else 12, deadline=None)
     if config.getoption("--shard") is not None:
         config.pluginmanager.register(_FailuresAtOnce(config))
 
@@ -49,6 +53,8 @@ class _FailuresAtOnce:
 
 def tiny_config(attention: str | list[str] = "dma", **fields: object) -> DynamaskConfig:
     """Two layers of four heads over 50 tokens, with a window that a 40-token text overflows."""
+    from dynamask import DynamaskConfig
+
     shape = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -66,6 +72,11 @@ def tiny_config(attention: str | list[str] = "dma", **fields: object) -> Dynamas
 
 def tiny_model(attention: str | list[str] = "dma", **fields: object) -> DynamaskForCausalLM:
     """A float64 model whose ranks choose by content: untrained ones would make DMA a sliding window."""
+    from torch import nn
+
+    from dynamask import DynamaskForCausalLM
+    from dynamask.mixers import DynamicMaskGate, RankPredictor
+
     torch.manual_seed(0)
     model = DynamaskForCausalLM(tiny_config(attention, **fields)).double().eval()
     for module in model.modules():

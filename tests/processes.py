@@ -1,10 +1,11 @@
-"""Run a function in several processes that form a group (gloo)."""
+"""Run a function in several processes that form a group (gloo), and a program in a process of its own."""
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -58,3 +59,40 @@ def _member(function: str, rank: int, size: int, folder: str, arguments: tuple[s
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def run_program(code: str, folder: Path, *, file: str = "program") -> subprocess.CompletedProcess[str]:
+    """Run `code` as a program in `folder`; `file` names it in tracebacks.
+
+    The process is a fork of this one, which saves it the imports; where a GPU forbids that, a new interpreter.
+    """
+    if torch.cuda.is_available():
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        )
+    with tempfile.TemporaryDirectory() as place:
+        texts = [Path(place, name) for name in ("output", "errors")]
+        process = multiprocessing.get_context("fork").Process(target=_program, args=(code, folder, file, *texts))
+        process.start()
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        output, errors = (text.read_text() if text.exists() else "" for text in texts)
+    assert process.exitcode is not None
+    return subprocess.CompletedProcess([file], process.exitcode, output, errors)
+
+
+def _program(code: str, folder: Path, file: str, output: Path, errors: Path) -> None:
+    exit_code = 0
+    with output.open("w") as sys.stdout, errors.open("w") as sys.stderr:
+        try:
+            os.chdir(folder)
+            sys.argv = [file]
+            exec(compile(code, file, "exec"), {"__name__": "__main__", "__file__": file})
+        except SystemExit as error:
+            exit_code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        except BaseException:
+            traceback.print_exc()
+            exit_code = 1
+    os._exit(exit_code)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from tests.processes import run_program
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 READERS = ("dense", "window + sinks", "converted")
 
@@ -25,7 +27,9 @@ def run(*arguments: str, cwd: Path) -> str:
 
 @pytest.mark.parametrize("name", sorted(p.name for p in EXAMPLES.glob("*.py") if p.name != "demo.py"))
 def test_example(name: str, tmp_path) -> None:
-    assert run(str(EXAMPLES / name), cwd=tmp_path)
+    done = run_program((EXAMPLES / name).read_text(encoding="utf-8"), tmp_path, file=str(EXAMPLES / name))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout
 
 
 @pytest.mark.slow

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -14,6 +11,7 @@ import pytest
 import typer.main
 
 from dynamask.cli.main import app
+from tests.processes import run_program
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,14 +20,6 @@ MOST_LINES = 150
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 MOST_NUMBERS = 0.04
 """Numbers per word of prose."""
-
-
-def run_block(code: str, folder: Path, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
-    """Run a block as a program of its own in an empty folder."""
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH" or python == sys.executable}
-    return subprocess.run(
-        [python, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 def prose(text: str) -> str:
@@ -64,7 +54,7 @@ def test_its_picture_is_small() -> None:
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_its_blocks_run(number: int, tmp_path: Path) -> None:
-    done = run_block(BLOCKS[number], tmp_path)
+    done = run_program(BLOCKS[number], tmp_path)
     assert done.returncode == 0, f"{BLOCKS[number]}\n{done.stderr[-3000:]}"
 
 

@@ -15,7 +15,7 @@ from dynamask.models import new_cache
 from tests.conftest import tiny_model
 
 LENGTH = 30
-few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(settings.get_profile("models"), suppress_health_check=[HealthCheck.function_scoped_fixture])
 seeds = st.integers(0, 2**16)
 
 
