@@ -277,19 +277,18 @@ class BoundedLayer(CacheLayerMixin):
         if ranks is not None and ranks.dtype != self.ranks.dtype:
             wide = torch.promote_types(ranks.dtype, self.ranks.dtype)
             self.ranks, ranks = self.ranks.to(wide), ranks.to(wide)
-        # What inference mode made cannot be changed, nor be saved for a backward pass, outside of it.
+        self._leave_inference_mode()
+        return key, value, ranks
+
+    def _leave_inference_mode(self) -> None:
+        """Copy what inference mode made: it cannot be changed, nor be saved for a backward pass, outside of it."""
         if self.keys.is_inference() and not torch.is_inference_mode_enabled():
             for name in (*_POOLS, "clock"):
                 setattr(self, name, getattr(self, name).clone())
-        return key, value, ranks
 
     def _insert(self, key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tensor | None) -> None:
         """One token, in place: no shape changes, but where a growing layer needs more slots."""
-        if self._most >= self._room:
-            self._grow()
-        if self.keys.requires_grad or self.ranks.requires_grad:  # a backward pass may still need what is overwritten
-            for name in ("keys", "values", "ranks"):
-                setattr(self, name, getattr(self, name).detach().clone())
+        self._make_room()
         pools = (self.keys, self.values, self.ranks, self.positions, self.clock)
         if not self._on_gpu() and not torch.compiler.is_compiling():
             contest = self._contest
@@ -300,6 +299,30 @@ class BoundedLayer(CacheLayerMixin):
         else:
             insert_key(key, value, ranks, key_mask, *pools, self._layout, self.local, self.sinks)
         self._count(1, key_mask)
+
+    def _make_room(self) -> None:
+        """Let the pools have a slot for one more key, and let nobody else need what they hold."""
+        if self._most >= self._room:
+            self._grow()
+        if self.keys.requires_grad or self.ranks.requires_grad:  # a backward pass may still need what is overwritten
+            for name in ("keys", "values", "ranks"):
+                setattr(self, name, getattr(self, name).detach().clone())
+
+    def room_for_a_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+        """Return what a kernel of a whole step puts a real token of every row into; `advance` counts it afterwards.
+
+        Returns:
+            keys, values, ranks, positions and clock, then `RaggedLayout.table` and `RaggedLayout.widest`.
+        """
+        self._leave_inference_mode()
+        self._make_room()
+        layout = self._layout
+        return self.keys, self.values, self.ranks, self.positions, self.clock, layout.table, layout.widest
+
+    def attend_to_slots(self, query: Tensor, scale: float) -> Tensor:
+        """Attend from one token's queries (B, H, 1, D), in the layer's dtype, to the keys held: (B, H, 1, Dv)."""
+        live = None if self._least >= self._widest else self.positions >= 0
+        return self._decode(query, live, None, scale)
 
     def _on_gpu(self) -> bool:
         return self.keys.is_cuda

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
 from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, check_implementation, convert_attention
+from dynamask.convert.decode_step import decode_step
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.rank_loss import RankLosses
@@ -337,7 +338,7 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         return Cache(layers=[DynamicLayer() if w is None else BoundedLayer(w, local=n, sinks=s) for w, n, s in facts])
 
     def _by_graph(self, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
-        """One more token by a recorded CUDA graph (`decode_by_graph`); None where the model must run itself."""
+        """One more token by a recorded CUDA graph or `decode_step`; None where the model must run itself."""
         cache = given_cache(arguments)
         if cache is None or not isinstance(cache, BoundedCache) or self.config.ranking == "paper":
             return None
@@ -351,7 +352,15 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         if not plain or config.output_hidden_states or config.output_attentions or current_group() is not None:
             return None
         tokens, mask, positions = (arguments.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
-        logits = decode_by_graph(self, cache, tokens, mask, positions, counts_padding=True)  # type: ignore[arg-type]
+        logits = decode_by_graph(
+            self,  # type: ignore[arg-type]
+            cache,
+            tokens,
+            mask,
+            positions,
+            counts_padding=True,
+            step=decode_step,
+        )
         return None if logits is None else CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
 
     def _prepared(self, arguments: dict[str, Any], cache_name: str) -> dict[str, Any]:

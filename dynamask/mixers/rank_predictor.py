@@ -59,7 +59,7 @@ class RankPredictor(nn.Module):
 
             assert self.up is not None
             weights = (self.up.weight, self.down.weight, self.down.bias)
-            return predict_ranks_launch(hidden_states.contiguous(), *weights, _GRID)
+            return predict_ranks_launch(hidden_states.contiguous(), *weights, RANK_GRID)
         hidden_states = F.rms_norm(hidden_states, hidden_states.shape[-1:])
         if self.up is not None:
             hidden_states = F.silu(self.up(hidden_states))
@@ -104,7 +104,7 @@ class Float32Linear(nn.Linear):
             return F.linear(input.to(wide), self.weight.to(wide), bias)
 
 
-_GRID = 64.0
+RANK_GRID = 64.0
 """Steps per nat of the grid of ranks: far finer than predictions are good for."""
 
 
@@ -127,7 +127,7 @@ def on_grid(ranks: Tensor) -> Tensor:
     product over another chunk of the sequence sums in another order, and its last bits would break such ties
     differently in cached and uncached runs; the grid is so much coarser that this does not happen.
     """
-    rounded = (ranks.detach() * _GRID).round() / _GRID
+    rounded = (ranks.detach() * RANK_GRID).round() / RANK_GRID
     if not ranks.requires_grad:
         return rounded
     return ranks + (rounded - ranks.detach())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ _WORTH_RECORDING = 24
 
 _GROWING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies change with the length of the text."""
+
+
+Step = Callable[[nn.Module, BoundedCache, Tensor, Tensor], Tensor | None]
+"""See `decode_by_graph`."""
 
 
 class StepGraph:
@@ -104,6 +108,7 @@ def decode_by_graph(
     position_ids: Any,
     *,
     counts_padding: bool = False,
+    step: Step | None = None,
 ) -> Tensor | None:
     """Compute logits (B, 1, vocab) of one more token by a recorded graph; None where the model must run itself.
 
@@ -115,10 +120,11 @@ def decode_by_graph(
         position_ids: (B, 1), or None to count.
         counts_padding: whether padding takes a position where the model counts them, as in transformers' models. Rows
             with padding and no `position_ids` are then left to the model.
+        step: called as `step(model, cache, input_ids, position_ids)` where no graph serves: the model's step in fewer
+            launches, or None with nothing changed. A graph records it, too.
     """
     if (
         not isinstance(cache, BoundedCache)
-        or not cache.graphs
         or not isinstance(input_ids, Tensor)
         or input_ids.dim() != 2
         or input_ids.shape[1] != 1
@@ -126,18 +132,20 @@ def decode_by_graph(
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cuda")
         or torch.compiler.is_compiling()
-        or _capturing()
         or model.training
         or getattr(model, "_tp_size", None)  # its step exchanges sums with other processes
     ):
         return None
-    at = _addresses(cache)
-    if at is None:
+    capturing = _capturing()
+    at = None if capturing or not cache.graphs else _addresses(cache)
+    if at is None and step is None:
         return None
     past = cache.get_seq_length()
     if attention_mask is not None:
-        if attention_mask.shape != (input_ids.shape[0], past + 1) or not bool(attention_mask[:, -1].all()):
-            return None  # the model's own forward complains, or treats the padding
+        if capturing or attention_mask.shape != (input_ids.shape[0], past + 1):
+            return None  # the model's own forward complains
+        if not bool(attention_mask[:, -1].all()):
+            return None  # it treats the padding
         if position_ids is None:
             if not counts_padding:
                 position_ids = attention_mask.long().sum(-1, keepdim=True) - 1
@@ -148,6 +156,16 @@ def decode_by_graph(
     if position_ids.shape not in ((1, 1), input_ids.shape):
         return None
     position_ids = position_ids.expand_as(input_ids)
+    logits = None if at is None else _by_graph(model, cache, at, input_ids, position_ids)
+    if logits is None and step is not None:
+        logits = step(model, cache, input_ids, position_ids)
+    return logits
+
+
+def _by_graph(
+    model: nn.Module, cache: BoundedCache, at: list[tuple[int, ...]], input_ids: Tensor, position_ids: Tensor
+) -> Tensor | None:
+    """Replay the cache's graph, or record one when it is worth it."""
     graph = _GRAPHS.get(cache)
     if graph is not None and graph.fits(model, at, input_ids):
         for layer in cache.layers:
@@ -172,7 +190,7 @@ def decode_by_graph(
         cache.graphs = False
         warnings.warn(
             f"decoding runs without a CUDA graph, and slower: {type(error).__name__}: {str(error).strip()[:200]}",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     _GRAPHS[cache] = graph

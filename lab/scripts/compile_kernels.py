@@ -1,6 +1,6 @@
 """Compile the attention kernels for a Hopper GPU on a machine without one, down to machine code.
 
-    PYTHONPATH=.:lab python lab/scripts/compile_kernels.py [expiry] [lists] [hopper]
+    PYTHONPATH=.:lab python lab/scripts/compile_kernels.py [expiry] [lists] [hopper] [step]
 
 The interpreter runs kernels that Triton refuses to compile: this finds them before a GPU has to. Nothing is launched,
 and no result is looked at. One line per kernel; exit code 1 if any does not compile.
@@ -114,12 +114,41 @@ def hopper() -> None:
             backward_dkv.walk_kernel_launch(inputs, query, rows, spans)
 
 
+def step() -> None:
+    """The launches of a decoding step, at two shapes of models and batches."""
+    from dynamask.ops.triton import decode_step
+    from dynamask.ops.triton.predict_ranks import rms_epsilon
+
+    rms_epsilon(torch.bfloat16, torch.device("cpu"))
+    for batch, hidden, heads, groups, dim, biased in ((1, 1024, 16, 8, 128, False), (32, 576, 9, 3, 64, True)):
+        narrow = torch.bfloat16
+
+        def weight(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.zeros(*shape, dtype=dtype)
+
+        x, norm, width = weight(batch, hidden), weight(hidden), hidden // 4
+        parts = [weight(heads * dim, hidden), weight(groups * dim, hidden), weight(groups * dim, hidden)]
+        biases = tuple(weight(part.shape[0]) for part in parts) if biased else None
+        up = weight(width, hidden, dtype=torch.float32 if biased else narrow)
+        projections = decode_step.Projections(*parts, biases, up)  # type: ignore[arg-type]
+        _, projected, active = decode_step.norm_and_project(x, None if biased else x, norm, 1e-6, projections)
+        decode_step.norm_and_gate(x, x, norm, 1e-6, weight(3 * hidden, hidden), weight(3 * hidden, hidden))
+        slots = groups * 2048
+        state = [weight(batch, slots, dim), weight(batch, slots, dim), torch.zeros(batch, slots)]
+        state += [torch.zeros(batch, slots, dtype=torch.int32), torch.zeros(batch, groups, dtype=torch.int64)]
+        pools = decode_step.Pools(*state, torch.zeros(groups + 1, dtype=torch.int32), 2048, 128, 4)
+        lift = torch.zeros(batch, groups) if biased else None
+        ranks = decode_step.RankHeadWeights(active, weight(groups, width), weight(groups), lift, 64.0)  # type: ignore[arg-type]
+        norms = None if biased else (weight(dim), weight(dim))
+        decode_step.rotate_and_insert(projected, weight(1, dim), weight(1, dim), norms, 1e-6, ranks, pools)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", default=["expiry", "lists", "hopper"])
+    parser.add_argument("families", nargs="*", default=["expiry", "lists", "hopper", "step"])
     compile_alone()
     for family in parser.parse_args().families:
-        {"expiry": expiry, "lists": lists, "hopper": hopper}[family]()
+        {"expiry": expiry, "lists": lists, "hopper": hopper, "step": step}[family]()
     for name, seconds in _done.items():
         print(f"{seconds:6.1f} s  {name}")
     print(f"Triton {triton.__version__}: {len(_done)} kernels compile, failed: {sorted(set(_failed)) or 'none'}")
