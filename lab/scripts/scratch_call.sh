@@ -2,7 +2,7 @@
 # Study `scratch` on a lent machine, in the background, over several calls:
 #
 #   scratch_call.sh start FOLDER SECONDS [arguments of scratch_gpu.py]   # FOLDER holds tables of documents, .jsonl.xz
-#   scratch_call.sh corpus FOLDER CHARACTERS                             # makes the corpus alone, on eight cores
+#   scratch_call.sh corpus FOLDER CHARACTERS [CORES]                     # makes the corpus alone, on 8 cores or so many
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
@@ -16,7 +16,7 @@ set_up() {
 case $1 in
 corpus)
     set_up "$2"
-    CUDA_VISIBLE_DEVICES='' setsid nohup nice -n 19 taskset -c 0-7 python3 lab/scripts/scratch_gpu.py --corpus-only \
+    CUDA_VISIBLE_DEVICES='' setsid nohup nice -n 19 taskset -c "0-$((${4:-8} - 1))" python3 lab/scripts/scratch_gpu.py --corpus-only \
         --corpora corpora --more ./*.jsonl.xz --characters "$3" --state state --out scratch.jsonl --seconds 999 \
         >log-corpus.txt 2>&1 </dev/null &
     ;;

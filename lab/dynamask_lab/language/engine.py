@@ -85,6 +85,7 @@ class LanguageConfig:
         test_share: share of the held-out documents that are kept for a test split, on which no form is chosen; the
             result then has its loss, over as many tokens.
         slopes: how much learned ranks rise per token, in nats, one number per key/value head of every layer; None: not.
+        random_ranks: instead of learned ranks, those of a random network of the same shape that never learns.
         sinks: first positions that are always kept, by dma with ranking="learned" and by swa. These two are dynamask's
             mixers, not those of 0.1, and `layer_windows` may then give a list of one window per key/value head.
         calibrate_at: share of the training after which windows per key/value head of the same mean are set by one
@@ -136,6 +137,7 @@ class LanguageConfig:
     test_share: float = 0.0
     sinks: int = 0
     slopes: list[float] | None = None
+    random_ranks: bool = False
     calibrate_at: float = 0.0
     by_last_use: bool = False
     compile: bool = True
@@ -196,6 +198,7 @@ class LanguageConfig:
                 "calibrate_at",
                 "by_last_use",
                 "slopes",
+                "random_ranks",
             ),
         )
 
@@ -250,7 +253,7 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
     }
     if settings.native:
         windows = settings.layer_windows or settings.window
-        return DynamaskForCausalLM(
+        model = DynamaskForCausalLM(
             DynamaskConfig(
                 **shape,
                 attention=settings.layer_attention or settings.attention,
@@ -261,6 +264,9 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
                 slopes=None if settings.slopes is None else [settings.slopes] * settings.layers,
             )
         )
+        if settings.random_ranks:
+            _randomise_ranks(model)
+        return model
     own = {
         name: getattr(settings, name)
         for name in (
@@ -277,6 +283,21 @@ def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalL
             **own,
         )
     )
+
+
+_RANDOM_RANKS = 2.0
+"""Standard deviation of random ranks, in nats: about that of learned ones."""
+
+
+def _randomise_ranks(model: DynamaskForCausalLM) -> None:
+    """Let every rank predictor be a random function of the hidden state that stays as it is."""
+    layers: Any = model.model.layers
+    for layer in layers:
+        predictor = layer.mixer.rank_predictor
+        predictor.requires_grad_(False)
+        nn.init.normal_(predictor.up.weight, std=predictor.up.in_features**-0.5)
+        # The hidden units' silu has a mean square of about 0.36.
+        nn.init.normal_(predictor.down.weight, std=_RANDOM_RANKS * (0.36 * predictor.width) ** -0.5)
 
 
 def learning_rate_at(settings: LanguageConfig, step: int) -> float:
