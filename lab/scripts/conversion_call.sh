@@ -18,7 +18,7 @@ export DYNAMASK_COMMIT=${DYNAMASK_COMMIT:-$(cat "$carried/hash")}
 setsid nohup bash -c "bash lab/scripts/conversion_gpu.sh start '$carried' '$seconds' >'$work/start.txt' 2>&1
 while ((SECONDS < $seconds + 15)); do
     cat '$work'/results-*.jsonl >'$out/rows.jsonl' 2>/dev/null
-    { cat '$work/start.txt'; tail -qn 300 '$work'/log-*.txt | grep -v it/s | sort -n; } >'$out/log.txt' 2>/dev/null
+    { cat '$work/start.txt'; tail -qn 300 '$work'/log-*.txt | grep -v it/s; } >'$out/log.txt' 2>/dev/null
     tar -C '$work/state' -cf '$out/windows.tar' --exclude '*.pt' --exclude claims . 2>/dev/null
     cp '$work'/state/ranks-*.pt '$out/' 2>/dev/null
     sleep 10
