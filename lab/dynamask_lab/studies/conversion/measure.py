@@ -113,8 +113,13 @@ def continuation_loss(form: Form, blocks: Tensor, context: int, batch: int = 8) 
 
 
 @torch.no_grad()
-def answers(form: Form, tokenizer: Any, examples: Sequence[Example]) -> list[list[float]]:
-    """The score of each question of each example of one task and length, all questions put to the same cache."""
+def answers(
+    form: Form, tokenizer: Any, examples: Sequence[Example], texts: list[str] | None = None
+) -> list[list[float]]:
+    """The score of each question of each example of one task and length, all questions put to the same cache.
+
+    What the model generated is added to `texts`.
+    """
     device = form.model.device
     task = examples[0].task
     context = torch.tensor([example.context for example in examples], device=device)
@@ -126,7 +131,10 @@ def answers(form: Form, tokenizer: Any, examples: Sequence[Example]) -> list[lis
         own = copy.deepcopy(cache) if many else cache
         made = _decode(form, own, question, context.shape[1], GENERATED[task])
         for example, row, found in zip(examples, made, scores, strict=True):
-            found.append(score(tokenizer.decode(row, skip_special_tokens=True), example.answers[number]))
+            text = tokenizer.decode(row, skip_special_tokens=True)
+            found.append(score(text, example.answers[number]))
+            if texts is not None:
+                texts.append(text)
     return scores
 
 

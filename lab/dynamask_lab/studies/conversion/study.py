@@ -161,9 +161,11 @@ class Runner:
             examples = self.examples.get(settings)[: self.limit]
             batch = max(1, min(len(examples), 25, 25 * 8192 // settings["length"]))
             scores: list[list[float]] = []
+            texts: list[str] | None = [] if settings["task"] == "tracking" else None
             for first in range(0, len(examples), batch):
-                scores += measure.answers(form, self.tokenizer, examples[first : first + batch])
-            return {"scores": scores, "depths": [None if e.depth is None else round(e.depth, 4) for e in examples]}
+                scores += measure.answers(form, self.tokenizer, examples[first : first + batch], texts)
+            depths = [None if e.depth is None else round(e.depth, 4) for e in examples]
+            return {"scores": scores, "depths": depths} | ({} if texts is None else {"texts": texts})
         if job.measure == "benchmark":
             limit = min(settings["limit"], self.limit or settings["limit"])
             choices = measure.read_benchmark(self.benchmarks, settings["name"], limit)
