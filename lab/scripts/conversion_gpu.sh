@@ -13,7 +13,7 @@
 # what they trained (ranks-*.pt, windows.tar). EXTRA holds further arguments of the study, such as "--plan levers".
 # MODEL and PLAN name another model's folder and list for `start`, such as gemma3-270m and gemma.
 # `start` puts a trainer and an evaluator on each of GPUS="0 1 2", and on LATE="3" once nothing else runs there.
-# ROLES names less than both, APPEND=1 leaves the processes of an earlier `start` in the list that `collect` waits for.
+# ROLES names others than both ("trainer trainer2 evaluator": two trainings at a time on each GPU), APPEND=1 leaves the processes of an earlier `start` in the list that `collect` waits for.
 # Everything is kept in $CONVERSION_WORK (default: a folder in the system's temporary one), results go to $OUT too.
 set -uo pipefail
 what=$1 carried=$2 seconds=${3:-500}
@@ -72,11 +72,11 @@ spread() { # part, parts, GPU
 earlier=$(find lab/results -name 'conversion*.jsonl' ! -name '*gemma*') # of the same model
 [ "${MODEL:-smollm2-135m-instruct}" = smollm2-135m-instruct ] || earlier=$(find lab/results -name "conversion-${MODEL%%3-*}*.jsonl")
 member() { # role, GPU, processes
-    CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    CONVERSION_SLOT=${1#trainer} CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
         setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
         --model "$model" --data "$work/data" --benchmarks "$work/benchmarks" --state "$work/state" \
         --out "$work/results-$1-$2.jsonl" --done "${done[@]}" $earlier --plan "${PLAN:-final}" \
-        --role "$1" --name "$1 $2" --processes "$3" --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
+        --role "${1%2}" --name "$1 $2" --processes "$3" --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
         >"$work/log-$1-$2.txt" 2>&1 </dev/null &
     echo $! >>"$work/pids"
 }
@@ -84,7 +84,7 @@ if [ "$what" = start ]; then
     [ -n "${APPEND:-}" ] || : >"$work/pids"
     for gpu in ${GPUS:-0 1 2}; do
         for role in ${ROLES:-trainer evaluator}; do
-            member "$role" "$gpu" "$([ "$role" = trainer ] && echo 2 || echo 8)"
+            member "$role" "$gpu" "$([ "${role%2}" = trainer ] && echo 2 || echo 8)"
         done
     done
     if [ -n "${LATE:-}" ]; then

@@ -121,7 +121,7 @@ def entries() -> list[Entry]:
     made += [needles(spec) for spec in (LABELLED, ADAPTED, *SEEDS, NEWEST)]
     made += [_long(spec) for spec in (DENSE, FROZEN, DISTILLED)]
     made += [needles(LINEAR), needles(FROZEN_QUARTER), other_tasks(FROZEN), benchmarks(FROZEN), benchmarks(LONGER)]
-    made += [_needles_16k(spec) for spec in (DENSE, FROZEN, DISTILLED)]
+    made += [needles_16k(spec) for spec in (DENSE, FROZEN, DISTILLED)]
     made += [needles(FROM_ADAPTED), needles(VALUES), benchmarks(LABELLED), benchmarks(ADAPTED)]
     return made
 
@@ -226,7 +226,7 @@ def _long(spec: Spec) -> Entry:
     return Entry(tuple(made))
 
 
-def _needles_16k(spec: Spec) -> Entry:
+def needles_16k(spec: Spec) -> Entry:
     settings = {"length": 16384, "haystack": "essays", "first": 0, "count": 25}
     tasks = ("single_1", "single_2", "multikey_1")
     return Entry(tuple(Job(replace(spec, rope=2), "tasks", {"task": task, **settings}) for task in tasks))

@@ -58,6 +58,8 @@ class Spec:
             not the dense model.
         loop: of a dense model that is trained: "" for `adapt`, whose rate falls to zero; "distil" for that of
             `dynamask.convert.distill`, with windows as long as the blocks, which is dense attention.
+        context: tokens of a block that ranks, windows and model are trained on, under the positions of `rope`; 0: the
+            schedule's, under the model's own positions.
     """
 
     kind: str
@@ -77,6 +79,7 @@ class Spec:
     rate: float | None = None
     origin: str = ""
     loop: str = ""
+    context: int = 0
 
     def facts(self) -> dict[str, Any]:
         """The fields, without later ones that have their default: lines written before they existed stay the same."""
@@ -108,6 +111,7 @@ class Spec:
             parts += [f"from{self.start_windows}"] if self.start_windows != 1 else []
             parts += [f"rate{self.rate}"] if self.rate is not None else []
         parts += [f"loop-{self.loop}"] if self.loop else []
+        parts += [f"context{self.context}"] if self.context else []
         parts += ["of-dense-trained"] if self.origin else []
         return "-".join(parts)
 
@@ -120,6 +124,7 @@ _LATER = {
     "rate": None,
     "origin": "",
     "loop": "",
+    "context": 0,
 }
 """Fields of `Spec` that came after the first lines were written, with their defaults."""
 
@@ -247,9 +252,9 @@ class Workshop:
         if _ranks(spec) and not self._ranks_file(spec).exists():
             seconds += 0.16 * self.schedule.rank_steps
         if spec.trained and not self._file(spec).exists():
-            seconds += 15 + 0.36 * spec.steps
+            seconds += 15 + 0.45 * spec.steps
         if spec.origin and not self._file(_origin(spec)).exists():
-            seconds += 15 + 0.36 * spec.steps
+            seconds += 15 + 0.45 * spec.steps
         return seconds
 
     def ready(self, spec: Spec) -> bool:
@@ -260,10 +265,10 @@ class Workshop:
 
     def _file(self, spec: Spec) -> Path:
         """What was trained at the model's own positions also serves where they are scaled."""
-        return self.state / f"model-{replace(spec, rope=1).name}.pt"
+        return self.state / f"model-{spec.name if spec.context else replace(spec, rope=1).name}.pt"
 
     def _ranks_file(self, spec: Spec) -> Path:
-        return self.state / f"ranks-{spec.predictor}-seed{spec.seed}.pt"
+        return self.state / f"ranks-{spec.predictor}-seed{spec.seed}{_longer(spec)}.pt"
 
     def dense(self, rope: int = 1) -> Any:
         """The pretrained model in bfloat16."""
@@ -282,20 +287,22 @@ class Workshop:
             self._dense[rope] = model.to(self.device).eval()
         return self._dense[rope]
 
-    def blocks(self, seed: int, step: int = 0) -> Iterator[Tensor]:
+    def blocks(self, seed: int, step: int = 0, context: int = 0) -> Iterator[Tensor]:
         """Training batches (batch, block) on the device, half of them repeating their first half.
 
-        Each block begins as the tokenizer begins a text.
+        Each block begins as the tokenizer begins a text. Blocks of a longer `context` are fewer, not more tokens.
         """
         schedule = self.schedule
-        made = CalibrationBlocks(self.train_tokens, schedule.block, batch=schedule.batch, seed=seed)
+        block = context or schedule.block
+        batch_size = max(1, schedule.batch * schedule.block // block)
+        made = CalibrationBlocks(self.train_tokens, block, batch=batch_size, seed=seed)
         for batch in made.from_step(step):
             batch[:, : len(self.begin)] = torch.tensor(self.begin, dtype=batch.dtype)
             yield batch.to(self.device)
 
-    def calibration(self) -> list[Tensor]:
+    def calibration(self, context: int = 0) -> list[Tensor]:
         """Blocks (1, block) of validation text and code, half of them repeating their first half."""
-        made = CalibrationBlocks(self.calibration_tokens, self.schedule.block, seed=1)
+        made = CalibrationBlocks(self.calibration_tokens, context or self.schedule.block, seed=1)
         return [batch.to(self.device) for batch, _ in zip(made, range(self.schedule.calibration), strict=False)]
 
     def converted(self, spec: Spec) -> Any:
@@ -328,18 +335,17 @@ class Workshop:
         if not file.exists():
             from dynamask.convert import learn_ranks
 
-            model = upcycled(self.dense(), 512)
+            model = upcycled(self.dense(spec.rope if spec.context else 1), 512)
             torch.manual_seed(spec.seed)
             exchange_predictors(model, spec.predictor)
             start = time.perf_counter()
-            history = learn_ranks(
-                model, self.blocks(spec.seed), steps=self.schedule.rank_steps, learning_rate=self.schedule.rank_rate
-            )
+            blocks, rate = self.blocks(spec.seed, context=spec.context), self.schedule.rank_rate
+            history = learn_ranks(model, blocks, steps=self.schedule.rank_steps, learning_rate=rate)
             _synchronise(self.device)
             seconds = time.perf_counter() - start
             found = {name: p.detach().cpu() for name, p in predictor_parameters(model).items()}
             _save(found, file)
-            told = Spec("converted", None, spec.seed, predictor=spec.predictor)
+            told = Spec("converted", None, spec.seed, predictor=spec.predictor, context=spec.context)
             self.report(told, "learn_ranks", {"seconds": seconds, "history": _plain(history)})
         return dict(torch.load(file, map_location=self.device, weights_only=True))
 
@@ -349,6 +355,7 @@ class Workshop:
         name = f"windows-{spec.budget}-{spec.predictor}-seed{spec.seed}"
         if spec.allocation != "threshold":
             name += f"-{spec.allocation}-{spec.ranks}" + ("-slopes" if spec.slopes else "")
+        name += _longer(spec)
         file = self.state / f"{name}.json"
         if not file.exists():
             from dynamask.convert import allocate_windows
@@ -357,7 +364,7 @@ class Workshop:
             if not spec.slopes:
                 options["slopes"] = (0.0,)
             start = time.perf_counter()
-            made = allocate_windows(model, self.calibration(), spec.budget, **options)
+            made = allocate_windows(model, self.calibration(spec.context), spec.budget, **options)
             _synchronise(self.device)
             seconds = time.perf_counter() - start
             windows = [layer and [int(window) for window in layer] for layer in made]
@@ -396,8 +403,8 @@ class Workshop:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Wait until no other lane trains on this GPU: two trainings at a time may not fit into its memory."""
-        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")
+        """Wait until no other lane trains in this slot of the GPU, whose memory may hold no further training."""
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-") + os.environ.get("CONVERSION_SLOT", "")
         with open(self.state / f"training-{gpu}.lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -409,7 +416,7 @@ class Workshop:
         rate = schedule.distil_rate if spec.rate is None else spec.rate
         start = time.perf_counter()
         # Not the batches that the ranks were learned on.
-        batches = self.blocks(spec.seed + 1000)
+        batches = self.blocks(spec.seed + 1000, context=spec.context)
         from dynamask.convert import distill
 
         if spec.kind == "dense trained" and spec.loop == "distil":
@@ -443,6 +450,11 @@ class Workshop:
 def _ranks(spec: Spec) -> bool:
     """Whether the form needs learned ranks, if only to set its windows by."""
     return spec.kind == "converted" and (spec.ranks == "learned" or spec.windows == "heads")
+
+
+def _longer(spec: Spec) -> str:
+    """What marks the files of what was trained at another length than the schedule's."""
+    return f"-rope{spec.rope}-context{spec.context}" if spec.context else ""
 
 
 def _origin(spec: Spec) -> Spec:

@@ -9,6 +9,9 @@ quantised to 4 bits, and its vocabulary may be cut down to what the data use; de
 
 Named before the second run: 200 steps at 4e-4, judged alike. The rate whose text loss is lower here and, at 400 steps,
 in SmolLM2-135M becomes the product's default; where the two models differ, the lower rate stays.
+
+Named before the third run, which looks for what bounds the model: 1024 and 2048 keys per global head, frozen. If their
+loss and needles reach the bars, the bound is what three heads of 512 keys can hold, and not the conversion.
 """
 
 from __future__ import annotations
@@ -19,12 +22,16 @@ from dynamask_lab.studies.conversion.levers import DENSE, FROZEN, NEWEST, conver
 
 DISTILLED = converted(steps=200, rate=RATE)
 QUICKER = converted(steps=200, rate=2 * RATE)
+WIDER = tuple(converted(budget, steps=0) for budget in (1024, 2048))
+WIDER_DISTILLED = converted(2048, steps=200, rate=2 * RATE)
 
 
 def entries() -> list[Entry]:
     """All entries, the most telling first."""
     made = [Entry(tuple(losses_of(FROZEN)), trains=True), Entry(tuple(losses_of(DISTILLED)), trains=True)]
-    made += [Entry(tuple(losses_of(QUICKER)), trains=True)]
+    made += [each for spec in WIDER for each in (Entry(tuple(losses_of(spec)), trains=True), needles(spec))]
+    made += [Entry(tuple(losses_of(spec)), trains=True) for spec in (WIDER_DISTILLED, QUICKER)]
+    made += [needles(WIDER_DISTILLED)]
     made += [Entry(tuple(losses_of(DENSE))), needles(DENSE), needles(DISTILLED), needles(FROZEN), needles(QUICKER)]
     made += [Entry(tuple(losses_of(NEWEST))), needles(NEWEST)]
     return made

@@ -159,6 +159,17 @@ def test_a_dense_model_is_trained_in_the_loop_of_distillation(workshop: Workshop
     assert workshop.ready(origin)
 
 
+def test_ranks_and_windows_are_learned_at_a_longer_context(workshop: Workshop, tmp_path: Path) -> None:
+    context = 2 * workshop.schedule.block
+    spec = Spec("converted", BUDGET, distilled=True, steps=2, rope=2, context=context)
+    assert next(workshop.blocks(0, context=context)).shape[1] == context
+    assert workshop.calibration(context)[0].shape == (1, context)
+    model = workshop.form(spec).model
+    assert model.config.rope_parameters["factor"] == 2
+    assert workshop.ready(spec)
+    assert not workshop.ready(Spec("converted", BUDGET, distilled=True, steps=2)), "files of its own"
+
+
 def test_only_what_is_missing_takes_time(workshop: Workshop) -> None:
     spec = Spec("converted", BUDGET, distilled=True, steps=2)
     assert workshop.seconds_to_make(Spec("dense")) == 0
