@@ -523,6 +523,7 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "train", functools.partial(train, medium, 32768, 2048, 1, True)
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
     yield "distillation", functools.partial(distillation, small, 4, 8192, 512, 40)
+    yield "batches", functools.partial(distillation, small, 8, 8192, 512, 30, (True,))
     yield "train", functools.partial(train, small, 8192, 512, 3, True, False)
     yield "decode", functools.partial(decode, medium, 16, 32768, 2048, 16)
     yield "train", functools.partial(train, large, 8192, 512, 2, True)
