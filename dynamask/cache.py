@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, SupportsIndex
 
 import torch
@@ -17,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
-from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.cache_contest import CacheContest
 from dynamask.ops.cache_insert import insert_key
 from dynamask.ops.checks import check_window
@@ -203,9 +204,8 @@ class BoundedLayer(CacheLayerMixin):
         """
         narrow = autocast_dtype(query)
         if narrow is not None:
-            with torch.autocast(query.device.type, enabled=False):
-                query, key, value = (t if t.dtype == torch.float64 else t.to(narrow) for t in (query, key, value))
-                return self.attend(query, key, value, ranks, key_mask=key_mask, bias_is_rank=bias_is_rank, scale=scale)
+            attend_so = partial(self.attend, ranks=ranks, key_mask=key_mask, bias_is_rank=bias_is_rank, scale=scale)
+            return without_autocast(attend_so, query, key, value, dtype=narrow)
         key, value, ranks = self._admit(key, value, ranks, key_mask)
         narrowed = query if query.dtype == self.dtype else query.to(self.dtype)
         if key.shape[2] == 1 and not torch.is_grad_enabled():

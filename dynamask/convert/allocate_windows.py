@@ -73,8 +73,10 @@ def allocate_windows(
         raise InvalidInputError("allocate_windows: the ranks of this model are untrained; run learn_ranks first")
     if method not in METHODS:
         raise InvalidInputError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if not slopes or not all(0 <= slope < math.inf for slope in slopes):
-        raise InvalidInputError(f"slopes must be numbers of at least 0, in nats per token; got {slopes!r}")
+    if not slopes or not all(0 <= slope < math.inf and (not slope or slope_on_grid(slope)) for slope in slopes):
+        raise InvalidInputError(
+            f"slopes must be numbers of at least 0, in nats per token, which are multiples of 1/8192; got {slopes!r}"
+        )
     layers, groups = config.ranked_layers, config.num_key_value_heads
     batches = [checked_block(block, "allocate_windows") for block in islice(blocks, max_batches)]
     if not batches:

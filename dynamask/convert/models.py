@@ -611,8 +611,8 @@ def set_slopes(model: Any, slopes: Sequence[Sequence[float] | None] | None) -> N
         slopes: as `ConvertedConfig.slopes`; rounded to the grid of `dynamask.mixers.rank_predictor.slope_on_grid`.
 
     Raises:
-        InvalidInputError: a model that is not converted, another number of layers or heads, or a number that is not
-            finite or below 0. The model is unchanged.
+        InvalidInputError: a model that is not converted or has no layer that ranks, another number of layers or heads,
+            or a number that is not finite, below 0, or so small that the grid rounds it to 0. The model is unchanged.
     """
     if not is_converted(model):  # layers of others would not read them, and the saved model would
         raise InvalidInputError(
@@ -621,6 +621,8 @@ def set_slopes(model: Any, slopes: Sequence[Sequence[float] | None] | None) -> N
         )
     config = model.config
     checked = checked_slopes(slopes, config.num_hidden_layers, config.num_key_value_heads)
+    if any(checked) and not config.ranked_layers:
+        raise InvalidInputError("set_slopes: no layer of this model chooses its keys (all slide or are left dense)")
     config.slopes = None if not any(checked) else [None if entry is None else list(entry) for entry in checked]
 
 

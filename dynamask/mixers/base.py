@@ -113,6 +113,9 @@ class Mixer(nn.Module, ABC):
     bounded: ClassVar[bool] = False
     """Whether `windows` keys per KV head are all that later queries can see: `BoundedCache` serves such mixers."""
 
+    ranks_keys: ClassVar[bool] = False
+    """Whether `config.slopes` are added to ranks that this mixer gives its keys."""
+
     sub_configuration: ClassVar[str | None] = None
     """Field of `DynamaskConfig` that holds the dimensions of this mixer alone, filled by `default_dimensions`."""
 

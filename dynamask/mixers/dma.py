@@ -37,6 +37,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
     """
 
     bounded: ClassVar[bool] = True
+    ranks_keys: ClassVar[bool] = True
 
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)

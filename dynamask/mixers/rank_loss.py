@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamask.errors import InvalidInputError
 from dynamask.mixers.head_shard import summed
 from dynamask.ops.context_parallel.shards import ContextShards
 from dynamask.ops.future_attention import future_attention
@@ -146,7 +147,21 @@ def rank_loss(
 
     Returns:
         () in the target's dtype, the mean over the valid keys; 0 where there are none.
+
+    Raises:
+        InvalidInputError: `shards` that `context_shards` did not make, a `group` that is no process group, or ranks and
+            targets of different shapes.
     """
+    if shards is not None and not isinstance(shards, ContextShards):
+        raise InvalidInputError(
+            f"shards must be what dynamask.ops.context_parallel.context_shards returns; got {type(shards).__name__}"
+        )
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise InvalidInputError(f"group must be a process group of torch.distributed; got {type(group).__name__}")
+    if ranks.shape != target.shape:
+        raise InvalidInputError(
+            f"ranks and target must have one shape; got {tuple(ranks.shape)} and {tuple(target.shape)}"
+        )
     valid = valid_mask.expand_as(target)
     # Before the loss: a NaN behind the mask would have a NaN gradient, times zero.
     ranks, target = ranks.to(target.dtype).masked_fill(~valid, 0.0), target.masked_fill(~valid, 0.0)

@@ -62,7 +62,8 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
             added to the logits; without `local` and `sinks`.
         slopes: dma with ranking="learned": how much the ranks of each head rise per token, in nats, so that a key loses
             against newer ones as it ages. None: not at all; or a list of one entry per layer, each None or a list of G
-            numbers (`dynamask.mixers.rank_predictor.sloped_ranks`).
+            numbers (`dynamask.mixers.rank_predictor.sloped_ranks`). Layers of other attention do not read theirs. Build
+            a new model to change them: one that exists refuses to run.
         mixer_options: options of mixers that were registered by others, by name; dynamask's mixers read none.
         mla: dimensions of mla: kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim. What is left
             out is chosen so that the model has as many parameters as with mha.
@@ -152,6 +153,11 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
         if any(self.head_slopes) and paper:
             raise InvalidInputError(
                 'ranking="paper" ranks by the scores alone: slopes are for ranking="learned". Leave them out'
+            )
+        if any(self.head_slopes) and not any(get_mixer(name).ranks_keys for name in names):
+            raise InvalidInputError(
+                f"slopes raise the ranks of keys, and no layer ranks any: attention is {self.attention!r}. Leave "
+                'slopes out, or use attention="dma"'
             )
         self._fill_sub_configurations()
         super().__post_init__(**kwargs)

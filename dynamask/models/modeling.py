@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -136,6 +137,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         self.layers = nn.ModuleList(DynamaskDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self._built_slopes = deepcopy(config.slopes)
         self.post_init()
 
     @takes_cache
@@ -170,11 +172,17 @@ class DynamaskModel(DynamaskPreTrainedModel):
 
         Raises:
             InvalidInputError: both or neither of input_ids and inputs_embeds, a mask of another length, packed
-                documents with a cache, a cache made for another model or left behind by an interrupted forward, or
-                output_attentions.
+                documents with a cache, a cache made for another model or left behind by an interrupted forward,
+                output_attentions, or a configuration whose slopes were changed after the model was built.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
+        if not torch.compiler.is_compiling() and self.config.slopes != self._built_slopes:
+            raise InvalidInputError(
+                f"config.slopes was changed to {self.config.slopes!r} after the model was built with "
+                f"{self._built_slopes!r}, and its layers do not see that: build DynamaskForCausalLM(config) and load "
+                "the weights into it"
+            )
         if output_attentions or (output_attentions is None and self.config.output_attentions):
             raise InvalidInputError(
                 "output_attentions: attention weights are never materialised; use dynamask.inspect for the keys that "

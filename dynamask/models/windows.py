@@ -137,7 +137,8 @@ def checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, 
         `layers` entries, None for a layer whose ranks do not rise.
 
     Raises:
-        InvalidInputError: another number of layers or heads, or a number that is negative or not finite.
+        InvalidInputError: another number of layers or heads, or a number that is negative, not finite, or so small
+            that the grid has no place for it but 0.
     """
     if slopes is None:
         return (None,) * layers
@@ -149,12 +150,19 @@ def checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, 
         if entry is not None and not (
             isinstance(entry, (list, tuple))
             and len(entry) == groups
-            and all(isinstance(slope, (int, float)) and 0 <= slope < math.inf for slope in entry)
+            and all(isinstance(slope, (int, float)) and not isinstance(slope, bool) for slope in entry)
+            and all(0 <= slope < math.inf for slope in entry)
         ):
             raise InvalidInputError(
                 f"the slopes of layer {layer} must be {groups} numbers of at least 0, one per key/value head; got "
                 f"{entry!r}"
             )
+        for slope in entry or ():
+            if slope and not slope_on_grid(slope):
+                raise InvalidInputError(
+                    f"slopes are multiples of 1/8192 nats per token, and {slope!r} (layer {layer}) would be rounded to "
+                    "0: give 0 or at least 1/16384"
+                )
     return tuple(
         tuple(slope_on_grid(slope) for slope in entry) if entry is not None and any(entry) else None for entry in slopes
     )

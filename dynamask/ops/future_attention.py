@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import partial
 from typing import SupportsFloat
 
 import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.checks import check_key_mask, check_segment_ids, check_tensor
 from dynamask.ops.interval.api import BACKENDS
 from dynamask.ops.interval.operators import triton_available
@@ -106,19 +107,17 @@ def future_attention_with_lse(
     check_tensor("key", key, "(batch, num_key_value_heads, length, head_dim)")
     narrow = autocast_dtype(query)
     if narrow is not None:
-        query, key = (t.to(narrow) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (query, key))
-        with torch.autocast(query.device.type, enabled=False):
-            return future_attention_with_lse(
-                query,
-                key,
-                lse,
-                local=local,
-                first_query=first_query,
-                segment_ids=segment_ids,
-                key_mask=key_mask,
-                scale=scale,
-                backend=backend,
-            )
+        compute = partial(
+            future_attention_with_lse,
+            lse=lse,
+            local=local,
+            first_query=first_query,
+            segment_ids=segment_ids,
+            key_mask=key_mask,
+            scale=scale,
+            backend=backend,
+        )
+        return without_autocast(compute, query, key, dtype=narrow)
     _check_arguments(query, key, lse, segment_ids, key_mask)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else _finite(scale)
     backend = _choose_backend(backend, query)

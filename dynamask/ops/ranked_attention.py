@@ -7,10 +7,12 @@ serves all layers of a model. Nothing in it looks at data on a GPU.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.expiry import run_key_expiry
 from dynamask.ops.interval.api import choose_backend
 from dynamask.ops.interval.operators import empty_forward, run_backward, run_forward
@@ -44,8 +46,18 @@ def ranked_attention(
         (B, H, N, Dv) in the query's dtype, differentiable in query, key and value.
     """
     narrow = autocast_dtype(query)
-    if narrow is not None and query.dtype != torch.float64:
-        query, key, value = query.to(narrow), key.to(narrow), value.to(narrow)
+    if narrow is not None:
+        compute = partial(
+            ranked_attention,
+            ranks=ranks,
+            windows=windows,
+            local=local,
+            sinks=sinks,
+            segment_ids=segment_ids,
+            key_mask=key_mask,
+            scale=scale,
+        )
+        return without_autocast(compute, query, key, value, dtype=narrow)
     backend = choose_backend("auto", query)
     return ranked_attention_op(  # type: ignore[no-any-return]
         query, key, value, ranks.detach(), windows, local, sinks, segment_ids, key_mask, scale, backend

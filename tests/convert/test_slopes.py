@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from dynamask import BoundedCache, DynamaskConfig, DynamaskForCausalLM, InvalidInputError, convert
 from dynamask.inspect.key_ranks import ranked_layers
 from dynamask.mixers.rank_predictor import RankPredictor, slope_on_grid, sloped_ranks
+from tests.conftest import tiny_config, tiny_model
 
 SLOPES = [[0.0625, 0.0], [0.25, 1.5]]
 
@@ -107,8 +108,9 @@ def test_allocation_chooses_a_slope_where_keys_only_age(llama: Any) -> None:
     assert model.config.slopes == [[0.5, 0.5]] * 2
     convert.allocate_windows(model, blocks, 20, method="threshold")
     assert model.config.slopes is None
-    with pytest.raises(InvalidInputError, match="slopes must be numbers of at least 0"):
-        convert.allocate_windows(model, blocks, 20, method="loss", slopes=())
+    for bad in ((), (1e-9,), (-1.0,)):
+        with pytest.raises(InvalidInputError, match="slopes must be numbers of at least 0"):
+            convert.allocate_windows(model, blocks, 20, method="loss", slopes=bad)
 
 
 def test_bad_slopes_leave_the_model_unchanged(llama: Any) -> None:
@@ -121,6 +123,8 @@ def test_bad_slopes_leave_the_model_unchanged(llama: Any) -> None:
         3,
         [3, 3],
         [["a", 0.0], None],
+        [[True, 0.0], None],
+        [[1e-9, 0.5], None],
     ):
         with pytest.raises(InvalidInputError, match="slopes"):
             convert.set_slopes(model, slopes)
@@ -145,3 +149,23 @@ def test_slopes_of_a_new_model_are_not_set_behind_its_layers() -> None:
     with pytest.raises(InvalidInputError, match=r"DynamaskConfig\(slopes"):
         convert.set_slopes(DynamaskForCausalLM(config), [[0.5, 0.5]])
     assert config.slopes is None
+
+
+def test_slopes_need_a_layer_that_ranks() -> None:
+    slopes = [[0.5, 0.5]] * 2
+    for attention in ("swa", "mha", ["swa", "mha"]):
+        with pytest.raises(InvalidInputError, match="no layer ranks any"):
+            tiny_config(attention, slopes=slopes)
+    assert tiny_config("swa", slopes=[[0.0, 0.0]] * 2).head_slopes == (None, None)
+    assert tiny_config(["swa", "dma"], slopes=slopes).head_slopes == ((0.5, 0.5),) * 2
+
+
+def test_slopes_changed_behind_a_new_model_are_refused() -> None:
+    model, tokens = tiny_model(slopes=[[0.5, 0.0]] * 2), torch.arange(9)[None]
+    model(tokens)
+    model.config.slopes[0][1] = 0.5  # type: ignore[index]
+    with pytest.raises(InvalidInputError, match=r"slopes was changed .* build DynamaskForCausalLM"):
+        model(tokens)
+    rebuilt = DynamaskForCausalLM(model.config)
+    rebuilt.load_state_dict(model.state_dict())
+    rebuilt(tokens)

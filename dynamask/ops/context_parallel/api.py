@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.autocast import autocast_dtype, narrowed
 from dynamask.ops.bias import finite_bias
 from dynamask.ops.checks import Window, check_window
 from dynamask.ops.context_parallel.exchange import Loan, borrow_keys, return_gradients
@@ -94,7 +94,7 @@ def context_parallel_attention(
         )
     narrow = autocast_dtype(query)
     if narrow is not None:
-        query, key, value = (t if t.dtype == torch.float64 else t.to(narrow) for t in (query, key, value))
+        query, key, value = (narrowed(tensor, narrow) for tensor in (query, key, value))
     if not query.dtype == key.dtype == value.dtype:
         raise InvalidInputError(
             f"query, key and value must share one dtype; got {query.dtype}, {key.dtype}, {value.dtype}"

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.bias import finite_bias
 from dynamask.ops.checks import Window, check_tensor, check_window
 from dynamask.ops.expiry import key_expiry
@@ -82,11 +83,8 @@ def attend(
     """
     narrow = autocast_dtype(query) if isinstance(query, Tensor) else None
     if narrow is not None:
-        # Norms with float32 weights leave query and key wider than value. Autocast is off inside: sums stay float32.
-        inputs = (query, key, value)
-        query, key, value = [_narrowed(t, narrow) for t in inputs]
-        with torch.autocast(query.device.type, enabled=False):
-            return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
+        attend_so = partial(attend, expiry=expiry, bias=bias, scale=scale, backend=backend, max_live=max_live)
+        return without_autocast(attend_so, query, key, value, dtype=narrow)
     _check_attention_arguments(query, key, value, expiry, bias)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else float(scale)
     backend = choose_backend(backend, query)
@@ -144,12 +142,6 @@ def dynamic_mask_attention(
     expiry = key_expiry(scores, windows, local=local, sinks=sinks, segment_ids=segment_ids, key_mask=key_mask)
     bias = finite_bias(scores)
     return attend(query, key, value, expiry, bias=bias, scale=scale, backend=backend, max_live=tuple(windows))
-
-
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(dtype)
 
 
 def _limits(max_live: int | tuple[int, ...], groups: int) -> list[int]:

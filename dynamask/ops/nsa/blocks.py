@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.autocast import autocast_dtype
+from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.interval.api import attend
 from dynamask.ops.nsa.selected import kernels_take, selected_attention
 
@@ -162,9 +163,8 @@ def nsa_attention(
     narrow = autocast_dtype(query)
     if narrow is not None:
         # As `attend`: inputs narrow, sums and the ranking of blocks in float32.
-        query, key, value = (t if t.dtype == torch.float64 else t.to(narrow) for t in (query, key, value))
-        with torch.autocast(query.device.type, enabled=False):
-            return nsa_attention(query, key, value, gates, kernels=kernels, **options)
+        attend_so = partial(nsa_attention, gates=gates, kernels=kernels, **options)
+        return without_autocast(attend_so, query, key, value, dtype=narrow)
     batch, heads, num_queries, dim = query.shape
     groups, length = key.shape[1], key.shape[2]
     size = layout.block_size
