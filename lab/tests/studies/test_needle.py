@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dynamask.errors import InvalidInputError
+from dynamask.mixers import MIXERS
+from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask_lab.language import engine as language
 from dynamask_lab.language.data import CORPORA_FOLDER, token_streams
 from dynamask_lab.language.engine import STATE_FOLDER, run_language
@@ -16,6 +20,8 @@ from dynamask_lab.report.pictures import LARGEST, pictures
 from dynamask_lab.studies import NEEDLE, Record, run_key, run_sweep
 from dynamask_lab.studies.judged import NEEDLE as FORMS
 from dynamask_lab.studies.needle.data import mixture_tokenizer, prepare_mixture
+from dynamask_lab.studies.needle.forced import _likeliest
+from dynamask_lab.studies.needle.levers import LEVERS, lever_mixers
 from dynamask_lab.studies.needle.report import report_needle, without_choice
 from dynamask_lab.studies.needle.study import NeedleConfig, needle_name, run_needle
 from dynamask_lab.sweeps.section import Finding
@@ -174,3 +180,68 @@ def test_a_choice_of_keys_is_held_against_what_keeps_as_many_without(tmp_path: P
     rows = {row["model"]: row for row in table}
     assert rows[control]["beyond the window"] == "10%"
     assert rows[control]["mha beyond the window"] == "80%"
+
+
+def test_forced_scores_take_the_answer_that_decoding_gives() -> None:
+    config = DynamaskConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        attention="mha",
+        windows=64,
+    )
+    torch.manual_seed(0)
+    model = DynamaskForCausalLM(config).eval()
+    prompts = [torch.randint(64, (length,)).tolist() for length in (9, 12)]
+    examples = [
+        SimpleNamespace(
+            prompt=prompt,
+            answer=model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False)[
+                0, len(prompt) :
+            ].tolist(),
+        )
+        for prompt, count in zip(prompts, (3, 2), strict=True)
+    ]
+    assert _likeliest(model, examples) == [example.answer for example in examples]
+    examples[0].answer[0] = (examples[0].answer[0] + 1) % 64
+    assert _likeliest(model, examples)[0] != examples[0].answer
+
+
+@pytest.mark.parametrize("lever", LEVERS)
+def test_a_lever_stays_causal_and_leaves_the_mixers_as_they_were(lever: str) -> None:
+    before = dict(MIXERS)
+    for attention in ("mha", "dma"):
+        with lever_mixers(lever):
+            config = DynamaskConfig(
+                vocab_size=64,
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=16,
+                attention=attention,
+                windows=6,
+                local=2,
+                sinks=1,
+                slopes=[[0.01]] * 2 if attention == "dma" else None,
+                max_position_embeddings=16,
+            )
+            torch.manual_seed(0)
+            model = DynamaskForCausalLM(config).eval()
+        tokens = torch.randint(64, (1, 24))
+        changed = tokens.clone()
+        changed[:, 20:] = 0
+        with torch.no_grad():
+            first, second = (
+                model.model(input_ids=each, use_cache=False).last_hidden_state for each in (tokens, changed)
+            )
+        torch.testing.assert_close(first[:, :20], second[:, :20])
+        assert not torch.equal(first[:, 20:], second[:, 20:])
+    assert before == MIXERS
+    with pytest.raises(InvalidInputError, match="forced"):
+        NeedleConfig("mha", lever=lever)

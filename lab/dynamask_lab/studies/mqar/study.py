@@ -574,7 +574,7 @@ def _published(
     """512 pairs and a window of 512 keys, as the paper reports, widths 32 to 256, three seeds; autocast to bfloat16.
 
     Trained on a fifth of the published mixture and on longer segments up to 512 pairs in 8192 tokens. One learning
-    rate, which size "published-rates" is there to choose.
+    rate: that of most forms in "quick" and "long", at the greatest width dense attention's there.
     """
     longer = [[512, 128, 4000], [1024, 256, 2000], [2048, 512, 1000], [4096, 512, 500], [8192, 512, 250]]
     test = [[length, PUBLISHED_PAIRS, 100] for length in PUBLISHED_LENGTHS]
@@ -584,7 +584,7 @@ def _published(
             **{**common, **form, "width": width, "heads": max(1, width // 64), "seed": seed}, learning_rate=rate
         ).plain()
         for width in widths
-        for rate in rates or LEARNING_RATES[2:3]
+        for rate in rates or LEARNING_RATES[1 if width > 128 else 2 :][:1]
         for seed in seeds
         for form in published_forms(max(1, width // 64))
     ]
