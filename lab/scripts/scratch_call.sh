@@ -25,7 +25,7 @@ start)
     shift 3
     set_up "$folder"
     setsid nohup python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state \
-        --out scratch.jsonl --seconds "$seconds" "$@" >log-scratch.txt 2>&1 </dev/null &
+        --out scratch.jsonl --seconds "$seconds" "$@" >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
     ;;
 collect)
     cp "$W/scratch.jsonl" "$W/log-scratch.txt" "$OUT/"

@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=["4M"], help="which sweeps, one after another")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of the forms to run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds to run")
-    parser.add_argument("--first", type=int, default=4, help="so many forms are run with all seeds before the others")
+    parser.add_argument(
+        "--first", type=int, default=4, help="so many forms are run with all seeds before the next so many"
+    )
     parser.add_argument("--tokens", type=float, help="per parameter, instead of the sweep's 20")
     parser.add_argument("--corpus-only", action="store_true", help="make the corpus and end")
     parser.add_argument("--steps", type=int, help="steps of every run instead of the sweep's: a trial")
@@ -77,7 +79,7 @@ def _run(configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadl
         index = order.index(name) if name in order else len(order)
         if name not in order and decided_by in order:
             index = order.index(decided_by) + 0.5
-        return 1.0 + 1000 * (index >= arguments.first) + 100 * config["seed"] + index
+        return 1.0 + 1000 * (index // arguments.first) + 100 * config["seed"] + index
 
     def follow_up(records: Sequence[Record]) -> list[dict[str, Any]]:
         wanted = [record for record in records if record.config in configs]

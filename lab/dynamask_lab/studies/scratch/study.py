@@ -12,6 +12,7 @@
 | `sliding + sinks, one wide layer, w = N/k` | as many pairs in all, 64 keys but in the fourth of six layers |
 | `learned, one wide layer, w = N/k` | ranks learned in the wide layer of the same windows |
 | `learned, slopes, ..., w = N/k` | ranks that rise with the position, so that a key loses as it ages |
+| `learned, steep slopes, one wide layer, w = N/k` | the same; ranks rise by 8 to 32 nats over the wide window |
 | `learned, slopes, late head windows, w = N/k` | the same, head windows set after three fifths; wide start |
 | `random, slopes, one wide layer, w = N/k` | ranks of a random network that never learns, on the same states |
 | `scored, one wide layer, w = N/k` | dynamask 0.1's form: slopes and scores on logits, ranks from attention |
@@ -34,9 +35,10 @@ The forms with slopes and with one wide layer were added after the first results
 sliding windows. They are judged by the same rule: they answer what bounds it.
 
 Size `4M-judged`, named before its runs: the judged forms are `learned, slopes, one wide layer` and `scored, one wide
-layer`, with 12.1% of dense attention's pairs. They are to lie at most 0.01 nats above `dense`, and below `sliding +
-sinks`, `sliding + sinks, one wide layer` and `paper`. The other forms of that size are controls, which tell what a
-difference is due to: the learning rate, the slopes, the scores, the windows or the choice.
+layer`, with 12.1% of dense attention's pairs, and `learned, steep slopes, one wide layer`, named after `4M-added` had
+ended, in which the newest keys beat ranks with slopes. They are to lie at most 0.01 nats above `dense`, and below
+`sliding + sinks`, `sliding + sinks, one wide layer` and `paper`. The other forms of that size are controls, which tell
+what a difference is due to: the learning rate, the slopes, the scores, the windows or the choice.
 """
 
 from __future__ import annotations
@@ -100,6 +102,10 @@ def chosen(length: int, share: int) -> dict[str, Config]:
     }
 
 
+_STEEP = (8, 32)
+"""Nats over the wide window, of the first and the last head: nearly the newest keys."""
+
+
 def added(length: int, share: int = SHARE, groups: int = 2) -> dict[str, Config]:
     """Forms named after the first results: as many pairs as `forms`, spent in one layer, and ranks with slopes.
 
@@ -115,12 +121,14 @@ def added(length: int, share: int = SHARE, groups: int = 2) -> dict[str, Config]
     one["window"] = sum(one["layer_windows"]) // 6
     ranked = {**learned, **one, "local": narrow - SINKS}
     slopes = [round(8192 * nats / wide) / 8192 for nats in np.geomspace(1, 8, groups)]
+    steep = [round(8192 * nats / wide) / 8192 for nats in np.geomspace(*_STEEP, groups)]
     even = [round(float(each)) / 8192 for each in np.geomspace(16, 64, groups)]
     return {
         f"learned, slopes, one wide layer, {at}": {**ranked, "slopes": slopes},
         f"sliding + sinks, one wide layer, {at}": {**sliding, **one},
         f"learned, slopes, even, {at}": {**learned, "slopes": even},
         f"learned, one wide layer, {at}": ranked,
+        f"learned, steep slopes, one wide layer, {at}": {**ranked, "slopes": steep},
     }
 
 
@@ -198,6 +206,8 @@ def scratch_name(settings: Config) -> str:
     uneven = settings.get("layer_windows") and not isinstance(settings["layer_windows"][0], list)
     at = _at(settings["length"] // SHARE if uneven else settings["window"], settings["length"])
     learned, slopes = settings.get("ranking") == "learned", ", slopes" if settings.get("slopes") else ""
+    if uneven and slopes and settings["slopes"][0] * max(settings["layer_windows"]) > _STEEP[0] / 2:
+        slopes = ", steep slopes"
     if settings.get("layer_windows"):
         if isinstance(settings["layer_windows"][0], list):
             return f"newest, head windows, {at}"
@@ -247,16 +257,12 @@ def judged(length: int, groups: int = 2) -> dict[str, Config]:
     """The forms that decide and their controls, first those without which nothing is decided."""
     new, known, control = added(length, SHARE, groups), forms(length), controls(length, SHARE, groups)
     at = _at(length // SHARE, length)
+    wide = f"one wide layer, {at}"
     order = (
-        *("dense", f"learned, slopes, one wide layer, {at}", f"scored, one wide layer, {at}"),
-        *(
-            f"sliding + sinks, one wide layer, {at}",
-            f"sliding + sinks, {at}",
-            f"scored, no choice, one wide layer, {at}",
-        ),
-        *("dense, half rate", "dense, slopes", f"learned, slopes, even, {at}", f"random, slopes, one wide layer, {at}"),
-        *("paper, w = N", "paper, dense rate, w = N", f"learned, slopes, late head windows, {at}", f"paper, {at}"),
-        "mla",
+        *("dense", f"learned, steep slopes, {wide}", f"scored, {wide}", f"sliding + sinks, {wide}"),
+        *(f"scored, no choice, {wide}", "dense, half rate", f"learned, slopes, {wide}", f"sliding + sinks, {at}"),
+        *("dense, slopes", "paper, w = N", f"random, slopes, {wide}", "paper, dense rate, w = N"),
+        *(f"paper, {at}", "mla", f"learned, slopes, late head windows, {at}", f"learned, slopes, even, {at}"),
     )
     every = {**known, **new, **control}
     return {name: every[name] for name in order} | {"nsa": {"attention": "nsa", "window": length // 8}}
