@@ -416,6 +416,10 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
             arguments["use_cache"] = bool(use_cache)
             if use_cache and not training:
                 arguments[cache_name] = self._new_cache()
+        if mask is None and arguments.get(cache_name) is None and not torch.compiler.is_compiling():
+            # transformers hands a mask of four dimensions on as it is; without one it would look for packed documents,
+            # and wait for the device. The layers read the facts.
+            arguments["attention_mask"] = _no_mask(tokens.device)
         learns = training and cache is None and self.config.rank_loss_weight
         wanted = arguments.get("labels") is not None or arguments.get("loss_of_hidden") is not None
         if learns and not wanted and facts.observer is None:
@@ -467,6 +471,13 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
                 weight = weight * ((labels[:, 1:] if shifted is None else shifted) != -100).sum() / whole
             outputs.loss = outputs.loss + weight * aux.to(outputs.loss.device)
         return outputs
+
+
+@functools.lru_cache(maxsize=64)
+def _no_mask(device: torch.device) -> torch.Tensor:
+    """An empty mask of four dimensions."""
+    with torch.inference_mode(False):
+        return torch.empty(0, 0, 0, 0, device=device)
 
 
 def _forward_of(original: Any) -> Callable[..., Any]:

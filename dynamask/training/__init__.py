@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AtomicTrainer": "trainer",
+    "RecordedGradients": "recorded_gradients",
     "ScheduledWindow": "window_schedule",
     "TrainConfig": "config",
     "TrainResult": "run",
@@ -33,6 +34,7 @@ _HOME = {
 
 __all__ = [
     "AtomicTrainer",
+    "RecordedGradients",
     "ScheduledWindow",
     "TrainConfig",
     "TrainResult",

@@ -28,16 +28,26 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AttentionInterface,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    masking_utils,
+)
 from transformers.utils import logging
 
 from dynamask import BoundedCache, convert
 from dynamask.cache import BoundedLayer, cache_bytes
+from dynamask.convert import models as converted
 from dynamask.convert.distill import losses_of_hidden, teacher_states
 from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.ops.ragged_decode import ragged_decode_reference
 from dynamask.training.loss import use_chunked_loss
+from dynamask.training.recorded_gradients import RecordedGradients
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
 from dynamask_lab.benchmarks.model import filled_cache
 
@@ -110,6 +120,38 @@ def models(name: str, budget: int, most: int, dtype: torch.dtype = torch.bfloat1
     return dense, sparse
 
 
+@torch.no_grad()
+def narrow_check() -> None:
+    """Compare the written-out decoding step with transformers' modules in bfloat16.
+
+    Raises:
+        SystemExit: they differ by more than rounding, or the step was not taken.
+    """
+    _, sparse = models("tiny", 96, 220)
+    tokens = torch.randint(sparse.config.vocab_size, (3, 260), device=DEVICE)
+    found, served = [], []
+    own = converted.decode_step
+
+    def noted(*arguments: Any) -> Any:
+        logits = own(*arguments)
+        served.append(logits is not None)
+        return logits
+
+    try:
+        for step in (noted, None):
+            converted.decode_step = step
+            cache = BoundedCache(sparse.config, graphs=False)
+            parts = [sparse(tokens[:, :220], past_key_values=cache).logits]
+            parts += [sparse(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(220, 260)]
+            found.append(torch.cat(parts[1:], 1).float())
+    finally:
+        converted.decode_step = own
+    error = ((found[0] - found[1]).norm(dim=-1) / found[1].norm(dim=-1)).median().item()
+    report({"part": "check", "what": "written-out step, bfloat16", "served": sum(served), "median_error": error})
+    if GPU and (not all(served) or not error < 0.03):
+        raise SystemExit(f"the written-out step differs by {error:.1%} (served {sum(served)} of {len(served)})")
+
+
 def synchronize() -> None:
     if GPU:
         torch.cuda.synchronize()
@@ -162,8 +204,8 @@ AttentionInterface.register(UNMASKED, dense_unmasked)
 # Correct first.
 
 
-def check() -> None:
-    """Compare cached with uncached logits, and a training step with the CPU's.
+def check(training: bool) -> None:
+    """Compare cached with uncached logits and, with `training`, a training step with the CPU's.
 
     Raises:
         SystemExit: they differ.
@@ -187,6 +229,9 @@ def check() -> None:
                     raise SystemExit(f"cached logits differ from uncached ones at {wrong:.1%} of the positions")
                 if graphs and GPU and not recorded:
                     raise SystemExit(f"no graph was recorded: {cuda_graph.reason_against(sparse)}")
+        narrow_check()
+        if not training:
+            continue
         found = []
         use_chunked_loss(sparse)
         for place, compiled in ((DEVICE, True), (DEVICE, False), (torch.device("cpu"), False)):
@@ -304,6 +349,7 @@ def decode(name: str, batch: int, context: int, budget: int, steps: int) -> Iter
         ("dense, keys in place, graph, flash", "fixed", SDPBackend.FLASH_ATTENTION),
         ("even, graph", "bounded", None),
         ("dense, keys in place, graph, cudnn", "fixed", SDPBackend.CUDNN_ATTENTION),
+        ("dense, keys in place, compiled norms and MLP, graph, flash", "fixed-compiled", SDPBackend.FLASH_ATTENTION),
         ("ragged, eager", "bounded-eager", None),
         ("dense, dynamic cache, eager", "dynamic", SDPBackend.FLASH_ATTENTION),
     ]
@@ -312,18 +358,39 @@ def decode(name: str, batch: int, context: int, budget: int, steps: int) -> Iter
         convert.set_windows(sparse, windows)
         row: dict[str, Any] = {"part": "decode", "model": name, "B": batch, "context": context, "form": form}
         row["budget"] = budget
-        dense.config._attn_implementation = UNMASKED if kind == "fixed" else "sdpa"
+        dense.config._attn_implementation = UNMASKED if kind.startswith("fixed") else "sdpa"
         chosen = contextlib.nullcontext() if backend is None or not GPU else sdpa_kernel(backend)
         try:
-            with chosen:
-                figures = decode_form(
-                    dense if kind in ("dynamic", "fixed") else sparse, sparse.config, kind, row, steps
-                )
-        except RuntimeError as error:  # out of memory, or a backend that refuses
+            with chosen, compiled_for_decoding(dense) if kind == "fixed-compiled" else contextlib.nullcontext():
+                model = sparse if kind.startswith("bounded") else dense
+                figures = decode_form(model, sparse.config, kind.removesuffix("-compiled"), row, steps)
+        except Exception as error:  # out of memory, a backend that refuses, whatever a compiler raises
             figures = {"error": f"{type(error).__name__}: {error}"[:120]}
         yield row | figures
         free()
     convert.set_windows(sparse, uneven)
+
+
+@contextlib.contextmanager
+def compiled_for_decoding(model: Any) -> Iterator[None]:
+    """Let the norms, the rotary embedding and the MLPs of a dense model run compiled.
+
+    Whole layers would be compiled one by one, because each reads a layer of the cache of its own.
+    """
+    torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+    layer = model.model.layers[0]
+    module = sys.modules[type(layer).__module__]
+    compiled = functools.partial(torch.compile, dynamic=False)
+    places: list[tuple[Any, str]] = [(type(layer.mlp), "forward"), (type(layer.input_layernorm), "forward")]
+    places.append((module, "apply_rotary_pos_emb"))
+    before = [getattr(place, name) for place, name in places]
+    for (place, name), function in zip(places, before, strict=True):
+        setattr(place, name, compiled(function))
+    try:
+        yield
+    finally:
+        for (place, name), function in zip(places, before, strict=True):
+            setattr(place, name, function)
 
 
 def decode_form(model: Any, config: Any, kind: str, row: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -425,6 +492,8 @@ def train(
             plain(input_ids=tokens, use_cache=False, loss_of_hidden=loss_of).loss.backward()
         model.zero_grad(set_to_none=True)
 
+    if length < 32768:
+        yield from (row | {"kind": "train"} | found for found in recorded_steps(dense, sparse, tokens, repeats))
     kinds: list[tuple[str, Callable[[Any, bool], None]]] = [("train", step)]
     if distil:
         kinds.append(("distil", distillation))
@@ -449,6 +518,51 @@ def train(
             except torch.OutOfMemoryError:
                 yield row | {"kind": kind, "form": form, "error": "out of memory"}
             free()
+
+
+def recorded_steps(dense: Any, sparse: Any, tokens: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
+    """Forward and backward as a CUDA graph, after a comparison with the step as it is."""
+    if not GPU:
+        return
+    finder = masking_utils.find_packed_sequence_indices
+    for form, model, ranks in (("dense, flash", dense, 0.0), ("converted", sparse, 0.0), ("converted", sparse, 1.0)):
+        sparse.config.rank_loss_weight = ranks
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def loss_of(ids: Tensor, model: Any = model) -> Tensor:
+            return model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
+
+        def norm(parameters: Any = parameters) -> Tensor:
+            grads = [p.grad.float().norm() for p in parameters if p.grad is not None]
+            return torch.stack(grads).norm()
+
+        name = f"{form}{', ranks learn too' if ranks else ''}, recorded"
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None  # the dense model would wait
+        try:
+            with flash():
+                loss = loss_of(tokens)
+                loss.backward()
+                expected = (loss.item(), norm().item())
+                model.zero_grad(set_to_none=True)
+                recorded = RecordedGradients(loss_of, parameters, tokens)
+                found = (recorded(tokens).item(), norm().item())
+                model.zero_grad(set_to_none=True)
+
+                def run(recorded: Any = recorded, model: Any = model) -> None:
+                    recorded(tokens)
+                    model.zero_grad(set_to_none=True)
+
+                taken, host = seconds_of(run, 2 * repeats + 1), host_seconds(run)
+            figures = {"ms": 1e3 * taken, "tokens_per_s": tokens.numel() / taken, "host_ms": 1e3 * host}
+            yield {"form": name} | figures | {"loss_and_norm": found, "expected": expected}
+        except (RuntimeError, ValueError) as error:
+            yield {"form": name, "error": f"{type(error).__name__}: {error}"[:200]}
+        finally:
+            masking_utils.find_packed_sequence_indices = finder
+            model.zero_grad(set_to_none=True)
+        recorded = None  # type: ignore[assignment]
+        run = None  # type: ignore[assignment]
+        free()
 
 
 def distillation(
@@ -518,27 +632,28 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "decode", functools.partial(decode, medium, 1, 32768, 2048, 32)
     yield "decode", functools.partial(decode, small, 32, 32768, 2048, 16)
     yield "train", functools.partial(train, small, 8192, 512, 3, True)
-    yield "train", functools.partial(train, medium, 8192, 512, 3, True)
-    yield "train", functools.partial(train, small, 32768, 2048, 1, True)
-    yield "train", functools.partial(train, medium, 32768, 2048, 1, True)
+    yield "train", functools.partial(train, small, 8192, 512, 2, False, True, 4)
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
-    yield "distillation", functools.partial(distillation, small, 4, 8192, 512, 40)
-    yield "batches", functools.partial(distillation, small, 8, 8192, 512, 30, (True,))
-    yield "train", functools.partial(train, small, 8192, 512, 3, True, False)
-    yield "decode", functools.partial(decode, medium, 16, 32768, 2048, 16)
+    yield "train", functools.partial(train, medium, 8192, 512, 3, True)
     yield "train", functools.partial(train, large, 8192, 512, 2, True)
-    yield "decode", functools.partial(decode, small, 64, 32768, 2048, 16)
     yield "train", functools.partial(train, large, 32768, 2048, 1, False)
-    yield "eager", functools.partial(eager, small, 1, 2048, 24, 512)
-    yield "eager", functools.partial(eager, medium, 1, 2048, 24, 512)
     yield "train", functools.partial(train, small, 65536, 4096, 1, True)
     yield "train", functools.partial(train, medium, 65536, 4096, 1, False)
-    yield "decode", functools.partial(decode, large, 1, 32768, 2048, 24)
-    yield "train", functools.partial(train, large, 65536, 4096, 1, False)
-    for batch in (1, 4, 16, 64):
-        yield "layer", functools.partial(layer_row, batch, 32768, 2048)
     yield "prefill", functools.partial(prefill, medium, 32768, 2048)
     yield "prefill", functools.partial(prefill, small, 32768, 2048)
+    yield "train", functools.partial(train, medium, 8192, 512, 2, False, True, 4)
+    yield "train", functools.partial(train, medium, 32768, 2048, 1, True)
+    yield "train", functools.partial(train, large, 65536, 4096, 1, False)
+    yield "distillation", functools.partial(distillation, small, 4, 8192, 512, 40)
+    yield "batches", functools.partial(distillation, small, 8, 8192, 512, 30, (True,))
+    yield "train", functools.partial(train, small, 32768, 2048, 1, True)
+    yield "decode", functools.partial(decode, medium, 16, 32768, 2048, 16)
+    yield "decode", functools.partial(decode, large, 1, 32768, 2048, 24)
+    yield "decode", functools.partial(decode, small, 64, 32768, 2048, 16)
+    yield "eager", functools.partial(eager, small, 1, 2048, 24, 512)
+    yield "eager", functools.partial(eager, medium, 1, 2048, 24, 512)
+    for batch in (1, 4, 16, 64):
+        yield "layer", functools.partial(layer_row, batch, 32768, 2048)
 
 
 def compile_kernels(name: str) -> None:
@@ -579,7 +694,7 @@ def main() -> int:
     _FACTS.update(device=device, torch=torch.__version__, transformers=transformers.__version__)
     _FACTS.update(commit=arguments.commit or found)
     print(_FACTS, flush=True)
-    check()
+    check("train" in arguments.parts or "distillation" in arguments.parts)
     while arguments.wait_for and not arguments.wait_for.exists() and time.perf_counter() - began < 90:
         time.sleep(0.2)
     print(f"checked and compiled in {time.perf_counter() - began:.0f} s", flush=True)

@@ -1,0 +1,118 @@
+"""Forward and backward pass of one batch as a CUDA graph: no launch waits for the host.
+
+A layer in training is some hundred launches. Where they are short, as in small models and short texts, the host that
+gives them out decides the time of a step; recorded, the GPU does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dynamask.errors import InvalidInputError
+
+_WARM_UP = 3
+"""Passes before recording: they compile kernels and fill the tables that a graph cannot."""
+
+
+class RecordedGradients:
+    """Computes loss and gradients by replaying what was recorded.
+
+    The passes must not look at the data on the host: no padding masks and no packed documents in converted models, and
+    no dropout that must differ (the generator's state is registered, as `torch.cuda.graph` does it). Checkpointed
+    layers need `gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}`.
+
+        step = RecordedGradients(lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
+                                 model.parameters(), ids)
+        for ids in blocks:
+            loss = step(ids)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    Args:
+        loss_of: computes a scalar from the inputs.
+        parameters: those whose gradients are wanted; their `grad` must be None.
+        inputs: tensors on the GPU, of the shapes and dtypes of all later calls. They are used for warming up.
+
+    Raises:
+        InvalidInputError: inputs that are not on a GPU, or parameters with gradients.
+    """
+
+    def __init__(self, loss_of: Callable[..., Tensor], parameters: Iterable[nn.Parameter], *inputs: Tensor) -> None:
+        self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        check_recordable(self._parameters, inputs)
+        self._inputs = [tensor.clone() for tensor in inputs]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UP):
+                loss_of(*self._inputs).backward()
+                self._clear()
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph):
+                loss = loss_of(*self._inputs)
+                loss.backward()
+            self._loss = loss.detach()
+            self._gradients = [parameter.grad for parameter in self._parameters]
+        finally:
+            self._clear()
+        self._places = [parameter.data_ptr() for parameter in self._parameters]
+
+    def _clear(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return the loss of these inputs, and put the gradients into `grad` of the parameters.
+
+        The gradients stay valid until the next call.
+
+        Raises:
+            InvalidInputError: inputs of other shapes, dtypes or devices, parameters that were moved, or gradients of
+                the last call that were not set to None: they would be overwritten.
+        """
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in inputs]
+        expected = [(tensor.shape, tensor.dtype, tensor.device) for tensor in self._inputs]
+        if shapes != expected:
+            raise InvalidInputError(
+                f"recorded for inputs {[(tuple(s), d) for s, d, _ in expected]} and called with "
+                f"{[(tuple(s), d) for s, d, _ in shapes]}: record another step for other shapes"
+            )
+        if any(parameter.grad is not None for parameter in self._parameters):
+            raise InvalidInputError(_GRADIENTS_LEFT)
+        if any(p.data_ptr() != place for p, place in zip(self._parameters, self._places, strict=True)):
+            raise InvalidInputError("parameters were moved after the step was recorded: record it again")
+        for held, given in zip(self._inputs, inputs, strict=True):
+            held.copy_(given)
+        self.graph.replay()
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return self._loss.clone()
+
+
+_GRADIENTS_LEFT = (
+    "parameters hold gradients, which the recorded step would overwrite: call zero_grad(set_to_none=True) before it; "
+    "it does not accumulate"
+)
+
+
+def check_recordable(parameters: list[nn.Parameter], inputs: tuple[Tensor, ...]) -> None:
+    """Refuse what cannot be recorded.
+
+    Raises:
+        InvalidInputError: no parameters or inputs, some not on a GPU, or parameters with gradients.
+    """
+    if not parameters or not inputs:
+        raise InvalidInputError("a recorded step needs inputs, and parameters that require gradients")
+    places = {tensor.device.type for tensor in (*parameters, *inputs)}
+    if places != {"cuda"}:
+        raise InvalidInputError(f"a recorded step is a CUDA graph; parameters and inputs lie on {sorted(places)}")
+    if any(parameter.grad is not None for parameter in parameters):
+        raise InvalidInputError(_GRADIENTS_LEFT)
+
+
+__all__ = ["RecordedGradients", "check_recordable"]

@@ -1,0 +1,76 @@
+"""A recorded step gives the loss and the gradients of the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
+
+from dynamask import convert
+from dynamask.errors import InvalidInputError
+from dynamask.training import RecordedGradients
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 512}
+
+
+def converted() -> nn.Module:
+    torch.manual_seed(0)
+    model = convert.upcycle(LlamaForCausalLM(LlamaConfig(**SHAPE)), 32, local=8, sinks=2)
+    for layer in model.model.layers:
+        nn.init.normal_(layer.self_attn.rank_predictor.down.weight)
+    return model.train()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+@pytest.mark.parametrize("ranks_learn", [False, True])
+def test_same_gradients_as_the_step(ranks_learn: bool) -> None:
+    model = converted().cuda()
+    model.config.rank_loss_weight = float(ranks_learn)  # type: ignore[union-attr]
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
+
+    first, second = (torch.randint(0, 64, (1, 300), device="cuda") for _ in range(2))
+    step = RecordedGradients(loss_of, model.parameters(), first)
+    for ids in (second, first):
+        loss = step(ids)
+        found = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        expected = loss_of(ids)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach())
+        for gradient, parameter in zip(found, model.parameters(), strict=True):
+            assert (gradient is None) == (parameter.grad is None)
+            if gradient is not None:
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+        model.zero_grad(set_to_none=True)
+    with pytest.raises(InvalidInputError, match="another step"):
+        step(first[:, :200])
+    step(first)
+    with pytest.raises(InvalidInputError, match="does not accumulate"):
+        step(first)
+
+
+def test_recorded_steps_are_refused_without_a_gpu() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(InvalidInputError, match="lie on"):
+        RecordedGradients(lambda x: layer(x).sum(), layer.parameters(), torch.zeros(1, 2))
+    with pytest.raises(InvalidInputError, match="needs inputs"):
+        RecordedGradients(lambda: layer.weight.sum(), layer.parameters())
+
+
+def test_a_training_step_does_not_look_for_packed_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' search waits for the device, once per call and once more where layers are recomputed."""
+    model = converted()
+    ids = torch.randint(0, 64, (2, 48))
+    expected = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+
+    def looked(*arguments: object) -> None:
+        raise AssertionError("transformers looked for packed documents")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked)
+    loss = model(input_ids=ids, labels=ids, use_cache=False)
+    loss.loss.backward()
+    assert torch.equal(loss.logits, expected)
