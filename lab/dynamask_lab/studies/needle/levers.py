@@ -73,7 +73,7 @@ class _Forgetting:
     def __init__(self, config: Any, layer_idx: int) -> None:
         super().__init__(config, layer_idx)  # type: ignore[call-arg]
         self.forget_gate = nn.Linear(config.hidden_size, config.num_key_value_heads)
-        nn.init.constant_(self.forget_gate.bias, _OPEN)
+        nn.init.zeros_(self.forget_gate.bias)
 
     def forget_bias(self, hidden_states: Tensor) -> Tensor:
         """(B, G, N) float32: minus the sum of the logarithms of the gates up to each key, itself included."""

@@ -57,11 +57,20 @@ def run_recurrent(settings: Config, progress: Progress) -> dict[str, Any]:
 
 
 def _probe() -> list[Config]:
-    """1M parameters, 4096 tokens, 20 fresh tokens a parameter, three seeds; minutes of a large GPU."""
+    """4M parameters, 4096 tokens, 10 fresh tokens a parameter, two seeds; minutes of a large GPU."""
+    return _runs("4M", 2.1e-3, (0, 1), tokens_per_parameter=10.0)
+
+
+def _tiny() -> list[Config]:
+    """1M parameters, 20 tokens each, three seeds."""
+    return _runs("1M", 3e-3, (0, 1, 2))
+
+
+def _runs(shape: str, rate: float, seeds: Sequence[int], **more: Any) -> list[Config]:
     with recurrent_mixer():
         return [
-            config(form, SHAPES["1M"], seed, 3e-3, 4096, compile=False)
-            for seed in (0, 1, 2)
+            config(form, SHAPES[shape], seed, rate, 4096, compile=False, **more)
+            for seed in seeds
             for form in forms().values()
         ]
 
@@ -96,7 +105,7 @@ RECURRENT = Experiment(
     name="recurrent",
     description="a Gated DeltaNet with one layer of six that attends: dense, sliding, or the best learned ranks",
     run=run_recurrent,
-    sizes={"probe": _probe},
+    sizes={"probe": _probe, "tiny": _tiny},
     cost=_cost,
     kind=_kind,
     summary=recurrent_summary,
