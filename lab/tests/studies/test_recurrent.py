@@ -1,4 +1,4 @@
-"""The study `recurrent`: its forms differ in one layer, and its mixer is the recurrence, and no mixer outside its runs."""
+"""The study `recurrent`: forms that differ in one layer, and a mixer that is the recurrence it is written as."""
 
 from __future__ import annotations
 
