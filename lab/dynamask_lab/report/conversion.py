@@ -62,6 +62,7 @@ def _is_needle(settings: Mapping[str, Any]) -> bool:
 
 _NEEDLES = tuple(task for task in NEEDLE_TASKS if task != "multikey_3")  # which the dense model fails, too
 _LONGEST_NEEDLE = 4096
+_LONG_NEEDLES = 16384
 
 SHORT_COLUMNS = (
     Column("text loss", "continuation", {"corpus": "text"}, _losses, ".3f"),
@@ -124,6 +125,10 @@ def form_name(spec: Mapping[str, Any]) -> str:
             words.append(f"from {spec['start_windows']:g} times the windows")
     if spec.get("origin"):
         words.append("from the trained dense model")
+    if spec.get("loop") and kind == "dense trained":
+        words.append("in distillation's loop")
+    if spec.get("context"):
+        words.append(f"learned at {spec['context'] // 1024}K under YaRN")
     if spec.get("rate") is not None:
         words.append(f"rate {spec['rate']:g}")
     if spec.get("steps", STEPS) != STEPS:
@@ -181,21 +186,29 @@ def conversion_table(lines: Sequence[Line], columns: Sequence[Column] = SHORT_CO
 
 
 def long_table(lines: Sequence[Line]) -> list[Row]:
-    """Losses of long blocks: of all positions, and in brackets of their last eighth.
+    """Losses of long blocks: of all positions, and in brackets of their last eighth. And needles at 16K.
 
     Args:
-        lines: of the measure "long".
+        lines: of the measures "long" and "tasks"; of tasks, those at 16K count.
 
     Returns:
         One row per form, with a column for each length and corpus.
     """
     rows: dict[tuple[str, int | None], dict[str, str]] = {}
+    found: dict[tuple[str, int | None], list[float]] = {}
     for line in lines:
+        if line["measure"] == "tasks" and line["settings"]["length"] != _LONG_NEEDLES:
+            continue
         spec = {**line["spec"], "rope": 1}
         row = rows.setdefault(
             (form_name(spec), spec["budget"]),
             {"form": form_name(spec), "keys per head": "all" if spec["budget"] is None else f"{spec['budget']:,}"},
         )
+        if line["measure"] == "tasks":
+            name = form_name(spec), spec["budget"]
+            found.setdefault(name, []).extend(_scores(line["result"]))
+            row["16K needles, %"] = format(sum(found[name]) / len(found[name]), ".1f")
+            continue
         blocks = [[loss for loss in block if not math.isnan(loss)] for block in line["result"]["losses"]]
         whole = [sum(block) / len(block) for block in blocks]
         ends = [block[-len(block) // 8 :] for block in blocks]

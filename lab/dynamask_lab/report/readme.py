@@ -293,14 +293,18 @@ def conversion_goals(results: Path) -> str:
         "512 keys per KV head where a form names none; distilled: 400 steps of 4 x 8,192 tokens at a rate of 2e-4, "
         "twice the rate the same steps at 4e-4; 95% bootstrap intervals over documents, examples or questions, paired."
     )
-    return _table(goal_rows(lines), f"{note} {sources(lines)}.") if lines else NOT_MEASURED
+    timed = [line for file in sorted((results / "decode").glob("*.jsonl")) for line in _lines(file)]
+    return _table(goal_rows(lines, timed), f"{note} {sources(lines)}.") if lines else NOT_MEASURED
 
 
 def conversion_long(results: Path) -> str:
     """Losses beyond the context that the model was trained for, dense and converted."""
     lines = read_conversion(results)
-    rows = long_table([line for line in lines if line["measure"] == "long"])
-    note = "Losses in nats of all positions, in brackets of the last eighth; positions scaled by YaRN. "
+    rows = long_table([line for line in lines if line["measure"] in ("long", "tasks")])
+    note = (
+        "Losses in nats of all positions, in brackets of the last eighth; needles: single 1, single 2 and multi-key 1; "
+        "positions scaled by YaRN. "
+    )
     return _table(rows, f"{note}{sources(lines)}.")
 
 
@@ -320,6 +324,8 @@ def _is_main(spec: Mapping[str, Any]) -> bool:
     if spec["budget"] not in (None, _BUDGET) or spec["rope"] != 1 or spec["predictor"] != "hidden":
         return False
     if spec.get("label_share") or spec.get("start_windows", 1.0) != 1:
+        return False
+    if spec.get("loop") or spec.get("context"):
         return False
     if spec["kind"] != "converted":
         return True

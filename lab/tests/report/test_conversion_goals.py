@@ -51,6 +51,23 @@ def test_needles_are_judged_by_their_share_of_the_dense_models() -> None:
     assert row[""].startswith("**missed**")
 
 
+def test_distillation_is_timed_by_batch() -> None:
+    line = {"part": "distillation", "model": "smollm2-135m", "compiled": True, "B": 8, "tokens_per_s": 130_000.0}
+    others = [line | {"compiled": False, "B": 2}, line | {"tokens_per_s": 90_000.0}, {"part": "decode"}]
+    rows = [row for row in goal_rows([], [line, *others]) if row["what"] == "distillation, tokens/s"]
+    assert [row["form"] for row in rows] == ["fastest of the runs above", "alone on the GPU, batches of 8 blocks"]
+    assert rows[1]["measured"] == "130,000"
+    assert rows[1][""] == "met"
+
+
+def test_needles_at_16k_stand_beside_long_losses() -> None:
+    settings = {"task": "single_1", "length": 16384, "haystack": "essays", "first": 0, "count": 2}
+    spec = Spec("dense", rope=2)
+    lines = [_line(spec, "tasks", settings | {"task": task}, {"scores": [[1.0], [0.0]]}) for task in ("a", "b")]
+    lines.append(_line(spec, "tasks", settings | {"length": 4096}, {"scores": [[1.0]]}))
+    assert long_table(lines) == [{"form": "dense", "keys per head": "all", "16K needles, %": "50.0"}]
+
+
 def test_long_losses_show_the_last_eighth() -> None:
     losses = [[float("nan"), *[2.0] * 14, 4.0, 4.0]]
     line = _line(Spec("dense", rope=2), "long", {"corpus": "text", "length": 16384}, {"losses": losses})
