@@ -477,9 +477,11 @@ def train(
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
         model.zero_grad(set_to_none=True)
 
-    def distillation(model: Any, ranks: bool) -> None:
-        sparse.config.rank_loss_weight = 1.0 if ranks else 0.0
-        given = teacher_states(teacher, tokens, None)
+    def training_loss(model: Any, ids: Tensor) -> Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
+
+    def distillation_loss(model: Any, ids: Tensor) -> Tensor:
+        given = teacher_states(teacher, ids, None)
         options: dict[str, Any] = {"temperature": 1.0, "chunk": 2048}
 
         def loss_of(hidden: Tensor, facts: Any) -> Tensor:
@@ -487,13 +489,18 @@ def train(
             return loss if more is None else loss + more
 
         if model is dense:
-            loss_of(dense.get_decoder()(tokens, use_cache=False).last_hidden_state, None).backward()
-        else:
-            plain(input_ids=tokens, use_cache=False, loss_of_hidden=loss_of).loss.backward()
+            return loss_of(dense.get_decoder()(ids, use_cache=False).last_hidden_state, None)
+        return plain(input_ids=ids, use_cache=False, loss_of_hidden=loss_of).loss  # type: ignore[no-any-return]
+
+    def distillation(model: Any, ranks: bool) -> None:
+        sparse.config.rank_loss_weight = 1.0 if ranks else 0.0
+        distillation_loss(model, tokens).backward()
         model.zero_grad(set_to_none=True)
 
     if length < 32768:
-        yield from (row | {"kind": "train"} | found for found in recorded_steps(dense, sparse, tokens, repeats))
+        for kind, loss_of in (("train", training_loss), ("distil", distillation_loss))[: 2 if distil else 1]:
+            for found in recorded_steps(dense, sparse, tokens, repeats, loss_of):
+                yield row | {"kind": kind} | found
     kinds: list[tuple[str, Callable[[Any, bool], None]]] = [("train", step)]
     if distil:
         kinds.append(("distil", distillation))
@@ -520,7 +527,9 @@ def train(
             free()
 
 
-def recorded_steps(dense: Any, sparse: Any, tokens: Tensor, repeats: int) -> Iterator[dict[str, Any]]:
+def recorded_steps(
+    dense: Any, sparse: Any, tokens: Tensor, repeats: int, loss_of: Callable[[Any, Tensor], Tensor]
+) -> Iterator[dict[str, Any]]:
     """Forward and backward as a CUDA graph, after a comparison with the step as it is."""
     if not GPU:
         return
@@ -528,9 +537,6 @@ def recorded_steps(dense: Any, sparse: Any, tokens: Tensor, repeats: int) -> Ite
     for form, model, ranks in (("dense, flash", dense, 0.0), ("converted", sparse, 0.0), ("converted", sparse, 1.0)):
         sparse.config.rank_loss_weight = ranks
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def loss_of(ids: Tensor, model: Any = model) -> Tensor:
-            return model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
 
         def norm(parameters: Any = parameters) -> Tensor:
             grads = [p.grad.float().norm() for p in parameters if p.grad is not None]
@@ -540,11 +546,11 @@ def recorded_steps(dense: Any, sparse: Any, tokens: Tensor, repeats: int) -> Ite
         masking_utils.find_packed_sequence_indices = lambda position_ids: None  # the dense model would wait
         try:
             with flash():
-                loss = loss_of(tokens)
+                loss = loss_of(model, tokens)
                 loss.backward()
                 expected = (loss.item(), norm().item())
                 model.zero_grad(set_to_none=True)
-                recorded = RecordedGradients(loss_of, parameters, tokens)
+                recorded = RecordedGradients(functools.partial(loss_of, model), parameters, tokens)
                 found = (recorded(tokens).item(), norm().item())
                 model.zero_grad(set_to_none=True)
 
