@@ -30,9 +30,9 @@ def entries() -> list[Entry]:
     """All entries, the most telling first."""
     made = [Entry(tuple(losses_of(FROZEN)), trains=True), Entry(tuple(losses_of(DISTILLED)), trains=True)]
     made += [each for spec in WIDER for each in (Entry(tuple(losses_of(spec)), trains=True), needles(spec))]
-    made += [Entry(tuple(losses_of(spec)), trains=True) for spec in (WIDER_DISTILLED, QUICKER)]
-    made += [needles(WIDER_DISTILLED)]
-    made += [Entry(tuple(losses_of(DENSE))), needles(DENSE), needles(DISTILLED), needles(FROZEN), needles(QUICKER)]
+    made += [Entry(tuple(losses_of(spec)), trains=True) for spec in (QUICKER, WIDER_DISTILLED)]
+    made += [needles(QUICKER), needles(WIDER_DISTILLED)]
+    made += [Entry(tuple(losses_of(DENSE))), needles(DENSE), needles(DISTILLED), needles(FROZEN)]
     made += [Entry(tuple(losses_of(NEWEST))), needles(NEWEST)]
     return made
 
