@@ -116,13 +116,9 @@ def _run(
         held: Any = cache.layers[index]
         own = attention._modules
         predictor = own["rank_predictor"]
-        projections = own["q_proj"], own["k_proj"], own["v_proj"]
-        biases = tuple(each.bias for each in projections)
-        weights = Projections(
-            *(each.weight for each in projections),
-            biases=None if biases[0] is None else biases,  # type: ignore[arg-type]
-            rank_up=predictor.up.weight,
-        )
+        query, key, value = own["q_proj"], own["k_proj"], own["v_proj"]
+        biases = None if query.bias is None else (query.bias, key.bias, value.bias)
+        weights = Projections(query.weight, key.weight, value.weight, biases, predictor.up.weight)
         norm = layer.input_layernorm
         residual, projected, active = norm_and_project(residual, delta, norm.weight, norm.variance_epsilon, weights)
         norms, epsilon = None, 0.0
@@ -131,10 +127,10 @@ def _run(
         lift = None if lifts is None else lifts[index]
         assert active is not None
         ranks = RankHeadWeights(active, predictor.down.weight, predictor.down.bias, lift, RANK_GRID)
-        pools = Pools(*held.room_for_a_token(), local=held.local, sinks=held.sinks)
-        query = rotate_and_insert(projected, cos, sin, norms, epsilon, ranks, pools)
+        pools = Pools._make((*held.room_for_a_token(), held.local, held.sinks))
+        rotated = rotate_and_insert(projected, cos, sin, norms, epsilon, ranks, pools)
         held.advance()
-        mixed = held.attend_to_slots(query, attention.scaling)
+        mixed = held.attend_to_slots(rotated, attention.scaling)
         out = own["o_proj"]
         delta = F.linear(mixed.flatten(1), out.weight, out.bias)
         norm, parts = layer.post_attention_layernorm, mlp._modules
@@ -157,7 +153,7 @@ def _lifts(rules: Any, position_ids: Tensor) -> Tensor | None:
 
 
 @functools.cache
-def _classes(prefix: str, kind: str) -> tuple[type, ...]:
+def _classes(prefix: str, kind: str) -> tuple[Any, ...]:
     """Decoder layer, attention, MLP, RMS norm and decoder of an architecture."""
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     return tuple(getattr(module, prefix + name) for name in ("DecoderLayer", "Attention", "MLP", "RMSNorm", "Model"))
@@ -172,7 +168,7 @@ def _is_of_a_kind(model: Any) -> bool:
     if len(config.ranked_layers) != config.num_hidden_layers:
         return False
     layer_class, attention_class, mlp_class, norm_class, decoder_class = _classes(_KINDS[kind], kind)
-    decoder = model.model
+    decoder: Any = model.model
     if type(decoder) is not decoder_class or type(decoder.embed_tokens) is not nn.Embedding:
         return False
     if type(decoder.norm) is not norm_class or type(model.lm_head) is not nn.Linear:
@@ -180,7 +176,8 @@ def _is_of_a_kind(model: Any) -> bool:
     if len(decoder.layers) != config.num_hidden_layers:
         return False
     for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
         linear = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
         linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         norms = [layer.input_layernorm, layer.post_attention_layernorm]

@@ -139,7 +139,7 @@ def narrow_check() -> None:
 
     try:
         for step in (noted, None):
-            converted.decode_step = step
+            converted.decode_step = step  # type: ignore[assignment]
             cache = BoundedCache(sparse.config, graphs=False)
             parts = [sparse(tokens[:, :220], past_key_values=cache).logits]
             parts += [sparse(tokens[:, t : t + 1], past_key_values=cache).logits for t in range(220, 260)]
