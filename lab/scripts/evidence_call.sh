@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Sweeps of recall, needles, long reading and a recurrent model on one lent GPU, in the background, over several calls:
 #
-#   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS...   # FOLDER: tables of documents, .jsonl.xz; - for none
+#   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS[:SKIP]...   # FOLDER: tables of documents; - for none
 #   evidence_call.sh collect FOLDER                               # copies lines and log to FOLDER
 #
 # Jobs run side by side. `scratch:reading:4` makes its corpus of the tables and the sources of the machine; `recurrent`
 # reads the corpus `local` that `scratch_call.sh` makes, and makes it where it does not come.
 set -u
 W=${EVIDENCE_WORK:-/tmp/evidence} S=${SCRATCH_WORK:-/tmp/scratch}
-go() { # study, size, workers: one sweep, in the folder of the work
+go() { # study, size, workers, runs to leave out: one sweep, in the folder of the work
     case $1 in
     scratch)
         python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --characters 150e6 --state state \
             --out "$1-$2.jsonl" --seconds "$seconds" --size "$2" --workers "$3"
         ;;
     *)
-        if [ "$1" = recurrent ]; then
+        if [ "$1" = reading ]; then
+            nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
+        elif [ "$1" = recurrent ]; then
             for _ in $(seq 60); do
                 [ -f "$S/corpora/local/index.json" ] && break
                 sleep 2
@@ -24,7 +26,8 @@ go() { # study, size, workers: one sweep, in the folder of the work
                 python3 lab/scripts/local_corpus.py "$S/corpora" --more ./*.jsonl.xz
             export DYNAMASK_CORPORA=$S/corpora
         fi
-        python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$1-$2.jsonl" --seconds "$((seconds - SECONDS))" --workers "$3"
+        python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$1-$2.jsonl" --seconds "$((seconds - SECONDS))" \
+            --workers "$3" --skip "$4"
         ;;
     esac
 }
@@ -39,8 +42,8 @@ start)
     export -f go
     export S seconds
     for job in "${@:4}"; do
-        IFS=: read -r study size workers <<<"$job"
-        setsid nohup bash -c "go $study $size $workers" >"log-$study-$size.txt" 2>&1 </dev/null &
+        IFS=: read -r study size workers skip <<<"$job"
+        setsid nohup bash -c "go $study $size $workers ${skip:-0}" >"log-$study-$size.txt" 2>&1 </dev/null &
     done
     ;;
 collect)

@@ -42,10 +42,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="results file, appended to")
     parser.add_argument("--seconds", type=float, required=True, help="stop after so long")
     parser.add_argument("--workers", type=int, default=4, help="runs at a time")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many runs of the sweep, the first ones")
     parser.add_argument("--count", type=int, help="only so many runs of the sweep, the first ones")
     arguments = parser.parse_args()
     experiment = get_experiment(arguments.experiment)
-    configs = experiment.configs(arguments.size)[: arguments.count]
+    configs = experiment.configs(arguments.size)[arguments.skip : arguments.count]
     places = {run_key(experiment.name, config): 1.0 + place for place, config in enumerate(configs)}
     ordered = dataclasses.replace(
         experiment, cost=lambda config: places[run_key(experiment.name, config)], kind=lambda config: "run"

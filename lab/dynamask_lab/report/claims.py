@@ -100,6 +100,30 @@ CLAIMS: dict[str, Claim] = {
         _experiment("scratch"),
         short="goal: loss from scratch",
     ),
+    "recall-goal": Claim(
+        "Multi-query associative recall with a bounded number of keys: no less accurate than dense attention",
+        "goal of this library",
+        "dynamask experiment mqar --size published --results lab/results/mqar-published.jsonl",
+        short="goal: recall",
+    ),
+    "reading": Claim(
+        "In long documents, a lower loss than dense attention of the same time on tokens last used far back",
+        "goal of this library",
+        "dynamask experiment reading --size probe --results lab/results/reading.jsonl",
+        short="goal: long reading",
+    ),
+    "recurrent": Claim(
+        "In a recurrent model, one layer that attends to chosen keys lowers the loss, and more than the newest keys do",
+        "goal of this library",
+        "dynamask experiment recurrent --size probe --results lab/results/recurrent-probe.jsonl",
+        short="goal: recurrent model",
+    ),
+    "lever": Claim(
+        "A lever for length finds more than the same model without it",
+        "goal of this library",
+        "dynamask experiment needle --size far --results lab/results/needle-far.jsonl",
+        short="goal: levers for length",
+    ),
     "retrieval": Claim(
         "Choosing keys finds what as many keys without a choice that is learned do not",
         "goal of this library",
@@ -115,6 +139,6 @@ CLAIMS: dict[str, Claim] = {
 }
 """By name; experiments' findings refer to them."""
 
-GOALS = ("locality-asked", "locality", "scratch", "retrieval", "choice")
+GOALS = ("locality-asked", "locality", "scratch", "recall-goal", "reading", "recurrent", "retrieval", "lever", "choice")
 """Claims that are this library's, not the paper's. `locality` was changed to an average over layers by the commit whose
 runs met it, so the goal as it was asked stands beside it."""

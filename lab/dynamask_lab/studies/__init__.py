@@ -6,6 +6,7 @@
 | `locality` | forms of dma and rivals at a small window |
 | `scaling` | loss by size and compute |
 | `scratch` | from scratch on fresh tokens: the paper's form up to a window of the whole context, learned ranks |
+| `reading` | long documents: loss of tokens whose last use lies far back |
 | `recurrent` | a recurrent model with one layer that attends |
 | `needle` | retrieval by length and depth |
 | `ablation` | dma with one thing changed at a time |
@@ -20,6 +21,7 @@ from dynamask_lab.studies.ablation.study import ABLATION
 from dynamask_lab.studies.locality.study import LOCALITY
 from dynamask_lab.studies.mqar.study import MQAR
 from dynamask_lab.studies.needle.study import NEEDLE
+from dynamask_lab.studies.reading.study import READING
 from dynamask_lab.studies.recurrent.study import RECURRENT
 from dynamask_lab.studies.scaling.study import SCALING
 from dynamask_lab.studies.scratch.study import SCRATCH
@@ -34,6 +36,7 @@ __all__ = [
     "LOCALITY",
     "MQAR",
     "NEEDLE",
+    "READING",
     "RECURRENT",
     "SCALING",
     "SCRATCH",

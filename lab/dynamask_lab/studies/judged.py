@@ -48,15 +48,22 @@ MQAR = (
     Judged("plain", "dma, paper"),
     Judged("best", "dma, uneven windows, from dense, ranked by attention^4"),
     Judged("control", "swa, uneven windows"),
+    Judged("best", "dma, learned, slopes, head windows"),
+    Judged("best", "dma, learned, head windows"),
+    Judged("control", "swa, sinks"),
 )
+"""The last three of the size "published", named before it ran."""
 NEEDLE = (
     Judged("plain", "dma, paper"),
     Judged("best", "dma, windows 128/1280, from dense, ranked by attention^4"),
     Judged("best", "dma, windows 32/320, from dense, ranked by attention^4"),
     Judged("control", "swa, windows 128/1280"),
     Judged("control", "swa, windows 32/320"),
+    Judged("best", "dma, learned, slopes, windows 16/352"),
+    Judged("best", "dma, learned, slopes, head windows"),
+    Judged("control", "swa, sinks, windows 16/352"),
 )
-"""Each sweep has one of the two best forms, and its control."""
+"""Each of the earlier sweeps has one of the first two best forms, and its control; the last three are of size "far"."""
 
 
 def share(window: int, length: int) -> str:

@@ -15,9 +15,11 @@ from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
-from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, SeedSpread, all_of, judge
+from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, SeedSpread, all_of, judge, judge_no_worse
 
 RIVALS = ("mha", "swa", "mla", "nsa")
+_SINKS = "swa, sinks"
+"""Stands for sliding windows where it ran instead of them."""
 
 
 @reports("mqar")
@@ -45,7 +47,10 @@ def report_mqar(records: Sequence[Record], folder: Path) -> Section:
         )
     ]
     findings = [
-        finding for form in MQAR for finding in (_recall(form, found), _efficiency(form, found)) if finding is not None
+        finding
+        for form in MQAR
+        for finding in (_recall(form, found), _goal(form, found), _efficiency(form, found))
+        if finding is not None
     ]
     return Section(
         "Two layers of each mechanism recall values under keys they have read "
@@ -92,7 +97,7 @@ def _rivals(form: Judged, found: Sequence[BestRuns]) -> tuple[BestRuns, list[Bes
         for best in found
         if best.width == ours.width and best.window in (0, ours.window) and best.tried == ours.tried
     ]
-    return ours, [best for best in alike if best.mixer in RIVALS]
+    return ours, [best for best in alike if best.mixer in (*RIVALS, _SINKS) and best.mixer != form.name]
 
 
 def _setting(ours: BestRuns) -> Row:
@@ -128,7 +133,8 @@ def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
         measured = "no rival ran the same learning rates and seeds"
         return Finding("recall", form.name, measured, NOT_TESTED, keys, form.role, _setting(ours))
     measured = f"accuracy {ours.accuracy:.3f}, above {', '.join(told)}"
-    missing = [rival for rival in RIVALS if rival not in {best.mixer for best in rivals}]
+    ran = {best.mixer.removesuffix(", sinks") for best in (ours, *rivals)}
+    missing = [rival for rival in RIVALS if rival not in ran]
     if missing:
         measured += f"; not compared with {', '.join(missing)}"
         verdicts.append(NOT_TESTED)
@@ -136,6 +142,25 @@ def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
     return Finding(
         "recall", form.name, measured, verdict, keys, form.role, _setting(ours), f"{SHARE_INTEREST} accuracy"
     )
+
+
+def _goal(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
+    """A form with learned ranks against dense attention, which it should be no worse than."""
+    pair = _rivals(form, found)
+    if pair is None or form.role != "best" or "learned" not in form.name:
+        return None
+    ours, rivals = pair
+    dense = next((best for best in rivals if best.mixer == "mha"), None)
+    if dense is None:
+        return None
+    spread = SeedSpread.pooled([_accuracies(best) for best in found])
+    gain = spread.difference([-each for each in _accuracies(ours)], [-each for each in _accuracies(dense)])
+    if min(ours.accuracy, dense.accuracy) >= 0.99:
+        gain = Interval(0.0, 0.0, 0.0)
+    measured = f"accuracy {ours.accuracy:.3f}, above mha {gain}"
+    keys = [run.key for best in (ours, dense) for run in best.runs]
+    interest, verdict = f"{SHARE_INTEREST} accuracy", judge_no_worse(gain, SHARE_INTEREST)
+    return Finding("recall-goal", form.name, measured, verdict, keys, form.role, _setting(ours), interest)
 
 
 def _accuracies(best: BestRuns) -> list[float]:

@@ -10,11 +10,12 @@ import numpy as np
 
 from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask_lab.studies.judged import NEEDLE, Judged, layer_windows, pairs_of, window_share
+from dynamask_lab.studies.needle.levers import LEVERS
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_summary
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
-from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, judge
+from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, judge, mean_interval
 
 _UPCYCLED = "upcycled"
 """In the names of models made of a dense one (`needle_name`)."""
@@ -58,10 +59,15 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
         ),
         Exhibit("training", "Loss on the mixture", keys, table=training),
     ]
+    trained_at = {
+        model: NeedleConfig.of(record.config).context for record in records for model in record.result["loss"]
+    }
     edges = {model: window_of(record, model) for record in records for model in record.result["loss"]}
     exhibits.insert(
         1,
-        Exhibit("window", "Inside the window and beyond it", keys, _WINDOW_MEANS, _by_window(scores, edges, contexts)),
+        Exhibit(
+            "window", "Inside the window and beyond it", keys, _WINDOW_MEANS, _by_window(scores, edges, trained_at)
+        ),
     )
     findings = []
     for form in NEEDLE:
@@ -73,11 +79,15 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
                 "seeds": str(len({each.seed for each in records if form.name in each.result["loss"]})),
                 "pairs": pairs_of([record]),
             }
-            findings += _against_dense(form, scores, keys, max(contexts), edges[form.name], setting)
+            context = NeedleConfig.of(record.config).context
+            seeds = _by_seed(records)
+            findings += _against_dense(form, scores, keys, context, edges[form.name], setting, seeds)
             if form.role == "best":
                 rival = without_choice(form.name)
                 if rival in losses:
-                    findings += _against_control(form, rival, scores, keys, max(contexts), edges[form.name], setting)
+                    edge = edges[form.name]
+                    findings += _against_control(form, rival, scores, keys, context, edge, setting, seeds)
+    findings += _levers(records, scores, edges)
     return Section("", exhibits, findings)
 
 
@@ -100,13 +110,13 @@ def distance(score: RetrievalScore) -> float:
     return score.length * (1 - score.depth)
 
 
-def _by_window(scores: Sequence[RetrievalScore], edges: dict[str, int], contexts: Sequence[int]) -> list[Row]:
+def _by_window(scores: Sequence[RetrievalScore], edges: dict[str, int], trained_at: dict[str, int]) -> list[Row]:
     rows: list[Row] = []
     for model, edge in edges.items():
         if model.startswith("mha"):
             continue
         row = {"model": model, "widest window": str(edge)}
-        for title, cells in _parts(scores, max(contexts), edge).items():
+        for title, cells in _parts(scores, trained_at[model], edge).items():
             pair = _exact(model, "mha", cells)
             if pair is not None:
                 row |= {title: f"{pair[0]:.0%}", f"mha {title}": f"{pair[1]:.0%}", f"cells {title}": str(pair[3])}
@@ -130,8 +140,67 @@ def _far(scores: Sequence[RetrievalScore]) -> list[RetrievalScore]:
     return [score for score in scores if score.depth < 1]
 
 
+_Seeds = dict[str, dict[int, dict[tuple[str, int, float], float]]]
+"""Model -> training seed -> task, length and depth -> exact match."""
+
+
+def _by_seed(records: Sequence[Record]) -> _Seeds:
+    found: _Seeds = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        for score in record.result["scores"]:
+            cell = (score["task"], score["length"], score["depth"])
+            found[score["model"]][record.seed][cell] = score["exact"]
+    return found
+
+
+def _over_seeds(ours: str, rival: str, cells: Sequence[RetrievalScore], seeds: _Seeds) -> Interval | None:
+    """The difference seed by seed over the cells that both were asked; None with fewer than two seeds in common."""
+    both = sorted(seeds[ours].keys() & seeds[rival].keys())
+    asked = {(score.task, score.length, score.depth) for score in cells if score.model == ours}
+    asked &= {(score.task, score.length, score.depth) for score in cells if score.model == rival}
+    if len(both) < 2 or not asked:
+        return None
+    return mean_interval(
+        [float(np.mean([seeds[ours][seed][cell] - seeds[rival][seed][cell] for cell in asked])) for seed in both]
+    )
+
+
+_LEVERS = ("longer examples", *LEVERS)
+
+
+def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: dict[str, int]) -> list[Finding]:
+    """Every lever against the same form without it: beyond the window to that form's trained length, and beyond it."""
+    found, seeds = [], _by_seed(records)
+    by_model = {model: record for record in records for model in record.result["loss"]}
+    for model, record in by_model.items():
+        base, _, lever = model.rpartition(", ")
+        if lever not in _LEVERS or base not in by_model:
+            continue
+        context = NeedleConfig.of(by_model[base].config).context
+        edge = edges[base] if edges[base] < context else 0
+        parts = _parts(scores, context, edge)
+        setting = {
+            "w/N": window_share(record.config),
+            "size": f"{record.result['parameters'] / 1e6:.1f}M",
+            "seeds": str(len(seeds[model].keys() & seeds[base].keys())),
+            "pairs": pairs_of([record]),
+        }
+        keys = [each.key for each in records if {model, base} & each.result["loss"].keys()]
+        form = Judged("", model)
+        for where in ("beyond the window", "beyond the trained length"):
+            finding = _finding("lever", f"{model}, {where}", form, base, parts[where], keys, setting, seeds)
+            found += [finding] if finding else []
+    return found
+
+
 def _against_dense(
-    form: Judged, scores: Sequence[RetrievalScore], keys: Sequence[str], context: int, edge: int, setting: Row
+    form: Judged,
+    scores: Sequence[RetrievalScore],
+    keys: Sequence[str],
+    context: int,
+    edge: int,
+    setting: Row,
+    seeds: _Seeds,
 ) -> list[Finding]:
     """The form against mha: all cells up to the trained length, those beyond the window, those beyond that length."""
     parts = _parts(scores, context, edge)
@@ -141,7 +210,7 @@ def _against_dense(
         if where == "inside the window" or not any(score.model == form.name for score in cells):
             continue
         subject = f"{form.name}, {where}"
-        finding = _finding("needle", subject, form, "mha", cells, keys, setting)
+        finding = _finding("needle", subject, form, "mha", cells, keys, setting, seeds)
         found.append(finding or Finding("needle", subject, "mha was not tested", NOT_TESTED, keys, form.role, setting))
     return found
 
@@ -154,12 +223,13 @@ def _against_control(
     context: int,
     edge: int,
     setting: Row,
+    seeds: _Seeds,
 ) -> list[Finding]:
     """The form against as many keys without a choice, inside the window and beyond it, up to the trained length."""
     parts = _parts(scores, context, edge)
     found = []
     for where in ("inside the window", "beyond the window"):
-        finding = _finding("retrieval", f"{form.name}, {where}", form, rival, parts[where], keys, setting)
+        finding = _finding("retrieval", f"{form.name}, {where}", form, rival, parts[where], keys, setting, seeds)
         found += [finding] if finding else []
     return found
 
@@ -172,12 +242,14 @@ def _finding(
     cells: Sequence[RetrievalScore],
     keys: Sequence[str],
     setting: Row,
+    seeds: _Seeds,
 ) -> Finding | None:
     pair = _exact(form.name, rival, cells)
     if pair is None:
         return None
     ours, theirs, noise, count = pair
     gain = Interval(ours - theirs, ours - theirs - noise, ours - theirs + noise)
+    gain = _over_seeds(form.name, rival, cells, seeds) or gain
     measured = f"{ours:.1%} of the answers exact, {rival} {theirs:.1%}: {gain.shown(100, 1)} points, over {count} cells"
     verdict = judge(gain, SHARE_INTEREST)
     if max(ours, theirs) < _LEARNT:
@@ -187,7 +259,8 @@ def _finding(
 
 def without_choice(model: str) -> str:
     """Sliding windows of the sizes of a model whose ranks learn."""
-    return ", ".join(["swa", *(part for part in model.split(", ") if part.startswith(("windows ", "no RoPE")))])
+    sinks = ["sinks"] if "learned" in model.split(", ") else []
+    return ", ".join(["swa", *sinks, *(part for part in model.split(", ") if part.startswith(("windows ", "no RoPE")))])
 
 
 def _exact(model: str, rival: str, scores: Sequence[RetrievalScore]) -> tuple[float, float, float, int] | None:

@@ -4,7 +4,7 @@ Dense attention, dynamic mask attention trained from the start, and dynamic mask
 weights with untrained gates, fine-tuned. Tasks are RULER's definitions (`dynamask.evaluation.retrieval`); the answers
 are decoded greedily, from the bounded cache where the mask has one, or scored without decoding (`forced`).
 
-Judged in the sizes "far" and "levers", named before they ran, over three training seeds: beyond the window and within
+Judged in the size "far", named before it ran, over three training seeds: beyond the window and within
 the trained length, and beyond that length, exact match of `dma, learned, slopes, windows 16/352` and `dma, learned,
 slopes, head windows` against `mha`, and of each lever against the same form without it, by intervals that exclude zero
 and at least 5 points. The goal: dense attention's exact match within the trained length at an eighth of its pairs, and
@@ -500,7 +500,7 @@ def _seeds() -> list[Config]:
 
 
 def far_forms(lever: str = "") -> list[Config]:
-    """Model settings of the sizes "far" and "levers": an eighth of dense attention's pairs at 1024 tokens.
+    """Model settings of the size "far", without and with a lever: an eighth of dense attention's pairs at 1024 tokens.
 
     Windows 16 in five layers and 352 in the fourth see 11% of the pairs, 64 in every layer 12%. Slopes: one and eight
     nats over the wide window, and a number between for the third head.
@@ -525,14 +525,10 @@ def _by_form(models: Sequence[Config], **common: Any) -> list[Config]:
 
 
 def _far() -> list[Config]:
-    """The forms that decide and longer examples, three training seeds, 50 samples a cell, to eight times the length."""
+    """The forms that decide, then one lever at a time; three training seeds, 50 samples a cell, to 8192 tokens."""
     dense, chosen, *_ = far_forms()
-    return [*_by_form(far_forms()), *_by_form([dense, chosen], context=2048)]
-
-
-def _levers() -> list[Config]:
-    """Each other lever on dense attention and on chosen keys."""
-    return [run for lever in LEVERS for run in _by_form(far_forms(lever))]
+    levers = [run for lever in LEVERS for run in _by_form(far_forms(lever))]
+    return [*_by_form(far_forms()), *_by_form([dense, chosen], context=2048), *levers]
 
 
 def _small() -> list[Config]:
@@ -564,7 +560,6 @@ NEEDLE = Experiment(
         "quick": _quick,
         "seeds": _seeds,
         "far": _far,
-        "levers": _levers,
         "small": _small,
         "long": _long,
         "paper": _paper,

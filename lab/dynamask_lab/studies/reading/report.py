@@ -1,0 +1,66 @@
+"""The study `reading` in the report: losses by how far back a last use lies, and the claim about far ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynamask_lab.studies.judged import pairs_of, window_share
+from dynamask_lab.studies.reading.study import CHOSEN, SLIDING, reading_name, reading_summary, sliced
+from dynamask_lab.sweeps.registry import reports
+from dynamask_lab.sweeps.results import Record
+from dynamask_lab.sweeps.section import Exhibit, Finding, Section
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, judge, paired_difference
+
+_FAR = ("256 to 8191", "8192 and more")
+
+
+@reports("reading")
+def report_reading(records: Sequence[Record], folder: Path) -> Section:
+    """See `Experiment.report`."""
+    text = (
+        "Test loss, nats per token, mean over seeds, and the loss by how many tokens back a token last followed the "
+        "same token as here. The wide layer sees 5632 keys, the others 256."
+    )
+    keys = [record.key for record in records]
+    return Section("", [Exhibit("loss", "Loss by last use", keys, text, reading_summary(records))], _findings(records))
+
+
+def _findings(records: Sequence[Record]) -> list[Finding]:
+    """The chosen keys against dense attention and against the newest keys, in the far slices."""
+    runs: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        runs[reading_name(record.config)].append(record)
+    found = []
+    for when in ("equal time", "equal tokens"):
+        ours = runs.get(f"{CHOSEN}, {when}", [])
+        for rival in ("dense", f"{SLIDING}, {when}"):
+            theirs = runs.get(rival, [])
+            if not ours or not theirs:
+                continue
+            for part in _FAR:
+                gap = paired_difference(
+                    *(
+                        {run.seed: sliced(run)[part][0] for run in side if part in sliced(run)}
+                        for side in (ours, theirs)
+                    )
+                )
+                tokens = sliced(ours[0])[part][1] if part in sliced(ours[0]) else 0
+                measured = (
+                    f"test loss of tokens last used {part} tokens back ({tokens} a run), nats below {rival} {gap}"
+                )
+                setting = {
+                    "w/N": window_share(ours[0].config),
+                    "size": "4.4M",
+                    "seeds": str(min(len(ours), len(theirs))),
+                    "pairs": pairs_of(ours),
+                }
+                verdict = judge(gap, LOSS_INTEREST, seeds=min(len(ours), len(theirs)))
+                subject = f"{CHOSEN}, {when}, against {rival.partition(', equal')[0]}, {part}"
+                role = "best" if when == "equal time" else ""
+                keys = [run.key for run in (*ours, *theirs)]
+                found.append(
+                    Finding("reading", subject, measured, verdict, keys, role, setting, f"{LOSS_INTEREST} nats")
+                )
+    return found

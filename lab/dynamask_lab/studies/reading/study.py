@@ -1,0 +1,111 @@
+"""Documents of 16 thousand tokens and more, from scratch: dense attention against an eighth of its pairs, of one time.
+
+| form | attention at 16,384 tokens |
+| --- | --- |
+| `dense` | every key |
+| `learned, slopes, one wide layer` | 5632 keys in one layer of six, 256 in the others; ranks rise with the position |
+| `sliding + sinks, one wide layer` | the newest keys in the same windows |
+
+The sparse forms run twice: on as many tokens as dense attention (`equal tokens`), and on twice as many (`equal time`).
+A token costs dense attention about four times the operations of the sparse forms, which reach about half of its rate:
+so twice the tokens take no more time. Documents are whole folders of sources, see `local_corpus.py`.
+
+Judged, named before the runs: the test loss of tokens whose last use lies beyond the narrow windows (256 tokens and
+more) and beyond every window (8192 and more), of `learned, slopes, one wide layer, equal time` against `dense` and
+against `sliding + sinks, one wide layer, equal time`, seed by seed, by intervals that exclude zero and at least 0.02
+nats.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from dynamask_lab.language.engine import language_cost, language_kind, run_language
+from dynamask_lab.studies.scratch.study import SHAPES, added, config
+from dynamask_lab.sweeps.registry import Config, Experiment, register
+from dynamask_lab.sweeps.results import Record
+
+LENGTH = 16_384
+TOKENS = 10.0
+"""Per parameter, of dense attention; of the sparse forms in as much time twice as many."""
+CHOSEN, SLIDING = "learned, slopes, one wide layer", "sliding + sinks, one wide layer"
+SLICES = {"no last use": (0, 0), "1 to 255": (1, 255), "256 to 8191": (256, 8191), "8192 and more": (8192, 1 << 30)}
+"""Distances to the last use; the far ones lie beyond the narrow windows, and beyond every window."""
+
+
+def forms() -> dict[str, Config]:
+    """Name of a form -> its settings, in the order of their worth."""
+    sparse = {name.rpartition(", ")[0]: form for name, form in added(LENGTH).items()}
+    made: dict[str, Config] = {"dense": {"attention": "mha", "tokens_per_parameter": TOKENS}}
+    for when, factor in (("equal time", 2.0), ("equal tokens", 1.0)):
+        for name in (CHOSEN, SLIDING):
+            made[f"{name}, {when}"] = {**sparse[name], "tokens_per_parameter": factor * TOKENS}
+    return made
+
+
+def reading_name(settings: Config) -> str:
+    """The name of a run's form."""
+    if settings["attention"] == "mha":
+        return "dense"
+    when = "equal time" if settings["tokens_per_parameter"] > TOKENS else "equal tokens"
+    return f"{CHOSEN if settings['attention'] == 'dma' else SLIDING}, {when}"
+
+
+def _runs(shape: str, rate: float, seeds: Sequence[int]) -> list[Config]:
+    return [
+        config(form, SHAPES[shape], seed, rate, LENGTH, corpus="long", by_last_use=True)
+        for form in forms().values()
+        for seed in seeds
+    ]
+
+
+def _probe() -> list[Config]:
+    """4M parameters, three seeds; minutes of a large GPU."""
+    return _runs("4M", 2.1e-3, (0, 1, 2))
+
+
+def sliced(record: Record) -> dict[str, tuple[float, int]]:
+    """Slice -> mean test loss, and how many tokens."""
+    found = {}
+    for name, (first, last) in SLICES.items():
+        inside = [bucket for bucket in record.result["last_use"] if first <= bucket["from"] <= last]
+        count = sum(bucket["tokens"] for bucket in inside)
+        if count:
+            found[name] = (sum(bucket["loss"] * bucket["tokens"] for bucket in inside) / count, count)
+    return found
+
+
+def reading_summary(records: Sequence[Record]) -> list[dict[str, str]]:
+    """One row per form: tokens, test loss, and the loss of each slice, mean over seeds."""
+    groups: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        groups[reading_name(record.config)].append(record)
+    rows = []
+    for name in (name for name in forms() if name in groups):
+        runs = groups[name]
+        tokens = runs[0].config["tokens_per_parameter"] * runs[0].result["parameters"]["non_embedding"]
+        row = {"form": name, "runs": str(len(runs)), "training tokens": f"{tokens / 1e6:.0f}M"}
+        row["operations"] = f"{np.mean([run.result['flops'] for run in runs]):.1e}"
+        row["test loss"] = f"{np.mean([run.result['test'] for run in runs]):.4f}"
+        for part in SLICES:
+            losses = [sliced(run)[part][0] for run in runs if part in sliced(run)]
+            row[part] = f"{np.mean(losses):.3f}" if losses else ""
+        rows.append(row)
+    return rows
+
+
+READING = Experiment(
+    name="reading",
+    description="documents of 16 thousand tokens and more: loss by how far back a last use lies, dense against sparse",
+    run=run_language,
+    sizes={"probe": _probe},
+    cost=language_cost,
+    kind=language_kind,
+    summary=reading_summary,
+    interruptible=True,
+    trains_language_models=True,
+)
+register(READING)
