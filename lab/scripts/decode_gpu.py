@@ -684,6 +684,7 @@ def main() -> int:
     parser.add_argument("--compile", choices=list(SHAPES), help="compile what this shape needs, and time nothing")
     parser.add_argument("--parts", nargs="+", default=["layer", "eager", "decode", "prefill", "train", "distillation"])
     parser.add_argument("--seconds", type=float, default=150.0, help="begin nothing after this long")
+    parser.add_argument("--skip", type=int, default=0, help="leave out so many of the first jobs of these parts")
     parser.add_argument("--wait-for", type=Path, help="time nothing before this file exists, for at most 90 s")
     parser.add_argument("--commit", help="of the code, where there is no repository")
     arguments = parser.parse_args()
@@ -705,9 +706,8 @@ def main() -> int:
         time.sleep(0.2)
     print(f"checked and compiled in {time.perf_counter() - began:.0f} s", flush=True)
     left_out = 0
-    for part, job in jobs():
-        if part not in arguments.parts:
-            continue
+    chosen = [(part, job) for part, job in jobs() if part in arguments.parts]
+    for part, job in chosen[arguments.skip :]:
         if time.perf_counter() - began > arguments.seconds:
             left_out += 1
             continue
