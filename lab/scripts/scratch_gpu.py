@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="stop after so long")
     parser.add_argument("--workers", type=int, default=10, help="runs at a time")
     parser.add_argument("--size", nargs="+", default=["4M"], help="which sweeps, one after another")
-    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of the forms to run")
+    parser.add_argument(
+        "--only", nargs="*", default=[""], help="parts of the names of the forms to run; =NAME=: the whole name"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds to run")
     parser.add_argument(
         "--first", type=int, default=4, help="so many forms are run with all seeds before the next so many"
@@ -51,32 +53,43 @@ def main() -> None:
         return
     os.environ["DYNAMASK_CORPORA"] = str(arguments.corpora.absolute())
     os.environ["DYNAMASK_STATE"] = str(arguments.state.absolute())
-    from dynamask_lab.studies import SCRATCH
-    from dynamask_lab.studies.scratch.study import scratch_name
+    from dynamask_lab.studies import ABLATION, SCRATCH
 
     for size in arguments.size:
+        experiment = ABLATION if size == "leak" else SCRATCH
         configs = [
             config
             | ({"steps": arguments.steps} if arguments.steps else {})
             | ({"tokens_per_parameter": arguments.tokens} if arguments.tokens else {})
-            for config in SCRATCH.configs(size)
-            if config["seed"] in arguments.seeds and any(part in scratch_name(config) for part in arguments.only)
+            for config in experiment.configs(size)
+            if config["seed"] in arguments.seeds and any(part in f"={_name(config)}=" for part in arguments.only)
         ]
-        for compiled in (True, False):  # a form that fails is tried again without torch.compile
-            configs = _run(configs, arguments, deadline, compiled)
+        # A form that fails is tried again without torch.compile.
+        for compiled in (True, False) if experiment is SCRATCH else (False,):
+            configs = _run(experiment, configs, arguments, deadline, compiled)
 
 
-def _run(configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadline: float, compiled: bool) -> list:
+def _name(config: dict[str, Any]) -> str:
+    """What tables call a run's form."""
+    from dynamask_lab.studies.ablation.study import ablation_name
+    from dynamask_lab.studies.scratch.study import scratch_name
+
+    return f"{ablation_name(config)}, {config['window']}" if "dense_share" in config else scratch_name(config)
+
+
+def _run(
+    experiment: Any, configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadline: float, compiled: bool
+) -> list:
     """Run what is left of them in the order of their worth; returns the settings of those that failed."""
     from dynamask_lab.studies import SCRATCH, Observer, Record, run_sweep
-    from dynamask_lab.studies.scratch.study import newest_in_head_windows, scratch_name
+    from dynamask_lab.studies.scratch.study import newest_in_head_windows
 
-    order = list(dict.fromkeys(scratch_name(config) for config in configs))
+    order = list(dict.fromkeys(_name(config) for config in configs))
 
     def place(config: dict[str, Any]) -> float:
-        name = scratch_name(config)
+        name = _name(config)
         decided_by = name.replace("newest", "learned")
-        index = order.index(name) if name in order else len(order)
+        index: float = order.index(name) if name in order else len(order)
         if name not in order and decided_by in order:
             index = order.index(decided_by) + 0.5
         return 1.0 + 1000 * (index // arguments.first) + 100 * config["seed"] + index
@@ -88,12 +101,12 @@ def _run(configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadl
     class Shown(Observer):
         def started(self, config: dict[str, Any], estimate: float | None) -> None:
             print(
-                f"{time.strftime('%X')} begin {scratch_name(config)} {config['width']} seed {config['seed']}",
+                f"{time.strftime('%X')} begin {_name(config)} {config['width']} seed {config['seed']}",
                 flush=True,
             )
 
         def finished(self, record: Record) -> None:
-            result, name = record.result, scratch_name(record.config)
+            result, name = record.result, _name(record.config)
             rate = (result["tokens_per_second"] or 0) / 1e3
             print(
                 f"{time.strftime('%X')} {name} {record.config['width']} seed {record.seed}: loss {result['loss']:.4f} "
@@ -104,23 +117,29 @@ def _run(configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadl
                 shutil.copy(arguments.out, arguments.copy)
 
         def failed(self, config: dict[str, Any], error: Exception) -> None:
-            print(f"{scratch_name(config)} failed: {type(error).__name__}: {str(error)[:1500]}", flush=True)
+            print(f"{_name(config)} failed: {type(error).__name__}: {str(error)[:1500]}", flush=True)
 
     left = deadline - time.monotonic()
     if left < 10 or not configs:
         return []
     configs = [config | {"compile": compiled} for config in configs]
     # Handed out by worth, not by length: the last ones may find no time.
-    experiment = dataclasses.replace(SCRATCH, cost=place, kind=lambda config: "run")
+    ordered = dataclasses.replace(experiment, cost=place, kind=lambda config: "run")
     workers = max(2, arguments.workers)
     try:
         report = run_sweep(
-            experiment, configs, arguments.out, left, workers=workers, follow_up=follow_up, observer=Shown()
+            ordered,
+            configs,
+            arguments.out,
+            left,
+            workers=workers,
+            follow_up=follow_up if experiment is SCRATCH else None,
+            observer=Shown(),
         )
     except Exception:
         traceback.print_exc(file=sys.stdout)
         return []
-    for row in SCRATCH.summary(report.records):
+    for row in experiment.summary(report.records):
         print(row, flush=True)
     return [config for config, _ in report.failed]
 

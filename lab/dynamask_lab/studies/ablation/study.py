@@ -193,6 +193,24 @@ def _quick() -> list[Config]:
     return _sweep([0], [128], 128, corpus="code", compile=False, warmup=0.05, **shape)
 
 
+def _leak() -> list[Config]:
+    """The paper's form at windows from half the context to a sixteenth, trained exactly and with the leak, three seeds.
+
+    1M parameters, 20 fresh tokens a parameter; both models are measured under both selections. Layers are not compiled.
+    """
+    shape: dict[str, Any] = {"layers": 6, "width": 128, "heads": 4, "groups": 2, "feed_forward": 352, "length": 2048}
+    shape |= {"batch_tokens": 32_768, "warmup": 0.05, "corpus": "local", "compile": False, "learning_rate": 1.5e-3}
+    both = {"dense_share": 0.0, "both_selections": True}
+    with ablation_mixers():
+        return [
+            LanguageConfig(attention=name, window=2048 // share, local=0, recency=0.0, seed=seed, **shape).plain()
+            | both
+            for seed in range(3)
+            for share in (16, 8, 4, 2)
+            for name in (LEAKY, "dma")
+        ]
+
+
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
     shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 1000}
@@ -209,7 +227,7 @@ ABLATION = Experiment(
     name="ablation",
     description="loss with one thing changed: gradients, score form, exact selection, window, gates, start",
     run=run_ablation,
-    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "small": _small, "paper": _paper},
+    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "leak": _leak, "small": _small, "paper": _paper},
     cost=ablation_cost,
     kind=ablation_kind,
     summary=ablation_summary,

@@ -295,6 +295,10 @@ def _reading(seeds: Sequence[int]) -> list[Config]:
     return _runs(made, "1M", length, seeds, corpus="long", by_last_use=True)
 
 
+def _judged(shape: str, made: Mapping[str, Config], tokens: float) -> list[Config]:
+    return _runs(made, shape, 4096, (0, 1, 2), tokens_per_parameter=tokens, batch_tokens=32_768)
+
+
 SIZES = {
     "smoke": _smoke,
     # Minutes of one large GPU each, on what `lab/scripts/local_corpus.py` finds on a machine without a registry.
@@ -302,12 +306,9 @@ SIZES = {
     # What minutes of one GPU allow: fewer tokens, with rivals of as many.
     "4M-added": lambda: _runs(_with_rivals(4096), "4M", 4096, (0, 1, 2), tokens_per_parameter=12.0),
     # Half the tokens of a step, so that as many tokens are more steps: what copies forms after some hundred of them.
-    "4M-judged": lambda: _runs(judged(4096), "4M", 4096, (0, 1, 2), tokens_per_parameter=12.0, batch_tokens=32_768),
-    "4M-shares": lambda: _runs(shares(4096), "4M", 4096, (0, 1, 2), tokens_per_parameter=12.0, batch_tokens=32_768),
-    "10M-judged": lambda: _runs(
-        judged(4096, 3), "10M", 4096, (0, 1, 2), tokens_per_parameter=10.0, batch_tokens=32_768
-    ),
-    "20M-judged": lambda: _runs(judged(4096, 3), "21M", 4096, (0, 1, 2), tokens_per_parameter=5.0, batch_tokens=32_768),
+    "4M-judged": lambda: _judged("4M", judged(4096) | shares(4096), 12.0),
+    "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
+    "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
     "windows": lambda: _runs(by_window(4096), "1M", 4096, (0, 1, 2)),
     # Documents of 16 to 64 thousand tokens, see `local_corpus.py`.
     "reading": lambda: _reading((0, 1, 2)),
