@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from dynamask.convert.compiled_layers import check_compilable, compiled_layers, 
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
+from dynamask.convert.recorded_step import RecordedStep
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.training.loss import output_head
@@ -50,6 +52,7 @@ def distill(
     shrink_share: float = 0.5,
     gradient_checkpointing: bool = False,
     compiled: bool | None = None,
+    recorded: bool = False,
     checkpoint: str | Path | None = None,
     save_every: float = 120.0,
     progress: Report | None = None,
@@ -84,6 +87,9 @@ def distill(
         compiled: whether the decoder layers of both models run compiled (`dynamask.convert.compiled_layers`), which
             takes some ten seconds at the start. None: on a GPU, for 50 steps or more, and of a teacher without a list
             of decoder layers (GPT-2) not.
+        recorded: replay forward and backward as a CUDA graph, for models so small that the host's launches decide the
+            time of a step. Blocks of another shape than the first run as they are. Not with `start_windows` above 1,
+            whose windows change, nor with `gradient_checkpointing`.
         checkpoint: file that keeps the state of the training. If it exists, training continues from it.
         save_every: seconds between two writes of the checkpoint.
         progress: called every few steps.
@@ -105,6 +111,11 @@ def distill(
         raise InvalidInputError(
             "distill: label_share must be from 0 to 1, start_windows at least 1, shrink_share above 0 and at most 1; "
             f"got {label_share}, {start_windows} and {shrink_share}"
+        )
+    if recorded and (start_windows > 1 or gradient_checkpointing or next(model.parameters()).device.type != "cuda"):
+        raise InvalidInputError(
+            "distill: recorded=True needs a model on a GPU, start_windows=1 and gradient_checkpointing=False; got a "
+            f"model on {next(model.parameters()).device}, {start_windows} and {gradient_checkpointing}"
         )
     check_teacher(model, teacher)
     checkpoint = None if checkpoint is None else Path(checkpoint)
@@ -149,6 +160,16 @@ def distill(
         rates = [group["lr"] for group in adamw_rates(optimizer, learning_rate)]
         clock, saved = Clock("distill", steps, start), time.perf_counter()
         losses: list[Tensor] = []
+        losses_of = functools.partial(
+            distillation_losses,
+            student,
+            teacher,
+            temperature=temperature,
+            chunk=chunk,
+            ranks=rank_learning_rate > 0,
+            label_share=label_share,
+        )
+        recording: RecordedStep | None = None
         source = token_blocks(blocks, start, "distill")
         for step in range(start, steps):
             tokens = next(source).to(device, non_blocking=True)
@@ -157,16 +178,13 @@ def distill(
             now = learning_rate_share("cosine", step, steps, warmup)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * now
-            loss, ranks = distillation_losses(
-                student,
-                teacher,
-                tokens,
-                temperature=temperature,
-                chunk=chunk,
-                ranks=rank_learning_rate > 0,
-                label_share=label_share,
-            )
-            (loss if ranks is None else loss + ranks).backward()  # type: ignore[no-untyped-call]
+            if recorded and step == start:
+                recording = RecordedStep(losses_of, [p for p in student.parameters() if p.requires_grad], tokens)
+            if recording is not None and recording.serves(tokens):
+                loss = recording(tokens)
+            else:
+                loss, ranks = losses_of(tokens)
+                (loss if ranks is None else loss + ranks).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -572,7 +572,13 @@ def recorded_steps(
 
 
 def distillation(
-    name: str, batch: int, length: int, budget: int, steps: int, forms: tuple[bool, ...] = (True, False)
+    name: str,
+    batch: int,
+    length: int,
+    budget: int,
+    steps: int,
+    forms: tuple[bool, ...] = (True, False),
+    recorded: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Tokens per second of `dynamask.convert.distill`, optimizer included, after the first 5 steps.
 
@@ -580,6 +586,7 @@ def distillation(
         name, batch, length, budget: of the model and its blocks.
         steps: at least 12.
         forms: whether layers run compiled, one run each.
+        recorded: whether forward and backward are a CUDA graph.
     """
     for compiled in forms:
         _, sparse = models(name, budget, length)
@@ -596,10 +603,12 @@ def distillation(
                 blocks,
                 steps=steps if compiled else steps // 2,
                 compiled=compiled,
+                recorded=recorded,
                 progress=lambda p, times=times: times.append((p.step, time.perf_counter())),  # type: ignore[misc]
             )
         (first, start), (last, end) = times[1], times[-1]
         row = {"part": "distillation", "model": name, "B": batch, "N": length, "budget": budget, "compiled": compiled}
+        row |= {"recorded": True} if recorded else {}
         row |= {"tokens_per_s": (last - first) * batch * length / (end - start), "steps": last - first}
         row |= {"first_steps_s": start - began, "ms": 1e3 * (end - start) / (last - first)}
         yield row | {"said": [str(each.message)[:150] for each in said if "compiled" in str(each.message)]}
@@ -651,7 +660,9 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "train", functools.partial(train, medium, 32768, 2048, 1, True)
     yield "train", functools.partial(train, large, 65536, 4096, 1, False)
     yield "distillation", functools.partial(distillation, small, 4, 8192, 512, 40)
+    yield "batches", functools.partial(distillation, small, 4, 8192, 512, 40, (True,), True)
     yield "batches", functools.partial(distillation, small, 8, 8192, 512, 30, (True,))
+    yield "batches", functools.partial(distillation, small, 8, 8192, 512, 30, (True,), True)
     yield "train", functools.partial(train, small, 32768, 2048, 1, True)
     yield "decode", functools.partial(decode, medium, 16, 32768, 2048, 16)
     yield "decode", functools.partial(decode, large, 1, 32768, 2048, 24)

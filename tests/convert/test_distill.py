@@ -41,6 +41,11 @@ def test_it_lowers_the_divergence(llama: Any, checkpointing: bool) -> None:
     assert not model.is_gradient_checkpointing
 
 
+def test_recording_needs_a_gpu(llama: Any) -> None:
+    with pytest.raises(InvalidInputError, match="recorded=True needs a model on a GPU"):
+        convert.distill(student_of(llama), llama, blocks(), steps=1, recorded=True)
+
+
 def test_within_the_windows_there_is_nothing_to_learn(llama: Any) -> None:
     loss, ranks = distillation_losses(student_of(llama), llama, torch.randint(3, 300, (1, 10)))
     assert loss < 1e-6
