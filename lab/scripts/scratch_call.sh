@@ -3,6 +3,7 @@
 #
 #   scratch_call.sh start FOLDER SECONDS [arguments of scratch_gpu.py]   # FOLDER holds tables of documents, .jsonl.xz
 #   scratch_call.sh corpus FOLDER CHARACTERS [CORES]                     # makes the corpus alone, on 8 cores or so many
+#   scratch_call.sh beside FIRST SECONDS [arguments of scratch_gpu.py]   # waits for the corpus of the job in FIRST
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
@@ -26,6 +27,15 @@ start)
     set_up "$folder"
     setsid nohup python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state \
         --out scratch.jsonl --seconds "$seconds" "$@" >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
+    ;;
+beside)
+    first=$2 seconds=$3
+    shift 3
+    mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/"
+    cd "$W" && ln -sfn "$first/corpora" corpora
+    setsid nohup bash -c 'while [ ! -e corpora/local/index.json ]; do sleep 1; done; exec python3 "$@"' wait \
+        lab/scripts/scratch_gpu.py --corpora corpora --state state --out scratch.jsonl --seconds "$seconds" "$@" \
+        >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
     ;;
 collect)
     cp "$W/scratch.jsonl" "$W/log-scratch.txt" "$OUT/"
