@@ -4,7 +4,7 @@
 #   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS[:SKIP]...   # FOLDER: tables of documents; - for none
 #   evidence_call.sh collect FOLDER                               # copies lines and log to FOLDER
 #
-# Jobs run side by side. `scratch:reading:4` makes its corpus of the tables and the sources of the machine; `recurrent`
+# Jobs run side by side. `again:cells:2` repeats cells of the exhibits. `scratch:reading:4` makes its corpus of the tables and the sources of the machine; `recurrent`
 # reads the corpus `local` that `scratch_call.sh` makes, and makes it where it does not come.
 set -u
 W=${EVIDENCE_WORK:-/tmp/evidence} S=${SCRATCH_WORK:-/tmp/scratch}
@@ -13,6 +13,9 @@ go() { # study, size, workers, runs to leave out: one sweep, in the folder of th
     scratch)
         python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --characters 150e6 --state state \
             --out "$1-$2.jsonl" --seconds "$seconds" --size "$2" --workers "$3"
+        ;;
+    again)
+        nice -n 5 python3 lab/scripts/again_gpu.py --out "$1-$2.jsonl" --seconds "$seconds" --more ./*.jsonl.xz
         ;;
     *)
         if [ "$1" = reading ]; then
