@@ -1,4 +1,4 @@
-"""Run cells of the exhibits once more, from the settings of their raw lines, on a machine with dynamask's sources alone.
+"""Run cells of the exhibits once more, from the settings of their raw lines, where only dynamask's sources are.
 
     python lab/scripts/again_gpu.py --out again.jsonl --seconds 400 lab/results/mqar-quick.jsonl:a2f9c4570d5678c2
 
