@@ -314,3 +314,21 @@ def test_autocast_takes_inputs_of_mixed_width_as_sdpa_does() -> None:
         actual = dynamic_mask_attention(query, key, value.bfloat16(), scores, 5)
     narrow = (t.bfloat16() for t in (query, key, value))
     assert torch.equal(actual, dynamic_mask_attention(*narrow, scores, 5))
+
+
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_layouts_in_memory_change_nothing(length: int) -> None:
+    """Numbers of a row need not be neighbours: query, key and value may be views of any strides."""
+    query, key, value = (torch.randn(1, heads, length, 8) for heads in (4, 2, 2))
+    expiry = (torch.arange(length) + 4).clamp(max=length).int().expand(1, 2, length)
+
+    def turned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack([tensor, torch.full_like(tensor, float("nan"))], -1)[..., 0]
+
+    expected = interval_attention(query, key, value, expiry, backend="reference")
+    for odd in (turned, spread):
+        for given_so in ((odd(query), key, value), (query, odd(key), odd(value)), tuple(map(odd, (query, key, value)))):
+            torch.testing.assert_close(interval_attention(*given_so, turned(expiry[..., None])[..., 0]), expected)

@@ -113,9 +113,10 @@ def _fused_tile(
     seen = ((index[:, :, None, :] <= query_position) & (query_position < alive) & listed[:, :, None, :]).flatten(0, 1)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
     mask = mask[:, None].expand(-1, ratio, -1, -1)
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        queries.flatten(0, 1), k, v, attn_mask=mask, scale=scale
-    )
+    queries = queries.flatten(0, 1)
+    if queries.stride(-1) != 1:  # the kernel reads rows as if their numbers were neighbours, and does not check
+        queries = queries.contiguous()
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, k, v, attn_mask=mask, scale=scale)
     if not bool(output.isfinite().all()):
         return None
     lse = lse.masked_fill(~seen.any(-1)[:, None], float("-inf"))
