@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.studies.judged import pairs_of, window_share
-from dynamask_lab.studies.scratch.study import scratch_name, scratch_summary
+from dynamask_lab.studies.scratch.study import SHARE, scratch_name, scratch_summary
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Section
@@ -30,14 +30,24 @@ _ROLES = {
     "learned, head windows": "best",
     "newest, head windows": "control",
     "learned, slopes, one wide layer": "best",
+    "learned, steep slopes, one wide layer": "best",
+    "scored, one wide layer": "best",
+    "scored, no choice, one wide layer": "control",
+    "random, slopes, one wide layer": "control",
+    "learned, slopes, late head windows": "",
     "sliding + sinks, one wide layer": "control",
     "learned, even": "",
     "learned, slopes, even": "",
     "sliding + sinks": "",
     "sliding + sinks, wide start": "",
 }
+_ONE_WIDE = ("sliding + sinks", "sliding + sinks, one wide layer", "paper")
 _CHOICES = {
-    "learned, slopes, one wide layer": ("sliding + sinks", "sliding + sinks, one wide layer", "paper"),
+    "learned, slopes, one wide layer": _ONE_WIDE,
+    "learned, steep slopes, one wide layer": _ONE_WIDE,
+    "scored, one wide layer": _ONE_WIDE,
+    "random, slopes, one wide layer": _ONE_WIDE,
+    "scored, no choice, one wide layer": _ONE_WIDE,
     "sliding + sinks": (),
 }
 _RIVALS = ("sliding + sinks", "newest, head windows", "paper")
@@ -55,6 +65,13 @@ def report_scratch(records: Sequence[Record], folder: Path) -> Section:
     exhibits = [
         Exhibit("loss", "Loss by form", [record.key for record in records], text, scratch_summary(records)),
     ]
+    told, keys = _causes(records)
+    if told:
+        text = (
+            "Test loss, nats, of the first form less that of the second, seed by seed; the 95% interval. Below zero: the "
+            "first form has the lower loss. Each pair differs in what is named alone."
+        )
+        exhibits.append(Exhibit("causes", "What a difference is due to", keys, text, told))
     slices = [record for record in records if record.result.get("last_use")]
     if slices:
         text = (
@@ -82,6 +99,49 @@ def _by_last_use(records: Sequence[Record]) -> list[dict[str, str]]:
         }
         for name, by_start in sums.items()
     ]
+
+
+_CAUSES = (
+    ("the choice, steep slopes", "learned, steep slopes, one wide layer", "sliding + sinks, one wide layer"),
+    ("the choice, gentle slopes", "learned, slopes, one wide layer", "sliding + sinks, one wide layer"),
+    ("the choice, with scores on the logits", "scored, one wide layer", "scored, no choice, one wide layer"),
+    ("learned ranks instead of random ones", "learned, slopes, one wide layer", "random, slopes, one wide layer"),
+    ("scores and slopes on the logits", "scored, no choice, one wide layer", "sliding + sinks, one wide layer"),
+    ("one wide layer instead of even windows", "sliding + sinks, one wide layer", "sliding + sinks"),
+    ("windows per head, set late", "learned, slopes, late head windows", "learned, slopes, even"),
+    ("narrow windows, one wide", "sliding + sinks, one wide layer", "dense"),
+    ("dense attention's slopes", "dense, slopes", "dense"),
+    ("dense attention's rate, halved", "dense, half rate", "dense"),
+    ("the paper's bias, at the rate of dense attention", "paper, dense rate, w = N", "dense"),
+    ("the paper's bias, both at half the rate", "paper, w = N", "dense, half rate"),
+    ("the paper's bias against slopes", "paper, w = N", "dense, slopes"),
+)
+"""What differs alone, and the two forms of study `scratch`, at the window that decides."""
+
+
+def _at_share(name: str) -> str:
+    """With the window that decides, of a form that has one."""
+    return name if name.startswith("dense") or ", w = " in name else f"{name}, w = N/{SHARE}"
+
+
+def _causes(records: Sequence[Record]) -> tuple[list[dict[str, str]], list[str]]:
+    """Differences between two forms that one thing tells apart, and the keys of their runs."""
+    found: dict[tuple[int, str], list[Record]] = defaultdict(list)
+    for record in records:
+        found[LanguageConfig.of(record.config).parameters, scratch_name(record.config)].append(record)
+    rows, keys = [], []
+    for size in sorted({size for size, _ in found}):
+        for cause, *pair in _CAUSES:
+            first, second = (_at_share(name) for name in pair)
+            ours, theirs = found.get((size, first)), found.get((size, second))
+            if not ours or not theirs:
+                continue
+            gap = _gap(theirs, ours)
+            seeds = len({run.seed for run in ours} & {run.seed for run in theirs})
+            row = {"parameters": f"{size / 1e6:.1f}M", "what differs": cause, "first": first, "second": second}
+            rows.append(row | {"difference": str(gap), "seeds": str(seeds)})
+            keys += [run.key for run in (*ours, *theirs)]
+    return rows, list(dict.fromkeys(keys))
 
 
 def _test_loss(record: Record) -> float:
