@@ -68,7 +68,7 @@ def report_scratch(records: Sequence[Record], folder: Path) -> Section:
     told, keys = _causes(records)
     if told:
         text = (
-            "Test loss, nats, of the first form less that of the second, seed by seed; the 95% interval. Below zero: the "
+            "Test loss, nats, of the first form less that of the second, seed by seed; 95% interval. Below zero: the "
             "first form has the lower loss. Each pair differs in what is named alone."
         )
         exhibits.append(Exhibit("causes", "What a difference is due to", keys, text, told))

@@ -39,6 +39,10 @@ layer`, with 12.1% of dense attention's pairs, and `learned, steep slopes, one w
 ended, in which the newest keys beat ranks with slopes. They are to lie at most 0.01 nats above `dense`, and below
 `sliding + sinks`, `sliding + sinks, one wide layer` and `paper`. The other forms of that size are controls, which tell
 what a difference is due to: the learning rate, the slopes, the scores, the windows or the choice.
+
+Size `4M-rates`, named before its runs: in `4M-judged` the one dense run at half the rate that ended was far better than
+the three at the rate of study `scaling`, whose steps held more tokens. So the best form of `4M-judged`, `scored, one
+wide layer`, is judged at half the rate against `dense` at half of it, by the same rule.
 """
 
 from __future__ import annotations
@@ -72,7 +76,7 @@ SHAPES: dict[str, Config] = {
 _RATES = {"1M": 3e-3, "4M": 2.1e-3, "10M": 1.7e-3, "20M": 1.5e-3, "21M": 1.4e-3}
 RATE_FACTORS = {
     **{"paper": 0.5, "mla": 2.0, "nsa": 2.0},
-    **{"dense, half rate": 0.5, "paper, dense rate": 1.0},
+    "paper, dense rate": 1.0,
 }
 """Of the rate of the others, by study `scaling`; for mla and nsa the edge of its grid. Controls change it."""
 _BASE_RATES = {SHAPES[name]["width"]: rate for name, rate in _RATES.items()}
@@ -198,9 +202,9 @@ def scratch_name(settings: Config) -> str:
     """The name of a run's form."""
     attention = settings["attention"]
     factor = settings["learning_rate"] / _BASE_RATES.get(settings["width"], settings["learning_rate"])
+    slower = ", quarter rate" if factor < 0.375 else ", half rate" if factor < 0.75 else ""
     if attention == "mha":
-        half = ", half rate" if factor < 0.75 else ""
-        return "dense, slopes" if settings.get("distance_penalty") else f"dense{half}"
+        return f"dense{', slopes' if settings.get('distance_penalty') else ''}{slower}"
     if attention in ("mla", "nsa"):
         return attention
     uneven = settings.get("layer_windows") and not isinstance(settings["layer_windows"][0], list)
@@ -213,11 +217,15 @@ def scratch_name(settings: Config) -> str:
             return f"newest, head windows, {at}"
         if attention == "dma" and not learned:
             choice = "" if settings.get("ranking") == "attention" else ", no choice"
-            return f"scored{choice}, one wide layer, {at}"
+            return f"scored{choice}{slower}, one wide layer, {at}"
         ranks = "random" if settings.get("random_ranks") else "learned"
-        return f"{ranks}{slopes}, one wide layer, {at}" if learned else f"sliding + sinks, one wide layer, {at}"
+        return f"{ranks}{slopes}, one wide layer, {at}" if learned else f"sliding + sinks{slower}, one wide layer, {at}"
     if attention == "swa":
-        return f"sliding + sinks, wide start, {at}" if settings.get("window_schedule") else f"sliding + sinks, {at}"
+        return (
+            f"sliding + sinks, wide start, {at}"
+            if settings.get("window_schedule")
+            else f"sliding + sinks{slower}, {at}"
+        )
     if learned and settings.get("calibrate_at"):
         late = ", late" if settings["calibrate_at"] > CALIBRATED_AT else ","
         return f"learned{slopes}{late} head windows, {at}"
@@ -250,6 +258,8 @@ def _runs(made: Mapping[str, Config], shape: str, length: int, seeds: Sequence[i
 def _rate_factor(name: str) -> float:
     """Of a form's name without its window, or of the first part of it."""
     own = name.rpartition(", w =")[0] or name
+    if "half rate" in own or "quarter rate" in own:
+        return 0.5 if "half rate" in own else 0.25
     return RATE_FACTORS.get(own, RATE_FACTORS.get(own.partition(",")[0], 1.0))
 
 
@@ -266,6 +276,22 @@ def judged(length: int, groups: int = 2) -> dict[str, Config]:
     )
     every = {**known, **new, **control}
     return {name: every[name] for name in order} | {"nsa": {"attention": "nsa", "window": length // 8}}
+
+
+def rates(length: int) -> dict[str, Config]:
+    """The forms that decide at half the rate, and dense attention at a quarter of it, too."""
+    new, control, at = added(length), controls(length), _at(length // SHARE, length)
+    scored, wide = control[f"scored, one wide layer, {at}"], new[f"sliding + sinks, one wide layer, {at}"]
+    return {
+        "dense, half rate": {"attention": "mha"},
+        f"scored, half rate, one wide layer, {at}": scored,
+        f"sliding + sinks, half rate, one wide layer, {at}": wide,
+        "paper, w = N": paper(length),
+        "dense, quarter rate": {"attention": "mha"},
+        f"scored, no choice, half rate, one wide layer, {at}": control[f"scored, no choice, one wide layer, {at}"],
+        "dense, slopes, half rate": control["dense, slopes"],
+        f"sliding + sinks, half rate, {at}": chosen(length, SHARE)[f"sliding + sinks, {at}"],
+    }
 
 
 def shares(length: int) -> dict[str, Config]:
@@ -307,6 +333,7 @@ SIZES = {
     "4M-added": lambda: _runs(_with_rivals(4096), "4M", 4096, (0, 1, 2), tokens_per_parameter=12.0),
     # Half the tokens of a step, so that as many tokens are more steps: what copies forms after some hundred of them.
     "4M-judged": lambda: _judged("4M", judged(4096) | shares(4096), 12.0),
+    "4M-rates": lambda: _judged("4M", rates(4096), 10.0),
     "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
     "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
     "windows": lambda: _runs(by_window(4096), "1M", 4096, (0, 1, 2)),
