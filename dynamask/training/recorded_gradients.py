@@ -6,10 +6,13 @@ gives them out decides the time of a step; recorded, the GPU does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from dynamask.errors import InvalidInputError
 
@@ -20,9 +23,9 @@ _WARM_UP = 3
 class RecordedGradients:
     """Computes loss and gradients by replaying what was recorded.
 
-    The passes must not look at the data on the host: no padding masks and no packed documents in converted models, and
-    no dropout that must differ (the generator's state is registered, as `torch.cuda.graph` does it). Checkpointed
-    layers need `gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}`.
+    The passes must not look at the data on the host: no padding masks and no packed documents. Transformers' search for
+    the latter is left out while recording. Checkpointed layers need
+    `gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}`.
 
         step = RecordedGradients(lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
                                  model.parameters(), ids)
@@ -32,7 +35,7 @@ class RecordedGradients:
             optimizer.zero_grad(set_to_none=True)
 
     Args:
-        loss_of: computes a scalar from the inputs.
+        loss_of: computes a scalar from the inputs, or a tuple of the scalar and further tensors to return.
         parameters: those whose gradients are wanted; their `grad` must be None.
         inputs: tensors on the GPU, of the shapes and dtypes of all later calls. They are used for warming up.
 
@@ -40,23 +43,25 @@ class RecordedGradients:
         InvalidInputError: inputs that are not on a GPU, or parameters with gradients.
     """
 
-    def __init__(self, loss_of: Callable[..., Tensor], parameters: Iterable[nn.Parameter], *inputs: Tensor) -> None:
+    def __init__(self, loss_of: Callable[..., Any], parameters: Iterable[nn.Parameter], *inputs: Tensor) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         check_recordable(self._parameters, inputs)
         self._inputs = [tensor.clone() for tensor in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(aside), _without_search():
             for _ in range(_WARM_UP):
-                loss_of(*self._inputs).backward()
+                _scalar(loss_of(*self._inputs)).backward()
                 self._clear()
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph):
-                loss = loss_of(*self._inputs)
-                loss.backward()
-            self._loss = loss.detach()
+            with _without_search(), torch.cuda.graph(self.graph):
+                results = loss_of(*self._inputs)
+                _scalar(results).backward()
+            self._results: Any = (
+                tuple(each.detach() for each in results) if isinstance(results, tuple) else results.detach()
+            )
             self._gradients = [parameter.grad for parameter in self._parameters]
         finally:
             self._clear()
@@ -66,8 +71,8 @@ class RecordedGradients:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Return the loss of these inputs, and put the gradients into `grad` of the parameters.
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Return what `loss_of` returned for these inputs, and put the gradients into `grad` of the parameters.
 
         The gradients stay valid until the next call.
 
@@ -91,7 +96,33 @@ class RecordedGradients:
         self.graph.replay()
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
-        return self._loss.clone()
+        results = self._results
+        return tuple(each.clone() for each in results) if isinstance(results, tuple) else results.clone()
+
+
+def _scalar(results: Any) -> Any:
+    return results[0] if isinstance(results, tuple) else results
+
+
+@contextlib.contextmanager
+def _without_search() -> Iterator[None]:
+    """Keep transformers from looking for packed documents, and from making masks because it sees a recording."""
+    own: dict[str, Any] = {
+        name: getattr(masking_utils, name, None) for name in ("find_packed_sequence_indices", "is_tracing")
+    }
+    replaced: dict[str, Any] = {
+        "find_packed_sequence_indices": lambda position_ids: None,
+        "is_tracing": lambda *tensors: False,
+    }
+    try:
+        for name, function in replaced.items():
+            if own[name] is not None:
+                setattr(masking_utils, name, function)
+        yield
+    finally:
+        for name, function in own.items():
+            if function is not None:
+                setattr(masking_utils, name, function)
 
 
 _GRADIENTS_LEFT = (

@@ -12,4 +12,4 @@ if [ "$profile" -gt 0 ]; then
 fi
 # shellcheck disable=SC2086
 timeout "$rows" python3 lab/scripts/decode_gpu.py --out "$out" --seconds $((rows - 8)) --parts $parts \
-    >"$out/rows-log.txt" 2>&1
+    >>"$out/rows-log.txt" 2>&1

@@ -157,6 +157,10 @@ def _starts(offsets: tuple[int, ...], batch: int) -> tuple[int, tuple[int, ...]]
     share = triton.cdiv((offsets[-1] - offsets[0]) * batch, _PROGRAMS)
     share = max(share, *(triton.cdiv(stop - start, _MOST_SPLITS) for start, stop in itertools.pairwise(offsets)))
     part = max(_LEAST, triton.cdiv(share, _SLOTS) * _SLOTS)
+    sizes = [stop - start for start, stop in itertools.pairwise(offsets)]
+    # Every head's last split is short. A few programs more than the GPU holds would take as long as twice as many.
+    while part < max(sizes) and sum(triton.cdiv(size, part) for size in sizes) * batch > _PROGRAMS:
+        part += _SLOTS
     starts = [0]
     for start, stop in itertools.pairwise(offsets):
         starts.append(starts[-1] + triton.cdiv(stop - start, part))
