@@ -271,6 +271,10 @@ def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expiry, "_WAYS", 4)
     monkeypatch.setattr(expiry, "_CHUNKS", ((expiry.LONGEST, 32, 1),))
     monkeypatch.setattr(expiry, "_BINS", 3)
+    monkeypatch.setattr(expiry, "_FLOORS", (8, 16, 32))
+    monkeypatch.setattr(expiry, "_SIFTED", 32)
+    monkeypatch.setattr(expiry, "_FILTERED_RUN", (64, 1, 4))
+    monkeypatch.setattr(expiry, "_PROGRAMS", 3)
     monkeypatch.setattr(lists, "_RUNS", ((1 << 62, 32),))
     monkeypatch.setattr(lists, "_LARGE", ((1 << 62, 64),))
 
@@ -301,20 +305,24 @@ def expiry_problems(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], dict]:
 
 
 @settings(
-    max_examples=300 if GPU else 25,
+    max_examples=200 if GPU else 13,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(expiry_problems())
 def test_expiry_is_the_definition(small_cuts: None, problem: tuple[torch.Tensor, list[int], dict]) -> None:
+    from dynamask.ops.triton import expiry as expiry_kernels
     from dynamask.ops.triton.expiry import contested_expiry
 
     scores, window, facts = problem
     expected = key_expiry_by_definition(scores, window, **facts)
     segments, mask = (None if t is None else t.to(DEVICE) for t in (facts["segment_ids"], facts["key_mask"]))
     counts = [each - facts["local"] for each in window]
-    actual = contested_expiry(scores.to(DEVICE), counts, facts["local"], facts["sinks"], segments, mask)
-    assert torch.equal(actual.cpu(), expected)
+    for filtered_from in (1, 1 << 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(expiry_kernels, "_FILTER", (filtered_from, 0))
+            actual = contested_expiry(scores.to(DEVICE), counts, facts["local"], facts["sinks"], segments, mask)
+        assert torch.equal(actual.cpu(), expected)
 
 
 @pytest.mark.parametrize("kind", ["random", slow("ties"), slow("rising"), slow("falling")])
@@ -349,6 +357,7 @@ def test_expiry_of_other_dtypes(dtype: torch.dtype) -> None:
 
 def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: Sequence[int]) -> None:
     """Each list holds exactly the keys of its block, at the end where they belong; twice the same."""
+    from dynamask.ops.triton import lists as list_kernels
     from dynamask.ops.triton.lists import build_lists
 
     lists, again = (build_lists(expiry.to(DEVICE), queries, block, max_live) for _ in range(2))
@@ -359,11 +368,17 @@ def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: Sequ
             start = length - queries + number * block
             stop = min(start + block, length)
             seen = (position < stop) & (dies > position.clamp(min=start))
+            exact = length > list_kernels.DIRECT or not max_live
             by_all = seen & (position <= start) & (dies >= stop)
             whole, partial = int(lists.whole[row, number]), int(lists.partial[row, number])
             entries, others = lists.of(row, number).cpu(), again.of(row, number).cpu()
-            assert torch.equal(entries[:whole].sort().values, position[by_all].int())
-            assert torch.equal(entries[len(entries) - partial :].sort().values, position[seen & ~by_all].int())
+            front, back = entries[:whole].long(), entries[len(entries) - partial :].long()
+            assert torch.equal(torch.cat([front, back]).sort().values, position[seen])
+            assert by_all[front].all()
+            # Lists that come from the runs test the keys that expire as the block ends.
+            assert (~by_all | (dies == stop))[back].all()
+            if exact:
+                assert not by_all[back].any()
             assert torch.equal(entries[:whole], others[:whole])
             assert torch.equal(entries[len(entries) - partial :], others[len(others) - partial :])
 
@@ -373,12 +388,27 @@ def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: Sequ
     ("length", "queries", "block", "window", "local"),
     [slow(200, 200, 16, 40, 0), slow(333, 170, 48, 100, 30), (90, 1, 16, 7, 7), (1, 1, 16, 1, 0)],
 )
-def test_lists(small_cuts: None, kind: str, length: int, queries: int, block: int, window: int, local: int) -> None:
+@pytest.mark.parametrize("direct", [True, slow(False)])
+def test_lists(
+    small_cuts: None,
+    monkeypatch: pytest.MonkeyPatch,
+    direct: bool,
+    kind: str,
+    length: int,
+    queries: int,
+    block: int,
+    window: int,
+    local: int,
+) -> None:
+    from dynamask.ops.triton import lists as list_kernels
+
+    if not direct:
+        monkeypatch.setattr(list_kernels, "DIRECT", 0)
     scores = scores_of(kind, (1, 2, length), torch.Generator().manual_seed(0))
     mask = torch.rand(1, length, generator=torch.Generator().manual_seed(1)) < 0.9
     expiry = key_expiry(scores, window, local=local, key_mask=mask)
     checked_lists(expiry, queries, block, [window] * 2)
-    if kind == "random":
+    if kind == "random" and not direct:
         checked_lists(expiry, queries, block, ())
 
 

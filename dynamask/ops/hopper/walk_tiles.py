@@ -69,7 +69,7 @@ def walk_tiles(expiry: Tensor, spans: SpanLists, num_queries: int, keys: int, st
         overhead: steps that a walk counts for besides its own.
     """
     batch, groups, length = expiry.shape
-    rows, slabs, number = batch * groups, triton.cdiv(length, _SLAB), spans.counts.shape[1]
+    rows, slabs, number = batch * groups, triton.cdiv(length, _SLAB), spans.whole.shape[1]
     near, per_span = triton.cdiv(length, keys), triton.cdiv(max(spans.capacities), keys)
     slots = near + number * per_span
 
@@ -83,7 +83,8 @@ def walk_tiles(expiry: Tensor, spans: SpanLists, num_queries: int, keys: int, st
     _fill_spans[(number, rows)](
         expiry,
         spans.index,
-        spans.counts,
+        spans.whole,
+        spans.partial,
         spans.table,
         short,
         order,
@@ -219,7 +220,8 @@ def _few_short(short, row, length, slabs, SLABS_PAD: tl.constexpr):
 def _fill_spans(
     expiry,
     index,
-    counts,
+    whole_counts,
+    partial_counts,
     table,
     short,
     order,
@@ -248,8 +250,8 @@ def _fill_spans(
     start_of_list, capacity = list_of(table, row // GROUPS, row % GROUPS, span, spans, entries, GROUPS)
     source = index + start_of_list
     out = order + (row * slots + near + span * per_span) * KEYS
-    whole = tl.minimum(tl.load(counts + (row * spans + span) * 2), capacity)
-    partial = tl.minimum(tl.load(counts + (row * spans + span) * 2 + 1), capacity)
+    whole = tl.minimum(tl.load(whole_counts + row * spans + span), capacity)
+    partial = tl.minimum(tl.load(partial_counts + row * spans + span), capacity)
     t = tl.arange(0, PART)
     placed = 0
     for begin in range(0, whole, PART):

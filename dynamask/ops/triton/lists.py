@@ -10,7 +10,8 @@ alone. The order within each kind is the same every time, but not that of positi
 No list is found by looking at all keys. Sort the keys of each run of positions by expiry, the last first: then those
 of the run that see the start of a large block of queries are the run's first so many, a number that one table holds
 for all runs and large blocks, and a large block's list is put together from the fronts of the runs before it. Most of
-it every query of the large block sees; the blocks inside copy that part, and look at the rest alone.
+it every query of the large block sees; the blocks inside copy that part, and look at the rest alone. On short rows the
+table holds every block, and the blocks take their lists from the runs themselves: one launch less.
 """
 
 from __future__ import annotations
@@ -31,12 +32,20 @@ ROWS = 128
 _STEP = 1024
 """Entries of a list handled at a time."""
 
+_DIRECT_STEP = 512
+"""The same where the blocks take their lists from the runs."""
+
+_DIRECT_WARPS = 4
+"""Warps of a program that takes a block's list from the runs."""
+
 _LARGE = ((1 << 14, 512), (1 << 62, 1024))
 """Up to this many keys: queries of a large block, at most."""
 
 _RUNS = ((1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
 """Up to this many keys: keys of a run."""
 
+DIRECT = 1 << 15
+"""Up to this many keys blocks take their lists from the runs where no lists of large blocks are asked for."""
 
 _UNIT = 16
 """Lists begin and end at multiples of this, which lets the kernels move four entries at once."""
@@ -93,14 +102,16 @@ class SpanLists(NamedTuple):
     Attributes:
         index: (B · spans · entries,) int32 positions; in each list whole-block keys from the front, the others from the
             back.
-        counts: (B·G, spans, 2) int32, how many stand at the front and at the back.
+        whole: (B·G, spans) int32, how many stand at the front.
+        partial: (B·G, spans) int32, how many at the back.
         span: queries per large block.
         table: as `KeyLists.table`.
         capacities: entries of a list of each of the G heads.
     """
 
     index: Tensor  # type: ignore[assignment]  # not the tuple method
-    counts: Tensor
+    whole: Tensor
+    partial: Tensor
     span: int
     table: Tensor
     capacities: tuple[int, ...]
@@ -123,7 +134,98 @@ def rows_of(dim: int, element_size: int) -> int:
 
 def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence[int]) -> KeyLists:
     """Build the lists; arguments as in `build_lists_and_spans`."""
-    return build_lists_and_spans(expiry, num_queries, block, max_live)[0]
+    batch, groups, length = expiry.shape
+    if length > DIRECT or not max_live:
+        return build_lists_and_spans(expiry, num_queries, block, max_live)[0]
+    capacities = _capacities([live + block for live in max_live], length)
+    table = _layout(capacities, expiry.device, keep=True)
+    blocks = triton.cdiv(num_queries, block)
+    runs = _sort(expiry, num_queries, block, blocks)
+    index = torch.empty(batch * blocks * sum(capacities), dtype=torch.int32, device=expiry.device)
+    whole, partial = torch.empty(2, batch * groups, blocks, dtype=torch.int32, device=expiry.device)
+    counts, sizes = (whole, partial), {"step": _DIRECT_STEP, "warps": _DIRECT_WARPS}
+    _collect(expiry, runs, index, counts, table, capacities, num_queries, block, write=True, **sizes)
+    return KeyLists(index, whole, partial, block, table, capacities)
+
+
+class _Runs(NamedTuple):
+    """The keys of each run of positions by expiry; `alive` as in `_sort_by_expiry`."""
+
+    by_expiry: Tensor
+    alive: Tensor
+    run: int
+
+
+def _sort(expiry: Tensor, num_queries: int, large: int, large_blocks: int) -> _Runs:
+    """Sort the keys of each run by expiry, and count those that see the start of each block of `large` queries."""
+    batch, groups, length = expiry.shape
+    rows = batch * groups
+    run = next(run for longest, run in _RUNS if length <= longest)
+    runs = triton.cdiv(length, run)
+    by_expiry = torch.empty(rows, length, dtype=torch.int32, device=expiry.device)
+    alive = torch.empty(rows, runs, large_blocks + 1, dtype=torch.int16, device=expiry.device)
+    _sort_by_expiry[(runs, rows)](
+        expiry,
+        by_expiry,
+        alive,
+        torch.empty(rows, runs, run, dtype=torch.int32, device=expiry.device),
+        length,
+        length - num_queries,
+        large,
+        large_blocks,
+        RUN=run,
+        LOG=run.bit_length() - 1,
+        WIDE=(length + 1) * run >= 1 << 31,
+        BLOCKS=128,
+        num_warps=4,
+    )
+    return _Runs(by_expiry, alive, run)
+
+
+def _collect(
+    expiry: Tensor,
+    runs: _Runs,
+    out: Tensor,
+    counts: tuple[Tensor, Tensor],
+    table: Tensor,
+    capacities: tuple[int, ...],
+    num_queries: int,
+    large: int,
+    step: int,
+    write: bool,
+    warps: int = 4,
+) -> None:
+    """Put the lists of blocks of `large` queries together from the runs; without `write` count them alone."""
+    length = expiry.shape[2]
+    rows, number, blocks_and_one = runs.alive.shape
+    runs_pad = max(32, triton.next_power_of_2(number))
+    blocks = blocks_and_one - 1
+    _large[(blocks, rows)](
+        expiry,
+        runs.by_expiry,
+        runs.alive,
+        torch.empty(rows, blocks, 2, runs_pad, dtype=torch.int32, device=expiry.device),
+        out,
+        *counts,
+        table,
+        length,
+        length - num_queries,
+        blocks,
+        number,
+        sum(capacities),
+        GROUPS=expiry.shape[1],
+        RUN=runs.run,
+        RUNS_PAD=runs_pad,
+        LARGE=large,
+        STEP=step,
+        WRITE=write,
+        num_warps=warps,
+    )
+
+
+def _capacities(sizes: Sequence[int], length: int) -> tuple[int, ...]:
+    """Entries of a list of each head, of which at most so many are needed."""
+    return tuple(max(_UNIT, triton.cdiv(min(size, length), _UNIT) * _UNIT) for size in sizes)
 
 
 def build_lists_and_spans(
@@ -142,76 +244,32 @@ def build_lists_and_spans(
     rows = batch * groups
     large = next(large for longest, large in _LARGE if length <= longest) // block * block  # no block lies in two
     blocks, large_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, large)
-    run = next(run for longest, run in _RUNS if length <= longest)
-    runs = triton.cdiv(length, run)
-    first = length - num_queries
 
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=expiry.device)
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=expiry.device)
 
-    by_expiry, alive = empty(rows, length), empty(rows, runs, large_blocks + 1, dtype=torch.int16)
-    _sort_by_expiry[(runs, rows)](
-        expiry,
-        by_expiry,
-        alive,
-        empty(rows, runs, run),
-        length,
-        first,
-        large,
-        large_blocks,
-        RUN=run,
-        LOG=run.bit_length() - 1,
-        WIDE=(length + 1) * run >= 1 << 31,
-        BLOCKS=128,
-        num_warps=4,
-    )
-    runs_pad = max(32, triton.next_power_of_2(runs))
-    through, counts = empty(rows, large_blocks, 2, runs_pad), empty(rows, large_blocks, 2)
-
-    def build_large(out: Tensor, capacities: tuple[int, ...], write: bool) -> None:
-        _large[(large_blocks, rows)](
-            expiry,
-            by_expiry,
-            alive,
-            through,
-            out,
-            counts,
-            _layout(capacities, expiry.device, keep=bool(max_live)),
-            length,
-            first,
-            large_blocks,
-            runs,
-            sum(capacities),
-            GROUPS=groups,
-            RUN=run,
-            RUNS_PAD=runs_pad,
-            LARGE=large,
-            STEP=_STEP,
-            WRITE=write,
-            num_warps=4,
-        )
-
+    runs = _sort(expiry, num_queries, large, large_blocks)
+    counts = (empty(rows, large_blocks), empty(rows, large_blocks))
     if max_live:
         sizes, fine_sizes = ([live + queries for live in max_live] for queries in (large, block))
     else:
-        build_large(by_expiry, (_UNIT,) * groups, write=False)
-        sizes = fine_sizes = counts.sum(-1).view(batch, groups, -1).amax((0, 2)).tolist()
-    large_capacities, capacities = (
-        tuple(max(_UNIT, triton.cdiv(min(size, length), _UNIT) * _UNIT) for size in chosen)
-        for chosen in (sizes, fine_sizes)
-    )
+        smallest = (_UNIT,) * groups
+        unwritten = _layout(smallest, expiry.device, keep=False)
+        _collect(expiry, runs, runs.by_expiry, counts, unwritten, smallest, num_queries, large, _STEP, write=False)
+        sizes = fine_sizes = (counts[0] + counts[1]).view(batch, groups, -1).amax((0, 2)).tolist()
+    large_capacities, capacities = _capacities(sizes, length), _capacities(fine_sizes, length)
+    large_table = _layout(large_capacities, expiry.device, keep=bool(max_live))
     large_index = empty(batch * large_blocks * sum(large_capacities))
-    build_large(large_index, large_capacities, write=True)
+    _collect(expiry, runs, large_index, counts, large_table, large_capacities, num_queries, large, _STEP, write=True)
     index, whole, partial = empty(batch * blocks * sum(capacities)), empty(rows, blocks), empty(rows, blocks)
     table = _layout(capacities, expiry.device, keep=bool(max_live))
-    large_table = _layout(large_capacities, expiry.device, keep=bool(max_live))
     _fine[(blocks, rows)](
         expiry,
         large_index,
-        counts,
+        *counts,
         large_table,
         length,
-        first,
+        length - num_queries,
         large_blocks,
         sum(large_capacities),
         blocks,
@@ -226,7 +284,7 @@ def build_lists_and_spans(
         STEP=_STEP,
         num_warps=4,
     )
-    spans = SpanLists(large_index, counts, large, large_table, large_capacities)
+    spans = SpanLists(large_index, *counts, large, large_table, large_capacities)
     return KeyLists(index, whole, partial, block, table, capacities), spans
 
 
@@ -315,7 +373,8 @@ def _large(
     alive,
     through,
     index,
-    counts,
+    whole_counts,
+    partial_counts,
     table,
     length,
     first_query,
@@ -370,8 +429,8 @@ def _large(
         key = begin + tl.arange(0, STEP)
         dies = tl.load(expiry + key, mask=key < stop, other=0)
         whole, partial = _append(out, key, dies, start, stop, key < stop, whole, partial, capacity, WRITE)
-    tl.store(counts + entry * 2, whole)
-    tl.store(counts + entry * 2 + 1, partial)
+    tl.store(whole_counts + entry, whole)
+    tl.store(partial_counts + entry, partial)
 
 
 @triton.jit
@@ -393,7 +452,8 @@ def _append(out, key, dies, start, stop, there, whole, partial, capacity, WRITE:
 def _fine(
     expiry,
     large_index,
-    counts,
+    large_whole,
+    large_partial,
     large_table,
     length,
     first_query,
@@ -423,8 +483,8 @@ def _fine(
     source = large_index + start_of_source
     start_of_list, capacity = list_of(table, batch, group, block, blocks, entries, GROUPS)
     out = index + start_of_list
-    num_whole = tl.minimum(tl.load(counts + parent * 2), large_capacity)
-    listed = tl.minimum(tl.load(counts + parent * 2 + 1), large_capacity)
+    num_whole = tl.minimum(tl.load(large_whole + parent), large_capacity)
+    listed = tl.minimum(tl.load(large_partial + parent), large_capacity)
     for begin in range(0, num_whole, STEP):
         slot = begin + tl.arange(0, STEP)
         key = tl.load(source + slot, mask=slot < num_whole)
