@@ -3,15 +3,23 @@
     PYTHONPATH=.:lab python lab/scripts/compile_kernels.py [expiry] [lists] [hopper] [step]
 
 The interpreter runs kernels that Triton refuses to compile: this finds them before a GPU has to. Nothing is launched,
-and no result is looked at. One line per kernel; exit code 1 if any does not compile.
+and no result is looked at. Machine code with a predicated REDUX fails, too: where both branches of an `if` give numbers
+and one of them reduces inside a warp, ptxas 12.8 has predicated the reduction by a register that it had overwritten.
+One line per kernel; exit code 1 if any fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +34,16 @@ from triton.runtime.jit import JITFunction
 TARGET = GPUTarget("cuda", 90, 32)
 _done: dict[str, float] = {}
 _failed: list[str] = []
+
+
+def predicated_reductions(cubin: bytes) -> list[str]:
+    """Return the machine code's lines that reduce a warp's numbers under a predicate."""
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        code = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return [line.strip() for line in code.splitlines() if re.search(r"@!?U?P\d\s+REDUX", line)]
 
 
 class _NoDevice:
@@ -56,6 +74,8 @@ def compile_alone() -> None:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
             if kernel is not None and "cubin" not in kernel.asm:
                 raise RuntimeError("no machine code")
+            if kernel is not None and (found := predicated_reductions(kernel.asm["cubin"])):
+                raise RuntimeError(f"predicated reduction, {found[0]}")
         except Exception as error:
             _failed.append(name)
             print(f"FAILED {name}: {type(error).__name__}: {error}"[-1500:], flush=True)
@@ -66,6 +86,30 @@ def compile_alone() -> None:
     JITFunction.run = compiled  # type: ignore[method-assign]
 
 
+@contextmanager
+def short_tables() -> Iterator[None]:
+    """The tables of the tests: kernels of one warp."""
+    from dynamask.ops.triton import expiry as kernels
+
+    longest = kernels.LONGEST
+    short = {
+        "_RUNS": ((longest, 64, 1),),
+        "_CHUNKS": ((longest, 32, 1),),
+        "_FLOORS": (8, 16, 32),
+        "_SIFTED": 32,
+        "_FILTERED_RUN": (64, 1, 4),
+        "_FILTER": (1, 0),
+    }
+    before = {name: getattr(kernels, name) for name in short}
+    for name, value in short.items():
+        setattr(kernels, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(kernels, name, value)
+
+
 def expiry() -> None:
     """Expiry in every layout, at lengths of every table's rows."""
     from dynamask.ops.triton.expiry import contested_expiry
@@ -74,6 +118,9 @@ def expiry() -> None:
         scores = torch.zeros(1, groups, length)
         mask, segments = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.long)
         contested_expiry(scores, [512] * groups, 0, 0)
+        if length < 32768:
+            with short_tables():
+                contested_expiry(scores[:, :, :33], [1] * groups, 0, 0)
         if length == 32768:
             contested_expiry(scores, [512, 700, 900, 40000], 8, 4, None, mask)
             contested_expiry(scores, [512] * 4, 8, 4)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Check and time the attention kernels on one Hopper GPU in about five minutes; wheels of pytest and peers in .whl/.
 #   bash lab/scripts/kernel_call.sh OUT [SECONDS] [CHECKS]
-# Logs and JSON go to OUT, short tables to the output. Checks compile in 16 processes for CHECKS seconds; then come the
+# Logs and JSON go to OUT, short tables to the output. Checks compile in 24 processes for CHECKS seconds; then come the
 # times. What does not fit into SECONDS is left out, from the end.
 set -u
 out=$1
@@ -31,15 +31,18 @@ tests() { # name keyword file...
     shift 2
     start "tests-$name" python3 -m pytest -vv --tb=short -p no:cacheprovider -k "$keyword" "$@"
 }
+start mask python3 lab/scripts/kernel_mask.py --prepare
 start compile $times --compile-only --no-peers --only "$cases"
 for part in 0 2 3; do start "checks-$part" python3 lab/scripts/kernel_checks.py --runs 0 --part $part/6; done
 start memcheck compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py --stages 4
 tests slowest "hopper_backward and 8-1-128-dtype1" $kernel_tests
-tests layer "never_waits and True" tests/mixers/test_launch_sequence.py
-tests nsa "nsa_trains or expiry_of or lists" tests/mixers/test_gpu.py $kernel_tests
+for shard in 0 1 2; do tests "layer-$shard" "never_waits and True" --shard $shard/3 tests/mixers/test_launch_sequence.py; done
+tests nsa "nsa_trains" tests/mixers/test_gpu.py
+tests lists "lists" $kernel_tests
+tests expiry-of "expiry_of" $kernel_tests
 tests expiry "expiry_is_the_definition" $kernel_tests
-for shard in 0 1 2 3; do
-    tests "half-$shard" "hopper and (dtype0 or 32-dtype) and not odd_pieces" --shard $shard/4 $kernel_tests
+for shard in 0 1 2 3 4 5 6 7; do
+    tests "half-$shard" "hopper and (dtype0 or 32-dtype) and not odd_pieces" --shard $shard/8 $kernel_tests
 done
 for shard in 0 1; do
     tests "pieces-$shard" "odd_pieces and (chunk-3 or alone-3 or spans-3 or legs-3)" --shard $shard/2 $kernel_tests
@@ -50,7 +53,8 @@ for job in "${jobs[@]}"; do
     [ $code = 0 ] || echo "${job%:*} exit $code ($SECONDS s)"
 done
 echo "checks ok: $(cat "$logs"/checks-*.txt | grep -ac ^ok); passed: $(cat "$logs"/tests-*.txt | grep -ac PASSED)"
-grep -ah "^WRONG\|Error\|Warning" "$logs"/checks-*.txt | cut -c1-250 | tail -8
+grep -ah "^WRONG\|Error\|Warning" "$logs"/checks-*.txt "$logs/mask.txt" | cut -c1-250 | tail -8
+grep -ah "^wrong\|WRONG" "$logs/mask.txt" | cut -c1-250 | tail -3
 grep -ah "FAILED\|^E  " "$logs"/tests-*.txt | cut -c1-170 | tail -24
 grep -ah "error\|ERROR\|done" "$logs/memcheck.txt" | cut -c1-120 | tail -4
 tail -qn 1 "$logs"/tests-*.txt | cut -c1-120
@@ -60,6 +64,7 @@ echo "== times ($SECONDS s)"
 timeout "$(left)" $times --out "$out/kernels-times.json" --only "$cases" 2>&1 | grep -av Warning | cut -c1-420
 keep
 echo "== mask ($SECONDS s)"
+timeout "$(left)" python3 lab/scripts/kernel_mask.py --out "$out/kernels-mask.json" --seconds 60 2>&1 | cut -c1-420
 timeout "$(left)" $times --mask --out "$out/kernels-share.json" 2>&1 | cut -c1-200
 echo "== short rows ($SECONDS s)"
 timeout "$(left)" $times --dense --out "$out/kernels-short.json" 2>&1 | cut -c1-420
