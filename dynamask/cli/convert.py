@@ -64,7 +64,7 @@ def convert_upcycle(
     ] = "loss",
     distill_rate: Annotated[
         float, typer.Option(help="Highest learning rate of the distillation. Larger models want a lower one.")
-    ] = 2e-4,
+    ] = 4e-4,
     label_share: Annotated[
         float, typer.Option(help="Share of the texts' own next tokens in the distillation's loss, 0 to 1.")
     ] = 0.0,

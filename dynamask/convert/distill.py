@@ -42,7 +42,7 @@ def distill(
     blocks: Iterable[Tensor],
     *,
     steps: int = 400,
-    learning_rate: float = 2e-4,
+    learning_rate: float = 4e-4,
     rank_learning_rate: float = 3e-4,
     warmup: int | None = None,
     temperature: float = 1.0,
@@ -74,8 +74,8 @@ def distill(
             `model`, as after `upcycle(copy_weights=False)`, a copy of it is made first.
         blocks: iterable of (B, N) token ids; a list is read again from its beginning.
         steps: batches to train on. The default is that of the conversion study, with batches of 4 blocks of 8,192.
-        learning_rate: highest rate of the model. Larger models than the one of the study want a lower one; with twice
-            the steps, twice the rate came closer to the teacher there.
+        learning_rate: highest rate of the model. The default came closest to the teacher in the conversion study;
+            larger models than those of the study want a lower one.
         rank_learning_rate: highest rate of the rank predictors; 0 leaves them as they are.
         warmup: steps of linear warm-up; None: a twentieth of the steps, at most 20.
         temperature: of both distributions.

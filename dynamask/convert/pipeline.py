@@ -70,7 +70,7 @@ class Conversion:
     batch: int = 4
     rank_steps: int = 300
     distill_steps: int = 0
-    distill_rate: float = 2e-4
+    distill_rate: float = 4e-4
     allocation: str = "loss"
     label_share: float = 0.0
     start_windows: float = 1.0
