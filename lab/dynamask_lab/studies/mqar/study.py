@@ -565,7 +565,7 @@ def published_forms(heads: int) -> list[Config]:
     nats = np.geomspace(*_NATS, heads) if heads > 1 else [_NATS[0]]
     slopes = [round(8192 * float(each) / longest) / 8192 for each in nats]
     paper: Config = {"attention": "dma", "window": PUBLISHED_WINDOW, "local": 0, "recency": 0.0}
-    return [{"attention": "mha"}, {**learned, **wide}, sliding, paper, {**learned, **wide, "slopes": slopes}]
+    return [{"attention": "mha"}, {**learned, **wide, "slopes": slopes}, sliding, {**learned, **wide}, paper]
 
 
 def _published(
@@ -578,7 +578,8 @@ def _published(
     """
     longer = [[512, 128, 4000], [1024, 256, 2000], [2048, 512, 1000], [4096, 512, 500], [8192, 512, 250]]
     test = [[length, PUBLISHED_PAIRS, 100] for length in PUBLISHED_LENGTHS]
-    common = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": 8, "precision": "bfloat16"}
+    common: Config = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": 8, "precision": "bfloat16"}
+    common["vocab_size"] = 10_240  # more than the longest text, as zoology asks
     return [
         MqarConfig(
             **{**common, **form, "width": width, "heads": max(1, width // 64), "seed": seed}, learning_rate=rate

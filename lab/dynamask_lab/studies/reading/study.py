@@ -29,7 +29,7 @@ from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record
 
 LENGTH = 16_384
-TOKENS = 10.0
+TOKENS = 6.0
 """Per parameter, of dense attention; of the sparse forms in as much time twice as many."""
 CHOSEN, SLIDING = "learned, slopes, one wide layer", "sliding + sinks, one wide layer"
 SLICES = {"no last use": (0, 0), "1 to 255": (1, 255), "256 to 8191": (256, 8191), "8192 and more": (8192, 1 << 30)}
