@@ -470,6 +470,16 @@ def _cut(rows: tuple[Tensor, Tensor], length: int) -> tuple[Tensor, Tensor]:
     return (key, value) if key.shape[2] <= length else (key[:, :, :length], value[:, :, :length])
 
 
+@functools.lru_cache(maxsize=64)
+def no_mask(device: torch.device) -> Tensor:
+    """Return an empty mask of four dimensions, which transformers' models hand to their layers as it is.
+
+    Without a mask they look for packed documents, and wait for the device. Layers of converted models read `CallFacts`.
+    """
+    with torch.inference_mode(False):
+        return torch.empty(0, 0, 0, 0, device=device)
+
+
 def _padding_mask(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """Hand the 2-d padding mask through; the intervals do the rest."""
     return attention_mask

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynamask.convert.attention import Projected, call_facts
+from dynamask.convert.attention import Projected, call_facts, no_mask
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
 from dynamask.errors import InvalidInputError
@@ -209,7 +209,8 @@ def run_decoder(model: Any, tokens: Tensor | None, facts: Any, embedded: Tensor 
     weight = next(model.parameters())
     narrow = weight.is_cuda and weight.dtype == torch.float32
     with torch.autocast("cuda", torch.bfloat16) if narrow else nullcontext():
-        outputs = decoder_of(model)(input_ids=tokens, inputs_embeds=embedded, use_cache=False, dynamask=facts)
+        given = {"input_ids": tokens, "inputs_embeds": embedded, "attention_mask": no_mask(weight.device)}
+        outputs = decoder_of(model)(**given, use_cache=False, dynamask=facts)
     return outputs.last_hidden_state  # type: ignore[no-any-return]
 
 

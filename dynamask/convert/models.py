@@ -24,7 +24,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
-from dynamask.convert.attention import IMPLEMENTATION, LayerRules, call_facts, check_implementation, convert_attention
+from dynamask.convert.attention import (
+    IMPLEMENTATION,
+    LayerRules,
+    call_facts,
+    check_implementation,
+    convert_attention,
+    no_mask,
+)
 from dynamask.convert.decode_step import decode_step
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.head_shard import HeadShard
@@ -419,7 +426,7 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         if mask is None and arguments.get(cache_name) is None and not torch.compiler.is_compiling():
             # transformers hands a mask of four dimensions on as it is; without one it would look for packed documents,
             # and wait for the device. The layers read the facts.
-            arguments["attention_mask"] = _no_mask(tokens.device)
+            arguments["attention_mask"] = no_mask(tokens.device)
         learns = training and cache is None and self.config.rank_loss_weight
         wanted = arguments.get("labels") is not None or arguments.get("loss_of_hidden") is not None
         if learns and not wanted and facts.observer is None:
@@ -471,13 +478,6 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
                 weight = weight * ((labels[:, 1:] if shifted is None else shifted) != -100).sum() / whole
             outputs.loss = outputs.loss + weight * aux.to(outputs.loss.device)
         return outputs
-
-
-@functools.lru_cache(maxsize=64)
-def _no_mask(device: torch.device) -> torch.Tensor:
-    """An empty mask of four dimensions."""
-    with torch.inference_mode(False):
-        return torch.empty(0, 0, 0, 0, device=device)
 
 
 def _forward_of(original: Any) -> Callable[..., Any]:

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 
 from dynamask import convert
+from dynamask.convert.attention import call_facts
+from dynamask.convert.learn_ranks import run_decoder
 from dynamask.errors import InvalidInputError
 from dynamask.training import RecordedGradients
 
@@ -74,3 +76,5 @@ def test_a_training_step_does_not_look_for_packed_documents(monkeypatch: pytest.
     loss = model(input_ids=ids, labels=ids, use_cache=False)
     loss.loss.backward()
     assert torch.equal(loss.logits, expected)
+    facts = call_facts(2, 48, None, None, 0, ids.device)
+    run_decoder(model, ids, facts).sum().backward()
