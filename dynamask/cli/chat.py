@@ -33,7 +33,7 @@ def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampling; 0: greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling; default: another one every time.")] = None,
 ) -> None:

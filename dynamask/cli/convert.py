@@ -47,20 +47,20 @@ def convert_upcycle(
         typer.Option(help="Text to learn ranks from: file, folder, hub data set or 'stdlib'; repeatable."),
     ] = None,
     distill_steps: Annotated[
-        int, typer.Option(help="Steps of distillation from the dense model; 0: none. 400 on a GPU come close to it.")
+        int, typer.Option(help="Steps of distillation from the dense model; 0: none. 400 come close to it.")
     ] = 0,
     rank_steps: Annotated[int, typer.Option(help="Steps that train the rank predictors.")] = 300,
-    local: Annotated[int, typer.Option(help="How many of the keys are the newest.")] = 128,
-    sinks: Annotated[int, typer.Option(help="How many of the keys are the first.")] = 4,
+    local: Annotated[int, typer.Option(help="Newest keys that are always kept; they count towards the window.")] = 128,
+    sinks: Annotated[int, typer.Option(help="First keys that are always kept; they count towards the window.")] = 4,
     dense_layer: Annotated[
         list[int] | None, typer.Option(help="Index of a layer left dense, -1 for the last; repeatable.")
     ] = None,
     block: Annotated[
         int | None, typer.Option(help="Tokens of a block of text; default: the model's context, at most 8192.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Blocks of a step.")] = 4,
+    batch: Annotated[int, typer.Option(help="Blocks per step.")] = 4,
     allocation: Annotated[
-        str, typer.Option(help="Windows and slopes by the loss that they cause, or by a threshold on the ranks.")
+        str, typer.Option(help="loss: choose windows and slopes by the loss that they cause; threshold: by the ranks.")
     ] = "loss",
     distill_rate: Annotated[
         float, typer.Option(help="Highest learning rate of the distillation. Larger models want a lower one.")

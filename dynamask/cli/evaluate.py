@@ -35,13 +35,13 @@ def evaluate(
         int | None, typer.Option(help="Tokens per sequence; default: the run's own, or what the model is made for.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
-    limit: Annotated[int | None, typer.Option(help="Evaluate at most so many sequences, or questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most sequences, or questions, to evaluate.")] = None,
     unreadable: Annotated[
         str, typer.Option("--errors", help="With --data: fail at a file, line or row that cannot be read, or skip it.")
     ] = "fail",
     output: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Instead: benchmark tasks of lm-evaluation-harness, separated by commas.")
+        str | None, typer.Option(help="Run these tasks of lm-evaluation-harness instead, separated by commas.")
     ] = None,
     fewshot: Annotated[int | None, typer.Option(help="With --tasks: worked examples before each question.")] = None,
     include_path: Annotated[
@@ -164,7 +164,7 @@ def retrieval(
     model: Model,
     output: Annotated[Path, typer.Option(help="JSON lines to write, for `dynamask report needle`.")],
     length: Annotated[list[int] | None, typer.Option(help="Tokens of prompt and answer; repeatable.")] = None,
-    depths: Annotated[int, typer.Option(help="Depths, evenly from the beginning to the end.")] = 5,
+    depths: Annotated[int, typer.Option(help="Number of depths, spread evenly from the beginning to the end.")] = 5,
     samples: Annotated[int, typer.Option(help="Examples per task, length and depth.")] = 10,
     task: Annotated[list[str] | None, typer.Option(help="Task; repeatable; default: all of them.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Sources of the haystack; default: RULER's noise.")] = None,
@@ -216,7 +216,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.8,
+    temperature: Annotated[float, typer.Option(help="Temperature of the sampling; 0: greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:

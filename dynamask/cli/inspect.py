@@ -20,7 +20,7 @@ def inspect(
     out: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")] = Path("inspect.html"),
     tokens: Annotated[int, typer.Option(help="Tokens to generate behind the text, greedily.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the text into the model's chat template.")] = False,
-    limit: Annotated[int, typer.Option(help="Read at most so many tokens of the text.")] = 4096,
+    limit: Annotated[int, typer.Option(help="Most tokens of the text to read.")] = 4096,
 ) -> None:
     """Show which keys every head keeps of a text, as one HTML page that works offline.
 

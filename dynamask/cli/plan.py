@@ -19,17 +19,17 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields of the model, such as model.windows=1024.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Model size.")] = "1.7b",
-    recipe: Annotated[str, typer.Option(help="Which attention.")] = "default",
-    gpus: Annotated[int, typer.Option(help="How many H100s.")] = 8,
-    tokens: Annotated[str, typer.Option(help="Of the whole training: 40B, 1.5T.")] = "40B",
+    preset: Annotated[str, typer.Option(help="Preset, which gives the sizes of the model.")] = "1.7b",
+    recipe: Annotated[str, typer.Option(help="Recipe, which gives the attention of the model.")] = "default",
+    gpus: Annotated[int, typer.Option(help="Number of H100 GPUs.")] = 8,
+    tokens: Annotated[str, typer.Option(help="Tokens of the whole training, such as 40B or 1.5T.")] = "40B",
     context: Annotated[int, typer.Option(help="Tokens of a sequence; 0: the model's own.")] = 0,
-    batch: Annotated[int, typer.Option(help="Sequences of a GPU and step.")] = 1,
+    batch: Annotated[int, typer.Option(help="Sequences per GPU and step.")] = 1,
     checkpointing: Annotated[bool, typer.Option(help="Recompute layers in the backward pass.")] = True,
-    gpus_per_node: Annotated[int, typer.Option(help="How many GPUs share NVLink.")] = 8,
-    network: Annotated[float, typer.Option(help="GB/s of one GPU between nodes.")] = 50.0,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node, which share NVLink.")] = 8,
+    network: Annotated[float, typer.Option(help="Bandwidth between nodes, in GB/s per GPU.")] = 50.0,
 ) -> None:
-    """Say what a training will take: operations, memory of a GPU, time, and the command that starts it.
+    """Estimate what a training takes: operations, memory of a GPU, time, and the command that starts it.
 
     **Examples**
 
