@@ -291,7 +291,8 @@ def conversion_goals(results: Path) -> str:
     lines = read_conversion(results)
     note = (
         "512 keys per KV head where a form names none; distilled: 400 steps of 4 x 8,192 tokens at a rate of 2e-4, "
-        "twice the rate the same steps at 4e-4; 95% bootstrap intervals over documents, examples or questions, paired."
+        "twice the rate (the default) the same steps at 4e-4; 95% bootstrap intervals over documents, examples or "
+        "questions, paired."
     )
     timed = [line for file in sorted((results / "decode").glob("*.jsonl")) for line in _lines(file)]
     return _table(goal_rows(lines, timed), f"{note} {sources(lines)}.") if lines else NOT_MEASURED
