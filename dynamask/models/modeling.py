@@ -171,8 +171,8 @@ class DynamaskModel(DynamaskPreTrainedModel):
             return_dict: False for a tuple.
 
         Raises:
-            InvalidInputError: both or neither of input_ids and inputs_embeds, a mask of another length, packed
-                documents with a cache, a cache made for another model or left behind by an interrupted forward,
+            InvalidInputError: both or neither of input_ids and inputs_embeds, no token, a mask of another length,
+                packed documents with a cache, a cache made for another model or left behind by an interrupted forward,
                 output_attentions, or a configuration whose slopes were changed after the model was built.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -189,6 +189,10 @@ class DynamaskModel(DynamaskPreTrainedModel):
                 "queries see, or dynamask.future_attention for the largest weight of each key"
             )
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden_states.shape[1] == 0:
+            raise InvalidInputError(
+                f"a forward pass needs at least one token per row; got shape {tuple(hidden_states.shape[:2])}"
+            )
         learns = self.training and torch.is_grad_enabled()
         # Recomputing a layer in the backward pass would extend its cache twice: with a cache nothing is recomputed.
         checkpoints = self.gradient_checkpointing and learns and past_key_values is None

@@ -239,3 +239,8 @@ def test_unwritten_slots_of_a_static_cache_are_not_seen(attention: str) -> None:
         model(tokens[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 12), (12, 19), (19, 20))
     ]
     torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+def test_a_text_without_tokens_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"at least one token per row; got shape \(2, 0\)"):
+        tiny_model()(IDS[:, :0])
