@@ -171,6 +171,7 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         "choice of keys for all queries, which sees the future) lowers the loss of a model trained with it by "
         f"{leak:.2f} nats, which exact selection then loses."
     )
+    text += _at_half_the_rate(sweeps)
     alt = "loss above dense attention against window over context; loss of a small model by window, exact and leaky"
     picture = save_small(figure, folder / "loss-window.svg")
     exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
@@ -178,6 +179,17 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
     names = ("scratch", "scaling-small", "locality-chinchilla", "ablation-probe")
     more = "dynamask experiment locality --size chinchilla; dynamask experiment ablation --size probe"
     return exhibit, _rows(sweeps, *names), f"{command}; {more}"
+
+
+def _at_half_the_rate(sweeps: Sweeps) -> str:
+    """What is left of the gap at w = N where dense attention has the rate of the paper's form, as a sentence."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in sweeps.get("scratch-rates", ()):
+        losses[_without_window(run)][run.seed] = run.result["test"]
+    gap = paired_difference(losses.get("dense, half rate", {}), losses.get("paper", {}))
+    if math.isnan(gap.low):
+        return ""
+    return f" At half the rate for both, and half the tokens of a step, the form with w = N ends {_above(gap)} it."
 
 
 def _any_depth(run: Record) -> str:
@@ -246,6 +258,18 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
             "sliding + sinks, one wide layer",
             "fresh tokens, slopes, one layer wide",
         ),
+        (
+            "scratch-judged",
+            "learned, steep slopes, one wide layer",
+            "sliding + sinks, one wide layer",
+            "fresh tokens, steep slopes, one layer wide",
+        ),
+        (
+            "scratch-rates",
+            "scored, half rate, one wide layer",
+            "scored, no choice, half rate, one wide layer",
+            "fresh tokens, scores on the logits, one layer wide",
+        ),
         ("scratch-reading", "learned, head windows", "newest, head windows", "documents of 16K, windows per head"),
     ):
         gain = _fresh_gain(sweeps.get(name, ()), learned, newest)
@@ -307,12 +331,18 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
     return exhibit, rows, "dynamask experiment locality | scaling | needle | mqar; lab/scripts/conversion_gpu.sh"
 
 
+def _without_window(run: Record) -> str:
+    """The form of a run of study `scratch`, its window left out."""
+    name = scratch_name(run.config)
+    return name.rpartition(", w = ")[0] or name
+
+
 def _fresh_gain(runs: Sequence[Record], learned: str, newest: str) -> Interval | None:
     """Test loss saved by learned ranks over the newest keys of as many pairs, in study `scratch`."""
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     for run in runs:
         if run.result.get("test") is not None:
-            losses[scratch_name(run.config).rpartition(", ")[0] or "dense"][run.seed] = run.result["test"]
+            losses[_without_window(run)][run.seed] = run.result["test"]
     gain = paired_difference(losses.get(learned, {}), losses.get(newest, {}))
     return None if math.isnan(gain.low) else gain
 

@@ -24,7 +24,7 @@ from dynamask_lab.language.engine import (
 from dynamask_lab.studies import SCRATCH, Record, run_key
 from dynamask_lab.studies.judged import share_of_pairs
 from dynamask_lab.studies.scratch.report import report_scratch
-from dynamask_lab.studies.scratch.study import forms, scratch_name
+from dynamask_lab.studies.scratch.study import forms, judged, rates, scratch_name, shares
 from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, paired_difference
 
 
@@ -111,6 +111,38 @@ def test_verdicts_read_the_test_split(tmp_path: Path) -> None:
     assert [claimed[f"{name}, 1.1M, fresh tokens"] for name in names] == [NOT_TESTED, NOT_TESTED, REFUTED]  # no nsa
     one = report_scratch(_records(loss, 1), tmp_path).findings
     assert {finding.verdict for finding in one} == {NOT_TESTED}
+
+
+def test_names_of_the_judged_sizes_tell_rates_and_windows() -> None:
+    for size, made in (("4M-judged", judged(4096) | shares(4096)), ("4M-rates", rates(4096))):
+        configs = SCRATCH.configs(size)
+        assert [scratch_name(config) for config in configs] == 3 * list(made)
+        assert len({run_key("scratch", config) for config in configs}) == len(configs)
+
+
+def test_half_rates_are_held_against_half_rates(tmp_path: Path) -> None:
+    losses = {"dense, half rate": 3.0, "scored, half rate, one wide layer, w = N/16": 2.9, "paper, w = N": 3.2}
+    records = []
+    for config in SCRATCH.configs("4M-rates"):
+        test = losses.get(scratch_name(config), 3.05) + 0.001 * config["seed"]
+        key, seed = run_key("scratch", config), config["seed"]
+        records.append(Record("scratch", key, config, seed, {"loss": 9.0, "test": test}, 1, "d", {}, None))
+    section = report_scratch(records, tmp_path)
+    found = {f.subject: f for f in section.findings if f.claim == "scratch"}
+    best = found["scored, half rate, one wide layer, w = N/16, 4.4M, fresh tokens"]
+    assert best.verdict == REPRODUCED
+    assert "sliding + sinks, half rate, one wide layer, w = N/16 +0.150" in best.measured
+    assert found["paper, w = N, 4.4M, fresh tokens"].verdict == REFUTED
+    causes = {row["what differs"]: row["difference"] for row in section.exhibits[1].table}
+    assert causes["the choice, with scores on the logits, half rate"].startswith("-0.150")
+
+
+def test_a_random_network_ranks_and_never_learns() -> None:
+    settings = LanguageConfig.of(next(c for c in SCRATCH.configs("4M-judged") if c.get("random_ranks")))
+    model = build_model(settings, 50)
+    predictor = model.model.layers[0].mixer.rank_predictor
+    assert not any(parameter.requires_grad for parameter in predictor.parameters())
+    assert 1.0 < float(predictor(torch.randn(1, 500, settings.width)).std()) < 4.0
 
 
 def test_paired_differences_do_not_see_how_seeds_differ() -> None:

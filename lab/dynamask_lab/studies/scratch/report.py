@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.studies.judged import pairs_of, window_share
@@ -101,6 +102,7 @@ def _by_last_use(records: Sequence[Record]) -> list[dict[str, str]]:
     ]
 
 
+_SCORED_HALF = "scored, half rate, one wide layer"
 _CAUSES = (
     ("the choice, steep slopes", "learned, steep slopes, one wide layer", "sliding + sinks, one wide layer"),
     ("the choice, gentle slopes", "learned, slopes, one wide layer", "sliding + sinks, one wide layer"),
@@ -115,6 +117,17 @@ _CAUSES = (
     ("the paper's bias, at the rate of dense attention", "paper, dense rate, w = N", "dense"),
     ("the paper's bias, both at half the rate", "paper, w = N", "dense, half rate"),
     ("the paper's bias against slopes", "paper, w = N", "dense, slopes"),
+    ("the choice, with scores on the logits, half rate", _SCORED_HALF, "scored, no choice, half rate, one wide layer"),
+    (
+        "scores and slopes on the logits, half rate",
+        "scored, no choice, half rate, one wide layer",
+        "sliding + sinks, half rate, one wide layer",
+    ),
+    ("one wide layer, half rate", "sliding + sinks, half rate, one wide layer", "sliding + sinks, half rate"),
+    ("narrow windows, one wide, half rate", "sliding + sinks, half rate, one wide layer", "dense, half rate"),
+    ("dense attention's slopes, half rate", "dense, slopes, half rate", "dense, half rate"),
+    ("pairs, with scores and slopes, half rate", _SCORED_HALF, "dense, slopes, half rate"),
+    ("dense attention's rate, a quarter", "dense, quarter rate", "dense, half rate"),
 )
 """What differs alone, and the two forms of study `scratch`, at the window that decides."""
 
@@ -158,20 +171,21 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
     for size, found in sizes.items():
         for name, runs in sorted(found.items(), key=lambda item: _place(item[0], item[1][0])):
             form, _, at = name.rpartition(", ")
-            role = _ROLES.get(form)
+            role = _ROLES.get(form.replace(", half rate", ""))
             if role is None:
                 continue
-            rivals = [
-                "dense",
-                *(f"{rival}, {at}" for rival in _CHOICES.get(form, _RIVALS) if at != "w = N" and rival != form),
-            ]
+            denses = _denses(found)
+            slower = ", half rate" in form
+            choices = _CHOICES.get(form.replace(", half rate", ""), _RIVALS)
+            choices = tuple(_slower(rival) for rival in choices) if slower else choices
+            rivals = [*denses, *(f"{rival}, {at}" for rival in choices if at != "w = N" and rival != form)]
             rivals = [rival for rival in rivals if rival in found]
             told, verdicts = [], []
             for rival in rivals:
                 gap = _gap(runs, found[rival])
                 seeds = min(len(runs), len(found[rival]))
                 told.append(f"{rival} {gap}")
-                decide = judge_no_worse if role == "best" and rival == "dense" else judge
+                decide = judge_no_worse if role == "best" and rival in denses else judge
                 verdicts.append(decide(gap, GOAL_INTEREST if role == "best" else LOSS_INTEREST, seeds=seeds))
             setting = {
                 "w/N": window_share(runs[0].config),
@@ -181,23 +195,40 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             }
             keys = [run.key for each in (name, *rivals) for run in found[each]]
             measured = f"test loss, nats below {', '.join(told)}" if told else "no rival ran"
-            verdict = all_of(verdicts) if "dense" in found else NOT_TESTED
+            verdict = all_of(verdicts) if denses else NOT_TESTED
             subject = f"{name}, {setting['size']}, fresh tokens"
             interest = f"{GOAL_INTEREST if role == 'best' else LOSS_INTEREST} nats"
             findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest))
             if role in ("plain", "best"):
                 findings.append(_perplexity(subject, name, found, setting, role))
-                if "dense" in found:
-                    gap = _gap(runs, found["dense"])
-                    verdict = judge(gap, LOSS_INTEREST, seeds=min(len(runs), len(found["dense"])))
-                    keys = [run.key for run in (*runs, *found["dense"])]
-                    measured = f"test loss, nats below dense {gap}"
+                if denses:
+                    gaps = {dense: _gap(runs, found[dense]) for dense in denses}
+                    verdict = all_of(
+                        [
+                            judge(gap, LOSS_INTEREST, seeds=min(len(runs), len(found[dense])))
+                            for dense, gap in gaps.items()
+                        ]
+                    )
+                    keys = [run.key for run in (*runs, *(run for dense in denses for run in found[dense]))]
+                    measured = f"test loss, nats below {', '.join(f'{dense} {gap}' for dense, gap in gaps.items())}"
                     findings.append(
                         Finding(
                             "perplexity-mha", subject, measured, verdict, keys, role, setting, f"{LOSS_INTEREST} nats"
                         )
                     )
     return findings
+
+
+def _denses(found: Mapping[str, Any]) -> list[str]:
+    """Dense attention at the rate of study `scaling`, or where that did not run, at the lower rates that did."""
+    slower = [name for name in ("dense, half rate", "dense, quarter rate") if name in found]
+    return ["dense"] if "dense" in found else slower
+
+
+def _slower(name: str) -> str:
+    """The form at half the rate."""
+    first, *rest = name.split(", ")
+    return ", ".join([first, "half rate", *rest])
 
 
 def _gap(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval:
@@ -214,9 +245,11 @@ def _perplexity(
 ) -> Finding:
     """The paper's claim about perplexity: below dense attention, sliding windows, mla and nsa."""
     at = name.rpartition(", ")[2]
-    rivals = ["dense", f"sliding + sinks, {at}", "mla", "nsa"]
-    if at == "w = N":
-        rivals.remove(f"sliding + sinks, {at}")  # dense attention itself
+    rivals = [*(_denses(found) or ["dense"]), f"sliding + sinks, {at}", "mla", "nsa"]
+    if ", half rate" in name:
+        rivals = [_slower(rival) if rival.startswith("sliding") else rival for rival in rivals]
+    if at == "w = N":  # a sliding window is dense attention itself
+        rivals = [rival for rival in rivals if not rival.startswith("sliding")]
     told, verdicts, keys = [], [], [run.key for run in found[name]]
     for rival in rivals:
         if rival in found:
