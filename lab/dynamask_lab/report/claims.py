@@ -109,13 +109,13 @@ CLAIMS: dict[str, Claim] = {
     "reading": Claim(
         "In long documents, a lower loss than dense attention of the same time on tokens last used far back",
         "goal of this library",
-        "dynamask experiment reading --size probe --results lab/results/reading.jsonl",
+        "dynamask experiment reading --size 4M --results lab/results/reading.jsonl",
         short="goal: long reading",
     ),
     "recurrent": Claim(
         "In a recurrent model, one layer that attends to chosen keys lowers the loss, and more than the newest keys do",
         "goal of this library",
-        "dynamask experiment recurrent --size probe --results lab/results/recurrent-probe.jsonl",
+        "dynamask experiment recurrent --size 4M --results lab/results/recurrent.jsonl",
         short="goal: recurrent model",
     ),
     "lever": Claim(

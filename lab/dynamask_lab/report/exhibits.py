@@ -19,7 +19,7 @@ from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
 from dynamask_lab.studies.ablation.study import LEAKY, ablation_name
 from dynamask_lab.studies.ceiling.report import ceiling_exhibit
-from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, MQAR, NEEDLE, SCALING
+from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, MQAR, MQAR_PUBLISHED, NEEDLE, SCALING
 from dynamask_lab.studies.locality.report import without_choice as scores_without_choice
 from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.studies.mqar.study import mixer_name
@@ -291,18 +291,27 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
             if gain is not None:
                 losses.append((f"converted 135M, {state}, {corpus}", gain))
                 rows |= {line["key"]: (f"lab/results/{files[line['key']]}", line) for line in used}
-    seeds = _needle_seeds(sweeps.get("needle-seeds", ()))
-    if seeds is not None:
-        shares.append(seeds)
-        rows |= _rows(sweeps, "needle-seeds")
+    for name, learned, newest in (
+        ("needle-seeds", "dma, learned, head windows", "swa, sinks"),
+        ("needle-far", "dma, learned, slopes, windows 16/352", "swa, sinks, windows 16/352"),
+        ("needle-far", "dma, learned, windows 16/352", "swa, sinks, windows 16/352"),
+    ):
+        seeds = _needle_seeds(sweeps.get(name, ()), learned, newest)
+        if seeds is not None:
+            shares.append(seeds)
+            rows |= _rows(sweeps, name)
     for name in ("needle-long", "needle-quick"):
         for where, gain in _needles(sweeps.get(name, ())):
             shares.append((where, gain))
     rows |= _rows(sweeps, "needle-long", "needle-quick")
-    recall = _recall(sweeps.get("mqar-quick", ()))
+    recall = _recall(sweeps.get("mqar-quick", ()), MQAR[1].name, MQAR[2].name)
     if recall is not None:
         shares.append(("associative recall, width 128, w/N 1/16", recall))
         rows |= _rows(sweeps, "mqar-quick")
+    recall = _recall(sweeps.get("mqar-published", ()), MQAR_PUBLISHED[0].name, MQAR_PUBLISHED[-1].name)
+    if recall is not None:
+        shares.append(("associative recall, 512 pairs, width 128, w/N 1/16", recall))
+        rows |= _rows(sweeps, "mqar-published")
     if not losses or not shares:
         return None
     figure, (left, right) = _figure(10.5, 0.9 + 0.33 * max(len(losses), len(shares)), 2)
@@ -347,18 +356,20 @@ def _fresh_gain(runs: Sequence[Record], learned: str, newest: str) -> Interval |
     return None if math.isnan(gain.low) else gain
 
 
-def _needle_seeds(runs: Sequence[Record]) -> tuple[str, Interval] | None:
+def _needle_seeds(runs: Sequence[Record], learned: str, newest: str) -> tuple[str, Interval] | None:
     """Exact match gained by learned ranks over newest keys within the examples' length, seed by seed."""
     found: dict[str, dict[int, float]] = defaultdict(dict)
     for run in runs:
         longest = NeedleConfig.of(run.config).context // 2
         cells = [score["exact"] for score in run.result["scores"] if score["length"] <= longest]
         found[needle_name(run.config)][run.seed] = float(np.mean(cells))
-    ours, theirs = found.get("dma, learned, head windows", {}), found.get("swa, sinks", {})
+    ours, theirs = found.get(learned, {}), found.get(newest, {})
     gain = paired_difference({seed: -share for seed, share in ours.items()}, {s: -share for s, share in theirs.items()})
     if math.isnan(gain.low):
         return None
-    return f"needles, w/N 1/16, within the examples' length, {len(ours.keys() & theirs.keys())} seeds", gain
+    form = "" if "head windows" in learned else ", one wide layer" + (", slopes" if "slopes" in learned else "")
+    count = len(ours.keys() & theirs.keys())
+    return f"needles, w/N 1/16{form}, within the examples' length, {count} seeds", gain
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
@@ -442,14 +453,13 @@ def _needles(runs: Sequence[Record]) -> list[tuple[str, Interval]]:
     return made
 
 
-def _recall(runs: Sequence[Record]) -> Interval | None:
+def _recall(runs: Sequence[Record], best: str, control: str) -> Interval | None:
     """Accuracy gained by the best form over sliding windows of the same sizes, at width 128."""
     by_rate: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         if run.config["width"] == 128:
             by_rate[mixer_name(run.config)][run.config["learning_rate"]].append(run.result["accuracy"])
     own = {name: max(rates.values(), key=lambda each: float(np.mean(each))) for name, rates in by_rate.items()}
-    _, best, control = (form.name for form in MQAR[:3])  # those of "quick"; later forms are of another size
     if best not in own or control not in own:
         return None
     spread = SeedSpread.pooled(list(own.values()))

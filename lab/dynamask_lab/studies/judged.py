@@ -48,23 +48,28 @@ MQAR = (
     Judged("plain", "dma, paper"),
     Judged("best", "dma, uneven windows, from dense, ranked by attention^4"),
     Judged("control", "swa, uneven windows"),
+)
+MQAR_PUBLISHED = (
     Judged("best", "dma, learned, slopes, head windows"),
     Judged("best", "dma, learned, head windows"),
     Judged("control", "swa, sinks"),
 )
-"""The last three of the size "published", named before it ran."""
+"""Of the size "published", named before it ran; its plain form is that of the others."""
 NEEDLE = (
     Judged("plain", "dma, paper"),
     Judged("best", "dma, windows 128/1280, from dense, ranked by attention^4"),
     Judged("best", "dma, windows 32/320, from dense, ranked by attention^4"),
     Judged("control", "swa, windows 128/1280"),
     Judged("control", "swa, windows 32/320"),
+)
+"""Each sweep has one of the two best forms, and its control."""
+NEEDLE_FAR = (
     Judged("best", "dma, learned, slopes, windows 16/352"),
     Judged("best", "dma, learned, slopes, head windows"),
     Judged("best", "dma, learned, windows 16/352"),
     Judged("control", "swa, sinks, windows 16/352"),
 )
-"""Each of the earlier sweeps has one of the first two best forms, and its control; the last four are of size "far"."""
+"""Of the size "far", see its study for when they were named."""
 
 
 def share(window: int, length: int) -> str:

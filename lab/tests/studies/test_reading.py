@@ -15,7 +15,7 @@ from dynamask_lab.sweeps.verdicts import REFUTED, REPRODUCED
 
 
 def test_sparse_forms_see_an_eighth_of_the_pairs() -> None:
-    configs = READING.configs("probe")
+    configs = READING.configs("4M")
     assert [reading_name(config) for config in configs[::3]] == list(forms())
     assert {config["seed"] for config in configs} == {0, 1, 2}
     for config in configs:
@@ -34,7 +34,7 @@ def test_the_far_slices_decide(tmp_path: Path) -> None:
     level = {"dense": 2.0, f"{CHOSEN}, equal time": 1.5, f"{SLIDING}, equal time": 1.0}
     records = [
         _record(config, level[name] + 0.01 * config["seed"] ** 2 * (name == "dense"))
-        for config in READING.configs("probe")
+        for config in READING.configs("4M")
         if (name := reading_name(config)) in level
     ]
     assert sliced(records[0])["8192 and more"] == (pytest.approx(3.0), 2)

@@ -59,7 +59,7 @@ def test_the_mixer_is_causal_at_any_length() -> None:
 
 
 def test_forms_differ_in_one_layer() -> None:
-    configs = RECURRENT.configs("probe")
+    configs = RECURRENT.configs("4M")
     assert [recurrent_name(config) for config in configs] == 2 * list(forms())
     for config in configs[1:4]:
         assert config["layer_attention"].count(GDN) == 5

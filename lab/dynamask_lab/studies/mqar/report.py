@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamask_lab.studies.judged import MQAR, Judged, share, share_of_pairs
+from dynamask_lab.studies.judged import MQAR, MQAR_PUBLISHED, Judged, share, share_of_pairs
 from dynamask_lab.studies.mqar.study import BestRuns, MqarConfig, best_runs
 from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
@@ -48,7 +48,7 @@ def report_mqar(records: Sequence[Record], folder: Path) -> Section:
     ]
     findings = [
         finding
-        for form in MQAR
+        for form in (*MQAR, *MQAR_PUBLISHED)
         for finding in (_recall(form, found), _goal(form, found), _efficiency(form, found))
         if finding is not None
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dynamask.evaluation.retrieval import RetrievalScore
-from dynamask_lab.studies.judged import NEEDLE, Judged, layer_windows, pairs_of, window_share
+from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR, Judged, layer_windows, pairs_of, window_share
 from dynamask_lab.studies.needle.levers import LEVERS
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_summary
 from dynamask_lab.sweeps.registry import reports
@@ -70,7 +70,7 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
         ),
     )
     findings = []
-    for form in NEEDLE:
+    for form in (*NEEDLE, *NEEDLE_FAR):
         if form.name in losses:
             record = next(record for record in records if form.name in record.result["loss"])
             setting = {
