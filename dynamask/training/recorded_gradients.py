@@ -24,7 +24,8 @@ class RecordedGradients:
     """Computes loss and gradients by replaying what was recorded.
 
     The passes must not look at the data on the host: no padding masks and no packed documents. Transformers' search for
-    the latter is left out while recording. Checkpointed layers need
+    the latter is left out while recording. No loss of an earlier pass may be held while recording: the nodes of its
+    gradients belong to another stream, and recording fails. Checkpointed layers need
     `gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}`.
 
         step = RecordedGradients(lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,

@@ -562,6 +562,7 @@ def recorded_steps(
                 loss.backward()
                 expected = (loss.item(), norm().item())
                 model.zero_grad(set_to_none=True)
+                del loss  # its gradient nodes belong to this stream, and would end the recording
                 recorded = RecordedGradients(functools.partial(loss_of, model), parameters, tokens)
                 found = (recorded(tokens).item(), norm().item())
                 model.zero_grad(set_to_none=True)
