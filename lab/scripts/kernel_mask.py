@@ -48,9 +48,9 @@ CASES = (
 LISTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("lists", 0, {}),
     ("lists direct", 1 << 20, {}),
-    ("lists direct, 2 warps", 1 << 20, {"_DIRECT_WARPS": 2}),
-    ("lists direct, step 256, 2 warps", 1 << 20, {"_DIRECT_STEP": 256, "_DIRECT_WARPS": 2}),
-    ("lists direct, step 256, 1 warp", 1 << 20, {"_DIRECT_STEP": 256, "_DIRECT_WARPS": 1}),
+    ("lists direct, 4 warps", 1 << 20, {"_DIRECT_WARPS": 4}),
+    ("lists direct, step 512, 4 warps", 1 << 20, {"_DIRECT_STEP": 512, "_DIRECT_WARPS": 4}),
+    ("lists direct, 1 warp", 1 << 20, {"_DIRECT_WARPS": 1}),
 )
 """Name, keys up to which lists are direct, other constants."""
 

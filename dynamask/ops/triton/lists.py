@@ -32,10 +32,10 @@ ROWS = 128
 _STEP = 1024
 """Entries of a list handled at a time."""
 
-_DIRECT_STEP = 512
+_DIRECT_STEP = 256
 """The same where the blocks take their lists from the runs."""
 
-_DIRECT_WARPS = 4
+_DIRECT_WARPS = 2
 """Warps of a program that takes a block's list from the runs."""
 
 _LARGE = ((1 << 14, 512), (1 << 62, 1024))
