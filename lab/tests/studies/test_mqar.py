@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from dynamask_lab.studies.mqar.study import (
     mqar_summary,
     run_mqar,
 )
+from dynamask_lab.sweeps.verdicts import mean_interval
 
 MIXERS: list[dict[str, Any]] = [
     {"attention": "mha"},
@@ -207,3 +209,14 @@ def test_learned_ranks_run_under_autocast(slopes: list[float] | None) -> None:
 def test_a_segment_that_cannot_hold_its_questions_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="need 2048 tokens"):
         MqarConfig("mha", train=[[1024, 512, 1]])
+
+
+def test_repeated_cells_agree_with_their_seeds() -> None:
+    results = Path(__file__).parents[2] / "results"
+    quick = [json.loads(line) for line in (results / "mqar-quick.jsonl").read_text().splitlines()]
+    for again in map(json.loads, (results / "again" / "cells.jsonl").read_text().splitlines()):
+        alike = [run["result"]["accuracy"] for run in quick if run["config"] | {"seed": 0} == again["config"]]
+        assert len(alike) == 3
+        interval = mean_interval(alike)
+        low, high = min(interval.low, *alike), max(interval.high, *alike)
+        assert low <= again["result"]["accuracy"] <= high
