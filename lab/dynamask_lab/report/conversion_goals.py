@@ -17,14 +17,12 @@ from dynamask_lab.studies.conversion.final import (
     NARROW,
     NEWEST,
     QUICKER,
-    QUICKER_NARROW,
     SEEDS,
     WIDE,
 )
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.conversion.gemma import DISTILLED as GEMMA_DISTILLED
 from dynamask_lab.studies.conversion.gemma import WIDER as GEMMA_WIDER
-from dynamask_lab.studies.conversion.gemma import WIDER_DISTILLED as GEMMA_WIDER_DISTILLED
 from dynamask_lab.studies.conversion.levers import DENSE, FROZEN, converted
 from dynamask_lab.studies.conversion.measure import BENCHMARKS
 from dynamask_lab.studies.conversion.report import GROUPS, Study, Values, difference, interval, share
@@ -86,8 +84,7 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
     below(text, "distilled", _loss(study, DISTILLED, DENSE), 0.005, _STEPS)
     below(text, "distilled, seed 1", _loss(study, SEEDS[0], DENSE), 0.005, _STEPS)
     below(text, "distilled, twice the rate", _loss(study, QUICKER, DENSE), 0.005, _STEPS)
-    for number, seed in enumerate(close.SEEDS, 1):
-        below(text, f"distilled, twice the rate, seed {number}", _loss(study, seed, DENSE), 0.005, _STEPS)
+    below(text, "distilled, twice the rate, seed 1", _loss(study, close.SEEDS[0], DENSE), 0.005, _STEPS)
     measured = [spec for spec in (QUICKER, *close.SEEDS) if study.losses(spec.name, "text")]
     name = f"distilled, twice the rate, mean of {len(measured)} seeds"
     below(text, name, _mean_loss(study, measured), 0.005, _STEPS)
@@ -95,8 +92,8 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
     against = "text loss above dense trained on the same tokens"
     below(against, "next tokens alone", _loss(study, LABELLED, ADAPTED), 0.010, _ADAPTATION)
     again = close.ADAPTED
-    below(against, "next tokens alone, twice the rate, same loop", _loss(study, close.LABELLED, again), 0.010, _LABELS)
-    below(against, "dense trained, then converted", _loss(study, close.FROM_ADAPTED, again), 0.010, _LABELS)
+    name = "dense trained at twice the rate, then converted"
+    below(against, name, _loss(study, close.FROM_ADAPTED, again), 0.010)
 
     share_of = "needle tasks at 1K to 4K, share of dense"
     at_least(share_of, "frozen", _needles(study, FROZEN, DENSE), 0.98, "the goal is that of distilled forms")
@@ -105,13 +102,13 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
         ("distilled, seed 1", SEEDS[0]),
         ("distilled, twice the rate", QUICKER),
         ("distilled, twice the rate, seed 1", close.SEEDS[0]),
-        ("distilled, twice the rate, seed 2", close.SEEDS[1]),
         ("distilled, twice the steps and rate", LONGER),
     ):
         at_least(share_of, name, _needles(study, spec, DENSE), 0.98)
     at_least(share_of, "1/8, distilled", _needles(study, WIDE, DENSE), 1.0)
     at_least(share_of, "1/32, distilled", _needles(study, NARROW, DENSE), 0.85, _STEPS)
-    at_least(share_of, "1/32, distilled, twice the rate", _needles(study, QUICKER_NARROW, DENSE), 0.85, _STEPS)
+    found = _needles(study, close.FROM_ADAPTED, close.ADAPTED)
+    at_least("the same, share of dense trained on the same tokens", name, found, 0.98)
 
     for group, tasks in GROUPS.items():
         for name, spec in (("distilled", DISTILLED), ("frozen", FROZEN)):
@@ -123,11 +120,11 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
     add("learned ranks above newest keys in windows of their own: text loss", "distilled", "shown", *_shown(study))
     ahead = _needles(study, DISTILLED, NEWEST)
     add("the same: needle tasks, ratio", "distilled", "shown", ahead, None)
-    found = _loss(study, QUICKER, close.NEWEST)
-    add("learned ranks above newest keys in windows of their own: text loss", "twice the rate", "shown", found, None)
 
     benchmarks = _benchmarks(study, DISTILLED)
     add("benchmarks: converted - dense", "distilled", "within noise", benchmarks[0], benchmarks[1])
+    seed = _benchmarks(study, close.SEEDS[0])
+    add("benchmarks: converted - dense", "distilled, twice the rate, seed 1", "within noise", *seed, _BENCHMARKS)
     longer = _benchmarks(study, LONGER)
     add("benchmarks: converted - dense", "distilled, twice the steps and rate", "within noise", longer[0], longer[1])
 
@@ -151,14 +148,11 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
     below(what, "distilled, 200 steps", _loss(gemma, GEMMA_DISTILLED, DENSE), 0.005, _GEMMA)
     for spec in GEMMA_WIDER:
         below(what, f"frozen, {spec.budget:,} keys", _loss(gemma, spec, DENSE), 0.040, _GEMMA)
-    name = "distilled, 200 steps, twice the rate, 2,048 keys"
-    below(what, name, _loss(gemma, GEMMA_WIDER_DISTILLED, DENSE), 0.005, _GEMMA)
     what = f"Gemma 3 270M: {share_of}"
     at_least(what, "frozen", _needles(gemma, FROZEN, DENSE), 0.98, _GEMMA)
     at_least(what, "distilled, 200 steps", _needles(gemma, GEMMA_DISTILLED, DENSE), 0.98, _GEMMA)
     for spec in GEMMA_WIDER:
         at_least(what, f"frozen, {spec.budget:,} keys", _needles(gemma, spec, DENSE), 0.98, _GEMMA)
-    at_least(what, name, _needles(gemma, GEMMA_WIDER_DISTILLED, DENSE), 0.98, _GEMMA)
     return rows
 
 
@@ -166,18 +160,18 @@ _STEPS = "bounded by the length and rate of the distillation: more of both lower
 _FROZEN = "bounded by static ranks and windows; the mean of the seeds decides"
 _ADAPTATION = (
     "both end at nearly the same training loss, the gap is on held-out documents; the dense model's rate falls to "
-    "zero, the converted one's to a tenth, which was not told apart"
+    "zero, the converted one's to a tenth, which was not told apart; train the dense model first, then convert"
 )
-_LABELS = "bounded by the windows: loop, rate, tokens and precision are the dense model's"
+_BENCHMARKS = "mostly BoolQ and LAMBADA; not at 2e-4, and not with 800 steps of another seed"
 _LAUNCHES = "bounded by the host, which launches the kernels of a step more slowly than the GPU computes them"
 _PEER = {
     "multi-key 3": "the dense model answers hardly any, too",
     "pairs": "the dense model answers hardly any, too",
-    "tracking": "no form tracks: all copy the names of the worked example, and score where they slip off it",
+    "tracking": "imitates the dense model, which copies the worked example's names; see variable tracking",
 }
 _GEMMA = (
-    "its three global layers have one KV head each: all that is far away passes through three heads, and none has keys "
-    "to spare for another"
+    "bounded by the keys of its three global heads, through which all that is far away passes: 2,048 keys each meet "
+    "the bars with the model frozen"
 )
 _SHARED = "bounded by the training step; two runs shared the card"
 
@@ -262,10 +256,12 @@ def _seconds(study: Study, spec: Spec | None) -> Measured:
 
 
 def _timed(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[int, bool], float]:
-    """The most tokens per second of a compiled distillation of SmolLM2, by blocks of a batch, by CUDA graph or not."""
+    """The most tokens per second of distilling SmolLM2 compiled, by blocks of a batch, by CUDA graph or not."""
     found: dict[tuple[int, bool], float] = {}
     for line in lines:
-        if line.get("part") == "distillation" and line.get("compiled") and line.get("model") == "smollm2-135m":
+        alone = not line.get("beside")
+        wanted = line.get("part") == "distillation" and line.get("compiled") and line.get("model") == "smollm2-135m"
+        if alone and wanted:
             name = int(line["B"]), bool(line.get("recorded"))
             found[name] = max(found.get(name, 0.0), float(line["tokens_per_s"]))
     return found
