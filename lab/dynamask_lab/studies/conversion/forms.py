@@ -373,7 +373,7 @@ class Workshop:
             partial = file.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(kept))
             partial.replace(file)
-            untrained = {"distilled": False, "steps": STEPS, "label_share": 0.0, "start_windows": 1.0}
+            untrained: dict[str, Any] = {"distilled": False, "steps": STEPS, "label_share": 0.0, "start_windows": 1.0}
             told = replace(spec, **untrained, rate=None, origin="", loop="")
             told = (
                 told
