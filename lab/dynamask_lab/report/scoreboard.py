@@ -82,7 +82,8 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
     is the claim as it was made. With `all_settings`, every finding of the sections outside the appendix.
 
     Returns:
-        The finding that decides, those of its sweep at other windows, and those on settings that no run had; empty
+        The finding that decides, those of its sweep at other windows, those of other sweeps with as many seeds that
+        decide otherwise at the same window and size, and those on settings that no run had; empty
         where there is none.
     """
     own = [each for each in found if each.finding.role == role or (role == "plain" and not each.finding.role)]
@@ -101,9 +102,21 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
             if each.part == first.part and each.finding.role == role and share not in seen:
                 seen.add(share)
                 others.append(each)
+        # Another sweep of as many seeds that decides otherwise at the same window counts, too.
+        shown = [first, *others]
+        others += [
+            each
+            for each in tested
+            if each.finding.role == role and each.part != first.part and _seeds(each) == _seeds(first)
+            if any(_place(each) == _place(own) and each.finding.verdict != own.finding.verdict for own in shown)
+        ]
     shares = {each.finding.setting.get("w/N") for each in tested}
     untested = [each for each in main if each not in tested and each.finding.setting.get("w/N") not in shares]
     return ([first] if first else []) + others + untested
+
+
+def _place(placed: Placed) -> tuple[str | None, str | None]:
+    return placed.finding.setting.get("w/N"), placed.finding.setting.get("size")
 
 
 def _seeds(placed: Placed) -> int:
