@@ -463,7 +463,8 @@ def _recall(runs: Sequence[Record], best: str, control: str) -> Interval | None:
     if best not in own or control not in own:
         return None
     spread = SeedSpread.pooled(list(own.values()))
-    return spread.difference([-each for each in own[best]], [-each for each in own[control]])
+    gain = spread.difference([-each for each in own[best]], [-each for each in own[control]])
+    return None if math.isnan(gain.low) else gain  # one seed has no interval
 
 
 def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:

@@ -36,7 +36,7 @@ APPENDIX = "appendix"
 """Folder of the sections that the site does not index."""
 _UNINDEXED = "---\nsearch:\n  exclude: true\n---\n\n"
 _APPENDIX_NAMES = re.compile(
-    r"(-(probe|quick|other)(-build-\d+)?|-build-\d+|mqar-small|mqar-published-rates)$|^masks-(paper-form|ranked|spread)|"
+    r"(-(probe|quick|other)(-build-\d+)?|-build-\d+|mqar-small)$|^masks-(paper-form|ranked|spread)|"
     r"^masks-over-training-tiny|^h100-more"
 )
 """Sections of small trials, earlier builds of a corpus, other settings and tiny models."""

@@ -591,11 +591,6 @@ def _published(
     ]
 
 
-def _published_rates() -> list[Config]:
-    """One seed of "published" at two widths and the two rates that win in "quick"."""
-    return _published((128, 64), (0,), LEARNING_RATES[2:0:-1])
-
-
 def _paper() -> list[Config]:
     """The published mixture, extended to 4096 tokens so that length is trained for, and not guessed at."""
     longer = [[512, 128], [1024, 256], [2048, 256], [4096, 256]]
@@ -615,7 +610,6 @@ MQAR = Experiment(
         "small": _small,
         "long": _long,
         "published": _published,
-        "published-rates": _published_rates,
         "paper": _paper,
     },
     cost=mqar_cost,
