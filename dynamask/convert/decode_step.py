@@ -38,7 +38,6 @@ class _Plan:
             (module, type(module)) for module in model.modules() if module is not model
         ]
         self.layers = [(layer, layer.self_attn, layer.mlp) for layer in decoder.layers]
-        self.count = len(self.modules) + 1
 
     def stands(self, model: nn.Module) -> bool:
         """Whether the model still consists of these modules, and no call of them would do something else."""
