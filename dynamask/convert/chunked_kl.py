@@ -24,6 +24,7 @@ def chunked_kl(
     chunk: int = 1024,
     labels: Tensor | None = None,
     label_share: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Compute the mean divergence KL(teacher || student) over positions, without all logits in memory.
 
@@ -42,6 +43,7 @@ def chunked_kl(
         labels: (B, N) int64, the token that follows each position; below 0 where there is none. Needed for a
             `label_share` above 0.
         label_share: from 0 to 1. At 1 the teacher's hidden states are not read and may be the student's.
+        weights: (N,) float32, weights of the positions in the mean of the divergence; None: equal.
 
     Returns:
         () float32, differentiable in `student_hidden` and `parameters`. 0 where no position counts.
@@ -49,19 +51,21 @@ def chunked_kl(
     if label_share and labels is None:
         raise InvalidInputError(f"label_share={label_share} needs labels")
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    options = (student_head, teacher_head, mask, temperature, chunk, labels, label_share)
+    options = (student_head, teacher_head, mask, temperature, chunk, labels, label_share, weights)
     return _ChunkedKL.apply(student_hidden, teacher_hidden.detach(), options, *trained)  # type: ignore[no-any-return]
 
 
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, options: tuple[Any, ...], *trained: Tensor) -> Tensor:
-        student_head, teacher_head, mask, temperature, chunk, labels, share = options
+        student_head, teacher_head, mask, temperature, chunk, labels, share, given_weights = options
         wanted = student.requires_grad or any(parameter.requires_grad for parameter in trained)
         rows, teacher = student.detach().flatten(0, -2), teacher.flatten(0, -2)
         weights = (
             torch.ones(rows.shape[0], device=rows.device) if mask is None else mask.flatten().to(rows.device).float()
         )
+        if given_weights is not None:
+            weights = weights * given_weights.to(rows.device).repeat(rows.shape[0] // len(given_weights))
         weights = weights * ((1 - share) / weights.sum().clamp(min=1))
         if share:
             labels = labels.flatten().to(rows.device)

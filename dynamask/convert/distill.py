@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import math
 import time
+import warnings
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,11 +50,13 @@ def distill(
     temperature: float = 1.0,
     chunk: int = 1024,
     label_share: float = 0.0,
+    beginning_share: float = 0.0,
+    train_embeddings: bool = True,
     start_windows: float = 1.0,
     shrink_share: float = 0.5,
     gradient_checkpointing: bool = False,
     compiled: bool | None = None,
-    recorded: bool = False,
+    recorded: bool | None = None,
     checkpoint: str | Path | None = None,
     save_every: float = 120.0,
     progress: Report | None = None,
@@ -81,15 +85,20 @@ def distill(
         temperature: of both distributions.
         chunk: positions whose logits are in memory at a time.
         label_share: share of the cross-entropy of the next token in the loss, from 0 to 1. At 1 the teacher is not run.
+        beginning_share: share of the divergence that the first positions of a block have, as many as the windows hold
+            on the mean, if that is above their share of the positions. There the model sees nearly all keys: more
+            weight keeps its answers to short texts as they are.
+        train_embeddings: whether the embeddings and the output layer learn, too.
         start_windows: factor of all windows at the first step, at least 1. No window rises above the block.
         shrink_share: share of the steps after which the windows are the model's, above 0 to 1.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
         compiled: whether the decoder layers of both models run compiled (`dynamask.convert.compiled_layers`), which
             takes some ten seconds at the start. None: on a GPU, for 50 steps or more, and of a teacher without a list
             of decoder layers (GPT-2) not.
-        recorded: replay forward and backward as a CUDA graph, for models so small that the host's launches decide the
-            time of a step. Blocks of another shape than the first run as they are. Not with `start_windows` above 1,
-            whose windows change, nor with `gradient_checkpointing`.
+        recorded: replay forward and backward as a CUDA graph, which spares the host its launches. The first replay is
+            compared with the step as it is. Blocks of another shape than the first run as they are. Not with
+            `start_windows` above 1, whose windows change, nor with `gradient_checkpointing`. None: where that holds,
+            with compiled layers and the model on one GPU; a warning says where recording failed.
         checkpoint: file that keeps the state of the training. If it exists, training continues from it.
         save_every: seconds between two writes of the checkpoint.
         progress: called every few steps.
@@ -112,9 +121,12 @@ def distill(
             "distill: label_share must be from 0 to 1, start_windows at least 1, shrink_share above 0 and at most 1; "
             f"got {label_share}, {start_windows} and {shrink_share}"
         )
-    if recorded and (start_windows > 1 or gradient_checkpointing or next(model.parameters()).device.type != "cuda"):
+    if not 0 <= beginning_share < 1:
+        raise InvalidInputError(f"distill: beginning_share must be at least 0 and below 1; got {beginning_share}")
+    recordable = start_windows == 1 and not gradient_checkpointing and _on_one_gpu(model)
+    if recorded and not recordable:
         raise InvalidInputError(
-            "distill: recorded=True needs a model on a GPU, start_windows=1 and gradient_checkpointing=False; got a "
+            "distill: recorded=True needs a model on one GPU, start_windows=1 and gradient_checkpointing=False; got a "
             f"model on {next(model.parameters()).device}, {start_windows} and {gradient_checkpointing}"
         )
     check_teacher(model, teacher)
@@ -130,6 +142,8 @@ def distill(
         "steps": steps,
         "learning_rate": learning_rate,
         "label_share": label_share,
+        "beginning_share": beginning_share,
+        "train_embeddings": train_embeddings,
         "start_windows": start_windows,
         "shrink_share": shrink_share,
     }
@@ -141,11 +155,15 @@ def distill(
         compiled = device.type == "cuda" and steps >= _WORTH_COMPILING
     elif compiled:
         check_compilable(teacher)
+    wanted_recording = recordable and compiled if recorded is None else recorded
     layers = [compiled_layers(each) for each in served] if compiled else []
     try:
         _widen(student)
         for name, parameter in student.named_parameters():
             parameter.requires_grad_(rank_learning_rate > 0 or "rank_predictor" not in name)
+        if not train_embeddings:
+            for module in (student.get_input_embeddings(), student.get_output_embeddings()):
+                module.requires_grad_(False)
         if gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         student.train()
@@ -168,6 +186,7 @@ def distill(
             chunk=chunk,
             ranks=rank_learning_rate > 0,
             label_share=label_share,
+            beginning_share=beginning_share,
         )
         recording: RecordedStep | None = None
         source = token_blocks(blocks, start, "distill")
@@ -178,8 +197,8 @@ def distill(
             now = learning_rate_share("cosine", step, steps, warmup)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * now
-            if recorded and step == start:
-                recording = RecordedStep(losses_of, [p for p in student.parameters() if p.requires_grad], tokens)
+            if wanted_recording and step == start:
+                recording = _recording(student, losses_of, tokens, wanted=bool(recorded))
             if recording is not None and recording.serves(tokens):
                 loss = recording(tokens)
             else:
@@ -222,6 +241,27 @@ def distill(
     return history.tolist()  # type: ignore[no-any-return]
 
 
+def _on_one_gpu(model: Any) -> bool:
+    devices = {parameter.device for parameter in model.parameters()}
+    return len(devices) == 1 and next(iter(devices)).type == "cuda"
+
+
+def _recording(student: Any, losses_of: Any, tokens: Tensor, *, wanted: bool) -> RecordedStep | None:
+    """Record the step. Where that fails: raise if it was `wanted`, else warn and return None."""
+    try:
+        return RecordedStep(losses_of, [p for p in student.parameters() if p.requires_grad], tokens)
+    except (InvalidInputError, RuntimeError) as error:
+        if wanted:
+            raise
+        reason = " ".join(str(error).split())[:300]
+    warnings.warn(f"the step is not recorded as a CUDA graph, and slower: {reason}", stacklevel=3)
+    for parameter in student.parameters():
+        parameter.grad = None
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
 _SHRINKINGS = 8
 """Sizes that windows go through: each may be compiled for."""
 
@@ -257,6 +297,7 @@ def distillation_losses(
     chunk: int = 1024,
     ranks: bool = True,
     label_share: float = 0.0,
+    beginning_share: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute the losses of one batch of distillation.
 
@@ -267,7 +308,7 @@ def distillation_losses(
         attention_mask: (B, N), 1 for a real token, or None.
         temperature, chunk: see `chunked_kl`.
         ranks: whether the ranks' loss is computed, too.
-        label_share: see `distill`.
+        label_share, beginning_share: see `distill`.
 
     Returns:
         The mean divergence in nats per real token, or its mixture with the cross-entropy, and the mean loss of the
@@ -276,7 +317,11 @@ def distillation_losses(
     teacher_hidden = teacher_states(teacher, tokens, attention_mask) if label_share < 1 else None
     facts = call_facts(tokens.shape[0], tokens.shape[1], attention_mask, None, 0, tokens.device)
     facts.losses = RankLosses() if ranks else None
-    hidden = run_decoder(student, tokens, facts)
+    embeddings, embedded = student.get_input_embeddings(), None
+    if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in embeddings.parameters()):
+        # The first layer then computes a gradient like the others, and runs in their graph.
+        embedded = embeddings(tokens).detach().requires_grad_()
+    hidden = run_decoder(student, None if embedded is not None else tokens, facts, embedded)
     return losses_of_hidden(
         student,
         teacher,
@@ -288,7 +333,19 @@ def distillation_losses(
         chunk=chunk,
         labels=next_tokens(tokens, attention_mask) if label_share else None,
         label_share=label_share,
+        weights=_position_weights(student.config, tokens.shape[1], beginning_share, tokens.device),
     )
+
+
+def _position_weights(config: Any, length: int, share: float, device: torch.device) -> Tensor | None:
+    """(N,) weights that give the first positions, as many as the mean window, this share of their sum, or None."""
+    windows = [window for entry in config.head_windows if entry is not None for window in entry]
+    first = round(sum(windows) / max(1, len(windows)))
+    if not share or not 0 < first < length or share <= first / length:
+        return None
+    weights = torch.ones(length, device=device)
+    weights[:first] = share / (1 - share) * (length - first) / first
+    return weights
 
 
 def next_tokens(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -311,6 +368,7 @@ def losses_of_hidden(
     chunk: int,
     labels: Tensor | None = None,
     label_share: float = 0.0,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`distillation_losses` from the last hidden states (B, N, hidden) of both models."""
     with _narrow(student):
@@ -325,6 +383,7 @@ def losses_of_hidden(
             chunk=chunk,
             labels=labels,
             label_share=label_share,
+            weights=weights,
         )
     aux = torch.stack([each.to(loss.device) for each in rank_losses]).mean() if rank_losses else None
     return loss, aux

@@ -72,7 +72,10 @@ spread() { # part, parts, GPU
 earlier=$(find lab/results -name 'conversion*.jsonl' ! -name '*gemma*') # of the same model
 [ "${MODEL:-smollm2-135m-instruct}" = smollm2-135m-instruct ] || earlier=$(find lab/results -name "conversion-${MODEL%%3-*}*.jsonl")
 member() { # role, GPU, processes
-    CONVERSION_SLOT=${1#trainer} CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True \
+    local segments=True # a trainer records CUDA graphs
+    [ "${1%2}" = trainer ] && segments=False
+    CONVERSION_SLOT=${1#trainer} CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 \
+        PYTORCH_CUDA_ALLOC_CONF=expandable_segments:$segments \
         setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
         --model "$model" --data "$work/data" --benchmarks "$work/benchmarks" --state "$work/state" \
         --out "$work/results-$1-$2.jsonl" --done "${done[@]}" $earlier --plan "${PLAN:-final}" \

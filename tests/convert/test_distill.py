@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from dynamask import InvalidInputError, convert
 from dynamask.convert.distill import distillation_losses, next_tokens
@@ -42,8 +43,69 @@ def test_it_lowers_the_divergence(llama: Any, checkpointing: bool) -> None:
 
 
 def test_recording_needs_a_gpu(llama: Any) -> None:
-    with pytest.raises(InvalidInputError, match="recorded=True needs a model on a GPU"):
+    with pytest.raises(InvalidInputError, match="recorded=True needs a model on one GPU"):
         convert.distill(student_of(llama), llama, blocks(), steps=1, recorded=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("options", [{}, {"train_embeddings": False, "beginning_share": 0.5}])
+def test_a_recorded_run_ends_where_the_plain_one_does(options: dict[str, Any]) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    dense = LlamaForCausalLM(LlamaConfig(**shape)).to("cuda", torch.bfloat16)
+    data = [torch.randint(0, 64, (4, 256)) for _ in range(3)]
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(1)
+        model = convert.upcycle(dense, 32, local=8, sinks=2, copy_weights=True)
+        losses = convert.distill(model, dense, data, steps=12, compiled=False, recorded=recorded, **options)
+        found.append((torch.tensor(losses), [p.float() for p in model.parameters()]))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0.05, atol=1e-4)
+    for one, two in zip(*(weights for _, weights in found), strict=True):
+        torch.testing.assert_close(one, two, rtol=0.02, atol=5e-3)
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("no graph")
+
+    monkeypatch.setattr(sys.modules["dynamask.convert.distill"], "RecordedStep", refuse)
+    monkeypatch.setattr(sys.modules["dynamask.convert.distill"], "_on_one_gpu", lambda model: True)
+    monkeypatch.setattr(sys.modules["dynamask.convert.distill"], "compiled_layers", lambda model: nullcontext())
+    monkeypatch.setattr(nullcontext, "remove", lambda self: None, raising=False)
+    with pytest.warns(UserWarning, match="not recorded as a CUDA graph, and slower: no graph"):
+        losses = convert.distill(student_of(llama), llama, blocks(), steps=2, compiled=True)
+    assert losses == convert.distill(student_of(llama), llama, blocks(), steps=2, compiled=True, recorded=False)
+    with pytest.raises(RuntimeError, match="no graph"):
+        convert.distill(student_of(llama), llama, blocks(), steps=2, recorded=True)
+
+
+def test_embeddings_may_stay_as_they_are(llama: Any) -> None:
+    model = student_of(llama)
+    named = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = convert.distill(model, llama, blocks(1), steps=12, learning_rate=1e-3, train_embeddings=False)
+    assert losses[-1] < losses[0]
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, named[name])}
+    assert "model.layers.0.self_attn.q_proj.weight" in moved
+    assert not moved & {"model.embed_tokens.weight", "lm_head.weight"}
+    assert model.lm_head.weight.requires_grad
+    torch.manual_seed(2)
+    tokens = blocks(1)[0]
+    expected = distillation_losses(model, llama, tokens)[0]
+    model.get_input_embeddings().requires_grad_(False)
+    torch.testing.assert_close(distillation_losses(model, llama, tokens)[0], expected)
+
+
+def test_beginnings_have_their_share_of_the_loss(llama: Any) -> None:
+    model, tokens = student_of(llama), blocks(1)[0]
+    with torch.no_grad():
+        given, wanted = (each(tokens).logits.float().log_softmax(-1) for each in (model, llama))
+    each = (wanted.exp() * (wanted - given)).sum(-1)
+    expected = 0.6 * each[:, :10].mean() + 0.4 * each[:, 10:].mean()
+    torch.testing.assert_close(distillation_losses(model, llama, tokens, beginning_share=0.6)[0], expected)
+    plain = distillation_losses(model, llama, tokens)[0]
+    torch.testing.assert_close(distillation_losses(model, llama, tokens, beginning_share=0.1)[0], plain)
 
 
 def test_within_the_windows_there_is_nothing_to_learn(llama: Any) -> None:
@@ -147,8 +209,6 @@ def test_in_a_trainer(llama: Any, tmp_path: Path) -> None:
 
 
 def test_bad_input(llama: Any, shape: dict[str, Any]) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     model = student_of(llama)
     other = LlamaForCausalLM(LlamaConfig(**{**shape, "vocab_size": 299}))
     with pytest.raises(InvalidInputError, match="vocabulary of 299"):
@@ -160,6 +220,8 @@ def test_bad_input(llama: Any, shape: dict[str, Any]) -> None:
     for options in ({"label_share": 1.5}, {"start_windows": 0.5}, {"shrink_share": 0.0}):
         with pytest.raises(InvalidInputError, match="label_share must be from 0 to 1, start_windows at least 1"):
             convert.distill(model, llama, blocks(), steps=1, **options)
+    with pytest.raises(InvalidInputError, match="beginning_share must be at least 0 and below 1"):
+        convert.distill(model, llama, blocks(), steps=1, beginning_share=1.0)
     with torch.no_grad():
         llama.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(InvalidInputError, match="divergence is nan at step 1"):

@@ -58,6 +58,11 @@ class Spec:
             not the dense model.
         loop: of a dense model that is trained: "" for `adapt`, whose rate falls to zero; "distil" for that of
             `dynamask.convert.distill`, with windows as long as the blocks, which is dense attention.
+        beginning_share: of the distillation, see `dynamask.convert.distill`.
+        embeddings: whether the distillation trains them, too.
+        average: share of the steps, the last, over whose weights the mean is taken (of every fifth step); 0: the last
+            weights. One of `AVERAGES`.
+        mixed: share of what was trained in a straight mixture with the dense model's weights; 1: no mixture.
         context: tokens of a block that ranks, windows and model are trained on, under the positions of `rope`; 0: the
             schedule's, under the model's own positions.
     """
@@ -80,6 +85,10 @@ class Spec:
     origin: str = ""
     loop: str = ""
     context: int = 0
+    beginning_share: float = 0.0
+    embeddings: bool = True
+    average: float = 0.0
+    mixed: float = 1.0
 
     def facts(self) -> dict[str, Any]:
         """The fields, without later ones that have their default: lines written before they existed stay the same."""
@@ -110,6 +119,10 @@ class Spec:
             parts += [f"labels{self.label_share}"] if self.label_share else []
             parts += [f"from{self.start_windows}"] if self.start_windows != 1 else []
             parts += [f"rate{self.rate}"] if self.rate is not None else []
+        parts += [f"beginning{self.beginning_share}"] if self.beginning_share else []
+        parts += [] if self.embeddings else ["fixed-embeddings"]
+        parts += [f"average{self.average}"] if self.average else []
+        parts += [f"mixed{self.mixed}"] if self.mixed != 1 else []
         parts += [f"loop-{self.loop}"] if self.loop else []
         parts += [f"context{self.context}"] if self.context else []
         parts += ["of-dense-trained"] if self.origin else []
@@ -125,8 +138,51 @@ _LATER = {
     "origin": "",
     "loop": "",
     "context": 0,
+    "beginning_share": 0.0,
+    "embeddings": True,
+    "average": 0.0,
+    "mixed": 1.0,
 }
 """Fields of `Spec` that came after the first lines were written, with their defaults."""
+
+
+AVERAGES = (0.1, 0.25, 0.5)
+"""Means of the last weights that are kept of every distillation."""
+
+
+class TailMeans:
+    """Means of a model's weights over the last steps of a training.
+
+    Args:
+        model: the model that trains.
+        steps: of the training.
+        shares: of the steps, the last.
+    """
+
+    def __init__(self, model: nn.Module, steps: int, shares: Sequence[float] = AVERAGES) -> None:
+        self.model, self.steps = model, steps
+        self.means: dict[float, list[Tensor]] = {share: [] for share in shares}
+        self.counts = dict.fromkeys(shares, 0)
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take in the weights behind a step, from 1 on."""
+        own = [p.detach() for p in self.model.parameters()]
+        for share, mean in self.means.items():
+            if step <= (1 - share) * self.steps:
+                continue
+            self.counts[share] += 1
+            if mean:
+                torch._foreach_lerp_(mean, own, 1 / self.counts[share])
+            else:
+                mean += [p.clone() for p in own]
+
+    def state(self, share: float, like: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state `like` with a mean in place of the parameters; the mean is then let go."""
+        names = [name for name, _ in self.model.named_parameters()]
+        found = {n: m.to(like[n].dtype) for n, m in zip(names, self.means.pop(share), strict=True)}
+        tied = {p.data_ptr(): n for n, p in self.model.named_parameters()}
+        return {n: found[tied[v.data_ptr()]] if v.data_ptr() in tied else v for n, v in like.items()}
 
 
 @dataclass(frozen=True)
@@ -252,7 +308,7 @@ class Workshop:
         if _ranks(spec) and not self._ranks_file(spec).exists():
             seconds += 0.16 * self.schedule.rank_steps
         if spec.trained and not self._file(spec).exists():
-            seconds += 15 + 0.45 * spec.steps
+            seconds += 20 + 0.5 * spec.steps
         if spec.origin and not self._file(_origin(spec)).exists():
             seconds += 15 + 0.45 * spec.steps
         return seconds
@@ -265,6 +321,7 @@ class Workshop:
 
     def _file(self, spec: Spec) -> Path:
         """What was trained at the model's own positions also serves where they are scaled."""
+        spec = replace(spec, mixed=1.0)
         return self.state / f"model-{spec.name if spec.context else replace(spec, rope=1).name}.pt"
 
     def _ranks_file(self, spec: Spec) -> Path:
@@ -374,6 +431,7 @@ class Workshop:
             partial.write_text(json.dumps(kept))
             partial.replace(file)
             untrained: dict[str, Any] = {"distilled": False, "steps": STEPS, "label_share": 0.0, "start_windows": 1.0}
+            untrained |= {"beginning_share": 0.0, "embeddings": True, "average": 0.0, "mixed": 1.0}
             told = replace(spec, **untrained, rate=None, origin="", loop="")
             told = (
                 told
@@ -394,8 +452,14 @@ class Workshop:
         """Train the model, or load what an earlier run trained."""
         file = self._file(spec)
         if file.exists():
-            model.load_state_dict(torch.load(file, map_location=self.device, weights_only=True), strict=False)
+            state = torch.load(file, map_location=self.device, weights_only=True)
+            if spec.mixed != 1:
+                dense = self.dense().state_dict()
+                state = {n: dense[n].float().lerp(v.float(), spec.mixed) if n in dense else v for n, v in state.items()}
+            model.load_state_dict(state, strict=False)
             return
+        if spec.average or spec.mixed != 1:
+            raise OutOfTime(f"{spec.name} is made beside another form, which was not trained")
         with self._alone():
             if time.monotonic() + self.seconds_to_make(spec) > self.deadline:
                 raise OutOfTime(spec.name)
@@ -419,6 +483,8 @@ class Workshop:
         batches = self.blocks(spec.seed + 1000, context=spec.context)
         from dynamask.convert import distill
 
+        means: TailMeans | None = None
+        times: list[tuple[int, float]] = []
         if spec.kind == "dense trained" and spec.loop == "distil":
             # Windows as long as the blocks: dense attention, in the loop that converted models are trained in.
             student = upcycled(model, schedule.block)
@@ -430,6 +496,12 @@ class Workshop:
         else:
             # Where ranks stand for the newest keys, they must stay equal.
             ranks = schedule.distil_rank_rate if spec.ranks == "learned" else 0.0
+            means = TailMeans(model, spec.steps)
+
+            def watch(progress: Any) -> None:
+                means.add(progress.step)
+                times.append((progress.step, round(time.perf_counter() - start, 3)))
+
             history = distill(
                 model,
                 teacher,
@@ -439,12 +511,18 @@ class Workshop:
                 rank_learning_rate=ranks,
                 label_share=spec.label_share,
                 start_windows=spec.start_windows,
+                beginning_share=spec.beginning_share,
+                train_embeddings=spec.embeddings,
+                progress=watch,
             )
         _synchronise(self.device)
         seconds = time.perf_counter() - start
+        if means is not None:
+            for share in AVERAGES:
+                _save(means.state(share, model.state_dict()), self._file(replace(spec, average=share)))
         _save(model.state_dict(), file)
         tokens = spec.steps * schedule.batch * schedule.block
-        self.report(spec, "train", {"seconds": seconds, "tokens": tokens, "history": history})
+        self.report(spec, "train", {"seconds": seconds, "tokens": tokens, "history": history, "times": times})
 
 
 def _ranks(spec: Spec) -> bool:

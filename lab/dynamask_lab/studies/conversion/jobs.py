@@ -25,7 +25,7 @@ class Job:
 
     Attributes:
         spec: the form.
-        measure: "loss", "continuation", "tasks", "benchmark", "long" or "speed".
+        measure: "loss", "continuation", "divergence", "tasks", "benchmark", "long" or "speed".
         settings: of the measure; decides, with form and measure, whether a job has been done.
     """
 

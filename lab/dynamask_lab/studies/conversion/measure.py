@@ -87,6 +87,20 @@ def loss_by_position(form: Form, blocks: Tensor, batch: int = 4) -> list[list[fl
     return results
 
 
+@torch.no_grad()
+def divergence_by_position(form: Form, dense: Any, blocks: Tensor, batch: int = 4) -> list[list[float]]:
+    """Mean KL(dense || form) in nats of each `BIN` positions of each block (n, N)."""
+    results: list[list[float]] = []
+    for part in blocks.split(batch):
+        wanted, given = (
+            model.lm_head(model.model(input_ids=part, use_cache=False).last_hidden_state).float().log_softmax(-1)
+            for model in (dense, form.model)
+        )
+        found = (wanted.exp() * (wanted - given)).sum(-1)
+        results += found.view(len(part), -1, BIN).mean(2).tolist()
+    return results
+
+
 def token_losses(model: Any, tokens: Tensor, chunk: int = 2048) -> Tensor:
     """The loss of each token from its prefix, float32 (B, N - 1); logits exist for `chunk` positions at a time."""
     hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state

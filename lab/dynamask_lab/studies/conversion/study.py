@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from dynamask_lab.studies.conversion import close, final, gemma, levers, measure
+from dynamask_lab.studies.conversion import close, final, gemma, levers, measure, settle
 from dynamask_lab.studies.conversion.forms import STEPS, OutOfTime, Schedule, Spec, Workshop
 from dynamask_lab.studies.conversion.jobs import Job, jobs, key_of, lane_of
 from dynamask_lab.studies.conversion.tasks import Example, Tasks
@@ -38,7 +38,7 @@ WAIT = 150.0
 """Seconds that `--after` waits at most."""
 MEASURING = 45.0
 """Seconds that a training leaves for the losses of what it trained."""
-SHARED: dict[str, Any] = {"final": final, "gemma": gemma, "close": close}
+SHARED: dict[str, Any] = {"final": final, "gemma": gemma, "close": close, "settle": settle}
 """Lists that processes share."""
 LANES = ("all", "converted", "dense", "speed")
 
@@ -178,6 +178,9 @@ class Runner:
             return {"losses": measure.loss_by_position(form, blocks[:, : settings["length"]], batch=1)}
         if job.measure == "loss":
             return {"losses": measure.loss_by_position(form, blocks[: settings["blocks"]])}
+        if job.measure == "divergence":
+            blocks = blocks[: settings["blocks"], : settings["length"]]
+            return {"divergences": measure.divergence_by_position(form, self.workshop.dense(), blocks)}
         if job.measure == "continuation":
             losses = measure.continuation_loss(form, blocks[: settings["blocks"]], settings["context"])
             return {"losses": losses}
@@ -335,6 +338,8 @@ def _brief(job: Job, result: dict[str, Any]) -> str:
         return f"{settings}: {np.mean(flat):.3f}"
     if "losses" in result:
         return f"{settings}: {np.nanmean(np.array(result['losses'])):.4f}"
+    if "divergences" in result:
+        return f"{settings}: {np.mean(result['divergences'], 0).round(5).tolist()}"
     if "acc" in result:
         return f"{settings}: {np.mean(result['acc']):.3f} {np.mean(result['acc_norm']):.3f}"
     return f"{settings}: {json.dumps({name: round(value, 1) for name, value in result.items()})}"

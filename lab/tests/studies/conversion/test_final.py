@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamask_lab.studies.conversion import close, final, gemma
+from dynamask_lab.studies.conversion import close, final, gemma, settle
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.conversion.jobs import Job
 
@@ -70,3 +70,12 @@ def test_no_job_is_listed_twice_and_every_comparison_is_measured() -> None:
     assert len(keys) == len(set(keys))
     forms = {job.spec for job in final.jobs()} | {job.spec for job in close.jobs()}
     assert all(spec in forms for _, spec, _ in (*final.COMPARISONS, *close.COMPARISONS))
+
+
+def test_the_list_that_settles_the_default_trains_each_form_once() -> None:
+    entries = settle.entries()
+    keys = [job.key for entry in entries for job in entry.jobs]
+    assert len(keys) == len(set(keys))
+    assert all(not (entry.spec.average or entry.spec.mixed != 1) for entry in entries if entry.trains)
+    listed = {job.spec for job in settle.jobs()}
+    assert {spec for _, spec, _ in settle.COMPARISONS} <= listed

@@ -11,11 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynamask.errors import UsageError
 from dynamask_lab.studies.conversion import levers
-from dynamask_lab.studies.conversion.forms import LOCAL, SINKS, OutOfTime, Schedule, Spec, Workshop, predictors
+from dynamask_lab.studies.conversion.forms import (
+    LOCAL,
+    SINKS,
+    OutOfTime,
+    Schedule,
+    Spec,
+    TailMeans,
+    Workshop,
+    predictors,
+)
 from dynamask_lab.studies.conversion.jobs import Job
 
 BUDGET = LOCAL + SINKS + 12
@@ -191,3 +201,29 @@ def test_longer_positions_are_scaled(workshop: Workshop) -> None:
     assert workshop.dense(4).config.max_position_embeddings == 2048
     assert workshop.dense(4).config.rope_parameters["rope_type"] == "yarn"
     assert workshop.dense().config.rope_parameters["rope_type"] == "default"
+
+
+def test_means_and_mixtures_lie_between_what_was_trained_and_the_dense_model(workshop: Workshop) -> None:
+    spec = Spec("converted", BUDGET, distilled=True, steps=10, embeddings=False, beginning_share=0.5)
+    trained = {n: p.detach().clone() for n, p in workshop.form(spec).model.named_parameters()}
+    dense = dict(workshop.dense().named_parameters())
+    assert torch.equal(trained["model.embed_tokens.weight"], dense["model.embed_tokens.weight"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    mean = dict(workshop.form(replace(spec, average=0.5)).model.named_parameters())[name]
+    torch.testing.assert_close(mean, trained[name], msg="of ten steps, only the last lies in the last half's fifths")
+    mixed = dict(workshop.form(replace(spec, mixed=0.75)).model.named_parameters())[name]
+    expected = dense[name].float().lerp(trained[name].float(), 0.75)
+    torch.testing.assert_close(mixed.float(), expected, atol=1e-3, rtol=1e-2)
+    assert not torch.equal(mixed, trained[name])
+
+
+def test_tail_means_are_means_of_the_last_weights() -> None:
+    layer = nn.Linear(2, 1)
+    means = TailMeans(layer, 20, (0.5, 0.25))
+    for step in range(1, 21):
+        with torch.no_grad():
+            layer.weight.fill_(step)
+        if step % 5 == 0:
+            means.add(step)
+    assert float(means.state(0.5, layer.state_dict())["weight"][0, 0]) == 17.5
+    assert float(means.state(0.25, layer.state_dict())["weight"][0, 0]) == 20
