@@ -34,12 +34,12 @@ BEGINNING = converted(rate=BEST, seed=1, beginning_share=0.25)
 CANDIDATES = (FIXED, BEGINNING)
 
 COMPARISONS = tuple(
-    (f"{name}, {how}, against dense", replace(spec, **options), DENSE)
+    (f"{name}, {how}, against dense", form, DENSE)
     for name, spec in (("embeddings fixed", FIXED), ("a quarter of the loss at the beginning", BEGINNING))
-    for how, options in (
-        ("last weights", {}),
-        ("mean of the last quarter", {"average": 0.25}),
-        ("three quarters, one of dense", {"mixed": 0.75}),
+    for how, form in (
+        ("last weights", spec),
+        ("mean of the last quarter", replace(spec, average=0.25)),
+        ("three quarters, one of dense", replace(spec, mixed=0.75)),
     )
 )
 """What is judged: a name, a form, and the form that it is compared with."""
