@@ -20,12 +20,12 @@ from sweep_gpu import Shown
 
 from dynamask_lab.studies import get_experiment, run_sweep
 
-CELLS = (
-    "lab/results/mqar-quick.jsonl:a2f9c4570d5678c2",
-    "lab/results/mqar-quick.jsonl:80ec91b9c2a8de72",
-    "lab/results/needle-seeds.jsonl:799b4cfa1fd2ef18",
-    "lab/results/scratch.jsonl:e535b2238b4f2ef5",
-)
+CELLS = {
+    "chosen": "lab/results/mqar-quick.jsonl:a2f9c4570d5678c2",
+    "newest": "lab/results/mqar-quick.jsonl:80ec91b9c2a8de72",
+    "needle": "lab/results/needle-seeds.jsonl:799b4cfa1fd2ef18",
+    "loss": "lab/results/scratch.jsonl:e535b2238b4f2ef5",
+}
 """Of recall (chosen keys and newest keys), needles (dense attention), and loss by window and by step (newest keys)."""
 
 
@@ -45,7 +45,7 @@ def line_of(cell: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", default=CELLS, help="FILE:KEY")
+    parser.add_argument("cells", nargs="*", default=[*CELLS], help=f"FILE:KEY, or {', '.join(CELLS)}")
     parser.add_argument("--out", type=Path, required=True, help="results file, appended to")
     parser.add_argument("--seconds", type=float, required=True, help="stop after so long")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--characters", type=float, default=300e6, help="of the corpus, at most")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    lines = [line_of(cell) for cell in arguments.cells]
+    lines = [line_of(CELLS.get(cell, cell)) for cell in arguments.cells]
     # Those without a corpus first: it takes as long to make as they run.
     for name in dict.fromkeys(sorted((line["experiment"] for line in lines), key="scratch".__eq__)):
         configs = [line["config"] for line in lines if line["experiment"] == name]

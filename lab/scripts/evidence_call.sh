@@ -1,58 +1,84 @@
 #!/usr/bin/env bash
-# Sweeps of recall, needles, long reading and a recurrent model on one lent GPU, in the background, over several calls:
+# Sweeps of recall, needles, long reading, the leak and a recurrent model on one lent GPU, in the background:
 #
-#   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS[:SKIP]...   # FOLDER: tables of documents; - for none
+#   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS[:SKIP[:COUNT]]...   # FOLDER: tables of documents; - for none
 #   evidence_call.sh collect FOLDER                               # copies lines and log to FOLDER
 #
-# Jobs run side by side. `again:cells:2` repeats cells of the exhibits. `scratch:reading:4` makes its corpus of the tables and the sources of the machine; `recurrent`
-# reads the corpus `local` that `scratch_call.sh` makes, and makes it where it does not come.
+# Jobs run side by side, EVIDENCE_WAIT seconds after the call, and write lines and logs into EVIDENCE_OUT. `again:cells:2`
+# repeats all cells of the exhibits, `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion` has set its model up.
+# `reading` makes its corpus of the tables and the sources of the machine; `recurrent`, `ablation` and `again` read the
+# corpus `local` that `scratch_call.sh` makes, and make it where it does not come.
 set -u
-W=${EVIDENCE_WORK:-/tmp/evidence} S=${SCRATCH_WORK:-/tmp/scratch}
-go() { # study, size, workers, runs to leave out: one sweep, in the folder of the work
+W=${EVIDENCE_WORK:-/tmp/evidence} S=${SCRATCH_WORK:-/tmp/scratch} O=${EVIDENCE_OUT:-${EVIDENCE_WORK:-/tmp/evidence}}
+local_corpus() { # the corpus `local`, of whoever makes it first
+    for _ in $(seq 60); do
+        [ -f "$S/corpora/local/index.json" ] && break
+        sleep 2
+    done
+    mkdir -p "$S"
+    (
+        flock 9
+        [ -f "$S/corpora/local/index.json" ] ||
+            nice -n 10 python3 lab/scripts/local_corpus.py "$S/corpora" --more ./*.jsonl.xz --characters 300e6
+    ) 9>"$S/local.lock"
+    export DYNAMASK_CORPORA=$S/corpora
+}
+go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder of the work
+    shopt -s nullglob
+    case $1 in
+    reading)
+        nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
+        ;;
+    recurrent | ablation | again) local_corpus ;;
+    esac
+    # Whatever was prepared meanwhile: the GPU belongs to others until then.
+    while ((SECONDS < wait)); do sleep 1; done
     case $1 in
     scratch)
         python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --characters 150e6 --state state \
-            --out "$1-$2.jsonl" --seconds "$seconds" --size "$2" --workers "$3"
+            --out "$O/$1-$2.jsonl" --seconds "$((seconds - SECONDS))" --size "$2" --workers "$3"
         ;;
     again)
-        nice -n 5 python3 lab/scripts/again_gpu.py --out "$1-$2.jsonl" --seconds "$seconds" --more ./*.jsonl.xz
+        cells=$2
+        [ "$2" = cells ] && cells=
+        # shellcheck disable=SC2086  # no name where all cells are meant
+        nice -n 5 python3 lab/scripts/again_gpu.py $cells --out "$O/$1-$2.jsonl" --seconds "$((seconds - SECONDS))" \
+            --more ./*.jsonl.xz
+        ;;
+    ceiling)
+        while ((SECONDS < seconds)); do
+            for C in /tmp/conversion*/; do [ -f "$C/ready" ] && [ -f "$C/models/smollm2-135m-instruct/config.json" ] && break 2; done
+            sleep 3
+        done
+        python3 -m dynamask_lab.studies.ceiling.study --model "$C/models/smollm2-135m-instruct" --data "$C/data" \
+            --out "$O/$1-$2.jsonl" --seconds 60 --rules dense newest query
         ;;
     *)
-        if [ "$1" = reading ]; then
-            nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
-        elif [ "$1" = recurrent ]; then
-            for _ in $(seq 60); do
-                [ -f "$S/corpora/local/index.json" ] && break
-                sleep 2
-            done
-            [ -f "$S/corpora/local/index.json" ] ||
-                python3 lab/scripts/local_corpus.py "$S/corpora" --more ./*.jsonl.xz
-            export DYNAMASK_CORPORA=$S/corpora
-        fi
-        python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$1-$2.jsonl" --seconds "$((seconds - SECONDS))" \
-            --workers "$3" --skip "$4"
+        python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$O/$1-$2.jsonl" --seconds "$((seconds - SECONDS))" \
+            --workers "$3" --skip "$4" --count "$5"
         ;;
     esac
 }
 case $1 in
 start)
-    folder=$2 seconds=$3
-    mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/"
+    folder=$2 seconds=$3 wait=${EVIDENCE_WAIT:-0}
+    mkdir -p "$W" "$O" && cp -r dynamask lab pyproject.toml "$W/"
     [ "$folder" = - ] || cp "$folder"/*.jsonl.xz "$W/"
     cd "$W" || exit 1
     export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor OMP_NUM_THREADS=1
-    export PYTHONUNBUFFERED=1 DYNAMASK_CORPORA=$W/corpora DYNAMASK_STATE=$W/state
-    export -f go
-    export S seconds
+    export PYTHONUNBUFFERED=1 DYNAMASK_CORPORA=$W/corpora DYNAMASK_STATE=$W/state HF_HUB_OFFLINE=1
+    export -f go local_corpus
+    export S O seconds wait
     for job in "${@:4}"; do
-        IFS=: read -r study size workers skip <<<"$job"
-        setsid nohup bash -c "go $study $size $workers ${skip:-0}" >"log-$study-$size.txt" 2>&1 </dev/null &
+        IFS=: read -r study size workers skip count <<<"$job"
+        setsid nohup bash -c "go $study $size $workers ${skip:-0} ${count:-1000}" >"$O/log-$study-$size.txt" 2>&1 \
+            </dev/null &
     done
     ;;
 collect)
     mkdir -p "$2"
-    cp "$W"/*-*.jsonl "$2/"
-    for log in "$W"/log-*.txt; do
+    cp "$O"/*-*.jsonl "$2/"
+    for log in "$O"/log-*.txt; do
         grep -v -e it/s -e UserWarning -e warnings.warn "$log" | tail -n 200 >"$2/$(basename "$log")"
         echo "== $log" && tail -n 4 "$log"
     done

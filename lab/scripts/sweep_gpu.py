@@ -2,7 +2,8 @@
 
     python lab/scripts/sweep_gpu.py mqar published --out mqar.jsonl --seconds 400 --workers 5
 
-Runs share the GPU, so their times do not compare. The same command continues what the time did not suffice for.
+Runs share the GPU, so their times do not compare. No run starts that would not end in time, as those that ended show.
+The same command does what the time did not suffice for.
 """
 
 from __future__ import annotations
@@ -43,16 +44,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="stop after so long")
     parser.add_argument("--workers", type=int, default=4, help="runs at a time")
     parser.add_argument("--skip", type=int, default=0, help="leave out so many runs of the sweep, the first ones")
-    parser.add_argument("--count", type=int, help="only so many runs of the sweep, the first ones")
+    parser.add_argument("--count", type=int, help="only so many runs behind those, the first ones")
     arguments = parser.parse_args()
     experiment = get_experiment(arguments.experiment)
-    configs = experiment.configs(arguments.size)[arguments.skip : arguments.count]
-    places = {run_key(experiment.name, config): 1.0 + place for place, config in enumerate(configs)}
+    configs = experiment.configs(arguments.size)[arguments.skip :][: arguments.count]
+    # Estimates go by the runs that ended, whatever their settings, and the order stays.
+    places = {run_key(experiment.name, config): 1.0 + 1e-6 * place for place, config in enumerate(configs)}
     ordered = dataclasses.replace(
         experiment, cost=lambda config: places[run_key(experiment.name, config)], kind=lambda config: "run"
     )
     report = run_sweep(
-        ordered, configs, arguments.out, arguments.seconds, workers=max(2, arguments.workers), observer=Shown()
+        ordered,
+        configs,
+        arguments.out,
+        arguments.seconds,
+        workers=max(2, arguments.workers),
+        observer=Shown(),
+        whole=True,
     )
     for row in experiment.summary(report.records):
         print(row, flush=True)

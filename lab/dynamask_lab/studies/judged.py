@@ -52,9 +52,11 @@ MQAR = (
 MQAR_PUBLISHED = (
     Judged("best", "dma, learned, slopes, head windows"),
     Judged("best", "dma, learned, head windows"),
+    Judged("best", "dma, learned, head windows, from dense"),
+    Judged("best", "dma, learned, slopes, head windows, from dense"),
     Judged("control", "swa, sinks"),
 )
-"""Of the size "published", named before it ran; its plain form is that of the others."""
+"""Of the sizes "published" and "decide", named before they ran; their plain form is that of the others."""
 NEEDLE = (
     Judged("plain", "dma, paper"),
     Judged("best", "dma, windows 128/1280, from dense, ranked by attention^4"),
@@ -67,9 +69,10 @@ NEEDLE_FAR = (
     Judged("best", "dma, learned, slopes, windows 16/352"),
     Judged("best", "dma, learned, slopes, head windows"),
     Judged("best", "dma, learned, windows 16/352"),
+    Judged("best", "dma, learned, windows 16/352, from wide"),
     Judged("control", "swa, sinks, windows 16/352"),
 )
-"""Of the size "far", see its study for when they were named."""
+"""Of the sizes "far" and "levers", see their study for when they were named."""
 
 
 def share(window: int, length: int) -> str:

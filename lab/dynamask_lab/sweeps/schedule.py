@@ -117,6 +117,7 @@ class Schedule:
         deadline: on the clock of `time.monotonic`, or None.
         follow_up: asked whenever a run is over, and at the beginning.
         observer: told how it goes.
+        whole: hand out no run whose estimate exceeds the time left, also where runs can be interrupted.
 
     Attributes:
         ran: runs finished so far.
@@ -134,8 +135,10 @@ class Schedule:
         deadline: float | None,
         follow_up: FollowUp | None,
         observer: Observer,
+        *,
+        whole: bool = False,
     ) -> None:
-        self.experiment, self.deadline = experiment, deadline
+        self.experiment, self.deadline, self._whole = experiment, deadline, whole
         self.ran = 0
         self.failed: list[tuple[Config, Exception]] = []
         self._file, self._follow_up, self._observer = file, follow_up, observer
@@ -216,7 +219,8 @@ class Schedule:
         if self.deadline is None:
             return True
         left = self.deadline - time.monotonic()
-        return left > 0 and left >= (_SHORTEST_PART if self.experiment.interruptible else seconds)
+        in_parts = self.experiment.interruptible and not self._whole
+        return left > 0 and left >= (_SHORTEST_PART if in_parts else seconds)
 
     def _want(self, configs: Sequence[Config]) -> list[Config]:
         """Add those that are new; return them."""

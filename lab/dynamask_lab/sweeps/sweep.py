@@ -41,6 +41,7 @@ def run_sweep(
     workers: int = 1,
     follow_up: FollowUp | None = None,
     observer: Observer | None = None,
+    whole: bool = False,
 ) -> SweepReport:
     """Do the runs that are not in the results file yet, shortest first, while the budget lasts.
 
@@ -61,6 +62,7 @@ def run_sweep(
             how many: their times are not those of a run alone.
         follow_up: runs that the finished ones decide; asked at the beginning and whenever a run has ended.
         observer: told how it goes.
+        whole: start no run whose estimate exceeds what is left, also where runs can be continued by the next call.
 
     Returns:
         What was done, and what is left.
@@ -82,7 +84,7 @@ def run_sweep(
     if workers > 1:
         check_portable(experiment.run)
     with ResultsFile(results) as file:
-        schedule = Schedule(experiment, configs, file, deadline, follow_up, observer or Observer())
+        schedule = Schedule(experiment, configs, file, deadline, follow_up, observer or Observer(), whole=whole)
         if workers > 1:
             run_in_workers(schedule, workers)
         else:

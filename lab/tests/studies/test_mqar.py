@@ -104,7 +104,7 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
         sharp = "from dense, ranked by attention^4"
         forms = {"dma", "dma, paper", "dma, ranked by attention", f"dma, {sharp}", f"dma, uneven windows, {sharp}"}
         forms.add("swa, uneven windows")
-        if size not in ("probe", "published"):
+        if size not in ("probe", "published", "decide"):
             assert {mixer_name(config) for config in configs} == {"mha", "mla", "swa", "nsa", *forms}
         assert len({json.dumps(config) for config in configs}) == len(configs)
         for config in configs:
@@ -124,6 +124,32 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
     assert max(length for length, _, _ in paper[0]["test"]) == 4096
     assert {config["vocab_size"] for config in paper} == {8192}
     assert {config["power"] for config in paper} == {0.1}
+
+
+def test_what_decides_goes_on_from_the_published_sweep() -> None:
+    configs = MQAR.configs("decide")
+    published = {json.dumps(config) for config in MQAR.configs("published")}
+    started = [config for config in configs if mixer_name(config).endswith(", from dense")]
+    assert {json.dumps(config) for config in configs if config not in started} <= published
+    assert {config["seed"] for config in started if config["width"] == 128} == {0, 1, 2}
+    for config in started:
+        assert config["window"] * config["window_schedule"][0][1] == max(length for length, *_ in config["train"])
+        assert config["window_schedule"][-1] == [0.5, 1.0]
+    names = {mixer_name(config) for config in started}
+    assert names == {
+        "dma, learned, head windows, from dense",
+        "dma, learned, slopes, head windows, from dense",
+        "swa, sinks, from dense",
+    }
+
+
+def test_a_start_from_every_key_narrows_and_calibrates() -> None:
+    form = {"attention": "dma", "ranking": "learned", "window": 4, "local": 2, "sinks": 1, "calibrate_at": 0.5}
+    schedule = [[0.0, 4.0], [0.375, 2.0], [0.5, 1.0]]
+    config = easy(**form, window_schedule=schedule, train=[[16, 2, 64]], test=[[16, 2, 8]], epochs=4, stop_at=2.0)
+    assert mixer_name(config) == "dma, learned, head windows, from dense"
+    result = run_mqar(config, lambda share, note: None)
+    assert np.mean(result["head_windows"]) == 4
 
 
 def test_windows_shrink_while_it_trains_and_tests_are_at_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

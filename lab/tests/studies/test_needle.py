@@ -245,3 +245,16 @@ def test_a_lever_stays_causal_and_leaves_the_mixers_as_they_were(lever: str) -> 
     assert before == MIXERS
     with pytest.raises(InvalidInputError, match="forced"):
         NeedleConfig("mha", lever=lever)
+
+
+def test_levers_come_one_at_a_time_on_three_seeds() -> None:
+    configs = NEEDLE.configs("levers")
+    names = {needle_name(config) for config in configs}
+    level = "dma, learned, windows 16/352"
+    assert names == {
+        f"{level}, from wide",
+        *(f"{form}, {lever}" for form in (level, "mha") for lever in (*LEVERS, "longer examples")),
+    }
+    for name in names:
+        assert [config["seed"] for config in configs if needle_name(config) == name] == [0, 1, 2]
+    assert {needle_name(config) for config in NEEDLE.configs("levers-smoke")} == names

@@ -10,7 +10,7 @@ import pytest
 from dynamask_lab.studies import READING, Record
 from dynamask_lab.studies.judged import share_of_pairs
 from dynamask_lab.studies.reading.report import report_reading
-from dynamask_lab.studies.reading.study import CHOSEN, SLIDING, forms, reading_name, reading_summary, sliced
+from dynamask_lab.studies.reading.study import CHOSEN, LEVEL, SLIDING, forms, reading_name, reading_summary, sliced
 from dynamask_lab.sweeps.verdicts import REFUTED, REPRODUCED
 
 
@@ -20,7 +20,7 @@ def test_sparse_forms_see_an_eighth_of_the_pairs() -> None:
     assert {config["seed"] for config in configs} == {0, 1, 2}
     for config in configs:
         assert share_of_pairs(config) == 1 if config["attention"] == "mha" else share_of_pairs(config) < 1 / 8
-    assert len({str(config) for config in configs}) == 15
+    assert len({str(config) for config in configs}) == 21
 
 
 def _record(config: dict[str, Any], far: float) -> Record:
@@ -44,3 +44,13 @@ def test_the_far_slices_decide(tmp_path: Path) -> None:
     for subject, verdict in verdicts.items():
         assert verdict == (REPRODUCED if "against dense" in subject else REFUTED)
     assert [row["form"] for row in reading_summary(records)] == list(level)
+
+
+def test_the_form_without_slopes_is_judged_apart(tmp_path: Path) -> None:
+    level = {"dense": 2.0, f"{LEVEL}, equal tokens": 1.5, f"{SLIDING}, equal tokens": 1.5}
+    records = [
+        _record(config, level[name]) for config in READING.configs("4M") if (name := reading_name(config)) in level
+    ]
+    subjects = [finding.subject for finding in report_reading(records, tmp_path).findings]
+    assert len(subjects) == 4
+    assert all(subject.startswith(f"{LEVEL}, equal tokens, against") for subject in subjects)

@@ -42,6 +42,10 @@ class MqarExamples:
         labels = torch.full(self.inputs.shape, IGNORED, dtype=torch.long)
         return labels.scatter_(1, self.queries, self.answers)
 
+    def to(self, device: torch.device) -> MqarExamples:
+        """The same sequences on a device."""
+        return MqarExamples(self.inputs.to(device), self.queries.to(device), self.answers.to(device))
+
 
 def mqar_examples(
     examples: int,

@@ -19,7 +19,8 @@ from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, S
 
 RIVALS = ("mha", "swa", "mla", "nsa")
 _SINKS = "swa, sinks"
-"""Stands for sliding windows where it ran instead of them."""
+"""Stands for sliding windows where it ran instead of them; for a form that starts dense, with the same start."""
+_FROM_DENSE = ", from dense"
 
 
 @reports("mqar")
@@ -97,7 +98,9 @@ def _rivals(form: Judged, found: Sequence[BestRuns]) -> tuple[BestRuns, list[Bes
         for best in found
         if best.width == ours.width and best.window in (0, ours.window) and best.tried == ours.tried
     ]
-    return ours, [best for best in alike if best.mixer in (*RIVALS, _SINKS) and best.mixer != form.name]
+    own_start = form.name.endswith(_FROM_DENSE) and any(best.mixer == _SINKS + _FROM_DENSE for best in alike)
+    sinks = _SINKS + _FROM_DENSE if own_start else _SINKS
+    return ours, [best for best in alike if best.mixer in (*RIVALS, sinks) and best.mixer != form.name]
 
 
 def _setting(ours: BestRuns) -> Row:
@@ -133,7 +136,7 @@ def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
         measured = "no rival ran the same learning rates and seeds"
         return Finding("recall", form.name, measured, NOT_TESTED, keys, form.role, _setting(ours))
     measured = f"accuracy {ours.accuracy:.3f}, above {', '.join(told)}"
-    ran = {best.mixer.removesuffix(", sinks") for best in (ours, *rivals)}
+    ran = {best.mixer.removesuffix(_FROM_DENSE).removesuffix(", sinks") for best in (ours, *rivals)}
     missing = [rival for rival in RIVALS if rival not in ran]
     if missing:
         measured += f"; not compared with {', '.join(missing)}"

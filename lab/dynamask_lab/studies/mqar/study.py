@@ -189,8 +189,9 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
     """
     settings = MqarConfig.of(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train = _segments(settings, settings.train, split=0)
-    test = _segments(settings, settings.test, split=1)
+    # On the device from the beginning: a copy in every step would stall the stream.
+    train = [segment.to(device) for segment in _segments(settings, settings.train, split=0)]
+    test = [segment.to(device) for segment in _segments(settings, settings.test, split=1)]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         model = build_model(settings).to(device)
@@ -203,7 +204,7 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
     for epoch in range(settings.epochs):
         model.train()
         total = torch.zeros((), device=device)
-        for step, (inputs, queries, answers) in enumerate(_batches(settings, train, device)):
+        for step, (inputs, queries, answers) in enumerate(_batches(settings, train)):
             taken = epoch * steps + step
             if settings.calibrate_at and taken == round(settings.calibrate_at * settings.epochs * steps):
                 _calibrate(model, settings, train, device)
@@ -343,15 +344,12 @@ def _segments(settings: MqarConfig, segments: Sequence[Segment], split: int) -> 
     ]
 
 
-def _batches(
-    settings: MqarConfig, segments: Sequence[MqarExamples], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _batches(settings: MqarConfig, segments: Sequence[MqarExamples]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Inputs (B, N), queries (B, P) and answers (B, P), segment after segment, as zoology's loader goes."""
     for segment in segments:
         size = settings.batch(segment.inputs.shape[1])
         parts = (segment.inputs.split(size), segment.queries.split(size), segment.answers.split(size))
-        for inputs, queries, answers in zip(*parts, strict=True):
-            yield inputs.to(device), queries.to(device), answers.to(device)
+        yield from zip(*parts, strict=True)
 
 
 @torch.no_grad()
@@ -363,7 +361,7 @@ def _test(
     found = []
     for segment in segments:
         right = torch.zeros((), dtype=torch.long, device=device)
-        for inputs, queries, answers in _batches(settings, [segment], device):
+        for inputs, queries, answers in _batches(settings, [segment]):
             with _autocast(settings, device):
                 right += (answer_logits(model, inputs, queries).argmax(-1) == answers).sum()
         shape = {"length": segment.inputs.shape[1], "pairs": segment.answers.shape[1]}
@@ -401,10 +399,10 @@ def mixer_name(config: Config) -> str:
     """The mixer as a table shows it: dma's forms apart."""
     parts = [str(config["attention"])]
     if config.get("ranking") == "learned":
-        slopes = ", slopes" if config.get("slopes") else ""
-        return f"dma, learned{slopes}, head windows" if config.get("calibrate_at") else f"dma, learned{slopes}"
+        slopes, start = ", slopes" if config.get("slopes") else "", ", from dense" if _starts_dense(config) else ""
+        return f"dma, learned{slopes}, head windows{start}" if config.get("calibrate_at") else f"dma, learned{slopes}"
     if config.get("sinks"):
-        parts.append("sinks")
+        parts += ["sinks", *(["from dense"] if _starts_dense(config) else [])]
     if config.get("layer_windows"):
         parts.append("uneven windows")
     if config["attention"] != "dma":
@@ -414,6 +412,13 @@ def mixer_name(config: Config) -> str:
     if config.get("window_schedule"):
         parts.append("from dense")
     return ", ".join([*parts, *ranked_by(config.get("ranking", "score"), config.get("rank_power", 1.0))])
+
+
+def _starts_dense(config: Config) -> bool:
+    """Whether every key of the longest training examples is seen at first."""
+    schedule = config.get("window_schedule")
+    longest: int = max((length for length, *_ in config.get("train") or []), default=0)
+    return bool(schedule) and longest > 0 and config["window"] * schedule[0][1] >= longest
 
 
 @dataclass(frozen=True)
@@ -568,27 +573,68 @@ def published_forms(heads: int) -> list[Config]:
     return [{"attention": "mha"}, {**learned, **wide, "slopes": slopes}, sliding, {**learned, **wide}, paper]
 
 
-def _published(
-    widths: Sequence[int] = (128, 64, 256, 32), seeds: Sequence[int] = (0, 1, 2), rates: Sequence[float] | None = None
-) -> list[Config]:
+_PUBLISHED_WIDTHS = (128, 64, 256, 32)
+
+
+def _published() -> list[Config]:
     """512 pairs and a window of 512 keys, as the paper reports, widths 32 to 256, three seeds; autocast to bfloat16.
 
     Trained on a fifth of the published mixture and on longer segments up to 512 pairs in 8192 tokens. One learning
     rate: that of most forms in "quick" and "long", at the greatest width dense attention's there.
     """
+    return [
+        _published_run(form, width, seed)
+        for width in _PUBLISHED_WIDTHS
+        for seed in (0, 1, 2)
+        for form in published_forms(max(1, width // 64))
+    ]
+
+
+def _published_run(form: Config, width: int, seed: int) -> Config:
     longer = [[512, 128, 4000], [1024, 256, 2000], [2048, 512, 1000], [4096, 512, 500], [8192, 512, 250]]
     test = [[length, PUBLISHED_PAIRS, 100] for length in PUBLISHED_LENGTHS]
     common: Config = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": 8, "precision": "bfloat16"}
     common["vocab_size"] = 10_240  # more than the longest text, as zoology asks
-    return [
-        MqarConfig(
-            **{**common, **form, "width": width, "heads": max(1, width // 64), "seed": seed}, learning_rate=rate
-        ).plain()
-        for width in widths
-        for rate in rates or LEARNING_RATES[1 if width > 128 else 2 :][:1]
-        for seed in seeds
-        for form in published_forms(max(1, width // 64))
+    common |= {"width": width, "heads": max(1, width // 64), "learning_rate": LEARNING_RATES[1 if width > 128 else 2]}
+    return MqarConfig(**{**common, **form, "seed": seed}).plain()
+
+
+def dense_start_forms(heads: int) -> list[Config]:
+    """The sparse forms of "published" with a start from every key: learned ranks, newest keys, ranks with slopes."""
+    _, slopes, sliding, learned, _ = published_forms(heads)
+    start: Config = {"window_schedule": [[0.0, 16.0], [0.375, 4.0], [0.5, 1.0]]}
+    late = {**start, "calibrate_at": 0.5}
+    return [{**learned, **late}, {**sliding, **start}, {**slopes, **late}]
+
+
+def _decide() -> list[Config]:
+    """What "published" left open, in the order of its worth: seeds at width 128, a start from every key, widths."""
+
+    def runs(width: int, seeds: Sequence[int], form: str) -> list[Config]:
+        heads = max(1, width // 64)
+        every = [*published_forms(heads), *dense_start_forms(heads)]
+        return [
+            run for seed in seeds for run in (_published_run(each, width, seed) for each in every) if named(run, form)
+        ]
+
+    def named(run: Config, form: str) -> bool:
+        return mixer_name(run) == form
+
+    learned, sliding = "dma, learned, head windows", "swa, sinks"
+    slopes = "dma, learned, slopes, head windows"
+    order = [
+        *runs(128, (1, 2), "mha"),
+        *runs(128, (0, 1, 2), f"{learned}, from dense"),
+        *runs(128, (1, 2), slopes),
+        *runs(128, (0, 1, 2), f"{sliding}, from dense"),
+        *runs(128, (1, 2), "dma, paper"),
     ]
+    for width in _PUBLISHED_WIDTHS[1:]:
+        for form in ("mha", f"{learned}, from dense", f"{sliding}, from dense", "dma, paper", slopes):
+            order += runs(width, (0,), form)
+    for form, seeds in ((f"{slopes}, from dense", (0, 1, 2)), (sliding, (1, 2)), (learned, (1, 2))):
+        order += runs(128, seeds, form)
+    return order
 
 
 def _paper() -> list[Config]:
@@ -610,6 +656,7 @@ MQAR = Experiment(
         "small": _small,
         "long": _long,
         "published": _published,
+        "decide": _decide,
         "paper": _paper,
     },
     cost=mqar_cost,

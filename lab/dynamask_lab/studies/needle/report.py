@@ -11,7 +11,7 @@ import numpy as np
 from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR, Judged, layer_windows, pairs_of, window_share
 from dynamask_lab.studies.needle.levers import LEVERS
-from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_summary
+from dynamask_lab.studies.needle.study import FROM_WIDE, NeedleConfig, mean_scores, needle_summary
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
@@ -165,7 +165,7 @@ def _over_seeds(ours: str, rival: str, cells: Sequence[RetrievalScore], seeds: _
     )
 
 
-_LEVERS = ("longer examples", *LEVERS)
+_LEVERS = ("longer examples", FROM_WIDE, *LEVERS)
 
 
 def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: dict[str, int]) -> list[Finding]:

@@ -7,6 +7,10 @@ are decoded greedily, from the bounded cache where the mask has one, or scored w
 The size "far": `dma, learned, windows 16/352`, without slopes, was added after its first nine runs, in which learned
 ranks with slopes found hardly more behind the window than newest keys do; levers go with it.
 
+The size "levers", named before it ran: `dma, learned, windows 16/352, from wide` sees every key in its wide layer for a
+fifth of the training, after one seed of three without it had found few needles inside the window. It is judged as the
+others are, and against the same form without that start; then each lever on this size's forms, seed by seed.
+
 Judged in the size "far", named before it ran, over three training seeds: beyond the window and within
 the trained length, and beyond that length, exact match of `dma, learned, slopes, windows 16/352` and `dma, learned,
 slopes, head windows` against `mha`, and of each lever against the same form without it, by intervals that exclude zero
@@ -18,6 +22,7 @@ dense attention finds 64% of (size "seeds"), and one wide layer has the lowest l
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
 from collections import defaultdict
@@ -43,6 +48,8 @@ from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.settings import SHARP, WIDE_FIRST, plain_settings, ranked_by, read_settings
 
 TASKS = ["single_needle", "multi_key", "multi_value", "multi_query", "passkey", "variable_tracking"]
+FROM_WIDE = "from wide"
+"""In the name of a form that begins with wider windows, and narrows them without calibration."""
 _TRAINED = 0.8
 """Share of a run's progress bar that training takes."""
 
@@ -350,7 +357,11 @@ def needle_name(config: Config) -> str:
     if config.get("ranking") == "learned":
         learned = ["dma", "learned", *(["slopes"] if config.get("slopes") else [])]
         learned += named_windows(config.get("layer_windows"), config["window"])
-        return ", ".join([*learned, *(["head windows"] if config.get("calibrate_at") else []), *lever])
+        if config.get("calibrate_at"):
+            learned.append("head windows")
+        elif config.get("window_schedule"):
+            learned.append(FROM_WIDE)
+        return ", ".join([*learned, *lever])
     parts = [str(config["attention"])]
     if config.get("sinks"):
         parts.append("sinks")
@@ -537,6 +548,24 @@ def _far() -> list[Config]:
     return [*first, *alone, *_by_form([dense], context=2048), *_by_form([forms[1] for forms in levers.values()])]
 
 
+def _levers() -> list[Config]:
+    """A start from wide windows, three seeds; then each lever, and longer examples, with one seed before the next."""
+    level = far_forms()[3]
+    start = {**level, "window_schedule": [[0.0, 16.0], [0.2, 1.0]]}
+    dense = {"attention": "mha"}
+    alone: list[Config] = [{**level, "lever": lever} for lever in ("drope", "ssmax", "forget")]
+    alone += [{**dense, "lever": lever} for lever in ("drope", "ssmax", "forget")]
+    alone += [{**level, "context": 2048}, {**dense, "context": 2048}]
+    return [*_by_form([start]), *(run for seed in (0, 1, 2) for run in _runs(alone, [seed], _FAR))]
+
+
+def _levers_smoke() -> list[Config]:
+    """Every form of "levers" for a few steps: shows on a GPU that it runs."""
+    kept = {json.dumps(run | {"seed": 0}): run for run in _levers()}
+    short = {"steps": 30, "lengths": [512], "samples": 1, "depths": [0.5], "tasks": ["single_needle"], "seed": 0}
+    return [NeedleConfig.of({**run, **short}).plain() for run in kept.values()]
+
+
 def _small() -> list[Config]:
     """12M parameters at 1024 tokens, tested to 8192; window 128."""
     return _sweep([0], 128, 600)
@@ -566,6 +595,8 @@ NEEDLE = Experiment(
         "quick": _quick,
         "seeds": _seeds,
         "far": _far,
+        "levers": _levers,
+        "levers-smoke": _levers_smoke,
         "small": _small,
         "long": _long,
         "paper": _paper,

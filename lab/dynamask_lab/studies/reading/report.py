@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynamask_lab.studies.judged import pairs_of, window_share
-from dynamask_lab.studies.reading.study import CHOSEN, SLIDING, reading_name, reading_summary, sliced
+from dynamask_lab.studies.reading.study import CHOSEN, LEVEL, SLIDING, reading_name, reading_summary, sliced
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Section
@@ -33,8 +33,8 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
     for record in records:
         runs[reading_name(record.config)].append(record)
     found = []
-    for when in ("equal time", "equal tokens"):
-        ours = runs.get(f"{CHOSEN}, {when}", [])
+    for name, when in ((name, when) for name in (CHOSEN, LEVEL) for when in ("equal time", "equal tokens")):
+        ours = runs.get(f"{name}, {when}", [])
         for rival in ("dense", f"{SLIDING}, {when}"):
             theirs = runs.get(rival, [])
             if not ours or not theirs:
@@ -57,8 +57,8 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                     "pairs": pairs_of(ours),
                 }
                 verdict = judge(gap, LOSS_INTEREST, seeds=min(len(ours), len(theirs)))
-                subject = f"{CHOSEN}, {when}, against {rival.partition(', equal')[0]}, {part}"
-                role = "best" if when == "equal time" else ""
+                subject = f"{name}, {when}, against {rival.partition(', equal')[0]}, {part}"
+                role = "best" if when == "equal time" and name == CHOSEN else ""
                 keys = [run.key for run in (*ours, *theirs)]
                 found.append(
                     Finding("reading", subject, measured, verdict, keys, role, setting, f"{LOSS_INTEREST} nats")
