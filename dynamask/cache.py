@@ -308,16 +308,15 @@ class BoundedLayer(CacheLayerMixin):
             for name in ("keys", "values", "ranks"):
                 setattr(self, name, getattr(self, name).detach().clone())
 
-    def room_for_a_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    def room_for_a_token(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[int, ...]]:
         """Return what a kernel of a whole step puts a real token of every row into; `advance` counts it afterwards.
 
         Returns:
-            keys, values, ranks, positions and clock, then `RaggedLayout.table` and `RaggedLayout.widest`.
+            keys, values, ranks, positions and clock, then the first slot of each head and the number of all.
         """
         self._leave_inference_mode()
         self._make_room()
-        layout = self._layout
-        return self.keys, self.values, self.ranks, self.positions, self.clock, layout.table, layout.widest
+        return self.keys, self.values, self.ranks, self.positions, self.clock, self.offsets
 
     def attend_to_slots(self, query: Tensor, scale: float) -> Tensor:
         """Attend from one token's queries (B, H, 1, D), in the layer's dtype, to the keys held: (B, H, 1, Dv)."""

@@ -13,7 +13,6 @@ import weakref
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynamask.cache import BoundedCache, BoundedLayer
@@ -100,6 +99,7 @@ def _run(
         RankHeadWeights,
         norm_and_gate,
         norm_and_project,
+        project,
         rotate_and_insert,
     )
 
@@ -119,24 +119,26 @@ def _run(
         biases = None if query.bias is None else (query.bias, key.bias, value.bias)
         weights = Projections(query.weight, key.weight, value.weight, biases, predictor.up.weight)
         norm = layer.input_layernorm
-        residual, projected, active = norm_and_project(residual, delta, norm.weight, norm.variance_epsilon, weights)
+        pools = Pools._make((*held.room_for_a_token(), held.local, held.sinks))
+        residual, projected, active, contest = norm_and_project(
+            residual, delta, norm.weight, norm.variance_epsilon, weights, pools
+        )
         norms, epsilon = None, 0.0
         if "q_norm" in own:
             norms, epsilon = (own["q_norm"].weight, own["k_norm"].weight), own["q_norm"].variance_epsilon
         lift = None if lifts is None else lifts[index]
         assert active is not None
         ranks = RankHeadWeights(active, predictor.down.weight, predictor.down.bias, lift, RANK_GRID)
-        pools = Pools._make((*held.room_for_a_token(), held.local, held.sinks))
-        rotated = rotate_and_insert(projected, cos, sin, norms, epsilon, ranks, pools)
+        rotated = rotate_and_insert(projected, cos, sin, norms, epsilon, ranks, pools, contest)
         held.advance()
         mixed = held.attend_to_slots(rotated, attention.scaling)
         out = own["o_proj"]
-        delta = F.linear(mixed.flatten(1), out.weight, out.bias)
+        delta = project(mixed.flatten(1), out.weight, out.bias)
         norm, parts = layer.post_attention_layernorm, mlp._modules
         residual, gated = norm_and_gate(
             residual, delta, norm.weight, norm.variance_epsilon, parts["gate_proj"].weight, parts["up_proj"].weight
         )
-        delta = F.linear(gated, parts["down_proj"].weight)
+        delta = project(gated, parts["down_proj"].weight, None)
     assert delta is not None
     hidden = decoder.norm((residual + delta)[:, None])
     return model.lm_head(hidden)  # type: ignore[no-any-return]

@@ -14,23 +14,28 @@ _CLOSE = 0.02
 """Largest relative difference of loss and norm of the gradients from the pass as it is: bfloat16 and atomic sums."""
 
 
+Losses = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""(B, N) token ids -> the loss, and the ranks' loss or None."""
+
+
 class RecordedStep:
     """Computes the losses of a batch and their gradients by replaying what was recorded.
 
     The first replay is compared with the pass as it is.
 
     Args:
-        losses_of: computes the loss, and the ranks' loss or None, from (B, N) token ids.
+        losses_of: see `Losses`.
         parameters: those whose gradients are wanted; their `grad` must be None.
         tokens: (B, N) on the GPU, of the shape of all later calls.
 
     Raises:
         InvalidInputError: tokens that are not on a GPU, or a replay that differs from the pass as it is.
+        RuntimeError: something in the pass cannot be recorded, or too little memory.
     """
 
     def __init__(
         self,
-        losses_of: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+        losses_of: Losses,
         parameters: Iterable[nn.Parameter],
         tokens: Tensor,
     ) -> None:
@@ -53,7 +58,7 @@ class RecordedStep:
         if not bool(difference < _CLOSE):
             raise InvalidInputError(
                 f"the recorded step gives loss and norm of the gradients {found.tolist()}, the step as it is "
-                f"{expected.tolist()}: distil without recorded=True"
+                f"{expected.tolist()}: distil with recorded=False"
             )
 
     def _norm(self) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from dynamask.cache import BoundedCache, BoundedLayer
+from dynamask.models.recording import recording
 
 _EAGER_STEPS = 2
 """Steps before recording: they compile the kernels, and a short generation is over sooner without a graph."""
@@ -54,7 +55,7 @@ class StepGraph:
             self.input_ids, self.position_ids = input_ids.clone(), position_ids.clone()
         self.graph = torch.cuda.CUDAGraph()
         # Recording runs the Python code, which counts the token, but no kernel: `replay` does that.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with recording(self.graph):
             output = model(
                 input_ids=self.input_ids, position_ids=self.position_ids, past_key_values=cache, use_cache=True
             )

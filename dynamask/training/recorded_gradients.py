@@ -7,6 +7,7 @@ gives them out decides the time of a step; recorded, the GPU does.
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 
 from dynamask.errors import InvalidInputError
+from dynamask.models.recording import recording
 
 _WARM_UP = 3
 """Passes before recording: they compile kernels and fill the tables that a graph cannot."""
@@ -24,8 +26,7 @@ class RecordedGradients:
     """Computes loss and gradients by replaying what was recorded.
 
     The passes must not look at the data on the host: no padding masks and no packed documents. Transformers' search for
-    the latter is left out while recording. No loss of an earlier pass may be held while recording: the nodes of its
-    gradients belong to another stream, and recording fails. Checkpointed layers need
+    the latter is left out while recording. Losses of earlier passes may be held. Checkpointed layers need
     `gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}`.
 
         step = RecordedGradients(lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
@@ -42,6 +43,7 @@ class RecordedGradients:
 
     Raises:
         InvalidInputError: inputs that are not on a GPU, or parameters with gradients.
+        RuntimeError: something in the passes cannot be recorded. The process can go on without.
     """
 
     def __init__(self, loss_of: Callable[..., Any], parameters: Iterable[nn.Parameter], *inputs: Tensor) -> None:
@@ -50,14 +52,20 @@ class RecordedGradients:
         self._inputs = [tensor.clone() for tensor in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside), _without_search():
-            for _ in range(_WARM_UP):
-                _scalar(loss_of(*self._inputs)).backward()
-                self._clear()
-        torch.cuda.current_stream().wait_stream(aside)
+        try:
+            with torch.cuda.stream(aside), _without_search():
+                for _ in range(_WARM_UP):
+                    _renew(self._parameters)
+                    _scalar(loss_of(*self._inputs)).backward()
+                    self._clear()
+        finally:
+            self._clear()
+            torch.cuda.current_stream().wait_stream(aside)
+        gc.collect()  # what waits in reference cycles would hold as much memory as the graph takes
+        _renew(self._parameters)
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with _without_search(), torch.cuda.graph(self.graph):
+            with _without_search(), recording(self.graph):
                 results = loss_of(*self._inputs)
                 _scalar(results).backward()
             self._results: Any = (
@@ -101,6 +109,19 @@ class RecordedGradients:
         return tuple(each.clone() for each in results) if isinstance(results, tuple) else results.clone()
 
 
+def _renew(parameters: list[nn.Parameter]) -> None:
+    """Let go of the nodes that add up gradients.
+
+    A node belongs to the stream that was current when it was made, and lives as long as any loss computed from the
+    parameter. One of another stream would end the recording. Data of another dtype makes torch forget it.
+    """
+    for parameter in parameters:
+        data = parameter.data
+        other = torch.float64 if data.dtype != torch.float64 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
+        parameter.data = data
+
+
 def _scalar(results: Any) -> Any:
     return results[0] if isinstance(results, tuple) else results
 
@@ -136,13 +157,15 @@ def check_recordable(parameters: list[nn.Parameter], inputs: tuple[Tensor, ...])
     """Refuse what cannot be recorded.
 
     Raises:
-        InvalidInputError: no parameters or inputs, some not on a GPU, or parameters with gradients.
+        InvalidInputError: no parameters or inputs, some not on one GPU, or parameters with gradients.
     """
     if not parameters or not inputs:
         raise InvalidInputError("a recorded step needs inputs, and parameters that require gradients")
-    places = {tensor.device.type for tensor in (*parameters, *inputs)}
-    if places != {"cuda"}:
-        raise InvalidInputError(f"a recorded step is a CUDA graph; parameters and inputs lie on {sorted(places)}")
+    places = {tensor.device for tensor in (*parameters, *inputs)}
+    if len(places) > 1 or next(iter(places)).type != "cuda":
+        raise InvalidInputError(
+            f"a recorded step is a CUDA graph of one GPU; parameters and inputs lie on {sorted(map(str, places))}"
+        )
     if any(parameter.grad is not None for parameter in parameters):
         raise InvalidInputError(_GRADIENTS_LEFT)
 

@@ -163,10 +163,12 @@ def hopper() -> None:
 
 def step() -> None:
     """The launches of a decoding step, at two shapes of models and batches."""
-    from dynamask.ops.triton import decode_step
+    from dynamask.ops.triton import decode_step, early
     from dynamask.ops.triton.predict_ranks import rms_epsilon
+    from dynamask.ops.triton.ragged_decode import ragged_decode_launch
 
     rms_epsilon(torch.bfloat16, torch.device("cpu"))
+    early._is_able = lambda _device: True  # type: ignore[assignment]
     for batch, hidden, heads, groups, dim, biased in ((1, 1024, 16, 8, 128, False), (32, 576, 9, 3, 64, True)):
         narrow = torch.bfloat16
 
@@ -178,16 +180,22 @@ def step() -> None:
         biases = tuple(weight(part.shape[0]) for part in parts) if biased else None
         up = weight(width, hidden, dtype=torch.float32 if biased else narrow)
         projections = decode_step.Projections(*parts, biases, up)  # type: ignore[arg-type]
-        _, projected, active = decode_step.norm_and_project(x, None if biased else x, norm, 1e-6, projections)
-        decode_step.norm_and_gate(x, x, norm, 1e-6, weight(3 * hidden, hidden), weight(3 * hidden, hidden))
         slots = groups * 2048
         state = [weight(batch, slots, dim), weight(batch, slots, dim), torch.zeros(batch, slots)]
         state += [torch.zeros(batch, slots, dtype=torch.int32), torch.zeros(batch, groups, dtype=torch.int64)]
-        pools = decode_step.Pools(*state, torch.zeros(groups + 1, dtype=torch.int32), 2048, 128, 4)
+        offsets = tuple(range(0, slots + 1, 2048))
+        pools = decode_step.Pools(*state, offsets, 128, 4)
+        _, projected, active, contest = decode_step.norm_and_project(
+            x, None if biased else x, norm, 1e-6, projections, pools
+        )
+        decode_step.norm_and_gate(x, x, norm, 1e-6, weight(3 * hidden, hidden), weight(3 * hidden, hidden))
+        decode_step.OWN_PRODUCTS = True
+        decode_step.project(weight(batch, 3 * hidden), weight(hidden, 3 * hidden), None)
         lift = torch.zeros(batch, groups) if biased else None
         ranks = decode_step.RankHeadWeights(active, weight(groups, width), weight(groups), lift, 64.0)  # type: ignore[arg-type]
         norms = None if biased else (weight(dim), weight(dim))
-        decode_step.rotate_and_insert(projected, weight(1, dim), weight(1, dim), norms, 1e-6, ranks, pools)
+        decode_step.rotate_and_insert(projected, weight(1, dim), weight(1, dim), norms, 1e-6, ranks, pools, contest)
+        ragged_decode_launch(weight(batch, heads, 1, dim), *state[:2], None, offsets, None, 0.1)
 
 
 def main() -> int:

@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=8, help="at a time, on the one GPU")
     parser.add_argument("--seconds", type=float, default=600.0, help="what is not done by then counts as failed")
     parser.add_argument("--keyword", help="only tests whose name it fits, as pytest's -k")
+    parser.add_argument("--all", action="store_true", help="slow tests, too")
     parser.add_argument("tests", nargs="*", default=FILES, help="files or tests; default: all that need a GPU")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -46,6 +47,7 @@ def main() -> int:
             log = Path(folder) / f"{shard}.log"
             command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "--tb=short", "--durations=3"]
             command += ["-k", arguments.keyword] if arguments.keyword else []
+            command += ["-m", "slow or not slow"] if arguments.all else []
             command += ["--shard", f"{shard}/{arguments.processes}", *arguments.tests]
             with log.open("w") as file:
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)

@@ -1,15 +1,43 @@
 #!/bin/sh
-# Times of whole converted models on one GPU: profiles of the steps first, then rows against the dense model.
-#   CUDA_VISIBLE_DEVICES=3 sh lab/scripts/host_call.sh OUT SECONDS_PROFILE SECONDS_ROWS ["PARTS --skip N"] ["PARTS OF PROFILES"]
+# Times of whole converted models on one GPU, part by part; a part that fails or is late does not end the others.
+#   CUDA_VISIBLE_DEVICES=3 sh lab/scripts/host_call.sh OUT PART:SECONDS[:ARGUMENTS] ...
+# Parts: tests (GPU cases of decoding and recorded steps, by the wheels in .whl), sweep (sizes of the decoding step's
+# kernels), profile (step_profile_gpu.py --parts ARGUMENTS), rows (decode_gpu.py --parts ARGUMENTS).
 # Everything is written as it comes into OUT.
-out=$1 profile=$2 rows=$3 parts=${4:-"train distillation"} profiled=${5:-"decode eager train"}
-export PYTHONPATH="$PWD:$PWD/lab" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
+out=$1
+shift
+export PYTHONPATH="$PWD:$PWD/lab:/tmp/host-wheels" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
 mkdir -p "$out"
-if [ "$profile" -gt 0 ]; then
-    # shellcheck disable=SC2086
-    timeout $((profile + 45)) python3 lab/scripts/step_profile_gpu.py --out "$out" --seconds "$profile" --parts $profiled \
-        >"$out/profile-out.txt" 2>&1
-fi
-# shellcheck disable=SC2086
-timeout "$rows" python3 lab/scripts/decode_gpu.py --out "$out" --seconds $((rows - 8)) --parts $parts \
-    >>"$out/rows-log.txt" 2>&1
+for part in "$@"; do
+    name=${part%%:*} rest=${part#*:}
+    seconds=${rest%%:*} arguments=""
+    case $rest in *:*) arguments=${rest#*:} ;; esac
+    echo "$(date +%T) $part" >>"$out/parts.txt"
+    case $name in
+        tests)
+            python3 -m pip install -q --no-index --no-deps --target /tmp/host-wheels .whl/pytest*.whl .whl/plug*.whl \
+                .whl/ini*.whl .whl/pack*.whl .whl/pyg*.whl .whl/hyp*.whl .whl/sort*.whl >"$out/pip.txt" 2>&1
+            timeout "$seconds" python3 lab/scripts/gpu_tests.py --all --processes 6 --seconds $((seconds - 5)) \
+                tests/convert/test_decode_step.py tests/training/test_recorded_gradients.py \
+                tests/models/test_cuda_graph.py tests/ops/test_cache_insert_kernels.py \
+                tests/ops/test_ragged_decode_kernels.py tests/convert/test_decode_by_graph.py \
+                tests/convert/test_recorded_step.py >"$out/tests.txt" 2>&1
+            ;;
+        sweep)
+            # shellcheck disable=SC2086
+            timeout "$seconds" python3 lab/scripts/decode_sweep_gpu.py --out "$out" --seconds $((seconds - 6)) \
+                $arguments >>"$out/sweep-log.txt" 2>&1
+            ;;
+        profile)
+            # shellcheck disable=SC2086
+            timeout "$seconds" python3 lab/scripts/step_profile_gpu.py --out "$out" --seconds $((seconds - 15)) \
+                --parts $arguments >>"$out/profile-out.txt" 2>&1
+            ;;
+        rows)
+            # shellcheck disable=SC2086
+            timeout "$seconds" python3 lab/scripts/decode_gpu.py --out "$out" --seconds $((seconds - 8)) \
+                --parts $arguments >>"$out/rows-log.txt" 2>&1
+            ;;
+    esac
+done
+date +%T >>"$out/parts.txt"

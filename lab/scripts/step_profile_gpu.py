@@ -1,6 +1,6 @@
 """Where the time of a decoding step and of a training step goes, of a converted model and the dense one beside it.
 
-    PYTHONPATH=.:lab python lab/scripts/step_profile_gpu.py --out OUT [--seconds 100] [--parts decode eager train]
+    PYTHONPATH=.:lab python lab/scripts/step_profile_gpu.py --out OUT [--seconds 100] [--parts decode prefill train ...]
 
 Weights are random, in the shapes of `decode_gpu.py`. `OUT/profile-log.txt` gets one line per step (launches, time on
 the host and on the GPU), `OUT/profile-*.txt` the kernels and operators of each.
@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from decode_gpu import COUNTED, DEVICE, GPU, UNMASKED, flash, free, host_seconds, models, seconds_of, synchronize
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
 from dynamask.convert import compiled_layers
+from dynamask.convert.distill import losses_of_hidden, teacher_states
 from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.training.loss import use_chunked_loss
@@ -113,42 +115,94 @@ def decode(log: Log, name: str, batch: int, context: int, budget: int, eager: bo
         free()
 
 
-def train(log: Log, name: str, length: int, budget: int, compiled: bool) -> None:
-    """Forward and backward of one text, as `decode_gpu.py` times it."""
+def train(
+    log: Log,
+    name: str,
+    length: int,
+    budget: int,
+    compiled: bool,
+    batch: int = 1,
+    ranks: bool = False,
+    distil: bool = False,
+) -> None:
+    """Forward and backward of one batch, as `decode_gpu.py` times it; with `ranks` a row more, whose ranks learn."""
     dense, sparse = models(name, budget, length)
-    tokens = torch.randint(dense.config.vocab_size, (1, length), device=DEVICE)
-    sparse.config.rank_loss_weight = 0.0
-    for side, model in (("converted", sparse), ("dense", dense)):
+    teacher = models(name, budget, length)[0] if distil else None
+    tokens = torch.randint(dense.config.vocab_size, (batch, length), device=DEVICE)
+    sides = [("converted", sparse, 0.0), *([("converted, ranks learn too", sparse, 1.0)] if ranks else ())]
+    for model in (dense, sparse):
         model.train()
         if length >= 32768:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    served = [each for each in (dense, sparse, teacher) if each is not None]
+    layers = [compiled_layers(each) for each in served] if compiled else []
+    plain = sparse.forward
+    for model in (dense, sparse):
         use_chunked_loss(model)
+    for side, model, weight in (*sides, ("dense", dense, 0.0)):
+        sparse.config.rank_loss_weight = weight
 
         def step(model: Any = model) -> None:
-            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            if teacher is None:
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            else:
+                given = teacher_states(teacher, tokens, None)
+                options: dict[str, Any] = {"temperature": 1.0, "chunk": 2048}
+
+                def loss_of(hidden: Tensor, facts: Any) -> Tensor:
+                    own, more = losses_of_hidden(model, teacher, hidden, given, facts and facts.losses, None, **options)
+                    return own if more is None else own + more
+
+                if model is dense:
+                    loss = loss_of(dense.get_decoder()(tokens, use_cache=False).last_hidden_state, None)
+                else:
+                    loss = plain(input_ids=tokens, use_cache=False, loss_of_hidden=loss_of).loss
+            loss.backward()
             model.zero_grad(set_to_none=True)
 
-        with flash(), compiled_layers(model) if compiled else contextlib.nullcontext() as layers:
-            profiled(log, f"train {name} {length} {'compiled' if compiled else 'eager'} {side}", step)
-            if compiled and layers is not None:
-                log(f"failure {layers.failure}")
+        kind = "distil" if distil else "train"
+        with flash():
+            profiled(log, f"{kind} {name} {length} B{batch} {'compiled' if compiled else 'eager'} {side}", step, 2)
+        free()
+    if teacher is not None:
+        with flash():
+            profiled(log, f"teacher {name} {length} B{batch}", lambda: teacher_states(teacher, tokens, None), 2)
+    log(f"failures {[each.failure for each in layers]}")
+
+
+@torch.no_grad()
+def prefill(log: Log, name: str, length: int, budget: int) -> None:
+    """A text read into an empty cache."""
+    dense, sparse = models(name, budget, length)
+    tokens = torch.randint(dense.config.vocab_size, (1, length), device=DEVICE)
+    for side, model in (("converted", sparse), ("dense", dense)):
+        chosen = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if GPU and side == "dense" else contextlib.nullcontext()
+
+        def step(model: Any = model) -> None:
+            model(tokens, use_cache=True, logits_to_keep=1)
+
+        with chosen:
+            profiled(log, f"prefill {name} {length} {side}", step)
         free()
 
 
 def jobs(log: Log) -> Iterator[tuple[str, Callable[[], None]]]:
     """What is profiled, the most important first."""
+    small, medium = "smollm2-135m", "qwen3-0.6b"
     if not GPU:
         for eager in (False, True):
             yield "eager" if eager else "decode", lambda eager=eager: decode(log, "tiny", 2, 300, 64, eager)  # type: ignore[misc]
-        yield "train", lambda: train(log, "tiny", 300, 64, False)
+        yield "train", lambda: train(log, "tiny", 300, 64, False, ranks=True)
+        yield "distil", lambda: train(log, "tiny", 300, 64, False, ranks=True, distil=True)
+        yield "prefill", lambda: prefill(log, "tiny", 300, 64)
         return
-    yield "decode", lambda: decode(log, "qwen3-0.6b", 1, 32768, 2048, False)
-    yield "decode", lambda: decode(log, "smollm2-135m", 32, 32768, 2048, False)
-    yield "train", lambda: train(log, "smollm2-135m", 8192, 512, True)
-    yield "decode", lambda: decode(log, "smollm2-135m", 1, 32768, 2048, False)
-    yield "train", lambda: train(log, "smollm2-135m", 8192, 512, False)
-    yield "eager", lambda: decode(log, "qwen3-0.6b", 1, 32768, 2048, True)
-    yield "train", lambda: train(log, "qwen3-0.6b", 8192, 512, True)
+    yield "decode", lambda: decode(log, small, 32, 32768, 2048, False)
+    yield "prefill", lambda: prefill(log, small, 32768, 2048)
+    yield "train", lambda: train(log, small, 8192, 512, True, 4, True)
+    yield "distil", lambda: train(log, small, 32768, 2048, True, 1, True, True)
+    yield "decode", lambda: decode(log, medium, 1, 32768, 2048, False)
+    yield "eager", lambda: decode(log, medium, 1, 32768, 2048, True)
+    yield "train", lambda: train(log, medium, 8192, 512, True, 4, True)
 
 
 def main() -> int:
@@ -156,7 +210,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("."))
     parser.add_argument("--seconds", type=float, default=100.0, help="begin nothing after this long")
-    parser.add_argument("--parts", nargs="+", default=["decode", "eager", "train"])
+    parser.add_argument("--parts", nargs="+", default=["decode", "prefill", "train", "distil", "eager"])
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()

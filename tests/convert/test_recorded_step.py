@@ -60,5 +60,5 @@ def test_a_replay_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(recorded_step, "RecordedGradients", _Replayed)
     monkeypatch.setattr(_Replayed, "factor", 1.5)
     layer = nn.Linear(4, 4)
-    with pytest.raises(InvalidInputError, match="distil without recorded=True"):
+    with pytest.raises(InvalidInputError, match="distil with recorded=False"):
         RecordedStep(_losses(layer), layer.parameters(), torch.randint(9, (2, 4)))

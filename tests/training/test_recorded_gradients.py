@@ -12,6 +12,7 @@ from dynamask.convert.attention import call_facts
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.errors import InvalidInputError
 from dynamask.training import RecordedGradients
+from dynamask.training.recorded_gradients import _renew
 
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 512}
@@ -53,6 +54,62 @@ def test_same_gradients_as_the_step(ranks_learn: bool) -> None:
     step(first)
     with pytest.raises(InvalidInputError, match="does not accumulate"):
         step(first)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+def test_a_loss_that_is_held_does_not_end_the_recording() -> None:
+    layer = nn.Linear(8, 8, device="cuda")
+    inputs = torch.randn(4, 8, device="cuda")
+    held = layer(inputs).square().mean()
+    held.backward(retain_graph=True)
+    expected = [parameter.grad.clone() for parameter in layer.parameters() if parameter.grad is not None]
+    layer.zero_grad(set_to_none=True)
+    step = RecordedGradients(lambda x: layer(x).square().mean(), layer.parameters(), inputs)
+    torch.testing.assert_close(step(inputs), held.detach())
+    for parameter, gradient in zip(layer.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+def test_a_process_goes_on_after_a_recording_that_failed() -> None:
+    layer = nn.Linear(8, 8, device="cuda")
+    inputs = torch.randn(4, 8, device="cuda")
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        loss = layer(x).square().mean() + torch.rand((), device="cuda") * 0
+        return loss * float(loss.detach() > -1)
+
+    stream = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError, match="captur"):
+        RecordedGradients(waits, layer.parameters(), inputs)
+    assert torch.cuda.current_stream() == stream
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    drawn = torch.rand(1000, device="cuda")
+    assert 0.4 < drawn.mean().item() < 0.6
+    state = torch.cuda.get_rng_state()
+    assert not torch.equal(torch.rand(1000, device="cuda"), drawn)
+    torch.cuda.set_rng_state(state)
+    expected = layer(inputs).square().mean()
+
+    def draws(x: torch.Tensor) -> torch.Tensor:
+        return layer(x).square().mean() + torch.rand_like(x).sum() * 0  # type: ignore[no-any-return]
+
+    step = RecordedGradients(draws, layer.parameters(), inputs)
+    torch.testing.assert_close(step(inputs), expected.detach())
+
+
+def test_renewed_nodes_leave_the_parameter_as_it_is() -> None:
+    layer = nn.Linear(3, 2)
+    held = layer(torch.ones(1, 3)).sum()
+    held.backward(retain_graph=True)
+    node = torch.autograd.graph.get_gradient_edge(layer.weight).node
+    places = [parameter.data_ptr() for parameter in layer.parameters()]
+    layer.zero_grad(set_to_none=True)
+    _renew(list(layer.parameters()))
+    assert torch.autograd.graph.get_gradient_edge(layer.weight).node is not node
+    assert [parameter.data_ptr() for parameter in layer.parameters()] == places
+    layer(torch.ones(1, 3)).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.ones(2, 3))  # type: ignore[arg-type]
 
 
 def test_recorded_steps_are_refused_without_a_gpu() -> None:

@@ -86,6 +86,29 @@ def _sortable(score):
     return tl.where(score != score, -2147483647, ordered).to(tl.int64)
 
 
+@triton.jit
+def _lowest(ranks, positions, base, start, stop, now, local, sinks, SLOTS: tl.constexpr):
+    """The slot from start to stop whose key a contest evicts, after its code; the highest code where no key is in it.
+
+    Lowest rank first, then the oldest: one integer says both, positions being below 2^31.
+    """
+    nobody: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+    lowest = tl.full([SLOTS], nobody, tl.int64)
+    place = tl.zeros([SLOTS], tl.int32)
+    for begin in range(start, stop, SLOTS):
+        slot = begin + tl.arange(0, SLOTS)
+        there = slot < stop
+        position = tl.load(positions + base + slot, mask=there, other=0).to(tl.int64)
+        score = _sortable(tl.load(ranks + base + slot, mask=there, other=0.0))
+        contest = there & (position <= now - local) & (position >= sinks)
+        code = tl.where(contest, score * 2147483648 + position, nobody)
+        better = code < lowest
+        lowest = tl.where(better, code, lowest)
+        place = tl.where(better, slot, place)
+    least = tl.min(lowest, 0)
+    return least, tl.max(tl.where((lowest == least) & (least != nobody), place, 0), 0)
+
+
 @triton.jit(do_not_specialize=["groups", "slots", "local", "sinks", "rank_b", "rank_g", "mask_b"])
 def _insert(
     key,
@@ -127,22 +150,7 @@ def _insert(
     stop = tl.load(table + g + 1)
     base = b * slots
     free = now < stop - start
-    # Lowest rank first, then the oldest: one integer says both, positions being below 2^31.
-    nobody: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    lowest = tl.full([SLOTS], nobody, tl.int64)
-    place = tl.zeros([SLOTS], tl.int32)
-    for begin in range(start, tl.where(free, start, stop), SLOTS):
-        slot = begin + tl.arange(0, SLOTS)
-        there = slot < stop
-        position = tl.load(positions + base + slot, mask=there, other=0).to(tl.int64)
-        score = _sortable(tl.load(ranks + base + slot, mask=there, other=0.0))
-        contest = there & (position <= now - local) & (position >= sinks)
-        code = tl.where(contest, score * 2147483648 + position, nobody)
-        better = code < lowest
-        lowest = tl.where(better, code, lowest)
-        place = tl.where(better, slot, place)
-    least = tl.min(lowest, 0)
-    slot = tl.max(tl.where((lowest == least) & (least != nobody), place, 0), 0)
+    least, slot = _lowest(ranks, positions, base, start, tl.where(free, start, stop), now, local, sinks, SLOTS)
     slot = tl.where(free, start + now, slot.to(tl.int64))
     new = tl.full([], 0.0, tl.float32)
     if HAS_RANK:

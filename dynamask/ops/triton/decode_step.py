@@ -2,8 +2,9 @@
 
 | launch | does |
 | --- | --- |
-| `norm_and_project` | residual sum, RMS norm, the products to queries, keys and values, and a rank predictor's first |
-| `rotate_and_insert` | norms of heads, rotary embedding, ranks, the contest of the cache's slots, the insertion |
+| `norm_and_project` | residual sum, RMS norm, the products to queries, keys and values, and a rank predictor's first; |
+| | beside them, in programs of its own, the contest of the cache's slots |
+| `rotate_and_insert` | norms of heads, rotary embedding, ranks, the insertion |
 | `norm_and_gate` | residual sum, RMS norm, gate and up products, silu and their product |
 
 A token alone makes every launch short, so their number decides the time. All of them round where the torch operations
@@ -12,21 +13,41 @@ of Llama-like models and of `dynamask.mixers.rank_predictor` round; they differ 
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.triton.cache_insert import _SLOTS, _sortable
+from dynamask.ops.triton.cache_insert import _lowest, _sortable
+from dynamask.ops.triton.early import early_launch, wait_for_the_launch_before
 from dynamask.ops.triton.predict_ranks import rms_epsilon
+from dynamask.ops.triton.tables import device_table
 
 MOST_ROWS = 64
 """Sequences of a batch at most."""
 
 _ROWS = 16
 """Rows of a weight that a program multiplies with."""
+
+_WARPS, _STAGES = 4, 4
+"""Of the programs that multiply."""
+
+_CHUNK = 0
+"""Numbers of the hidden state taken at a time; 0: by the batch."""
+
+OWN_PRODUCTS = False
+"""Whether the products behind attention and gates are kernels of this file; else cuBLAS multiplies."""
+
+_SCANNED = 1024
+"""Slots that a program of the contest looks at together."""
+
+_MOST_PARTS = 64
+"""Programs of the contest in a head at most."""
 
 
 class Projections(NamedTuple):
@@ -63,11 +84,10 @@ class RankHeadWeights(NamedTuple):
 
 
 class Pools(NamedTuple):
-    """The state of a `dynamask.cache.BoundedLayer`: keys, values, ranks (float32), positions, clock and its layout's.
+    """The state of a `dynamask.cache.BoundedLayer`: keys, values, ranks (float32), positions and clock.
 
     Attributes:
-        table: (G + 1,) int32, the first slot of each head.
-        widest: slots of the widest head.
+        offsets: G + 1 integers, the first slot of each head.
         local, sinks: as in `BoundedLayer`.
     """
 
@@ -76,16 +96,41 @@ class Pools(NamedTuple):
     ranks: Tensor
     positions: Tensor
     clock: Tensor
-    table: Tensor
-    widest: int
+    offsets: tuple[int, ...]
     local: int
     sinks: int
 
 
+class Contest(NamedTuple):
+    """Which key of each head a new one would evict, part by part of its slots.
+
+    Attributes:
+        codes: (B, parts) int64, the lowest of each part: the lowest rank first, then the oldest position.
+        slots: (B, parts) int32, where it lies.
+        table: (2, G + 1) int32, the first slot of each head, and its first part.
+        most: parts of the head that has most of them.
+    """
+
+    codes: Tensor
+    slots: Tensor
+    table: Tensor
+    most: int
+
+
+class _Normed(NamedTuple):
+    """What the kernels normalise: residual + delta, contiguous rows; `total` gets the sum."""
+
+    residual: Tensor
+    delta: Tensor
+    total: Tensor
+    norm: Tensor
+    epsilon: float
+
+
 def norm_and_project(
-    residual: Tensor, delta: Tensor | None, norm: Tensor, epsilon: float, weights: Projections
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Add, normalise and project.
+    residual: Tensor, delta: Tensor | None, norm: Tensor, epsilon: float, weights: Projections, pools: Pools
+) -> tuple[Tensor, Tensor, Tensor | None, Contest]:
+    """Add, normalise and project; find the keys that the new ones would evict.
 
     Args:
         residual: (B, hidden), contiguous as all arguments, B at most `MOST_ROWS`.
@@ -93,10 +138,11 @@ def norm_and_project(
         norm: (hidden,) weight of the RMS norm.
         epsilon: added to the mean square.
         weights: what to multiply with.
+        pools: the cache before the token.
 
     Returns:
-        The sum (B, hidden), the projections (B, (H + 2 G) * D), and the rank predictor's hidden units (B, width)
-        float32, or None.
+        The sum (B, hidden), the projections (B, (H + 2 G) * D), the rank predictor's hidden units (B, width) float32,
+        or None, and the contest.
     """
     batch, hidden = residual.shape
     sizes = [weight.shape[0] for weight in weights[:3]]
@@ -105,36 +151,48 @@ def norm_and_project(
     projected = residual.new_empty(batch, sum(sizes))
     active = torch.empty(batch, width, dtype=torch.float32, device=residual.device)
     blocks = [triton.cdiv(size, _ROWS) for size in sizes]
-    programs = sum(blocks) + triton.cdiv(width, _ROWS)
+    projecting = sum(blocks) + triton.cdiv(width, _ROWS)
+    slots_of_part, starts = _parts(pools.offsets)
+    groups = len(pools.offsets) - 1
+    contest = Contest(
+        torch.empty(batch, starts[-1], dtype=torch.int64, device=residual.device),
+        torch.empty(batch, starts[-1], dtype=torch.int32, device=residual.device),
+        device_table((pools.offsets, starts), residual.device),
+        max(stop - start for start, stop in itertools.pairwise(starts)),
+    )
     tile, chunk = _tiles(batch, hidden)
     biases = (residual,) * 3 if weights.biases is None else weights.biases
-    _norm_project[(programs,)](
-        residual,
-        residual if delta is None else delta,
-        total,
-        norm,
-        epsilon,
-        *weights[:3],
-        *biases,
-        weights.query if weights.rank_up is None else weights.rank_up,
+    _norm_project[(projecting + batch * starts[-1],)](
+        _Normed(residual, residual if delta is None else delta, total, norm, epsilon),
+        (*weights[:3], *biases, weights.query if weights.rank_up is None else weights.rank_up),
         projected,
         active,
         rms_epsilon(residual.dtype, residual.device) if width else 0.0,
+        (pools.ranks, pools.positions, pools.clock, contest.table, contest.codes, contest.slots),
         batch,
         *sizes,
         width,
+        groups,
+        pools.ranks.shape[1],
+        slots_of_part,
+        starts[-1],
+        pools.local,
+        pools.sinks,
         HIDDEN=hidden,
         HAS_DELTA=delta is not None,
         HAS_BIAS=weights.biases is not None,
         TILE=tile,
         CHUNK=chunk,
         N=_ROWS,
+        GROUPS_PAD=triton.next_power_of_2(groups + 1),
+        SCANNED=_SCANNED,
         PRECISION=_precision(residual),
         RANK_PRECISION=_precision(residual if weights.rank_up is None else weights.rank_up),
-        num_warps=4,
-        num_stages=4,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        **early_launch(residual.device),
     )
-    return total, projected, active if width else None
+    return total, projected, active if width else None, contest
 
 
 def norm_and_gate(
@@ -154,11 +212,7 @@ def norm_and_gate(
     total, gated = torch.empty_like(residual), residual.new_empty(batch, inner)
     tile, chunk = _tiles(batch, hidden)
     _norm_gate[(triton.cdiv(inner, _ROWS),)](
-        residual,
-        delta,
-        total,
-        norm,
-        epsilon,
+        _Normed(residual, delta, total, norm, epsilon),
         gate,
         up,
         gated,
@@ -169,10 +223,39 @@ def norm_and_gate(
         CHUNK=chunk,
         N=_ROWS,
         PRECISION=_precision(residual),
-        num_warps=4,
-        num_stages=4,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        **early_launch(residual.device),
     )
     return total, gated
+
+
+def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply (B, K), contiguous, with a weight (N, K): (B, N); a bias (N,) is added."""
+    if not OWN_PRODUCTS:
+        return F.linear(inputs, weight, bias)
+    batch, depth = inputs.shape
+    rows = weight.shape[0]
+    output = inputs.new_empty(batch, rows)
+    tile, chunk = _tiles(batch, depth)
+    _project[(triton.cdiv(rows, _ROWS),)](
+        inputs,
+        weight,
+        inputs if bias is None else bias,
+        output,
+        batch,
+        rows,
+        DEPTH=depth,
+        HAS_BIAS=bias is not None,
+        TILE=tile,
+        CHUNK=chunk,
+        N=_ROWS,
+        PRECISION=_precision(inputs),
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        **early_launch(inputs.device),
+    )
+    return output
 
 
 def rotate_and_insert(
@@ -183,6 +266,7 @@ def rotate_and_insert(
     epsilon: float,
     ranks: RankHeadWeights | None,
     pools: Pools,
+    contest: Contest,
 ) -> Tensor:
     """Rotate queries and keys, rank the keys, and put keys, values and ranks into the cache.
 
@@ -193,6 +277,7 @@ def rotate_and_insert(
         epsilon: added to their mean squares.
         ranks: None: the newest keys stay.
         pools: changed in place.
+        contest: of these pools, see `norm_and_project`.
 
     Returns:
         The rotated queries, (B, H, 1, D).
@@ -202,7 +287,6 @@ def rotate_and_insert(
     heads = projected.shape[1] // dim - 2 * groups
     ratio = heads // groups
     query = projected.new_empty(batch, heads, 1, dim)
-    together = min(_SLOTS[1], max(_SLOTS[0], triton.next_power_of_2(pools.widest)))
     width = 0 if ranks is None else ranks.active.shape[1]
     lift = None if ranks is None else ranks.lift
     _rotate_insert[(batch * groups,)](
@@ -215,12 +299,12 @@ def rotate_and_insert(
         *((pools.ranks,) * 3 if ranks is None else ranks[:3]),
         pools.ranks if lift is None else lift,
         query,
-        *pools[:6],
+        (*pools[:5], *contest[:3]),
         width,
         groups,
         slots,
+        contest.codes.shape[1],
         pools.local,
-        pools.sinks,
         HAS_NORM=norms is not None,
         HAS_RANK=ranks is not None,
         HAS_LIFT=lift is not None,
@@ -230,16 +314,28 @@ def rotate_and_insert(
         DIM=dim,
         DIM_PAD=triton.next_power_of_2(dim),
         WIDTH_PAD=max(16, triton.next_power_of_2(width)),
-        SLOTS=together,
-        num_warps=max(4, together // 512),
+        PARTS=max(16, triton.next_power_of_2(contest.most)),
+        num_warps=4,
+        **early_launch(projected.device),
     )
     return query
+
+
+@functools.lru_cache(maxsize=4096)
+def _parts(offsets: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Slots of a part of the contest, and the first part of each head, then the number of all."""
+    widest = max(stop - start for start, stop in itertools.pairwise(offsets))
+    part = _SCANNED * max(1, triton.cdiv(widest, _SCANNED * _MOST_PARTS))
+    starts = [0]
+    for start, stop in itertools.pairwise(offsets):
+        starts.append(starts[-1] + max(1, triton.cdiv(stop - start, part)))
+    return part, tuple(starts)
 
 
 def _tiles(batch: int, hidden: int) -> tuple[int, int]:
     """Rows of the input's tile, and numbers of the hidden state taken at a time."""
     tile = max(16, triton.next_power_of_2(batch))
-    chunk = 256 if tile == 16 else 128 if tile == 32 else 64
+    chunk = _CHUNK or (256 if tile == 16 else 128 if tile == 32 else 64)
     return tile, min(chunk, max(16, triton.next_power_of_2(hidden)))
 
 
@@ -248,83 +344,88 @@ def _precision(weight: Tensor) -> str:
 
 
 @triton.jit
-def _sum_of(residual, delta, row, k, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr):
+def _sum_of(given, row, k, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr):
     """Rows and columns of residual + delta, rounded as the model rounds it."""
     at = row[:, None] * HIDDEN + k[None, :]
     there = (row < batch)[:, None] & (k < HIDDEN)[None, :]
-    x = tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
+    x = tl.load(given.residual + at, mask=there, other=0.0).to(tl.float32)
     if HAS_DELTA:
-        x += tl.load(delta + at, mask=there, other=0.0).to(tl.float32)
-        x = x.to(residual.dtype.element_ty).to(tl.float32)
+        x += tl.load(given.delta + at, mask=there, other=0.0).to(tl.float32)
+        x = x.to(given.residual.dtype.element_ty).to(tl.float32)
     return x
 
 
 @triton.jit
-def _inverse_of(
-    residual, delta, row, batch, epsilon, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr, CHUNK: tl.constexpr
-):
+def _inverse_of(given, row, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr, CHUNK: tl.constexpr):
     """One over the root of the mean square of each row of residual + delta."""
     squares = tl.zeros([row.shape[0], CHUNK], tl.float32)
     for chunk in tl.static_range(0, HIDDEN, CHUNK):
-        x = _sum_of(residual, delta, row, chunk + tl.arange(0, CHUNK), batch, HIDDEN, HAS_DELTA)
+        x = _sum_of(given, row, chunk + tl.arange(0, CHUNK), batch, HIDDEN, HAS_DELTA)
         squares += x * x
-    return 1.0 / tl.sqrt(tl.sum(squares, 1) / HIDDEN + epsilon)
+    return 1.0 / tl.sqrt(tl.sum(squares, 1) / HIDDEN + given.epsilon)
 
 
 @triton.jit
-def _normed(residual, delta, norm, row, k, inverse, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr):
+def _normed(given, row, k, inverse, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr):
     """Rows and columns of the normalised sum, in the model's dtype."""
-    x = _sum_of(residual, delta, row, k, batch, HIDDEN, HAS_DELTA) * inverse[:, None]
-    weight = tl.load(norm + k, mask=k < HIDDEN, other=0.0).to(tl.float32)
-    x = x.to(residual.dtype.element_ty).to(tl.float32) * weight[None, :]
-    return x.to(residual.dtype.element_ty)
+    x = _sum_of(given, row, k, batch, HIDDEN, HAS_DELTA) * inverse[:, None]
+    weight = tl.load(given.norm + k, mask=k < HIDDEN, other=0.0).to(tl.float32)
+    x = x.to(given.residual.dtype.element_ty).to(tl.float32) * weight[None, :]
+    return x.to(given.residual.dtype.element_ty)
 
 
 @triton.jit
-def _keep_sum(residual, delta, total, row, batch, HIDDEN: tl.constexpr, CHUNK: tl.constexpr):
+def _keep_sum(given, row, batch, HIDDEN: tl.constexpr, CHUNK: tl.constexpr):
     """Write residual + delta, which the next layer adds to."""
     for chunk in tl.static_range(0, HIDDEN, CHUNK):
         k = chunk + tl.arange(0, CHUNK)
-        x = _sum_of(residual, delta, row, k, batch, HIDDEN, True)
+        x = _sum_of(given, row, k, batch, HIDDEN, True)
         there = (row < batch)[:, None] & (k < HIDDEN)[None, :]
-        tl.store(total + row[:, None] * HIDDEN + k[None, :], x.to(total.dtype.element_ty), mask=there)
+        tl.store(given.total + row[:, None] * HIDDEN + k[None, :], x.to(given.total.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["batch", "query_rows", "key_rows", "value_rows", "width"])
+@triton.jit(do_not_specialize=["query_rows", "key_rows", "value_rows", "width", "groups", "slots", "part", "parts"])
 def _norm_project(
-    residual,
-    delta,
-    total,
-    norm,
-    epsilon,
-    query,
-    key,
-    value,
-    query_bias,
-    key_bias,
-    value_bias,
-    rank_up,
+    given,
+    weights,
     projected,
     active,
     rank_epsilon,
+    scanned,
     batch,
     query_rows,
     key_rows,
     value_rows,
     width,
+    groups,
+    slots,
+    part,
+    parts,
+    local,
+    sinks,
     HIDDEN: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     N: tl.constexpr,
+    GROUPS_PAD: tl.constexpr,
+    SCANNED: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK_PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """N rows of one of the weights; the first program writes the sum."""
+    """N rows of one of the weights, of which the first program writes the sum; or a part of the contest."""
+    if EARLY:
+        wait_for_the_launch_before()
+    query, key, value, query_bias, key_bias, value_bias, rank_up = weights
     block = tl.program_id(0)
+    projecting = tl.cdiv(query_rows, N) + tl.cdiv(key_rows, N) + tl.cdiv(value_rows, N) + tl.cdiv(width, N)
+    if block >= projecting:
+        _scan(scanned, block - projecting, groups, slots, part, parts, local, sinks, GROUPS_PAD, SCANNED)
+        return
     row = tl.arange(0, TILE)
-    inverse = _inverse_of(residual, delta, row, batch, epsilon, HIDDEN, HAS_DELTA, CHUNK)
+    inverse = _inverse_of(given, row, batch, HIDDEN, HAS_DELTA, CHUNK)
     key_block = tl.cdiv(query_rows, N)
     value_block = key_block + tl.cdiv(key_rows, N)
     rank_block = value_block + tl.cdiv(value_rows, N)
@@ -352,7 +453,7 @@ def _norm_project(
             k = chunk + tl.arange(0, CHUNK)
             at = weight + n[:, None] * HIDDEN + k[None, :]
             w = tl.load(at, mask=(n < rows)[:, None] & (k < HIDDEN)[None, :], other=0.0)
-            x = _normed(residual, delta, norm, row, k, inverse, batch, HIDDEN, HAS_DELTA)
+            x = _normed(given, row, k, inverse, batch, HIDDEN, HAS_DELTA)
             mixed = tl.dot(x, tl.trans(w), mixed, input_precision=PRECISION)
         if HAS_BIAS:
             mixed += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
@@ -364,7 +465,7 @@ def _norm_project(
         squares = tl.zeros([TILE, CHUNK], tl.float32)
         for chunk in range(0, HIDDEN, CHUNK):
             k = chunk + tl.arange(0, CHUNK)
-            x = _normed(residual, delta, norm, row, k, inverse, batch, HIDDEN, HAS_DELTA).to(tl.float32)
+            x = _normed(given, row, k, inverse, batch, HIDDEN, HAS_DELTA).to(tl.float32)
             squares += x * x
         again = 1.0 / tl.sqrt(tl.sum(squares, 1) / HIDDEN + rank_epsilon)
         n = (block - rank_block) * N + tl.arange(0, N)
@@ -372,24 +473,39 @@ def _norm_project(
             k = chunk + tl.arange(0, CHUNK)
             at = rank_up + n[:, None] * HIDDEN + k[None, :]
             w = tl.load(at, mask=(n < width)[:, None] & (k < HIDDEN)[None, :], other=0.0)
-            x = _normed(residual, delta, norm, row, k, inverse, batch, HIDDEN, HAS_DELTA).to(tl.float32)
-            x = (x * again[:, None]).to(residual.dtype.element_ty).to(rank_up.dtype.element_ty)
+            x = _normed(given, row, k, inverse, batch, HIDDEN, HAS_DELTA).to(tl.float32)
+            x = (x * again[:, None]).to(projected.dtype.element_ty).to(rank_up.dtype.element_ty)
             mixed = tl.dot(x, tl.trans(w), mixed, input_precision=RANK_PRECISION)
         unit = mixed.to(rank_up.dtype.element_ty).to(tl.float32)
         unit = (unit / (1.0 + tl.exp(-unit))).to(rank_up.dtype.element_ty).to(tl.float32)
         there = (row < batch)[:, None] & (n < width)[None, :]
         tl.store(active + row[:, None] * width + n[None, :], unit, mask=there)
     if HAS_DELTA and block == 0:
-        _keep_sum(residual, delta, total, row, batch, HIDDEN, CHUNK)
+        _keep_sum(given, row, batch, HIDDEN, CHUNK)
+
+
+@triton.jit
+def _scan(scanned, index, groups, slots, part, parts, local, sinks, GROUPS_PAD: tl.constexpr, SCANNED: tl.constexpr):
+    """One part of one head's slots, or none of them while the head has free ones."""
+    ranks, positions, clock, table, codes, places = scanned
+    b = (index // parts).to(tl.int64)
+    which = index % parts
+    head = tl.arange(0, GROUPS_PAD)
+    starts = tl.load(table + groups + 1 + head, mask=head <= groups, other=2147483647)
+    g = tl.sum((starts <= which).to(tl.int32), 0) - 1
+    start = tl.load(table + g)
+    stop = tl.load(table + g + 1)
+    begin = start + (which - tl.load(table + groups + 1 + g)) * part
+    now = tl.load(clock + b * groups + g)
+    end = tl.where(now < stop - start, begin, tl.minimum(begin + part, stop))
+    least, slot = _lowest(ranks, positions, b * slots, begin, end, now, local, sinks, SCANNED)
+    tl.store(codes + b * parts + which, least)
+    tl.store(places + b * parts + which, slot)
 
 
 @triton.jit(do_not_specialize=["batch", "inner"])
 def _norm_gate(
-    residual,
-    delta,
-    total,
-    norm,
-    epsilon,
+    given,
     gate,
     up,
     gated,
@@ -400,10 +516,13 @@ def _norm_gate(
     CHUNK: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """N inner units; the first program writes the sum."""
+    if EARLY:
+        wait_for_the_launch_before()
     row = tl.arange(0, TILE)
-    inverse = _inverse_of(residual, delta, row, batch, epsilon, HIDDEN, True, CHUNK)
+    inverse = _inverse_of(given, row, batch, HIDDEN, True, CHUNK)
     n = tl.program_id(0) * N + tl.arange(0, N)
     opened = tl.zeros([TILE, N], tl.float32)
     raised = tl.zeros([TILE, N], tl.float32)
@@ -413,7 +532,7 @@ def _norm_gate(
         there = (n < inner)[:, None] & (k < HIDDEN)[None, :]
         g = tl.load(gate + at, mask=there, other=0.0)
         u = tl.load(up + at, mask=there, other=0.0)
-        x = _normed(residual, delta, norm, row, k, inverse, batch, HIDDEN, True)
+        x = _normed(given, row, k, inverse, batch, HIDDEN, True)
         opened = tl.dot(x, tl.trans(g), opened, input_precision=PRECISION)
         raised = tl.dot(x, tl.trans(u), raised, input_precision=PRECISION)
     opened = opened.to(gated.dtype.element_ty).to(tl.float32)
@@ -422,7 +541,41 @@ def _norm_gate(
     there = (row < batch)[:, None] & (n < inner)[None, :]
     tl.store(gated + row[:, None] * inner + n[None, :], both.to(gated.dtype.element_ty), mask=there)
     if tl.program_id(0) == 0:
-        _keep_sum(residual, delta, total, row, batch, HIDDEN, CHUNK)
+        _keep_sum(given, row, batch, HIDDEN, CHUNK)
+
+
+@triton.jit(do_not_specialize=["batch", "rows"])
+def _project(
+    inputs,
+    weight,
+    bias,
+    output,
+    batch,
+    rows,
+    DEPTH: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """N rows of the weight."""
+    if EARLY:
+        wait_for_the_launch_before()
+    row = tl.arange(0, TILE)
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    mixed = tl.zeros([TILE, N], tl.float32)
+    for chunk in range(0, DEPTH, CHUNK):
+        k = chunk + tl.arange(0, CHUNK)
+        inside = (k < DEPTH)[None, :]
+        w = tl.load(weight + n[:, None] * DEPTH + k[None, :], mask=(n < rows)[:, None] & inside, other=0.0)
+        x = tl.load(inputs + row[:, None] * DEPTH + k[None, :], mask=(row < batch)[:, None] & inside, other=0.0)
+        mixed = tl.dot(x, tl.trans(w), mixed, input_precision=PRECISION)
+    if HAS_BIAS:
+        mixed += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
+    there = (row < batch)[:, None] & (n < rows)[None, :]
+    tl.store(output + row[:, None] * rows + n[None, :], mixed.to(output.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -446,7 +599,7 @@ def _rotated(at, there, d, cos, sin, norm, epsilon, HAS_NORM: tl.constexpr, DIM:
     return (x * c).to(narrow).to(tl.float32) + (turned * s).to(narrow).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["width", "groups", "slots", "local", "sinks"])
+@triton.jit(do_not_specialize=["width", "groups", "slots", "parts", "local"])
 def _rotate_insert(
     projected,
     cos,
@@ -460,17 +613,12 @@ def _rotate_insert(
     down_bias,
     lift,
     query,
-    keys,
-    values,
-    ranks,
-    positions,
-    clock,
-    table,
+    cache,
     width,
     groups,
     slots,
+    parts,
     local,
-    sinks,
     HAS_NORM: tl.constexpr,
     HAS_RANK: tl.constexpr,
     HAS_LIFT: tl.constexpr,
@@ -480,32 +628,28 @@ def _rotate_insert(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
-    SLOTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One key/value head of one row: its query heads, its key, its rank, its slots. `_insert` has the same contest."""
+    """One key/value head of one row: its query heads, its key, its rank, its slot."""
+    if EARLY:
+        wait_for_the_launch_before()
+    keys, values, ranks, positions, clock, codes, places, table = cache
     row = tl.program_id(0).to(tl.int64)
     b = row // groups
     g = row % groups
     now = tl.load(clock + row)
     start = tl.load(table + g)
-    stop = tl.load(table + g + 1)
+    free = now < tl.load(table + g + 1) - start
     base = b * slots
-    free = now < stop - start
+    first = tl.load(table + groups + 1 + g)
+    which = tl.arange(0, PARTS)
+    there = which < tl.load(table + groups + 2 + g) - first
     nobody: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    lowest = tl.full([SLOTS], nobody, tl.int64)
-    place = tl.zeros([SLOTS], tl.int32)
-    for begin in range(start, tl.where(free, start, stop), SLOTS):
-        slot = begin + tl.arange(0, SLOTS)
-        there = slot < stop
-        position = tl.load(positions + base + slot, mask=there, other=0).to(tl.int64)
-        score = _sortable(tl.load(ranks + base + slot, mask=there, other=0.0))
-        contest = there & (position <= now - local) & (position >= sinks)
-        code = tl.where(contest, score * 2147483648 + position, nobody)
-        better = code < lowest
-        lowest = tl.where(better, code, lowest)
-        place = tl.where(better, slot, place)
-    least = tl.min(lowest, 0)
-    slot = tl.max(tl.where((lowest == least) & (least != nobody), place, 0), 0)
+    code = tl.load(codes + b * parts + first + which, mask=there, other=nobody)
+    least = tl.min(code, 0)
+    place = tl.load(places + b * parts + first + which, mask=there, other=0)
+    slot = tl.max(tl.where((code == least) & (least != nobody), place, 0), 0)
     slot = tl.where(free, start + now, slot.to(tl.int64))
 
     heads = groups * RATIO
@@ -547,10 +691,12 @@ def _rotate_insert(
 
 __all__ = [
     "MOST_ROWS",
+    "Contest",
     "Pools",
     "Projections",
     "RankHeadWeights",
     "norm_and_gate",
     "norm_and_project",
+    "project",
     "rotate_and_insert",
 ]

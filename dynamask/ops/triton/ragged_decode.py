@@ -16,11 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dynamask.ops.triton.early import early_launch, wait_for_the_launch_before
 from dynamask.ops.triton.forward import LOG2E
 from dynamask.ops.triton.tables import device_table
 
 _SLOTS = 64
 """Slots that a program takes at a time."""
+
+_WARPS, _STAGES = 4, 2
 
 _LEAST = 2 * _SLOTS
 """Slots of a split at least: with fewer, merging costs more than reading."""
@@ -124,8 +127,9 @@ def ragged_decode_launch(
         HAS_BIAS=bias is not None,
         PRECISION="tf32" if query.element_size() == 2 else "ieee",
         MERGES=max(16, triton.next_power_of_2(splits.most)) if merges else 0,
-        num_warps=4,
-        num_stages=2,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
+        **early_launch(query.device),
     )
     if not merges:
         _merge[(batch * groups * rows,)](
@@ -194,11 +198,14 @@ def _decode(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     MERGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One split of one head's slots against its queries: the weighted mean of the values, and what merging needs.
 
     Where MERGES is not 0, at least the splits of any head, the last program of a head merges.
     """
+    if EARLY:
+        wait_for_the_launch_before()
     split = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     g = tl.arange(0, GROUPS_PAD)
