@@ -27,7 +27,6 @@ from dynamask_lab.benchmarks.model import filled_cache
 
 DECODE, STEP, EARLY = "ragged_decode", "decode_step", "early"
 CHANGES: list[dict[str, Any]] = [
-    {f"{EARLY}.ALLOWED": False},
     {f"{EARLY}.ALLOWED": True},
     {f"{STEP}.OWN_PRODUCTS": True},
     {f"{DECODE}._STAGES": 3},

@@ -14,8 +14,8 @@ import torch
 import triton
 from triton.language.extra import cuda
 
-ALLOWED = True
-"""Whether any launch is early."""
+ALLOWED = False
+"""Whether any launch is early. Not before a GPU has shown that results stay the same and steps become shorter."""
 
 
 def early_launch(device: torch.device) -> dict[str, Any]:
