@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import lzma
 import multiprocessing
@@ -59,6 +60,21 @@ def sources(places: Sequence[Path], more: Sequence[Path] = ()) -> Iterator[Docum
         yield from _files(place, HEADER_SUFFIXES)
 
 
+def documents_of(tables: Sequence[Path], processes: int = 1) -> Iterator[Document]:
+    """The documents of tables, in the order of the tables' names, several tables read at a time."""
+    ordered = sorted(tables, key=lambda table: table.name)
+    if processes == 1 or len(ordered) < 2:
+        yield from itertools.chain.from_iterable(map(_table, ordered))
+        return
+    with multiprocessing.get_context("spawn").Pool(min(processes, len(ordered))) as pool:
+        yield from itertools.chain.from_iterable(pool.imap(_table, ordered))
+
+
+def _table(table: Path) -> list[Document]:
+    with lzma.open(table, "rt", encoding="utf-8") as lines:
+        return [Document(**json.loads(line)) for line in lines]
+
+
 def _files(place: Path, suffixes: tuple[str, ...]) -> Iterator[Document]:
     for folder, below, names in os.walk(place):
         below.sort()
@@ -80,14 +96,19 @@ def selected(found: Iterable[Document], characters: float = float("inf")) -> Ite
     for document in found:
         text = document.text[:LONGEST]
         digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-        opening = text[:1000]
-        if len(text) < SHORTEST or digest in seen or sum(c.isdigit() for c in opening) > _DIGITS * len(opening):
+        if len(text) < SHORTEST or digest in seen or looks_like_table(text):
             continue
         seen.add(digest)
         taken += len(text)
         yield Document(document.name, text)
         if taken >= characters:
             return
+
+
+def looks_like_table(text: str) -> bool:
+    """Whether digits fill the opening of a text."""
+    opening = text[:1000]
+    return sum(c.isdigit() for c in opening) > _DIGITS * len(opening)
 
 
 def directories(found: Iterable[Document]) -> Iterator[Document]:
@@ -128,14 +149,19 @@ def build(
         sample: characters that the tokenizer is trained on, spread over the documents.
         processes: that tokenise; None: one per core, up to `parts`.
         parts: shards of each split; which documents are held out depends on them.
-        name: "local", or "long": documents are then whole folders of sources.
+        name: "local"; "long": documents are then whole folders of sources; "tables": the documents of `more` alone,
+            which makes the same corpus on every machine.
 
     Returns:
         Tokens to train on.
     """
     output.mkdir(parents=True, exist_ok=True)
     processes = processes or min(parts, len(os.sched_getaffinity(0)))
-    texts = list(selected(sources(packages() if places is None else places, more), characters))
+    if name == "tables":
+        found: Iterable[Document] = documents_of(more, processes)
+    else:
+        found = sources(packages() if places is None else places, more)
+    texts = list(selected(found, characters))
     if name == "long":
         texts = list(directories(texts))
     every = max(1, sum(len(document.text) for document in texts) // sample)
@@ -199,7 +225,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="folder of the corpora")
     parser.add_argument("--more", type=Path, nargs="*", default=[], help="tables of documents, .jsonl.xz")
-    parser.add_argument("--name", choices=("local", "long"), default="local", help="long: whole folders as documents")
+    parser.add_argument(
+        "--name", choices=("local", "long", "tables"), default="local", help="long: whole folders as documents"
+    )
     parser.add_argument("--characters", type=float, default=float("inf"), help="of the corpus, at most")
     arguments = parser.parse_args()
     made = build(arguments.output, more=arguments.more, characters=arguments.characters, name=arguments.name)

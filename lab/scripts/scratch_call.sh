@@ -4,11 +4,15 @@
 #   scratch_call.sh start FOLDER SECONDS [arguments of scratch_gpu.py]   # FOLDER holds tables of documents, .jsonl.xz
 #   scratch_call.sh corpus FOLDER CHARACTERS [CORES]                     # makes the corpus alone, on 8 cores or so many
 #   scratch_call.sh beside FIRST SECONDS [arguments of scratch_gpu.py]   # waits for the corpus of the job in FIRST
+#   scratch_call.sh fill FOLDER NAME                                     # more tables for a job that waits for NAME
+#   scratch_call.sh tables FOLDER NAMES SECONDS [arguments]              # `start`, once the tables of "NAMES" are there
+#   scratch_call.sh pilot FOLDER SECONDS OUT [arguments]                  # `start`, after a pilot of size 10M-tables
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
 set -u
 W=${SCRATCH_WORK:-/tmp/scratch}
+mkdir -p "$(dirname "${SCRATCH_LOG:-./x}")"
 export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
 set_up() {
     mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/" && cp "$1"/*.jsonl.xz "$W/"
@@ -28,12 +32,42 @@ start)
     setsid nohup python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state \
         --out scratch.jsonl --seconds "$seconds" "$@" >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
     ;;
+fill)
+    mkdir -p "$W" && cp "$2"/*.jsonl.xz "$W/" && touch "$W/filled-$3"
+    ;;
+tables)
+    folder=$2 names=$3 seconds=$4
+    shift 4
+    set_up "$folder"
+    # shellcheck disable=SC2016
+    setsid nohup bash -c 'end=$(($(date +%s) + $2)); for name in $1; do
+        while [ ! -e "filled-$name" ]; do sleep 1; done; done; shift 2
+        exec python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state --out scratch.jsonl \
+            --seconds $((end - $(date +%s))) "$@"' wait "$names" "$seconds" "$@" \
+        >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
+    ;;
+pilot)
+    folder=$2 seconds=$3 out=$4
+    shift 4
+    set_up "$folder"
+    mkdir -p "$out"
+    # shellcheck disable=SC2016
+    setsid nohup bash -c 'end=$(($(date +%s) + $1)) out=$2; shift 2
+        CUDA_VISIBLE_DEVICES= python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state \
+            --out scratch.jsonl --seconds 200 --corpus-only "$@" &
+        OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=4 timeout 100 python3 lab/scripts/scratch_pilot.py \
+            --more ./*.jsonl.xz --out "$out/pilot.jsonl" >"$out/log-pilot.txt" 2>&1
+        wait
+        exec python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state --out scratch.jsonl \
+            --seconds $((end - $(date +%s))) "$@"' pilot "$seconds" "$out" "$@" \
+        >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
+    ;;
 beside)
     first=$2 seconds=$3
     shift 3
     mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/"
     cd "$W" && ln -sfn "$first/corpora" corpora
-    setsid nohup bash -c 'while [ ! -e corpora/local/index.json ]; do sleep 1; done; exec python3 "$@"' wait \
+    setsid nohup bash -c 'while [ ! -e corpora/local/index.json ] && [ ! -e corpora/tables/index.json ]; do sleep 1; done; exec python3 "$@"' wait \
         lab/scripts/scratch_gpu.py --corpora corpora --state state --out scratch.jsonl --seconds "$seconds" "$@" \
         >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
     ;;

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of every run instead of the sweep's: a trial")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    name = "long" if "reading" in arguments.size else "local"
+    name = "long" if "reading" in arguments.size else "tables" if "tables" in arguments.size[0] else "local"
     if not (arguments.corpora / name / "index.json").exists():
         tokens = build(arguments.corpora, more=arguments.more, characters=int(arguments.characters), name=name)
         print(f"{tokens:,} tokens to train on, {deadline - time.monotonic():.0f} s left", flush=True)
@@ -99,6 +99,17 @@ def _run(
         return newest_in_head_windows(wanted)
 
     class Shown(Observer):
+        told: dict[str, float]
+
+        def __init__(self) -> None:
+            self.told = {}
+
+        def advanced(self, config: dict[str, Any], share: float, note: str) -> None:
+            name = f"{_name(config)} {config['width']} seed {config['seed']}"
+            if time.monotonic() - self.told.get(name, 0.0) > 30:
+                self.told[name] = time.monotonic()
+                print(f"{time.strftime('%X')} {name}: {share:.0%} {note}", flush=True)
+
         def started(self, config: dict[str, Any], estimate: float | None) -> None:
             print(
                 f"{time.strftime('%X')} begin {_name(config)} {config['width']} seed {config['seed']}",

@@ -43,6 +43,16 @@ what a difference is due to: the learning rate, the slopes, the scores, the wind
 Size `4M-rates`, named before its runs: in `4M-judged` the one dense run at half the rate that ended was far better than
 the three at the rate of study `scaling`, whose steps held more tokens. So the best form of `4M-judged`, `scored, one
 wide layer`, is judged at half the rate against `dense` at half of it, by the same rule.
+
+Size `4M-tables`, named before its runs, every form at half its rate: `nsa, 5 free blocks` and `mla` against `dense`;
+`paper` at N/8, N/4 and N/2 against `dense` and against `sliding + sinks` of the same window; `random` against
+`learned, slopes` and `sliding + sinks` in the same windows; `dense, slopes and scores` against `dense, slopes`. The
+smallest difference of interest is 0.02 nats.
+
+Size `10M-tables`, named before its runs, every form at half its rate: `scored, one wide layer` (12.1% of dense
+attention's pairs) is the form that is judged. It is to lie at most 0.01 nats above `dense`, and below `sliding + sinks`
+and `sliding + sinks, one wide layer`. `learned, slopes, one wide layer` is judged by the same rule. Against `dense,
+slopes` the difference says what an eighth of the pairs costs once logits have slopes.
 """
 
 from __future__ import annotations
@@ -206,7 +216,10 @@ def scratch_name(settings: Config) -> str:
     if attention == "mha":
         return f"dense{', slopes' if settings.get('distance_penalty') else ''}{slower}"
     if attention in ("mla", "nsa"):
-        return attention
+        blocks = ", 5 free blocks" if attention == "nsa" and settings["window"] > settings["length"] // 8 else ""
+        return f"{attention}{blocks}{', half rate' if factor < 1.5 else ''}"
+    if attention == "dma" and settings.get("gate_init") == "delta" and not settings.get("layer_windows"):
+        return f"dense, slopes and scores{slower}"
     uneven = settings.get("layer_windows") and not isinstance(settings["layer_windows"][0], list)
     at = _at(settings["length"] // SHARE if uneven else settings["window"], settings["length"])
     learned, slopes = settings.get("ranking") == "learned", ", slopes" if settings.get("slopes") else ""
@@ -214,12 +227,16 @@ def scratch_name(settings: Config) -> str:
         slopes = ", steep slopes"
     if settings.get("layer_windows"):
         if isinstance(settings["layer_windows"][0], list):
-            return f"newest, head windows, {at}"
+            late = (
+                ", late" if settings["window_schedule"] and settings["window_schedule"][1][0] > CALIBRATED_AT else ","
+            )
+            return f"newest{slower}{late} head windows, {at}"
         if attention == "dma" and not learned:
             choice = "" if settings.get("ranking") == "attention" else ", no choice"
             return f"scored{choice}{slower}, one wide layer, {at}"
         ranks = "random" if settings.get("random_ranks") else "learned"
-        return f"{ranks}{slopes}, one wide layer, {at}" if learned else f"sliding + sinks{slower}, one wide layer, {at}"
+        form = f"{ranks}{slower}{slopes}" if learned else f"sliding + sinks{slower}"
+        return f"{form}, one wide layer, {at}"
     if attention == "swa":
         return (
             f"sliding + sinks, wide start, {at}"
@@ -228,9 +245,9 @@ def scratch_name(settings: Config) -> str:
         )
     if learned and settings.get("calibrate_at"):
         late = ", late" if settings["calibrate_at"] > CALIBRATED_AT else ","
-        return f"learned{slopes}{late} head windows, {at}"
+        return f"learned{slower}{slopes}{late} head windows, {at}"
     if learned:
-        return f"learned{slopes}, even, {at}"
+        return f"learned{slower}{slopes}, even, {at}"
     return f"paper, dense rate, {at}" if factor > 0.75 and settings["width"] in _BASE_RATES else f"paper, {at}"
 
 
@@ -258,9 +275,8 @@ def _runs(made: Mapping[str, Config], shape: str, length: int, seeds: Sequence[i
 def _rate_factor(name: str) -> float:
     """Of a form's name without its window, or of the first part of it."""
     own = name.rpartition(", w =")[0] or name
-    if "half rate" in own or "quarter rate" in own:
-        return 0.5 if "half rate" in own else 0.25
-    return RATE_FACTORS.get(own, RATE_FACTORS.get(own.partition(",")[0], 1.0))
+    slower = 0.5 if "half rate" in own else 0.25 if "quarter rate" in own else 1.0
+    return slower * RATE_FACTORS.get(own, RATE_FACTORS.get(own.partition(",")[0], 1.0))
 
 
 def judged(length: int, groups: int = 2) -> dict[str, Config]:
@@ -294,6 +310,60 @@ def rates(length: int) -> dict[str, Config]:
     }
 
 
+def tables(length: int) -> dict[str, Config]:
+    """What `rates` left open, at the rates of `rates`: rivals, the paper's form between N and N/16, and controls."""
+    new, control, at = added(length), controls(length), _at(length // SHARE, length)
+    wide = f"one wide layer, {at}"
+
+    def at_share(share: int) -> dict[str, Config]:
+        at = _at(length // share, length)
+        sliding = chosen(length, share)[f"sliding + sinks, {at}"]
+        learned = added(length, share)[f"learned, slopes, even, {at}"]
+        return {f"sliding + sinks, half rate, {at}": sliding, f"learned, half rate, slopes, even, {at}": learned}
+
+    late = f"late head windows, {at}"
+    return {
+        "dense, half rate": {"attention": "mha"},
+        "mla, half rate": {"attention": "mla"},
+        "nsa, 5 free blocks, half rate": {"attention": "nsa", "window": length // 4},
+        "paper, w = N/4": paper(length // 4),
+        "paper, w = N/2": paper(length // 2),
+        "paper, w = N/8": paper(length // 8),
+        f"sliding + sinks, half rate, {wide}": new[f"sliding + sinks, {wide}"],
+        f"random, half rate, slopes, {wide}": control[f"random, slopes, {wide}"],
+        f"learned, half rate, slopes, {wide}": new[f"learned, slopes, {wide}"],
+        f"scored, half rate, {wide}": control[f"scored, {wide}"],
+        "dense, slopes, half rate": control["dense, slopes"],
+        "dense, slopes and scores, half rate": dense_scores(length),
+        "paper, w = N": paper(length),
+        **at_share(4),
+        **at_share(2),
+        **at_share(8),
+        f"learned, half rate, slopes, {late}": control[f"learned, slopes, {late}"],
+        **at_share(SHARE),
+    }
+
+
+def dense_scores(length: int) -> Config:
+    """Every key, with slopes as those of `dense, slopes` and scores as those of `scored` on the logits."""
+    return {"attention": "dma", "window": length, "local": length, "recency": SHARE / length, **_SCORED}
+
+
+def larger(length: int, groups: int) -> dict[str, Config]:
+    """The forms that decide above 4M, all at half the rate."""
+    new, control, at = added(length, SHARE, groups), controls(length, SHARE, groups), _at(length // SHARE, length)
+    wide = f"one wide layer, {at}"
+    return {
+        "dense, half rate": {"attention": "mha"},
+        f"scored, half rate, {wide}": control[f"scored, {wide}"],
+        f"sliding + sinks, half rate, {wide}": new[f"sliding + sinks, {wide}"],
+        "dense, slopes, half rate": control["dense, slopes"],
+        f"learned, half rate, slopes, {wide}": new[f"learned, slopes, {wide}"],
+        f"sliding + sinks, half rate, {at}": chosen(length, SHARE)[f"sliding + sinks, {at}"],
+        "mla, half rate": {"attention": "mla"},
+    }
+
+
 def shares(length: int) -> dict[str, Config]:
     """The paper's form, sliding windows and learned ranks with slopes from N/2 to N/8; N and N/16 are in `judged`."""
     made: dict[str, Config] = {}
@@ -321,8 +391,8 @@ def _reading(seeds: Sequence[int]) -> list[Config]:
     return _runs(made, "1M", length, seeds, corpus="long", by_last_use=True)
 
 
-def _judged(shape: str, made: Mapping[str, Config], tokens: float) -> list[Config]:
-    return _runs(made, shape, 4096, (0, 1, 2), tokens_per_parameter=tokens, batch_tokens=32_768)
+def _judged(shape: str, made: Mapping[str, Config], tokens: float, **more: Any) -> list[Config]:
+    return _runs(made, shape, 4096, (0, 1, 2), tokens_per_parameter=tokens, batch_tokens=32_768, **more)
 
 
 SIZES = {
@@ -334,6 +404,9 @@ SIZES = {
     # Half the tokens of a step, so that as many tokens are more steps: what copies forms after some hundred of them.
     "4M-judged": lambda: _judged("4M", judged(4096) | shares(4096), 12.0),
     "4M-rates": lambda: _judged("4M", rates(4096), 10.0),
+    # On a corpus of carried tables alone, the same on every machine: runs of several days pair.
+    "4M-tables": lambda: _judged("4M", tables(4096), 10.0, corpus="tables"),
+    "10M-tables": lambda: _judged("10M", larger(4096, 3), 14.0, corpus="tables"),
     "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
     "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
     "windows": lambda: _runs(by_window(4096), "1M", 4096, (0, 1, 2)),

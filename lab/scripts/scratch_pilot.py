@@ -1,0 +1,117 @@
+"""Measure how fast the runs of a sweep of study `scratch` are, alone and all at a time, on one GPU.
+
+    python lab/scripts/scratch_pilot.py --more tables/*.jsonl.xz --size 10M-tables --out pilot.jsonl
+
+A small corpus is made of the first documents of one table. One process per form compiles; then each form trains alone
+for some steps, then all of them at once. Lines: form, runs at a time, tokens per second. A file per form tells what the
+GPU did in a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import time
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+from local_corpus import build
+
+WARM_UP, TIMED = 6, 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--more", type=Path, nargs="+", required=True, help="tables of documents, .jsonl.xz")
+    parser.add_argument("--folder", type=Path, default=Path("pilot"), help="of the corpus")
+    parser.add_argument("--size", nargs="+", default=["10M-tables"])
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of the forms")
+    parser.add_argument("--characters", type=float, default=6e6)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    if not (arguments.folder / "tables" / "index.json").exists():
+        most = int(arguments.characters)
+        build(arguments.folder, more=arguments.more[:1], characters=most, sample=2_000_000, parts=4, name="tables")
+    os.environ["DYNAMASK_CORPORA"] = str(arguments.folder.absolute())
+    from dynamask_lab.studies import SCRATCH
+    from dynamask_lab.studies.scratch.study import scratch_name
+
+    configs = [
+        config
+        for size in arguments.size
+        for config in SCRATCH.configs(size)
+        if config["seed"] == 0 and any(part in f"={scratch_name(config)}=" for part in arguments.only)
+    ]
+    spawn = multiprocessing.get_context("spawn")
+    barrier = spawn.Barrier(len(configs))
+    processes = [
+        spawn.Process(target=_measure, args=(config, place, len(configs), barrier, arguments.out))
+        for place, config in enumerate(configs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def _measure(config: dict[str, Any], place: int, runs: int, barrier: Barrier, out: Path) -> None:
+    try:
+        _timed(config, place, runs, barrier, out)
+    except BaseException:
+        barrier.abort()
+        raise
+
+
+def _timed(config: dict[str, Any], place: int, runs: int, barrier: Barrier, out: Path) -> None:
+    from dynamask_lab.language.engine import LanguageConfig, _Batches, _Run, compile_training
+    from dynamask_lab.studies.scratch.study import scratch_name
+
+    run = _Run(LanguageConfig.of(config), out.parent / "pilot-state")
+    if run.device.type == "cuda":
+        run.token_losses = compile_training(run.model)
+    batches = _Batches(run.settings, run.streams.train, run.device)
+
+    def seconds(steps: int) -> float:
+        run._synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            run._train_step(batches)
+        run._synchronize()
+        return time.perf_counter() - start
+
+    def tell(at_a_time: int, took: float, steps: int) -> None:
+        rate = steps * run.settings.batch_tokens / took
+        line = {"form": scratch_name(config), "width": config["width"], "runs": at_a_time, "tokens_per_second": rate}
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line | {"ms": 1000 * took / steps}) + "\n")
+
+    with run.generators:
+        seconds(WARM_UP)
+        for turn in range(runs):
+            barrier.wait(300)
+            if turn == place:
+                tell(1, seconds(TIMED), TIMED)
+                if run.device.type == "cuda":
+                    with contextlib.suppress(Exception):  # a look, not the measurement
+                        _profile(run, batches, out.with_name(f"pilot-profile-{place}.txt"))
+        barrier.wait(300)
+        tell(runs, seconds(TIMED), TIMED)
+
+
+def _profile(run: Any, batches: Any, out: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        for _ in range(3):
+            run._train_step(batches)
+        run._synchronize()
+    table = seen.key_averages().table(sort_by="self_device_time_total", row_limit=40, max_name_column_width=70)
+    out.write_text(table, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
