@@ -28,6 +28,10 @@ go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder
     case $1 in
     reading)
         nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
+        content=$(python3 -c "from dynamask_lab.language.data import token_streams; print(token_streams('long', 0.5).content)")
+        # Another build than that of the lines there are: dense attention again, to compare with.
+        grep -q "$content" lab/results/reading.jsonl || set -- reading 4M-equal "$3" 0 1000
+        echo "$content: $*"
         ;;
     recurrent | ablation | again) local_corpus ;;
     esac

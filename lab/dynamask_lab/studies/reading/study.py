@@ -72,6 +72,11 @@ def _probe() -> list[Config]:
     return _runs("4M", 2.1e-3, (0, 1, 2))
 
 
+def _equal() -> list[Config]:
+    """The same runs, those of equal tokens first: all that compare on one build of the corpus."""
+    return sorted(_probe(), key=lambda config: config["tokens_per_parameter"] > TOKENS)
+
+
 def sliced(record: Record) -> dict[str, tuple[float, int]]:
     """Slice -> mean test loss, and how many tokens."""
     found = {}
@@ -106,7 +111,7 @@ READING = Experiment(
     name="reading",
     description="documents of 16 thousand tokens and more: loss by how far back a last use lies, dense against sparse",
     run=run_language,
-    sizes={"4M": _probe},
+    sizes={"4M": _probe, "4M-equal": _equal},
     cost=language_cost,
     kind=language_kind,
     summary=reading_summary,
