@@ -79,7 +79,7 @@ member() { # role, GPU, processes
         setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
         --model "$model" --data "$work/data" --benchmarks "$work/benchmarks" --state "$work/state" \
         --out "$work/results-$1-$2.jsonl" --done "${done[@]}" $earlier --plan "${PLAN:-final}" \
-        --role "${1%2}" --name "$1 $2" --processes "$3" --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
+        --role "${1%[0-9]}" --name "$1 $2" --processes "$3" --seconds "$((seconds - SECONDS))" ${EXTRA:-} \
         >"$work/log-$1-$2.txt" 2>&1 </dev/null &
     echo $! >>"$work/pids"
 }
@@ -87,7 +87,7 @@ if [ "$what" = start ]; then
     [ -n "${APPEND:-}" ] || : >"$work/pids"
     for gpu in ${GPUS:-0 1 2}; do
         for role in ${ROLES:-trainer evaluator}; do
-            member "$role" "$gpu" "$([ "${role%2}" = trainer ] && echo 2 || echo 8)"
+            member "$role" "$gpu" "$([ "${role%[0-9]}" = trainer ] && echo 2 || echo 8)"
         done
     done
     if [ -n "${LATE:-}" ]; then

@@ -65,6 +65,12 @@ class Spec:
         mixed: share of what was trained in a straight mixture with the dense model's weights; 1: no mixture.
         context: tokens of a block that ranks, windows and model are trained on, under the positions of `rope`; 0: the
             schedule's, under the model's own positions.
+        local: newest keys that are always kept.
+        texts, distil_texts: blocks that ranks and windows, and the model, are trained on: "" (half of them repeat their
+            first half), "plain", or "spans" (`with_spans`).
+        target: what ranks learn: "" (the largest later attention) or "loss" (`rank_targets.learn_by_loss`).
+        width: hidden units of the predictors; 0: the product's default.
+        rank_steps: batches that ranks are learned on; 0: the schedule's.
     """
 
     kind: str
@@ -89,6 +95,12 @@ class Spec:
     embeddings: bool = True
     average: float = 0.0
     mixed: float = 1.0
+    local: int = LOCAL
+    texts: str = ""
+    distil_texts: str = ""
+    target: str = ""
+    width: int = 0
+    rank_steps: int = 0
 
     def facts(self) -> dict[str, Any]:
         """The fields, without later ones that have their default: lines written before they existed stay the same."""
@@ -99,6 +111,15 @@ class Spec:
     def trained(self) -> bool:
         """Whether the model itself is trained."""
         return self.distilled or self.kind == "dense trained"
+
+    @property
+    def marks(self) -> str:
+        """What tells ranks and windows of this form from the product's."""
+        made = f"-local{self.local}" if self.local != LOCAL else ""
+        made += f"-ranks-on-{self.texts}" if self.texts else ""
+        made += f"-by-{self.target}" if self.target else ""
+        made += f"-width{self.width}" if self.width else ""
+        return made + (f"-rank-steps{self.rank_steps}" if self.rank_steps else "")
 
     @property
     def name(self) -> str:
@@ -123,9 +144,11 @@ class Spec:
         parts += [] if self.embeddings else ["fixed-embeddings"]
         parts += [f"average{self.average}"] if self.average else []
         parts += [f"mixed{self.mixed}"] if self.mixed != 1 else []
+        parts += [f"on-{self.distil_texts}"] if self.distil_texts else []
         parts += [f"loop-{self.loop}"] if self.loop else []
         parts += [f"context{self.context}"] if self.context else []
         parts += ["of-dense-trained"] if self.origin else []
+        parts += [self.marks[1:]] if self.marks else []
         return "-".join(parts)
 
 
@@ -142,6 +165,12 @@ _LATER = {
     "embeddings": True,
     "average": 0.0,
     "mixed": 1.0,
+    "local": LOCAL,
+    "texts": "",
+    "distil_texts": "",
+    "target": "",
+    "width": 0,
+    "rank_steps": 0,
 }
 """Fields of `Spec` that came after the first lines were written, with their defaults."""
 
@@ -306,7 +335,7 @@ class Workshop:
         """Roughly how long the training takes that the form still needs, on one H200 that an evaluator shares."""
         seconds = 0.0
         if _ranks(spec) and not self._ranks_file(spec).exists():
-            seconds += 0.16 * self.schedule.rank_steps
+            seconds += 0.16 * (spec.rank_steps or self.schedule.rank_steps)
         if spec.trained and not self._file(spec).exists():
             seconds += 20 + 0.5 * spec.steps
         if spec.origin and not self._file(_origin(spec)).exists():
@@ -344,29 +373,36 @@ class Workshop:
             self._dense[rope] = model.to(self.device).eval()
         return self._dense[rope]
 
-    def blocks(self, seed: int, step: int = 0, context: int = 0) -> Iterator[Tensor]:
-        """Training batches (batch, block) on the device, half of them repeating their first half.
+    def blocks(self, seed: int, step: int = 0, context: int = 0, texts: str = "") -> Iterator[Tensor]:
+        """Training batches (batch, block) on the device, of the kind `texts` (`Spec.texts`).
 
         Each block begins as the tokenizer begins a text. Blocks of a longer `context` are fewer, not more tokens.
         """
         schedule = self.schedule
         block = context or schedule.block
         batch_size = max(1, schedule.batch * schedule.block // block)
-        made = CalibrationBlocks(self.train_tokens, block, batch=batch_size, seed=seed)
-        for batch in made.from_step(step):
+        share = 0.0 if texts else 0.5
+        made = CalibrationBlocks(self.train_tokens, block, batch=batch_size, repeat_share=share, seed=seed)
+        for number, batch in enumerate(made.from_step(step), step):
+            batch = with_spans(batch, seed, number) if texts == "spans" else batch
             batch[:, : len(self.begin)] = torch.tensor(self.begin, dtype=batch.dtype)
             yield batch.to(self.device)
 
-    def calibration(self, context: int = 0) -> list[Tensor]:
-        """Blocks (1, block) of validation text and code, half of them repeating their first half."""
-        made = CalibrationBlocks(self.calibration_tokens, context or self.schedule.block, seed=1)
-        return [batch.to(self.device) for batch, _ in zip(made, range(self.schedule.calibration), strict=False)]
+    def calibration(self, context: int = 0, texts: str = "") -> list[Tensor]:
+        """Blocks (1, block) of validation text and code, of the kind `texts`."""
+        share = 0.0 if texts else 0.5
+        made = CalibrationBlocks(self.calibration_tokens, context or self.schedule.block, repeat_share=share, seed=1)
+        batches = [batch for batch, _ in zip(made, range(self.schedule.calibration), strict=False)]
+        if texts == "spans":
+            batches = [with_spans(batch, 1, number) for number, batch in enumerate(batches)]
+        return [batch.to(self.device) for batch in batches]
 
     def converted(self, spec: Spec) -> Any:
         """The converted model of that spec."""
         assert spec.budget is not None
         dense = self._source(spec)
-        model = upcycled(dense, spec.budget, copy_weights=spec.distilled)
+        shape = {"local": spec.local, "width": spec.width or None}
+        model = upcycled(dense, spec.budget, copy_weights=spec.distilled, **shape)
         exchange_predictors(model, spec.predictor)
         if _ranks(spec):
             load_predictors(model, self.ranks(spec))
@@ -391,18 +427,22 @@ class Workshop:
         file = self._ranks_file(spec)
         if not file.exists():
             from dynamask.convert import learn_ranks
+            from dynamask_lab.studies.conversion.rank_targets import learn_by_loss
 
-            model = upcycled(self.dense(spec.rope if spec.context else 1), 512)
+            learn = learn_by_loss if spec.target else learn_ranks
+            shape = {"local": spec.local, "width": spec.width or None}
+            model = upcycled(self.dense(spec.rope if spec.context else 1), 512, **shape)
             torch.manual_seed(spec.seed)
             exchange_predictors(model, spec.predictor)
             start = time.perf_counter()
-            blocks, rate = self.blocks(spec.seed, context=spec.context), self.schedule.rank_rate
-            history = learn_ranks(model, blocks, steps=self.schedule.rank_steps, learning_rate=rate)
+            blocks = self.blocks(spec.seed, context=spec.context, texts=spec.texts)
+            steps, rate = spec.rank_steps or self.schedule.rank_steps, self.schedule.rank_rate
+            history = learn(model, blocks, steps=steps, learning_rate=rate)
             _synchronise(self.device)
             seconds = time.perf_counter() - start
             found = {name: p.detach().cpu() for name, p in predictor_parameters(model).items()}
             _save(found, file)
-            told = Spec("converted", None, spec.seed, predictor=spec.predictor, context=spec.context)
+            told = Spec("converted", None, spec.seed, predictor=spec.predictor, context=spec.context, **_levers(spec))
             self.report(told, "learn_ranks", {"seconds": seconds, "history": _plain(history)})
         return dict(torch.load(file, map_location=self.device, weights_only=True))
 
@@ -421,7 +461,7 @@ class Workshop:
             if not spec.slopes:
                 options["slopes"] = (0.0,)
             start = time.perf_counter()
-            made = allocate_windows(model, self.calibration(spec.context), spec.budget, **options)
+            made = allocate_windows(model, self.calibration(spec.context, spec.texts), spec.budget, **options)
             _synchronise(self.device)
             seconds = time.perf_counter() - start
             windows = [layer and [int(window) for window in layer] for layer in made]
@@ -433,6 +473,7 @@ class Workshop:
             untrained: dict[str, Any] = {"distilled": False, "steps": STEPS, "label_share": 0.0, "start_windows": 1.0}
             untrained |= {"beginning_share": 0.0, "embeddings": True, "average": 0.0, "mixed": 1.0}
             told = replace(spec, **untrained, rate=None, origin="", loop="")
+            told = replace(spec, **untrained, rate=None, origin="", loop="", distil_texts="")
             told = (
                 told
                 if spec.allocation != "threshold"
@@ -480,7 +521,7 @@ class Workshop:
         rate = schedule.distil_rate if spec.rate is None else spec.rate
         start = time.perf_counter()
         # Not the batches that the ranks were learned on.
-        batches = self.blocks(spec.seed + 1000, context=spec.context)
+        batches = self.blocks(spec.seed + 1000, context=spec.context, texts=spec.distil_texts)
         from dynamask.convert import distill
 
         means: TailMeans | None = None
@@ -494,14 +535,15 @@ class Workshop:
         elif spec.kind == "dense trained":
             history = adapt(model, batches, steps=spec.steps, rate=rate)
         else:
-            # Where ranks stand for the newest keys, they must stay equal.
-            ranks = schedule.distil_rank_rate if spec.ranks == "learned" else 0.0
             means = TailMeans(model, spec.steps)
 
             def watch(progress: Any) -> None:
                 means.add(progress.step)
                 times.append((progress.step, round(time.perf_counter() - start, 3)))
 
+            # Where ranks stand for the newest keys, they must stay equal. Beside the model, ranks learn the largest
+            # attention; those that learned another target stay.
+            ranks = schedule.distil_rank_rate if spec.ranks == "learned" and not spec.target else 0.0
             history = distill(
                 model,
                 teacher,
@@ -532,7 +574,40 @@ def _ranks(spec: Spec) -> bool:
 
 def _longer(spec: Spec) -> str:
     """What marks the files of what was trained at another length than the schedule's."""
-    return f"-rope{spec.rope}-context{spec.context}" if spec.context else ""
+    return (f"-rope{spec.rope}-context{spec.context}" if spec.context else "") + spec.marks
+
+
+def _levers(spec: Spec) -> dict[str, Any]:
+    """The fields that ranks depend on beside seed and kind."""
+    return {name: getattr(spec, name) for name in ("local", "texts", "target", "width", "rank_steps")}
+
+
+def with_spans(batch: Tensor, seed: int, step: int, spans: int = 32, length: int = 32) -> Tensor:
+    """Copy short spans of the text to places far behind them: the first tokens of a copy ask, the rest answer.
+
+    Between plain text, which needs few keys from far back, and a block that repeats its first half, which needs
+    them all.
+
+    Args:
+        batch: (B, N) token ids.
+        seed, step: of the places.
+        spans, length: copies in a block, fewer in a short one, and tokens of each.
+
+    Returns:
+        (B, N), the second half with copies of spans of the text at least `length` tokens before them.
+    """
+    made = batch.clone()
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    half = batch.shape[1] // 2
+    spans = max(1, min(spans, half // (2 * length)))
+    room = (batch.shape[1] - half) // spans
+    for row in made:
+        shift = torch.randint(0, room - length + 1, (spans,), generator=generator)
+        for number in range(spans):
+            place = half + number * room + int(shift[number])
+            source = int(torch.randint(0, place - length, (), generator=generator))
+            row[place : place + length] = row[source : source + length].clone()
+    return made
 
 
 def _origin(spec: Spec) -> Spec:
@@ -540,11 +615,14 @@ def _origin(spec: Spec) -> Spec:
     return Spec("dense trained", seed=spec.seed, steps=spec.steps, rate=spec.rate, loop=spec.loop)
 
 
-def upcycled(dense: Any, window: int, *, copy_weights: bool = False) -> Any:
+def upcycled(
+    dense: Any, window: int, *, copy_weights: bool = False, local: int = LOCAL, width: int | None = None
+) -> Any:
     """A converted model with equal windows and untrained ranks: a sliding window with sinks."""
     from dynamask.convert import upcycle
 
-    return upcycle(dense, window, local=LOCAL, sinks=SINKS, copy_weights=copy_weights).eval()
+    options: dict[str, Any] = {"rank_predictor_width": width, "copy_weights": copy_weights}
+    return upcycle(dense, window, local=local, sinks=SINKS, **options).eval()
 
 
 def set_windows(model: Any, windows: Sequence[Sequence[int] | None]) -> None:
