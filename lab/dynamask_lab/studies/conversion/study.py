@@ -293,7 +293,8 @@ def main() -> int:
         if spent > arguments.seconds:
             print(f"out of time: {done} of {len(left)} jobs done", flush=True)
             break
-        if start + spent + workshop.seconds_to_make(job.spec) > workshop.deadline:
+        making = workshop.seconds_to_make(job.spec)
+        if making and start + spent + making > workshop.deadline:
             continue  # jobs without a training may still fit
         if (job.spec.name, job.measure) in broken:
             continue
