@@ -264,6 +264,11 @@ class ConvertedAttention(nn.Module):
         """Take over a part of the heads, after the projections have been split over the processes of a group."""
         self.head_group = group  # windows and slopes come from the configuration, which knows the shard
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle by the original's class: the class of this module is made at run time and has no importable name."""
+        _, *rest = super().__reduce_ex__(max(int(protocol), 2))[1:]
+        return _empty, (type(self).__bases__[1],), *rest
+
     @property
     def windows(self) -> tuple[int, ...] | None:
         """Keys that a query of each key/value head keeps; None: all (a layer left dense)."""
@@ -278,6 +283,12 @@ class ConvertedAttention(nn.Module):
 @functools.cache
 def _converted_class(original: type) -> type:
     return type(f"Dynamask{original.__name__}", (ConvertedAttention, original), {"__module__": __name__})
+
+
+def _empty(original: type) -> Any:
+    """Make a converted attention module without attributes, which unpickling fills."""
+    made = _converted_class(original)
+    return made.__new__(made)
 
 
 def convert_attention(module: Any, config: Any) -> None:

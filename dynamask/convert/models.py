@@ -37,6 +37,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor
+from dynamask.models.attention_weights import refuse_attention_weights
 from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
 from dynamask.models.cuda_graph import decode_by_graph
@@ -174,15 +175,21 @@ class ConvertedConfig(CarriesAutoCode):
         """
         layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
         shard: HeadShard | None = self.__dict__.get("_head_shard")  # of a model split by tensor parallelism
-        key = (repr(self.windows), layers, groups, shard)
+        key = (repr(self.windows), layers, self._all_layers, groups, shard)
         known = self.__dict__.get("_head_windows")
         if known is None or known[0] != key:
-            windows = self._resolved(layers, groups)
+            windows = self._resolved(self._all_layers, groups)[:layers]
             if shard is not None:
                 windows = tuple(None if layer is None else shard.of(layer) for layer in windows)
             known = key, windows
             self.__dict__["_head_windows"] = known
         return known[1]  # type: ignore[no-any-return]
+
+    @property
+    def _all_layers(self) -> int:
+        """Layers of the model. `generate(assistant_early_exit=...)` sets `num_hidden_layers` to fewer for a while."""
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]
+        return max(layers, self.__dict__.get("_built_layers", 0))
 
     def _resolved(self, layers: int, groups: int) -> tuple[tuple[int, ...] | None, ...]:
         entries = self.windows if isinstance(self.windows, list) else [self.windows] * layers
@@ -205,10 +212,10 @@ class ConvertedConfig(CarriesAutoCode):
         layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
         slopes = self.slopes
         shard: HeadShard | None = self.__dict__.get("_head_shard")
-        key = shard, None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
+        key = shard, layers, None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
         known = self.__dict__.get("_head_slopes")
         if known is None or known[0] != key:
-            checked = checked_slopes(slopes, layers, groups)
+            checked = checked_slopes(slopes, self._all_layers, groups)[:layers]
             if shard is not None:
                 checked = tuple(None if layer is None else shard.of(layer) for layer in checked)
             known = key, checked
@@ -248,7 +255,7 @@ class ConvertedConfig(CarriesAutoCode):
     def to_dict(self) -> dict[str, Any]:
         """Return the fields, without what is only remembered."""
         fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
-        for name in ("_head_windows", "_head_slopes", "_head_shard"):
+        for name in ("_head_windows", "_head_slopes", "_head_shard", "_built_layers"):
             fields.pop(name, None)
         return fields
 
@@ -296,6 +303,7 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
                 module.apply(self._init_weights)
 
     def _convert_layers(self) -> None:
+        self.config.__dict__["_built_layers"] = len(decoder_of(self).layers)
         for layer in decoder_of(self).layers:
             if self.config.ranking == "paper":
                 from dynamask.convert.doge_attention import convert_layer
@@ -373,6 +381,7 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
     def _prepared(self, arguments: dict[str, Any], cache_name: str) -> dict[str, Any]:
         """Complete the arguments of a forward call: the cache, and the facts that all layers need."""
         refuse_onnx_export()
+        refuse_attention_weights(arguments.get("output_attentions"), self.config)
         tokens = arguments.get("input_ids")
         if tokens is None:
             tokens = arguments.get("inputs_embeds")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,6 +21,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
 from dynamask.mixers.rank_loss import RankLosses
+from dynamask.models.attention_weights import refuse_attention_weights
 from dynamask.models.cache_argument import CACHE_NAME, takes_cache
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.cuda_graph import decode_by_graph
@@ -183,11 +185,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
                 f"{self._built_slopes!r}, and its layers do not see that: build DynamaskForCausalLM(config) and load "
                 "the weights into it"
             )
-        if output_attentions or (output_attentions is None and self.config.output_attentions):
-            raise InvalidInputError(
-                "output_attentions: attention weights are never materialised; use dynamask.inspect for the keys that "
-                "queries see, or dynamask.future_attention for the largest weight of each key"
-            )
+        refuse_attention_weights(output_attentions, self.config)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if hidden_states.shape[1] == 0:
             raise InvalidInputError(
@@ -230,7 +228,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         states: tuple[Tensor, ...] = ()
         losses: list[Tensor] = []
         want_states = output_hidden_states if output_hidden_states is not None else self.config.output_hidden_states
-        for layer in self.layers:
+        for layer in itertools.islice(self.layers, self.config.num_hidden_layers):  # fewer for an early exit
             if want_states:
                 states += (hidden_states,)
             if checkpoints:

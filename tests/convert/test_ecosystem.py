@@ -72,6 +72,20 @@ def test_a_converted_assistant_gives_the_greedy_tokens(model: Any, llama: Any, t
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_an_early_exit_drafts_with_fewer_layers(model: Any, tokens: torch.Tensor) -> None:
+    model = model.double()
+    convert.set_windows(model, [[8, 12], [10, 10]])
+    convert.set_slopes(model, [[0.01, 0.02], None])
+    calls = [0, 0]
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    assisted = model.generate(tokens, assistant_early_exit=1, **GREEDY)
+    assert calls[0] > calls[1]
+    assert torch.equal(assisted, model.generate(tokens, **GREEDY))
+    assert len(model.config.head_windows) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_offloaded_weights_give_the_same_tokens(model: Any, tokens: torch.Tensor, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     model.double().save_pretrained(tmp_path / "model")

@@ -162,6 +162,16 @@ def test_saves_loads_and_generates(name: str, shape: dict[str, Any], tmp_path: A
 
 
 @torch.no_grad()
+def test_a_whole_model_is_pickled(llama: Any, tmp_path: Any) -> None:
+    model = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2))
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(loaded) is type(model)
+    tokens = tokens_of(2, 30)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+
+
+@torch.no_grad()
 def test_a_static_cache_carries_ranks(llama: Any) -> None:
     model = random_ranks(convert.upcycle(llama.double(), 12, local=4, sinks=2))
     tokens = tokens_of(1, 16)
@@ -247,6 +257,8 @@ def test_what_cannot_be_served_is_refused(llama: Any) -> None:
     tokens = tokens_of(1, 20)
     with pytest.raises(InvalidInputError, match="continuous batching"):
         model.generate_batch([[5, 6, 7]])
+    with pytest.raises(InvalidInputError, match="output_attentions"):
+        model(tokens, output_attentions=True)
     with pytest.raises(InvalidInputError, match="sdpa"):
         model.set_attn_implementation("sdpa")
     model.config._attn_implementation = "eager"

@@ -56,6 +56,18 @@ def test_generates_from_every_kind_of_cache(name: str, kind: str) -> None:
     assert torch.equal(model.generate(IDS, **options), expected)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_early_exit_drafts_with_fewer_layers() -> None:
+    model = variant("dma-heads")
+    calls = [0, 0]
+    for index, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    options: dict = {"max_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+    assisted = model.generate(IDS[:1], assistant_early_exit=1, **options)
+    assert calls[0] > calls[1]
+    assert torch.equal(assisted, model.generate(IDS[:1], **options))
+
+
 @pytest.mark.parametrize("name", ["dma", "dma-paper", "swa-sinks", "mha"])
 @pytest.mark.parametrize("full", [True, False])
 def test_gradient_checkpointing_behind_a_prefix_keeps_the_prefix(name: str, full: bool) -> None:
