@@ -21,7 +21,7 @@ from dynamask.errors import CacheRollbackError, InvalidInputError
 from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.cache_contest import CacheContest
 from dynamask.ops.cache_insert import insert_key
-from dynamask.ops.checks import check_window
+from dynamask.ops.checks import check_window, plain_numbers
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.operators import triton_available
@@ -804,14 +804,15 @@ def _bounded_layers(
             given = getattr(config, name, None)
             if given is not None:
                 break
-    if count is None and isinstance(given, (list, tuple)):
+    given = plain_numbers(given)
+    if count is None and isinstance(given, list):
         count = len(given)
     if given is None or count is None:
         raise InvalidInputError(
             "BoundedCache needs a config with windows and num_hidden_layers, or both as arguments; "
             f"got windows={given!r}, num_hidden_layers={count!r}"
         )
-    each: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given] * count
+    each: list[Any] = given if isinstance(given, list) else [given] * count
     if len(each) != count:
         raise InvalidInputError(f"windows must be an integer or one entry per layer ({count}); got {len(each)} entries")
     if any(window is None for window in each):

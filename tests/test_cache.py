@@ -405,6 +405,7 @@ def test_windows_of_every_form() -> None:
     assert [layer.windows for layer in layers] == [(3, 4), (5, 6), (7, 7)]
     assert [(layer.local, layer.sinks) for layer in layers] == [(1, 2)] * 3
     assert [layer.windows for layer in BoundedCache(windows=[3, 4]).layers] == [(3,), (4,)]
+    assert [layer.windows for layer in BoundedCache(windows=np.array([3, 4])).layers] == [(3,), (4,)]
     assert [layer.windows for layer in BoundedCache(windows=np.int64(8), num_hidden_layers=2).layers] == [(8,), (8,)]
     config = SimpleNamespace(head_windows=((3, 4), (5, 6)), local=1, sinks=1, num_hidden_layers=2, window=99)
     assert [layer.windows for layer in BoundedCache(config).layers] == [(3, 4), (5, 6)]

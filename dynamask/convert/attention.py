@@ -266,8 +266,8 @@ class ConvertedAttention(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle by the original's class: the class of this module is made at run time and has no importable name."""
-        _, *rest = super().__reduce_ex__(max(int(protocol), 2))[1:]
-        return _empty, (type(self).__bases__[1],), *rest
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _empty, (type(self).__bases__[1],), *reduced[2:]
 
     @property
     def windows(self) -> tuple[int, ...] | None:
@@ -285,10 +285,10 @@ def _converted_class(original: type) -> type:
     return type(f"Dynamask{original.__name__}", (ConvertedAttention, original), {"__module__": __name__})
 
 
-def _empty(original: type) -> Any:
+def _empty(original: type) -> nn.Module:
     """Make a converted attention module without attributes, which unpickling fills."""
-    made = _converted_class(original)
-    return made.__new__(made)
+    module: nn.Module = object.__new__(_converted_class(original))
+    return module
 
 
 def convert_attention(module: Any, config: Any) -> None:

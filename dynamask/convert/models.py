@@ -46,7 +46,7 @@ from dynamask.models.export import cache_of_export, refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.tensor_parallel import TensorParallelLoading, split_attention
 from dynamask.models.windows import Slopes, checked_slopes
-from dynamask.ops.checks import check_window
+from dynamask.ops.checks import check_window, plain_numbers
 from dynamask.ops.context_parallel.shards import current_group
 
 Windows = int | list[Any]
@@ -604,11 +604,20 @@ def set_windows(model: Any, windows: Windows | Sequence[Any]) -> None:
         windows: as `ConvertedConfig.windows`.
 
     Raises:
-        InvalidInputError: another number of layers or heads, or a window below local + sinks. The model is unchanged.
+        InvalidInputError: a model that is not converted, another number of layers or heads, or a window that is no
+            integer or below local + sinks. The model is unchanged.
     """
+    if not isinstance(model, ConvertedModel):  # layers of others would not read them, and the saved model would
+        raise InvalidInputError(
+            f"set_windows takes a converted model; got {type(model).__name__}. A new model takes its windows from "
+            "DynamaskConfig(windows=...)"
+        )
     config = model.config
     before = config.windows
-    plain = windows if isinstance(windows, int) else [list(w) if isinstance(w, Sequence) else w for w in windows]
+    plain = plain_numbers(windows)
+    for entry in plain if isinstance(plain, list) else [plain]:
+        if entry is not None or plain is None:
+            check_window(entry, config.local, config.sinks)
     ranked = config.ranked_layers
     try:
         config.windows = plain

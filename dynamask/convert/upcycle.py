@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from dynamask.convert.models import converted_classes, reason_not_convertible
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.decoder import decoder_of
-from dynamask.ops.checks import check_window
+from dynamask.ops.checks import check_integer, check_window, plain_numbers
 
 _NOT_TAKEN = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype")
 
@@ -70,19 +71,23 @@ def upcycle(
         raise InvalidInputError(
             f"upcycle takes causal language models ({original_class.__name__}); got {type(dense_hf_model).__name__}"
         )
-    if rank_predictor_width is not None and rank_predictor_width < 0:
-        raise InvalidInputError(f"rank_predictor_width must be at least 0; got {rank_predictor_width}")
+    if rank_predictor_width is not None:
+        check = ("rank_predictor_width", 0, "hidden units of a rank predictor")
+        rank_predictor_width = check_integer(rank_predictor_width, *check)
     layers = range(config.num_hidden_layers)
-    for index in dense_layers:
-        if not -len(layers) <= index < len(layers):
-            raise InvalidInputError(f"dense_layers are indices of the {len(layers)} layers; got {index}")
+    dense_layers = plain_numbers(dense_layers)
+    inside = range(-len(layers), len(layers))
+    if not isinstance(dense_layers, list) or not all(type(index) is int and index in inside for index in dense_layers):
+        raise InvalidInputError(
+            f"dense_layers must be a list of indices of the {len(layers)} layers; got {dense_layers!r}"
+        )
     dense = {layers[index] for index in dense_layers}
     warn_of_dropout(config)
     fields = {name: value for name, value in config.to_dict().items() if name not in _NOT_TAKEN}
     fields |= {
         "windows": [None if index in dense else window for index in layers] if dense else window,
-        "local": local,
-        "sinks": sinks,
+        "local": operator.index(local),
+        "sinks": operator.index(sinks),
         "rank_predictor_width": rank_predictor_width,
         "dtype": config.dtype,
     }

@@ -20,6 +20,7 @@ from dynamask.models.windows import (
     default_sinks,
     resolved_head_windows,
 )
+from dynamask.ops.checks import plain_numbers
 
 RANKINGS = ("learned", "paper")
 
@@ -128,6 +129,8 @@ class DynamaskConfig(CarriesAutoCode, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._take_over_0_1(kwargs)
+        for name in ("windows", "local", "sinks", "slopes"):  # tensors and arrays, which a saved configuration lacks
+            setattr(self, name, plain_numbers(getattr(self, name)))
         self._check_shape()
         names = self.layer_mixers
         if len(names) != self.num_hidden_layers:

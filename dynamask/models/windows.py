@@ -9,7 +9,7 @@ from typing import Any
 
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import slope_on_grid
-from dynamask.ops.checks import check_window
+from dynamask.ops.checks import check_integer, check_window, plain_numbers
 
 HeadWindows = tuple[tuple[int, ...], ...]
 """Keys that each query keeps, per layer and KV head."""
@@ -73,10 +73,9 @@ def default_sinks(smallest: int) -> int:
 
 
 def check_kept_keys(smallest: int, local: int, sinks: int) -> None:
-    """Raise InvalidInputError where `local` and `sinks` are negative or do not fit in the smallest window together."""
-    for name, number in (("local", local), ("sinks", sinks)):
-        if number < 0:
-            raise InvalidInputError(f"{name} must be at least 0; got {number}")
+    """Raise InvalidInputError unless `local` and `sinks` are integers of at least 0 that fit in the smallest window."""
+    check_integer(local, "local", 0, "newest keys that are always kept")
+    check_integer(sinks, "sinks", 0, "first keys of a segment that are always kept")
     if local + sinks > smallest:
         raise InvalidInputError(
             f"local + sinks must be at most the smallest window; got {local} + {sinks} and a window of {smallest}"
@@ -142,6 +141,7 @@ def checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, 
     """
     if slopes is None:
         return (None,) * layers
+    slopes = plain_numbers(slopes)
     if not isinstance(slopes, (list, tuple)) or len(slopes) != layers:
         raise InvalidInputError(
             f"slopes must be None or a list with an entry for each of the {layers} layers; got {slopes!r}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from dynamask.errors import InvalidInputError
 
 Window = SupportsIndex | Sequence[int] | Tensor
 """Keys each query keeps: an integer, or one per key/value head."""
+
+_LARGEST = 2**31 - 1
+"""The largest position that an expiry holds."""
 
 
 def check_tensor(name: str, value: object, shape: str) -> None:
@@ -37,8 +40,8 @@ def check_window(window: Window, local: int = 0, sinks: int = 0, *, groups: int 
         InvalidInputError: a window below 1 or not an integer, a sequence that is empty or not of `groups`
             windows, local or sinks below 0, or local + sinks above the smallest window.
     """
-    if not isinstance(window, (int, list, tuple)) and hasattr(window, "tolist"):
-        window = window.tolist()  # tensors, arrays and numpy's integers
+    if not isinstance(window, (int, list, tuple)):
+        window = plain_numbers(window)
     if isinstance(window, Sequence) and not isinstance(window, str):
         if not window and groups != 0:
             raise InvalidInputError("window must hold one integer per key/value head; got none")
@@ -63,6 +66,15 @@ def check_window(window: Window, local: int = 0, sinks: int = 0, *, groups: int 
     return windows
 
 
+def plain_numbers(value: Any) -> Any:
+    """Return tensors, arrays, ranges and tuples as lists, and numpy's numbers as Python's; anything else as it is."""
+    if isinstance(value, (int, float, str, bytes)) and type(value).__module__ == "builtins":
+        return value
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return [plain_numbers(each) for each in value] if isinstance(value, (list, tuple, range)) else value
+
+
 def check_integer(value: object, name: str, least: int, what: str) -> int:
     """Return `value` as a Python integer.
 
@@ -81,8 +93,9 @@ def check_integer(value: object, name: str, least: int, what: str) -> int:
             number = operator.index(number)
         except TypeError:
             number = None
-    if isinstance(value, bool) or not isinstance(number, int) or number < least:
-        raise InvalidInputError(f"{name} must be an integer of at least {least} ({what}); got {value!r}")
+    if isinstance(value, bool) or not isinstance(number, int) or not least <= number <= _LARGEST:
+        most = f" and at most {_LARGEST}" if isinstance(number, int) and number > _LARGEST else ""
+        raise InvalidInputError(f"{name} must be an integer of at least {least}{most} ({what}); got {value!r}")
     return number
 
 

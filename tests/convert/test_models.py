@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from dynamask import InvalidInputError, convert
+from dynamask import DynamaskConfig, InvalidInputError, convert
 from dynamask.convert.attention import IMPLEMENTATION
 from dynamask.convert.models import reason_not_convertible
 from dynamask.models.decoder import attention_of, decoder_of
@@ -287,15 +289,30 @@ def test_windows_are_checked(llama: Any) -> None:
         ([[12, 12, 12], 12], "one per key/value head"),
         ([5, 12], "local . sinks must be at most"),
         ([None, 12], "dense layer"),
+        ([12.0, 12], "must be an integer"),
+        ("12", "must be an integer"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             convert.set_windows(model, wrong)
         assert model.config.windows == 12
 
 
-def test_a_model_converted_by_0_1_loads_with_a_message(llama: Any, tmp_path: Any) -> None:
-    import json
+@pytest.mark.parametrize("form", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_numbers_of_arrays_and_tensors_are_saved(form: Any, llama: Any, tmp_path: Any) -> None:
+    model = convert.upcycle(llama, form(12), local=form(4), sinks=form(2), dense_layers=form([0]))
+    assert model.config.windows == [None, 12]
+    model = convert.upcycle(llama, form(12), local=form(4), sinks=form(2))
+    convert.set_windows(model, form([[8, 9], [10, 11]]))
+    convert.set_slopes(model, form([[0.5, 0.25], [0.0, 1.0]]))
+    model.save_pretrained(tmp_path)
+    config = AutoModelForCausalLM.from_pretrained(tmp_path).config
+    assert config.head_windows == ((8, 9), (10, 11))
+    assert config.head_slopes == ((0.5, 0.25), (0.0, 1.0))
+    native = DynamaskConfig(num_hidden_layers=2, num_key_value_heads=2, windows=form([[8, 9], [10, 11]]), local=form(2))
+    assert DynamaskConfig.from_dict(json.loads(native.to_json_string())).windows == [[8, 9], [10, 11]]
 
+
+def test_a_model_converted_by_0_1_loads_with_a_message(llama: Any, tmp_path: Any) -> None:
     model = convert.upcycle(llama, 12, local=4, sinks=2)
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"

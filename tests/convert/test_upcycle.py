@@ -40,7 +40,8 @@ def test_dtype_and_predictors(llama: Any) -> None:
         ({"window": 0}, "window must be an integer of at least 1"),
         ({"window": [12, 12]}, "allocate_windows"),
         ({"window": 5, "local": 4, "sinks": 2}, "local . sinks must be at most"),
-        ({"window": 12, "local": 4, "sinks": 2, "dense_layers": [2]}, "indices of the 2 layers; got 2"),
+        ({"window": 12, "local": 4, "sinks": 2, "dense_layers": [2]}, "indices of the 2 layers; got .2."),
+        ({"window": 12, "local": 4, "sinks": 2, "dense_layers": 0}, "indices of the 2 layers; got 0"),
         ({"window": 12, "local": 4, "sinks": 2, "rank_predictor_width": -1}, "rank_predictor_width"),
     ],
 )

@@ -102,7 +102,10 @@ def test_caches_hold_each_heads_own_window(attention: str) -> None:
         ({"windows": [6, 0]}, "at least 1"),
         ({"windows": [6, [6]]}, "windows of layer 1: .* each of the 2 KV heads; got 1"),
         ({"local": 5, "sinks": 2}, "local \\+ sinks must be at most the smallest window"),
-        ({"local": -1}, "local must be at least 0"),
+        ({"local": -1}, "local must be an integer of at least 0"),
+        ({"local": 3.0}, "local must be an integer"),
+        ({"sinks": True}, "sinks must be an integer"),
+        ({"windows": 1 << 31}, "at most 2147483647"),
         ({"ranking": "paper", "sinks": 1}, 'ranking="paper" keeps the best-scored keys alone'),
     ],
 )
