@@ -30,6 +30,7 @@ from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
+from dynamask.ops.looks import looks_allowed
 from dynamask.ops.ranked_attention import ranked_attention
 from dynamask.packed_ranks import check_carries_ranks, pack_ranks, rank_channels, unpack_ranks
 
@@ -159,11 +160,12 @@ def call_facts(
             f"attention_mask must be (batch, past + new) = {(batch, past + new)}, 1 for a real token; got shape "
             f"{tuple(attention_mask.shape)}. For packed documents pass position_ids that start over."
         )
-    exporting = torch.compiler.is_exporting()  # an exported graph cannot look at the data
+    # An exported or recorded graph cannot look at the data.
+    blind = torch.compiler.is_exporting() or (not looks_allowed() and not torch.compiler.is_compiling())
     if attention_mask is not None:
         check_attention_mask(attention_mask)
     key_mask = None if attention_mask is None else attention_mask.to(device=device, dtype=torch.bool)
-    if key_mask is not None and not exporting and bool(key_mask.all()):
+    if key_mask is not None and not blind and bool(key_mask.all()):
         key_mask = None
     counted = position_ids is None
     if (group := current_group()) is not None:
@@ -182,9 +184,9 @@ def call_facts(
     if counted and key_mask is not None:
         ages = (key_mask.cumsum(-1) - 1)[:, past:]
     segments = None
-    if not counted and new > 1 and not (past and exporting):
+    if not counted and new > 1 and not (past and blind):
         starts = starts_over(position_ids, None if key_mask is None else key_mask[:, past:])
-        if exporting or bool(starts.any()):
+        if blind or bool(starts.any()):
             if past:
                 raise InvalidInputError(
                     "position_ids start over (packed documents) behind a cache that holds keys: run packed documents "

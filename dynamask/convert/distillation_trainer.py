@@ -15,6 +15,8 @@ from dynamask.convert.distill import check_teacher, losses_of_hidden, next_token
 from dynamask.convert.models import check_converted
 from dynamask.errors import InvalidInputError
 from dynamask.training.optimizer import adamw
+from dynamask.training.recorded_steps import record_steps
+from dynamask.training.trainer import AtomicTrainer
 
 
 class DistillationTrainer(Trainer):
@@ -32,6 +34,8 @@ class DistillationTrainer(Trainer):
         compiled: whether `train()` runs the layers of both models compiled (`dynamask.convert.compiled_layers`).
             None: on one GPU, for models without adapters, and of a teacher without a list of decoder layers (GPT-2)
             not.
+        recorded: whether steps are replayed as CUDA graphs (`dynamask.training.record_steps`). None: where nothing is
+            known to be in the way.
     """
 
     def __init__(
@@ -43,8 +47,11 @@ class DistillationTrainer(Trainer):
         label_share: float = 0.0,
         rank_rate: float = 6.0,
         compiled: bool | None = None,
+        recorded: bool | None = None,
         **kwargs: Any,
     ) -> None:
+        if isinstance(self, AtomicTrainer):
+            kwargs["recorded"] = recorded
         super().__init__(*args, **kwargs)
         student: Any = self.model
         base = student.get_base_model() if hasattr(student, "get_base_model") else student
@@ -59,6 +66,8 @@ class DistillationTrainer(Trainer):
         elif compiled:
             check_compilable(self.teacher)
         self.compiled = compiled
+        if recorded is not False and not isinstance(self, AtomicTrainer):
+            record_steps(self, wanted=bool(recorded))
         self.model_accepts_loss_kwargs = False  # a mean over tokens: Trainer divides by the accumulation steps
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from dynamask.mixers.head_shard import HeadShard, with_summed_gradient
 from dynamask.mixers.rotary import RotaryFrequencies, rotate
 from dynamask.ops.context_parallel.shards import ContextShards
+from dynamask.ops.looks import looks_allowed
 from dynamask.ops.nsa.blocks import BlockLayout
 from dynamask.ops.positions import later_positions, real_positions, segment_bounds, sink_keys
 
@@ -74,11 +75,11 @@ def packed_segments(position_ids: Tensor, key_mask: Tensor | None = None) -> Ten
         key_mask: (B, N) bool, True for a real token; positions of padding are not read. None: no padding.
 
     Returns:
-        (B, N) non-decreasing int64, or None where no position starts over. While compiling, which must not look
-        at the data, always a tensor.
+        (B, N) non-decreasing int64, or None where no position starts over. While compiling or recording, which
+        must not look at the data, always a tensor.
     """
     starts = starts_over(position_ids, key_mask)
-    if torch.compiler.is_compiling() or bool(starts.any()):
+    if not looks_allowed() or bool(starts.any()):
         return starts.long().cumsum(-1)
     return None
 

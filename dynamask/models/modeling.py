@@ -30,6 +30,7 @@ from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.tensor_parallel import TensorParallelLoading
 from dynamask.ops.checks import check_attention_mask, check_segment_ids
 from dynamask.ops.context_parallel.shards import context_shards, current_group
+from dynamask.ops.looks import looks_allowed
 
 logger = logging.get_logger(__name__)
 
@@ -418,7 +419,7 @@ def sequence_info(
             )
         check_attention_mask(attention_mask)
         key_mask = attention_mask.to(device=device, dtype=torch.bool)
-        if not torch.compiler.is_compiling() and bool(key_mask.all()):
+        if looks_allowed() and bool(key_mask.all()):
             key_mask = None  # the unpadded paths are faster
 
     group = current_group()

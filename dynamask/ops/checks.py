@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
+from dynamask.ops.looks import looks_allowed
 
 Window = SupportsIndex | Sequence[int] | Tensor
 """Keys each query keeps: an integer, or one per key/value head."""
@@ -113,7 +114,7 @@ def check_segment_ids(segment_ids: Tensor | None, batch: int, length: int, devic
         raise InvalidInputError(f"segment_ids is on {segment_ids.device}, the scores on {device}: move one of them")
     # On a GPU the look at the data would stall the stream; there the caller's word is taken while compiling
     # or capturing, and checked otherwise.
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not looks_allowed() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return
     if length > 1 and bool((segment_ids[:, 1:] < segment_ids[:, :-1]).any()):
         row = int((segment_ids[:, 1:] < segment_ids[:, :-1]).any(-1).nonzero()[0])
@@ -148,7 +149,7 @@ def check_attention_mask(attention_mask: Tensor) -> None:
     Raises:
         InvalidInputError: floating values other than 0 and 1, or none that is 1.
     """
-    if not attention_mask.is_floating_point() or torch.compiler.is_compiling():
+    if not attention_mask.is_floating_point() or not looks_allowed():
         return
     real = attention_mask == 1
     if not bool((real | (attention_mask == 0)).all()) or not bool(real.any()):

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from dynamask.training.config import TrainConfig
     from dynamask.training.folder import model_folder, open_corpus, open_run
     from dynamask.training.optimizer import adamw, parameter_groups
+    from dynamask.training.recorded_gradients import RecordedGradients
+    from dynamask.training.recorded_steps import record_steps
     from dynamask.training.run import TrainResult, train
     from dynamask.training.trainer import AtomicTrainer
     from dynamask.training.window_schedule import ScheduledWindow
@@ -22,6 +24,7 @@ _HOME = {
     "TrainConfig": "config",
     "TrainResult": "run",
     "add_rank_loss": "add_rank_loss",
+    "record_steps": "recorded_steps",
     "adamw": "optimizer",
     "checkpoints": "checkpointing",
     "model_folder": "folder",
@@ -45,6 +48,7 @@ __all__ = [
     "open_corpus",
     "open_run",
     "parameter_groups",
+    "record_steps",
     "train",
 ]
 

@@ -50,6 +50,8 @@ class TrainConfig:
         precision: "auto" (bfloat16 on a GPU that has it, else float32), "bf16", "fp32".
         gradient_checkpointing: recompute layers in the backward pass.
         compile: run the model through torch.compile.
+        recorded: replay the steps as CUDA graphs, see `dynamask.training.record_steps`. None: on one GPU, where nothing
+            known is in the way.
         shard: with several processes, split parameters, gradients and optimizer over them (FSDP2), and checkpoints with
             them; otherwise every process holds a replica.
         context_parallel: processes, neighbours by rank, that split every sequence between them: each holds
@@ -92,6 +94,7 @@ class TrainConfig:
     precision: str = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
+    recorded: bool | None = None
     shard: bool = True
     context_parallel: int = 1
     spike: float = 3.0

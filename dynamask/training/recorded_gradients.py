@@ -17,6 +17,7 @@ from transformers import masking_utils
 
 from dynamask.errors import InvalidInputError
 from dynamask.models.recording import recording
+from dynamask.ops.looks import without_looks
 
 _WARM_UP = 3
 """Passes before recording: they compile kernels and fill the tables that a graph cannot."""
@@ -25,8 +26,9 @@ _WARM_UP = 3
 class RecordedGradients:
     """Computes loss and gradients by replaying what was recorded.
 
-    The passes must not look at the data on the host: no padding masks and no packed documents. Transformers' search for
-    the latter is left out while recording. Losses of earlier passes may be held. Checkpointed layers need
+    The passes must not look at the data on the host. Dynamask's models take padding masks and packed documents
+    (`position_ids` that start over) as given while recording; transformers' search for the latter is left out, so
+    dense models must not pack. Losses of earlier passes may be held. Checkpointed layers need
     `gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}`.
 
         step = RecordedGradients(lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss,
@@ -40,23 +42,37 @@ class RecordedGradients:
         loss_of: computes a scalar from the inputs, or a tuple of the scalar and further tensors to return.
         parameters: those whose gradients are wanted; their `grad` must be None.
         inputs: tensors on the GPU, of the shapes and dtypes of all later calls. They are used for warming up.
+        backward: whether the backward pass of the scalar is run here; otherwise `loss_of` runs it.
 
     Raises:
         InvalidInputError: inputs that are not on a GPU, or parameters with gradients.
         RuntimeError: something in the passes cannot be recorded. The process can go on without.
     """
 
-    def __init__(self, loss_of: Callable[..., Any], parameters: Iterable[nn.Parameter], *inputs: Tensor) -> None:
+    def __init__(
+        self,
+        loss_of: Callable[..., Any],
+        parameters: Iterable[nn.Parameter],
+        *inputs: Tensor,
+        backward: bool = True,
+    ) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         check_recordable(self._parameters, inputs)
         self._inputs = [tensor.clone() for tensor in inputs]
+
+        def passes() -> Any:
+            results = loss_of(*self._inputs)
+            if backward:
+                (results[0] if isinstance(results, tuple) else results).backward()
+            return tuple(each.detach() for each in results) if isinstance(results, tuple) else results.detach()
+
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         try:
-            with torch.cuda.stream(aside), _without_search():
+            with torch.cuda.stream(aside), without_looks(), _without_search():
                 for _ in range(_WARM_UP):
                     _renew(self._parameters)
-                    _scalar(loss_of(*self._inputs)).backward()
+                    passes()
                     self._clear()
         finally:
             self._clear()
@@ -65,12 +81,8 @@ class RecordedGradients:
         _renew(self._parameters)
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with _without_search(), recording(self.graph):
-                results = loss_of(*self._inputs)
-                _scalar(results).backward()
-            self._results: Any = (
-                tuple(each.detach() for each in results) if isinstance(results, tuple) else results.detach()
-            )
+            with without_looks(), _without_search(), recording(self.graph):
+                self._results = passes()
             self._gradients = [parameter.grad for parameter in self._parameters]
         finally:
             self._clear()
@@ -120,10 +132,6 @@ def _renew(parameters: list[nn.Parameter]) -> None:
         other = torch.float64 if data.dtype != torch.float64 else torch.float32
         parameter.data = torch.empty(0, dtype=other, device=data.device)
         parameter.data = data
-
-
-def _scalar(results: Any) -> Any:
-    return results[0] if isinstance(results, tuple) else results
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ _FREE_TO_CHANGE = {
     "corpus",
     "data",
     "errors",
+    "recorded",
 }
 
 
@@ -195,6 +196,7 @@ def _train(
         gate_rate=config.gate_rate,
         rank_rate=config.rank_rate,
         context_parallel=config.context_parallel,
+        recorded=config.recorded,
         spike=config.spike,
         skip=config.skip,
     )

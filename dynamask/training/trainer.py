@@ -25,6 +25,7 @@ from dynamask.training.checkpointing import checkpoints, write_checksums
 from dynamask.training.loss import TokenLosses, plain_losses, use_chunked_loss
 from dynamask.training.optimizer import adamw
 from dynamask.training.processes import neighbours, shards_of_all
+from dynamask.training.recorded_steps import RecordedSteps
 from dynamask.training.sampler import ShuffledBlocks
 from dynamask.training.schedule import learning_rate_share
 from dynamask.training.watch import LossWatch, Pace, pace_of_all, save_batch
@@ -64,6 +65,8 @@ class AtomicTrainer(Trainer):
         gate_rate, rank_rate: see `parameter_groups`.
         token_losses: see `use_chunked_loss`.
         context_parallel: processes that split every sequence between them, see `TrainConfig`.
+        recorded: whether steps are replayed as CUDA graphs, see `record_steps`. None: where nothing is known to be in
+            the way.
         spike: see `LossWatch`. A step whose loss or gradient is no number, or whose loss jumps, ends the training
             before the weights change; its batch is saved.
         skip: optimizer steps, from 1, whose batches are left out.
@@ -84,6 +87,7 @@ class AtomicTrainer(Trainer):
         rank_rate: float = 1.0,
         token_losses: TokenLosses = plain_losses,
         context_parallel: int = 1,
+        recorded: bool | None = None,
         spike: float = 0.0,
         skip: Sequence[int] = (),
         **kwargs: Any,
@@ -101,6 +105,9 @@ class AtomicTrainer(Trainer):
         self.watch, self.skip, self.pace = LossWatch(spike), frozenset(skip), Pace()
         self._batches: list[Any] = []
         self._step_losses: list[Tensor] = []
+        step = super().training_step
+        plain = recorded is False or self._sharing is not None
+        self._steps: Any = step if plain else RecordedSteps(self, step, wanted=bool(recorded))
         use_chunked_loss(self.model, token_losses)
         self.add_callback(_Epochs(self))
         self.add_callback(_Judge(self))
@@ -146,7 +153,7 @@ class AtomicTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Train on a micro-batch, split over processes where they share sequences; note its loss, see `judge_step`."""
         if self._sharing is None:
-            loss: Tensor = super().training_step(*args, **kwargs)
+            loss: Tensor = self._steps(*args, **kwargs)
         else:
             model, inputs, *rest = args
             parts = []
