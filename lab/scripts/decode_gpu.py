@@ -18,6 +18,7 @@ import gc
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -45,6 +46,7 @@ from dynamask.convert.distill import losses_of_hidden, teacher_states
 from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.ops.ragged_decode import ragged_decode_reference
+from dynamask.training import AtomicTrainer
 from dynamask.training.loss import use_chunked_loss
 from dynamask.training.recorded_gradients import RecordedGradients
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
@@ -634,6 +636,72 @@ def distillation(
         free()
 
 
+class _Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random texts of one length."""
+
+    def __init__(self, rows: int, length: int, vocabulary: int) -> None:
+        self.tokens = torch.randint(vocabulary, (rows, length))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens[index], "labels": self.tokens[index]}
+
+
+class _Times(transformers.TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+
+def trainer(name: str, batch: int, length: int, budget: int, steps: int) -> Iterator[dict[str, Any]]:
+    """Tokens per second of `AtomicTrainer`, optimizer included: float32 weights, bfloat16 arithmetic, layers compiled.
+
+    The losses of recorded and other steps stand beside each other.
+    """
+    forms = [("converted", 0.0), ("converted, ranks learn too", 1.0), ("dense, flash", 0.0)]
+    for form, weight in forms:
+        for recorded in (False, True):
+            dense, sparse = models(name, budget, length, torch.float32)
+            model = dense if form.startswith("dense") else sparse
+            model.config.rank_loss_weight = weight if model is sparse else None
+            torch.manual_seed(1)
+            data, times = _Texts(batch * steps, length, model.config.vocab_size), _Times()
+            with tempfile.TemporaryDirectory() as folder:
+                arguments = transformers.TrainingArguments(
+                    output_dir=folder,
+                    per_device_train_batch_size=batch,
+                    max_steps=steps,
+                    learning_rate=1e-5,
+                    bf16=GPU,
+                    use_cpu=not GPU,
+                    report_to=[],
+                    save_strategy="no",
+                    disable_tqdm=True,
+                    logging_steps=1,
+                )
+                fields: dict[str, Any] = {"model": model, "args": arguments, "train_dataset": data}
+                run = AtomicTrainer(**fields, callbacks=[times], recorded=recorded)
+                began = time.perf_counter()
+                with convert.compiled_layers(model), flash():
+                    run.train()
+            warm = steps // 2
+            taken = (times.ends[-1] - times.ends[warm - 1]) / (steps - warm)
+            losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+            row = {"part": "trainer", "model": name, "B": batch, "N": length, "budget": budget, "form": form}
+            row |= {"recorded": recorded, "reason": run._steps.reason if recorded else None, "ms": 1e3 * taken}
+            row |= {"tokens_per_s": batch * length / taken, "first_s": times.ends[0] - began, "losses": losses[-3:]}
+            yield row
+            del dense, sparse, model, run
+            free()
+
+
 def free() -> None:
     gc.collect()
     if GPU:
@@ -661,12 +729,14 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "prefill", lambda: prefill("tiny", 300, 64)
         yield "train", lambda: train("tiny", 300, 64, 1, True)
         yield "distillation", lambda: distillation("tiny", 2, 200, 64, 24)
+        yield "trainer", lambda: trainer("tiny", 1, 200, 64, 4)
         return
     small, medium, large = list(SHAPES)[:3]
     for name in (small, medium):
         yield "recorded", functools.partial(train, name, 8192, 512, 3, name == small, recorded=True)
         if name == small:
             yield "recorded", functools.partial(distillation, small, 4, 8192, 512, 40, (True,), True)
+    yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 24)
     yield "decode", functools.partial(decode, small, 32, 32768, 2048, 16)
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
     yield "train", functools.partial(train, small, 8192, 512, 2, False, True, 4)
