@@ -23,8 +23,8 @@ from dynamask_lab.language.engine import (
 )
 from dynamask_lab.studies import SCRATCH, Record, run_key
 from dynamask_lab.studies.judged import share_of_pairs
-from dynamask_lab.studies.scratch.report import report_scratch
-from dynamask_lab.studies.scratch.study import forms, judged, rates, scratch_name, shares
+from dynamask_lab.studies.scratch.report import _CAUSES, _at_share, report_scratch
+from dynamask_lab.studies.scratch.study import forms, judged, larger, rates, scratch_name, shares, tables
 from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, paired_difference
 
 
@@ -114,7 +114,8 @@ def test_verdicts_read_the_test_split(tmp_path: Path) -> None:
 
 
 def test_names_of_the_judged_sizes_tell_rates_and_windows() -> None:
-    for size, made in (("4M-judged", judged(4096) | shares(4096)), ("4M-rates", rates(4096))):
+    sizes = {"4M-judged": judged(4096) | shares(4096), "4M-rates": rates(4096), "4M-tables": tables(4096)}
+    for size, made in (sizes | {"10M-tables": larger(4096, 3)}).items():
         configs = SCRATCH.configs(size)
         assert [scratch_name(config) for config in configs] == 3 * list(made)
         assert len({run_key("scratch", config) for config in configs}) == len(configs)
@@ -135,6 +136,31 @@ def test_half_rates_are_held_against_half_rates(tmp_path: Path) -> None:
     assert found["paper, w = N, 4.4M, fresh tokens"].verdict == REFUTED
     causes = {row["what differs"]: row["difference"] for row in section.exhibits[1].table}
     assert causes["the choice, with scores on the logits, half rate"].startswith("-0.150")
+
+
+def test_every_table_of_causes_names_forms_that_run() -> None:
+    known = {scratch_name(config) for size in SCRATCH.sizes for config in SCRATCH.configs(size)}
+    named = {_at_share(name) for _, *pair in _CAUSES for name in pair}
+    assert not named - known
+
+
+def test_the_paper_between_n_and_a_sixteenth_is_held_against_half_rates(tmp_path: Path) -> None:
+    losses = {"dense, half rate": 3.0, "nsa, 5 free blocks, half rate": 3.1, "paper, w = N/4": 3.2}
+    records = []
+    for config in SCRATCH.configs("4M-tables"):
+        test = losses.get(scratch_name(config), 3.05) + 0.001 * config["seed"]
+        key, seed = run_key("scratch", config), config["seed"]
+        records.append(Record("scratch", key, config, seed, {"loss": 9.0, "test": test}, 1, "d", {}, None))
+    section = report_scratch(records, tmp_path)
+    found = {(f.claim, f.subject): f for f in section.findings}
+    goal = found["scratch", "paper, w = N/4, 4.4M, fresh tokens"]
+    assert goal.verdict == REFUTED
+    assert "sliding + sinks, half rate, w = N/4 -0.150" in goal.measured
+    claim = found["perplexity", "paper, w = N/4, 4.4M, fresh tokens"]
+    assert claim.verdict == REFUTED
+    assert "not compared" not in claim.measured
+    causes = {row["what differs"]: row["difference"] for row in section.exhibits[1].table}
+    assert causes["native sparse attention, half rate"].startswith("+0.100")
 
 
 def test_a_random_network_ranks_and_never_learns() -> None:

@@ -103,6 +103,8 @@ def _by_last_use(records: Sequence[Record]) -> list[dict[str, str]]:
 
 
 _SCORED_HALF = "scored, half rate, one wide layer"
+_LEARNED_HALF = "learned, half rate, slopes, one wide layer"
+_RANDOM_HALF = "random, half rate, slopes, one wide layer"
 _CAUSES = (
     ("the choice, steep slopes", "learned, steep slopes, one wide layer", "sliding + sinks, one wide layer"),
     ("the choice, gentle slopes", "learned, slopes, one wide layer", "sliding + sinks, one wide layer"),
@@ -128,13 +130,45 @@ _CAUSES = (
     ("dense attention's slopes, half rate", "dense, slopes, half rate", "dense, half rate"),
     ("pairs, with scores and slopes, half rate", _SCORED_HALF, "dense, slopes, half rate"),
     ("dense attention's rate, a quarter", "dense, quarter rate", "dense, half rate"),
+    ("latent attention, half rate", "mla, half rate", "dense, half rate"),
+    ("native sparse attention, half rate", "nsa, 5 free blocks, half rate", "dense, half rate"),
+    ("scores on the logits of dense attention", "dense, slopes and scores, half rate", "dense, slopes, half rate"),
+    ("the choice, gentle slopes, half rate", _LEARNED_HALF, "sliding + sinks, half rate, one wide layer"),
+    ("random ranks instead of the newest keys", _RANDOM_HALF, "sliding + sinks, half rate, one wide layer"),
+    ("learned ranks instead of random ones, half rate", _LEARNED_HALF, _RANDOM_HALF),
+    ("learned ranks, one wide layer, half rate", _LEARNED_HALF, "dense, half rate"),
+    ("the form with scores, half rate", _SCORED_HALF, "dense, half rate"),
+    (
+        "windows per head, set late, half rate",
+        "learned, half rate, slopes, late head windows",
+        "learned, half rate, slopes, even",
+    ),
+    *(
+        row
+        for share in (2, 4, 8)
+        for row in (
+            (f"the paper's form at N/{share}", f"paper, w = N/{share}", "dense, half rate"),
+            (
+                f"the paper's form at N/{share}, against as many newest keys",
+                f"paper, w = N/{share}",
+                f"sliding + sinks, half rate, w = N/{share}",
+            ),
+            (f"newest keys at N/{share}", f"sliding + sinks, half rate, w = N/{share}", "dense, half rate"),
+            (
+                f"the choice at N/{share}, gentle slopes",
+                f"learned, half rate, slopes, even, w = N/{share}",
+                f"sliding + sinks, half rate, w = N/{share}",
+            ),
+        )
+    ),
 )
 """What differs alone, and the two forms of study `scratch`, at the window that decides."""
 
 
 def _at_share(name: str) -> str:
     """With the window that decides, of a form that has one."""
-    return name if name.startswith("dense") or ", w = " in name else f"{name}, w = N/{SHARE}"
+    whole = name.startswith(("dense", "mla", "nsa"))
+    return name if whole or ", w = " in name else f"{name}, w = N/{SHARE}"
 
 
 def _causes(records: Sequence[Record]) -> tuple[list[dict[str, str]], list[str]]:
@@ -175,9 +209,10 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             if role is None:
                 continue
             denses = _denses(found)
-            slower = ", half rate" in form
+            # The paper's form has half the rate of the others at any size.
+            slower = ", half rate" in form or (form == "paper" and "dense" not in found)
             choices = _CHOICES.get(form.replace(", half rate", ""), _RIVALS)
-            choices = tuple(_slower(rival) for rival in choices) if slower else choices
+            choices = tuple(rival if rival == "paper" else _slower(rival) for rival in choices) if slower else choices
             rivals = [*denses, *(f"{rival}, {at}" for rival in choices if at != "w = N" and rival != form)]
             rivals = [rival for rival in rivals if rival in found]
             told, verdicts = [], []
@@ -245,8 +280,9 @@ def _perplexity(
 ) -> Finding:
     """The paper's claim about perplexity: below dense attention, sliding windows, mla and nsa."""
     at = name.rpartition(", ")[2]
-    rivals = [*(_denses(found) or ["dense"]), f"sliding + sinks, {at}", "mla", "nsa"]
-    if ", half rate" in name:
+    known = [next((rival for rival in found if rival.startswith(kind)), kind) for kind in ("mla", "nsa")]
+    rivals = [*(_denses(found) or ["dense"]), f"sliding + sinks, {at}", *known]
+    if ", half rate" in name or (name.startswith("paper, w") and "dense" not in found):
         rivals = [_slower(rival) if rival.startswith("sliding") else rival for rival in rivals]
     if at == "w = N":  # a sliding window is dense attention itself
         rivals = [rival for rival in rivals if not rival.startswith("sliding")]
