@@ -7,6 +7,7 @@
 #   scratch_call.sh fill FOLDER NAME                                     # more tables for a job that waits for NAME
 #   scratch_call.sh tables FOLDER NAMES SECONDS [arguments]              # `start`, once the tables of "NAMES" are there
 #   scratch_call.sh pilot FOLDER SECONDS OUT [arguments]                  # `start`, after a pilot of size 10M-tables
+#   scratch_call.sh cards FOLDER NAMES SECONDS OUT SIZE                   # a seed per GPU, once the tables of NAMES are there
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
@@ -61,6 +62,35 @@ pilot)
         exec python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state --out scratch.jsonl \
             --seconds $((end - $(date +%s))) "$@"' pilot "$seconds" "$out" "$@" \
         >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
+    ;;
+cards)
+    folder=$2 names=$3 seconds=$4 out=$5 size=$6
+    set_up "$folder"
+    mkdir -p "$out"
+    export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=4
+    # Forms at the end of the order give up their time where the others would be late.
+    # shellcheck disable=SC2016
+    setsid nohup bash -c 'names=$0 end=$(($(date +%s) + $1)) out=$2 size=$3
+        for name in $names; do while [ ! -e "filled-$name" ]; do sleep 0.5; done; done
+        echo "$(date +%X) tables are there"
+        OMP_NUM_THREADS=16 CUDA_VISIBLE_DEVICES= python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz \
+            --characters 700e6 --parts 56 --state state --out none.jsonl --seconds 300 --corpus-only --size "$size"
+        echo "$(date +%X) the corpus is there"
+        sweep() { # CARD JOB LATE-OR-UNTIL... -- FORMS...
+            card=$1 job=$2
+            shift 2
+            CUDA_VISIBLE_DEVICES=$card python3 lab/scripts/scratch_gpu.py --corpora corpora --size "$size" --seeds "$card" \
+                --state "state-$card-$job" --out "$card-$job.jsonl" --copy "$out/$size-$card-$job.jsonl" --workers 3 \
+                --first 9 --seconds $((end - $(date +%s))) "$@" >"$out/log-$card-$job.txt" 2>&1 &
+        }
+        half="half rate," wide="one wide layer, w = N/16="
+        for card in 0 1 2; do
+            sweep $card a --late "late-$card-1" "late-$card-2" \
+                --only "=dense, half rate=" "=scored, $half $wide" "=sliding + sinks, $half $wide"
+            sweep $card b --until "late-$card-2" --only "=dense, slopes, half rate="
+            sweep $card c --until "late-$card-1" --only "=learned, $half slopes, $wide"
+        done
+        wait' "$names" "$seconds" "$out" "$size" >"$out/log-cards.txt" 2>&1 </dev/null &
     ;;
 beside)
     first=$2 seconds=$3

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from local_corpus import build
+from local_corpus import PARTS, build
 
 
 def main() -> None:
@@ -41,13 +41,17 @@ def main() -> None:
         "--first", type=int, default=4, help="so many forms are run with all seeds before the next so many"
     )
     parser.add_argument("--tokens", type=float, help="per parameter, instead of the sweep's 20")
+    parser.add_argument("--parts", type=int, help="of the corpus, which decide what is held out")
+    parser.add_argument("--late", type=Path, nargs="*", default=[], help="made one after another while runs are late")
+    parser.add_argument("--until", type=Path, help="end without a result once this file is there")
     parser.add_argument("--corpus-only", action="store_true", help="make the corpus and end")
     parser.add_argument("--steps", type=int, help="steps of every run instead of the sweep's: a trial")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     name = "long" if "reading" in arguments.size else "tables" if "tables" in arguments.size[0] else "local"
     if not (arguments.corpora / name / "index.json").exists():
-        tokens = build(arguments.corpora, more=arguments.more, characters=int(arguments.characters), name=name)
+        most, parts = int(arguments.characters), arguments.parts or PARTS
+        tokens = build(arguments.corpora, more=arguments.more, characters=most, parts=parts, name=name)
         print(f"{tokens:,} tokens to train on, {deadline - time.monotonic():.0f} s left", flush=True)
     if arguments.corpus_only:
         return
@@ -99,16 +103,29 @@ def _run(
         return newest_in_head_windows(wanted)
 
     class Shown(Observer):
-        told: dict[str, float]
-
         def __init__(self) -> None:
-            self.told = {}
+            self.told: dict[str, tuple[float, float]] = {}
+            self.late_since = time.monotonic() + 75
 
         def advanced(self, config: dict[str, Any], share: float, note: str) -> None:
             name = f"{_name(config)} {config['width']} seed {config['seed']}"
-            if time.monotonic() - self.told.get(name, 0.0) > 30:
-                self.told[name] = time.monotonic()
-                print(f"{time.strftime('%X')} {name}: {share:.0%} {note}", flush=True)
+            now = time.monotonic()
+            before, share_before = self.told.get(name, (now - 60, 0.0))
+            if now - before >= 60:
+                self.told[name] = (now, share)
+                print(f"{time.strftime('%X')} {name}: {share:.1%} {note}", flush=True)
+                if share_before:
+                    self.check(now + (1 - share) * (now - before) / max(share - share_before, 1e-6))
+            if arguments.until is not None and arguments.until.exists():
+                raise TimeoutError(f"{arguments.until} ends this sweep")
+
+        def check(self, end: float) -> None:
+            """Give the signal to a sweep beside this one to end, where a run here would end too late."""
+            missing = [file for file in arguments.late if not file.exists()]
+            if missing and end > deadline + 15 and time.monotonic() - self.late_since > 75:
+                self.late_since = time.monotonic()
+                print(f"{time.strftime('%X')} {end - deadline:.0f} s late: {missing[0]}", flush=True)
+                missing[0].touch()
 
         def started(self, config: dict[str, Any], estimate: float | None) -> None:
             print(

@@ -132,7 +132,8 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
     fresh = _fresh(sweeps)
     if not panels or not ablation or ("dense", 1.0) not in fresh:
         return None
-    figure, (first, left, right) = _figure(14, 3.9, 3)
+    tables = sweeps.get("scratch-tables", ())
+    figure, (first, *second, left, right) = _figure(18 if tables else 14, 3.9, 4 if tables else 3)
     keys = [run.key for runs in fresh.values() for run in runs]
     gap_of = {form: _test_gap(fresh, form) for form in fresh}
     for (name, share), above in gap_of.items():
@@ -156,11 +157,13 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         left.plot([], [], "o", color=_COLOURS[name], label=_NAMES[name])
     left.set(title="4.4M parameters, tokens read repeatedly")
     left.legend(fontsize=7)
-    for axes in (first, left):
+    halved = _shares_at_half_rate(tables, second[0]) if tables else ""
+    keys += [run.key for run in tables]
+    for axes in (first, *second, left):
         axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="window / context", ylabel="nats above dense attention", xlim=(1 / 24, 1.5))
-        axes.set_yscale("symlog", linthresh=0.2 if axes is first else 0.5)
+        axes.set_yscale("symlog", linthresh=0.5 if axes is left else 0.2)
     leak = _leak(ablation, right)
     keys += [run.key for run in ablation]
     narrow = min(share for _, share in fresh)
@@ -171,12 +174,12 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         "choice of keys for all queries, which sees the future) lowers the loss of a model trained with it by "
         f"{leak:.2f} nats, which exact selection then loses."
     )
-    text += _at_half_the_rate(sweeps)
+    text += _at_half_the_rate(sweeps) + halved
     alt = "loss above dense attention against window over context; loss of a small model by window, exact and leaky"
     picture = save_small(figure, folder / "loss-window.svg")
     exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
     command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
-    names = ("scratch", "scaling-small", "locality-chinchilla", "ablation-probe")
+    names = ("scratch", "scratch-tables", "scaling-small", "locality-chinchilla", "ablation-probe")
     more = "dynamask experiment locality --size chinchilla; dynamask experiment ablation --size probe"
     return exhibit, _rows(sweeps, *names), f"{command}; {more}"
 
@@ -190,6 +193,45 @@ def _at_half_the_rate(sweeps: Sweeps) -> str:
     if math.isnan(gap.low):
         return ""
     return f" At half the rate for both, and half the tokens of a step, the form with w = N ends {_above(gap)} it."
+
+
+_HALVED = {
+    "paper": ("the paper's form", SKY),
+    "sliding + sinks, half rate": ("newest keys and sinks", RED),
+    "learned, half rate, slopes, even": ("learned ranks with slopes", PINK),
+    "sliding + sinks, half rate, one wide layer": ("newest keys, one layer wide", ORANGE),
+    "scored, half rate, one wide layer": ("0.1's form with scores, one layer wide", GREEN),
+}
+"""Forms of size `4M-tables` that exhibits show -> name and colour."""
+
+
+def _shares_at_half_rate(runs: Sequence[Record], axes: Any) -> str:
+    """Draw the gap to dense attention against window over context, all at half the rate; what it says of the paper."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        if run.result.get("test") is not None:
+            losses[scratch_name(run.config)][run.seed] = run.result["test"]
+    told = []
+    shown = set()
+    for whole, ours in sorted(losses.items()):
+        form, _, at = whole.rpartition(", w = ")
+        gap = paired_difference(losses.get("dense, half rate", {}), ours)
+        if form not in _HALVED or math.isnan(gap.mean):
+            continue
+        label, colour = _HALVED[form]
+        share = 1 / int(at.partition("/")[2]) if "/" in at else 1.0
+        margins = None if math.isnan(gap.low) else [[gap.mean - gap.low], [gap.high - gap.mean]]
+        name = None if form in shown else label
+        axes.errorbar(share, gap.mean, yerr=margins, fmt="o", color=colour, capsize=3, label=name)
+        shown.add(form)
+        if form == "paper" and margins:
+            told.append((share, f"with w = {at} {_above(gap)}"))
+    axes.set(title="4.4M parameters, fresh tokens, one rate")
+    axes.legend(fontsize=7)
+    if not told:
+        return ""
+    ends = ", ".join(words for _, words in sorted(told, reverse=True))
+    return f" At half the rate on other fresh tokens the paper's form ends {ends} dense attention."
 
 
 def _any_depth(run: Record) -> str:
