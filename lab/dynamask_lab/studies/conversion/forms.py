@@ -472,7 +472,6 @@ class Workshop:
             partial.replace(file)
             untrained: dict[str, Any] = {"distilled": False, "steps": STEPS, "label_share": 0.0, "start_windows": 1.0}
             untrained |= {"beginning_share": 0.0, "embeddings": True, "average": 0.0, "mixed": 1.0}
-            told = replace(spec, **untrained, rate=None, origin="", loop="")
             told = replace(spec, **untrained, rate=None, origin="", loop="", distil_texts="")
             told = (
                 told
