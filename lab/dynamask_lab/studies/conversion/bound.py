@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM
 
 from dynamask.convert import attention as converted_attention
 from dynamask.convert import set_slopes, set_windows
+from dynamask.convert.allocate_windows import SLOPES, exact_sum
+from dynamask.convert.window_errors import candidate_windows, cheapest_slopes, cheapest_windows, window_errors
 from dynamask.models.decoder import attention_of, decoder_of
 from dynamask_lab.studies.conversion.forms import load_predictors, upcycled
 from dynamask_lab.studies.conversion.measure import Form, loss_by_position
@@ -105,11 +107,35 @@ def set_rules(model: Any, windows: list[int], slopes: list[float]) -> None:
     set_slopes(model, rising if any(slopes) else None)
 
 
+def _known(model: Any, block: Tensor) -> dict[str, dict[int, Tensor]]:
+    """Per target and ranked layer the ranks of an oracle for this block (1, N)."""
+    effects = {index: found for index, (_, found) in effects_of(model, block).items()}
+    return {
+        name: {index: found[name].clamp(min=1e-30).log() for index, found in effects.items()}
+        for name in ("max", "mass", "loss")
+    }
+
+
+def allocated(model: Any, blocks: Tensor, ranks: list[dict[int, Tensor]], budget: int) -> tuple[list[int], list[float]]:
+    """Windows and slopes for known ranks of these blocks, as `allocate_windows` chooses them."""
+    least, heads = model.config.local + model.config.sinks, len(model.config.ranked_layers)
+    candidates = candidate_windows(least, blocks.shape[1])
+    total: Any = 0
+    for block, known in zip(blocks.split(1), ranks, strict=True):
+        with given_ranks(model, known):
+            total = total + window_errors(model, block, candidates, SLOPES)
+    wanted = cheapest_windows(total.amin(1), candidates, budget * heads)
+    spare = exact_sum(wanted - least, (budget - least) * heads, blocks.shape[1] - least)
+    windows = [least + number for number in spare]
+    return windows, [SLOPES[index] for index in cheapest_slopes(total, candidates, windows)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data", "state", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--budgets", type=int, nargs="*", default=[512, 1024])
+    parser.add_argument("--corpora", nargs="*", default=["text", "code"])
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--seconds", type=float, default=1e9)
@@ -120,7 +146,7 @@ def main() -> int:
     model = upcycled(dense, 512)
     load_predictors(model, torch.load(arguments.state / "ranks-hidden-seed0.pt", map_location=device))
     found, heads = {}, len(model.config.ranked_layers)
-    for corpus in ("text", "code"):
+    for corpus in arguments.corpora:
         array = np.load(arguments.data / f"test-{corpus}.npy").astype(np.int64)
         step = max(1, len(array) // arguments.blocks)
         found[corpus] = torch.from_numpy(array[::step][: arguments.blocks, : arguments.length]).to(device)
@@ -152,16 +178,20 @@ def main() -> int:
                     alone = [windows[index] if index == n else length for n in range(heads)]
                     set_rules(model, alone, slopes)
                     write("learned, one layer", corpus, budget, alone, slopes, measure(model, blocks))
-            rules = {(name, flat): [] for name in ("max", "mass", "loss") for flat in (False, True)}
-            for block in blocks.split(1):
-                effects = effects_of(model, block)
-                for (name, flat), losses in rules.items():
-                    ranks = {index: each[1][name].clamp(min=1e-30).log() for index, each in effects.items()}
-                    set_rules(model, windows, [0.0] * heads if flat else slopes)
-                    with given_ranks(model, ranks):
-                        losses += measure(model, block)
-            for (name, flat), losses in rules.items():
-                write(f"oracle, {name}", corpus, budget, windows, None if flat else slopes, losses)
+            known = [_known(model, block) for block in blocks.split(1)]
+            for name in ("max", "mass", "loss"):
+                for chosen in ("product's", "none", "its own"):
+                    rules = windows, [0.0] * heads if chosen == "none" else slopes
+                    if chosen == "its own":
+                        rules = allocated(model, blocks, [ranks[name] for ranks in known], budget)
+                    set_rules(model, *rules)
+                    losses = []
+                    for block, ranks in zip(blocks.split(1), known, strict=True):
+                        with given_ranks(model, ranks[name]):
+                            losses += measure(model, block)
+                    write(f"oracle, {name}, windows and slopes: {chosen}", corpus, budget, *rules, losses)
+                if time.monotonic() - begun > arguments.seconds:
+                    break
             set_rules(model, [budget] * heads, [0.0] * heads)
             with best_of_each_query():
                 write("best keys of each query", corpus, budget, [budget] * heads, None, measure(model, blocks))

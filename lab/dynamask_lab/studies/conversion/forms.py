@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dynamask.convert.calibration import CalibrationBlocks
 from dynamask.errors import UsageError
@@ -26,6 +26,7 @@ from dynamask.mixers.rank_predictor import Float32Linear, RankPredictor, settle
 from dynamask_lab.studies.conversion import peers
 from dynamask_lab.studies.conversion.adapt import adapt
 from dynamask_lab.studies.conversion.measure import Form
+from dynamask_lab.studies.conversion.planted import with_facts, with_spans
 
 KINDS = ("dense", "dense trained", "converted", "peer")
 LOCAL, SINKS = 128, 4
@@ -67,7 +68,7 @@ class Spec:
             schedule's, under the model's own positions.
         local: newest keys that are always kept.
         texts, distil_texts: blocks that ranks and windows, and the model, are trained on: "" (half of them repeat their
-            first half), "plain", or "spans" (`with_spans`).
+            first half), "plain", "spans" or "facts" (`dynamask_lab.studies.conversion.planted`).
         target: what ranks learn: "" (the largest later attention) or "loss" (`rank_targets.learn_by_loss`).
         width: hidden units of the predictors; 0: the product's default.
         rank_steps: batches that ranks are learned on; 0: the schedule's.
@@ -301,6 +302,7 @@ class Workshop:
         record = data / "data.json"
         self.begin = json.loads(record.read_text()).get("begin", []) if record.exists() else []
         self._dense: dict[int, Any] = {}
+        self._tokenizer: Any = None
         self._kept: tuple[Spec, Any] | None = None
         self.deadline = math.inf
         state.mkdir(parents=True, exist_ok=True)
@@ -384,7 +386,7 @@ class Workshop:
         share = 0.0 if texts else 0.5
         made = CalibrationBlocks(self.train_tokens, block, batch=batch_size, repeat_share=share, seed=seed)
         for number, batch in enumerate(made.from_step(step), step):
-            batch = with_spans(batch, seed, number) if texts == "spans" else batch
+            batch = self._planted(texts, batch, seed, number)
             batch[:, : len(self.begin)] = torch.tensor(self.begin, dtype=batch.dtype)
             yield batch.to(self.device)
 
@@ -393,15 +395,22 @@ class Workshop:
         share = 0.0 if texts else 0.5
         made = CalibrationBlocks(self.calibration_tokens, context or self.schedule.block, repeat_share=share, seed=1)
         batches = [batch for batch, _ in zip(made, range(self.schedule.calibration), strict=False)]
+        return [self._planted(texts, batch, 1, number).to(self.device) for number, batch in enumerate(batches)]
+
+    def _planted(self, texts: str, batch: Tensor, seed: int, step: int) -> Tensor:
         if texts == "spans":
-            batches = [with_spans(batch, 1, number) for number, batch in enumerate(batches)]
-        return [batch.to(self.device) for batch in batches]
+            return with_spans(batch, seed, step)
+        if texts == "facts":
+            if self._tokenizer is None:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
+            return with_facts(batch, self._tokenizer, seed, step)
+        return batch
 
     def converted(self, spec: Spec) -> Any:
         """The converted model of that spec."""
         assert spec.budget is not None
         dense = self._source(spec)
-        shape = {"local": spec.local, "width": spec.width or None}
+        shape: dict[str, Any] = {"local": spec.local, "width": spec.width or None}
         model = upcycled(dense, spec.budget, copy_weights=spec.distilled, **shape)
         exchange_predictors(model, spec.predictor)
         if _ranks(spec):
@@ -430,7 +439,7 @@ class Workshop:
             from dynamask_lab.studies.conversion.rank_targets import learn_by_loss
 
             learn = learn_by_loss if spec.target else learn_ranks
-            shape = {"local": spec.local, "width": spec.width or None}
+            shape: dict[str, Any] = {"local": spec.local, "width": spec.width or None}
             model = upcycled(self.dense(spec.rope if spec.context else 1), 512, **shape)
             torch.manual_seed(spec.seed)
             exchange_predictors(model, spec.predictor)
@@ -579,34 +588,6 @@ def _longer(spec: Spec) -> str:
 def _levers(spec: Spec) -> dict[str, Any]:
     """The fields that ranks depend on beside seed and kind."""
     return {name: getattr(spec, name) for name in ("local", "texts", "target", "width", "rank_steps")}
-
-
-def with_spans(batch: Tensor, seed: int, step: int, spans: int = 32, length: int = 32) -> Tensor:
-    """Copy short spans of the text to places far behind them: the first tokens of a copy ask, the rest answer.
-
-    Between plain text, which needs few keys from far back, and a block that repeats its first half, which needs
-    them all.
-
-    Args:
-        batch: (B, N) token ids.
-        seed, step: of the places.
-        spans, length: copies in a block, fewer in a short one, and tokens of each.
-
-    Returns:
-        (B, N), the second half with copies of spans of the text at least `length` tokens before them.
-    """
-    made = batch.clone()
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    half = batch.shape[1] // 2
-    spans = max(1, min(spans, half // (2 * length)))
-    room = (batch.shape[1] - half) // spans
-    for row in made:
-        shift = torch.randint(0, room - length + 1, (spans,), generator=generator)
-        for number in range(spans):
-            place = half + number * room + int(shift[number])
-            source = int(torch.randint(0, place - length, (), generator=generator))
-            row[place : place + length] = row[source : source + length].clone()
-    return made
 
 
 def _origin(spec: Spec) -> Spec:
