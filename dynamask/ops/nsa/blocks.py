@@ -4,11 +4,12 @@ Works in document coordinates: every document starts a block of its own, so pack
 The parameterisation is that of flash-linear-attention (mean-pooled blocks; the first, the current and the
 previous block always selected), with which `tests/ops/test_nsa.py` compares it.
 
-The sliding branch is interval attention. The selected branch runs in fla's kernels where `nsa_selected` takes it, else
-it gathers keys. The compressed branch, which ranks the blocks, is plain torch in float32 on every device: for heads
-of 64 and blocks of 64 it is N/64 keys wide, and fla's own backward pass of it would leave most of a GPU idle at
-N = 4096, where one program walks 64 blocks through all queries, one query at a time. Both plain branches
-go through the queries tile by tile and are computed again in the backward pass, so that training keeps no tile.
+The sliding branch is interval attention. The selected branch runs in fla's kernels where `nsa_selected` takes it, on a
+GPU without them under a mask where that is small enough, else it gathers keys. The compressed branch, which ranks the
+blocks, is plain torch in float32 on every device: for heads of 64 and blocks of 64 it is N/64 keys wide, and fla's own
+backward pass of it would leave most of a GPU idle at N = 4096, where one program walks 64 blocks through all queries,
+one query at a time. All plain branches are computed again in the backward pass, the compressed and the gathered one
+tile by tile, so that training keeps no tile and no mask.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from dynamask.errors import InvalidInputError
 from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.interval.api import attend
+from dynamask.ops.nsa.masked import mask_fits, masked_attention
 from dynamask.ops.nsa.selected import kernels_take, selected_attention
 
 TILE_ELEMENTS = 1 << 25
@@ -187,6 +189,9 @@ def nsa_attention(
     choice = torch.cat(chosen, dim=2)
     if kernels and layout.plain and kernels_take(query, key, value, size):
         branches.append(selected_attention(query, key, value, choice, block_size=size, scale=scale))
+    elif layout.plain and mask_fits(query, key):
+        under_mask = partial(masked_attention, block_size=size, scale=scale)
+        branches.append(_recomputed(under_mask, query, key, value, choice).to(wide))
     else:
         gathered = batch * groups * choice.shape[-1] * size * max(dim, value.shape[-1])
         tiles = [
