@@ -17,7 +17,7 @@ from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.report.conversion import PATTERN, form_name, of_main_model, read_conversion
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
-from dynamask_lab.studies.ablation.study import LEAKY, ablation_name
+from dynamask_lab.studies.ablation.study import LEAKY, ablation_name, language_settings
 from dynamask_lab.studies.ceiling.report import ceiling_exhibit
 from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, MQAR, MQAR_PUBLISHED, NEEDLE, SCALING
 from dynamask_lab.studies.locality.report import without_choice as scores_without_choice
@@ -128,7 +128,8 @@ def _above(gap: Interval) -> str:
 def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
     """Loss above dense attention against window over context; and what the leak of one top-k for all queries gives."""
     panels = _windows_of_sweeps(sweeps)
-    ablation = sweeps.get("ablation-probe", ())
+    leaks = "ablation-leak" if len({run.seed for run in sweeps.get("ablation-leak", ())}) > 1 else "ablation-probe"
+    ablation = sweeps.get(leaks, ())
     fresh = _fresh(sweeps)
     if not panels or not ablation or ("dense", 1.0) not in fresh:
         return None
@@ -172,15 +173,16 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         f"With a window as long as the context, as the paper mostly trains, its form ends {told[0]} dense attention; "
         f"with 1/{1 / narrow:.0f} of the context {told[1]} it, and newest keys with sinks {told[2]} it. The leak (one "
         "choice of keys for all queries, which sees the future) lowers the loss of a model trained with it by "
-        f"{leak:.2f} nats, which exact selection then loses."
+        f"{leak} nats, which exact selection then loses."
     )
     text += _at_half_the_rate(sweeps) + halved
     alt = "loss above dense attention against window over context; loss of a small model by window, exact and leaky"
     picture = save_small(figure, folder / "loss-window.svg")
     exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
     command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
-    names = ("scratch", "scratch-tables", "scaling-small", "locality-chinchilla", "ablation-probe")
-    more = "dynamask experiment locality --size chinchilla; dynamask experiment ablation --size probe"
+    names = ("scratch", "scratch-tables", "scaling-small", "locality-chinchilla", leaks)
+    size = leaks.removeprefix("ablation-")
+    more = f"dynamask experiment locality --size chinchilla; dynamask experiment ablation --size {size}"
     return exhibit, _rows(sweeps, *names), f"{command}; {more}"
 
 
@@ -251,28 +253,38 @@ def _windows_of_sweeps(sweeps: Sweeps) -> dict[tuple[str, float], list[Record]]:
     return found
 
 
-def _leak(runs: Sequence[Record], axes: Any) -> float:
+def _leak(runs: Sequence[Record], axes: Any) -> str:
     """Draw the ablation's losses by window; return how much the leak flatters the model that is trained with it."""
     seeds: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-    flattered = float("nan")
+    both: dict[float, list[tuple[float, float]]] = defaultdict(list)
     for run in runs:
         name, share = ablation_name(run.config), run.config["window"] / run.config["length"]
         seeds[name][share].append(run.result["loss"])
         if run.config["attention"] == LEAKY:
-            exact, leaky = run.result["exact_loss"], run.result["leaky_loss"]
-            axes.plot([share, share], [exact, leaky], color=PINK, linewidth=1)
-            axes.plot(share, exact, "D", color=PINK, label="the paper's form, trained with the leak: exact")
-            axes.plot(share, leaky, "D", color=PINK, markerfacecolor="none", label="the same, read with the leak")
-            flattered = exact - leaky
+            both[share].append((run.result["exact_loss"], run.result["leaky_loss"]))
+    for share, losses in both.items():
+        exact, leaky = (float(np.mean(side)) for side in zip(*losses, strict=True))
+        axes.plot([share, share], [exact, leaky], color=PINK, linewidth=1)
+        axes.plot(share, exact, "D", color=PINK, label="the paper's form, trained with the leak: exact")
+        axes.plot(share, leaky, "D", color=PINK, markerfacecolor="none", label="the same, read with the leak")
     for name, label, colour in (("dma", "0.1's default", BLUE), ("sliding window", "newest keys", RED)):
         points = sorted((share, float(np.mean(losses))) for share, losses in seeds[name].items())
-        axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
-    for share, losses in seeds["dma, paper's form"].items():
-        axes.plot(share, float(np.mean(losses)), "D", color=SKY, label="the paper's form")
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+    for share, own in seeds["dma, paper's form"].items():
+        axes.plot(share, float(np.mean(own)), "D", color=SKY, label="the paper's form")
+    millions = language_settings(runs[0].config).parameters / 1e6
+    counts = sorted({len(own) for by_share in seeds.values() for own in by_share.values()})
+    told = (
+        f"{counts[0]} seed{'s' if counts[0] > 1 else ''}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    )
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="window / context", ylabel="loss, nats per token", title="0.2M parameters, one or three seeds")
-    axes.legend(fontsize=7)
-    return flattered
+    axes.set(xlabel="window / context", ylabel="loss, nats per token", title=f"{millions:.1f}M parameters, {told}")
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once.keys(), fontsize=7)
+    gains = sorted(float(np.mean([exact - leaky for exact, leaky in losses])) for losses in both.values())
+    return " to ".join(dict.fromkeys(f"{gain:.2f}" for gain in (gains[0], gains[-1])))
 
 
 def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:

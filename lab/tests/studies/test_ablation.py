@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def test_the_smoke_sweep_runs_every_variant(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "state").glob("*")), "models are deleted once both losses are known"
     section = report_ablation(report.records, tmp_path / "pictures")
     assert {exhibit.name for exhibit in section.exhibits} == {"variants", "leak", "windows"}
-    assert {finding.claim for finding in section.findings} == {"gradients"}
+    assert {finding.claim for finding in section.findings} == {"gradients", "leak"}
 
 
 def _record(name: str, seed: int, loss: float | None) -> Record:
@@ -165,6 +166,29 @@ def test_the_gradient_must_help_beyond_the_spread_of_seeds(tmp_path: Path) -> No
     assert verdicts((3.0, 2.9), (3.0, 2.91), (3.0, 2.89)) == [REFUTED]
     assert verdicts((3.0, None)) == [NOT_TESTED]
     assert report_ablation([_record("dma-detached-scores", 0, 3.0)], tmp_path).findings == []
+
+
+def test_the_leak_is_judged_by_what_its_model_loses_under_exact_selection(tmp_path: Path) -> None:
+    leaky, exact = (
+        next(c for c in ABLATION.configs("leak") if c["attention"] == name and c["window"] == 128)
+        for name in (LEAKY, "dma")
+    )
+
+    def records(*losses: float) -> list[Record]:
+        made = []
+        for seed, loss in enumerate(losses):
+            for config, both in ((leaky, (loss, 3.0)), (exact, (2.9, 3.1))):
+                run = _run(config, seed, 3.0)
+                made.append(
+                    replace(run, result=run.result | dict(zip(("exact_loss", "leaky_loss"), both, strict=True)))
+                )
+        return made
+
+    (found,) = report_ablation(records(3.3, 3.31, 3.29), tmp_path).findings
+    assert (found.claim, found.verdict, found.setting["w/N"]) == ("leak", REPRODUCED, "1/16")
+    assert "-0.100 [-0.100, -0.100]" in found.measured
+    (alone,) = report_ablation(records(3.3), tmp_path).findings
+    assert alone.verdict == NOT_TESTED
 
 
 def test_windows_are_compared_over_the_seeds_that_all_of_them_ran(tmp_path: Path) -> None:
