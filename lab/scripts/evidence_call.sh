@@ -5,26 +5,26 @@
 #   evidence_call.sh collect FOLDER                               # copies lines and log to FOLDER
 #
 # Jobs run side by side, EVIDENCE_WAIT seconds after the call, and write lines and logs into EVIDENCE_OUT. `again:cells:2`
-# repeats all cells of the exhibits, `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion` has set its model up.
-# `reading` makes its corpus of the tables and the sources of the machine; `recurrent`, `ablation` and `again` read the
-# corpus `local` that `scratch_call.sh` makes, and make it where it does not come.
+# repeats all cells of the exhibits, `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion`
+# has set its model up. `reading` and `again` make their corpora of the tables and the sources of the machine;
+# `recurrent` and `ablation` make theirs of the tables alone, which is the same on every machine.
 set -u
-W=${EVIDENCE_WORK:-/tmp/evidence} S=${SCRATCH_WORK:-/tmp/scratch} O=${EVIDENCE_OUT:-${EVIDENCE_WORK:-/tmp/evidence}}
-local_corpus() { # the corpus `local`, of whoever makes it first
-    for _ in $(seq 60); do
-        [ -f "$S/corpora/local/index.json" ] && break
-        sleep 2
-    done
-    mkdir -p "$S"
+W=${EVIDENCE_WORK:-/tmp/evidence} O=${EVIDENCE_OUT:-${EVIDENCE_WORK:-/tmp/evidence}}
+local_corpus() { # the corpus `local` of the tables alone, which is the same on every machine, of whoever makes it first
     (
         flock 9
-        [ -f "$S/corpora/local/index.json" ] ||
-            nice -n 10 python3 lab/scripts/local_corpus.py "$S/corpora" --more ./*.jsonl.xz --characters 300e6
-    ) 9>"$S/local.lock"
-    export DYNAMASK_CORPORA=$S/corpora
+        [ -f corpora/local/index.json ] || {
+            nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name tables && mv corpora/tables corpora/local
+        }
+    ) 9>local.lock
+}
+every_source() { # the corpus `local` of the tables and of all sources of the machine, in a folder of its own
+    nice -n 10 python3 lab/scripts/local_corpus.py every --more ./*.jsonl.xz --characters 300e6
+    export DYNAMASK_CORPORA=$W/every
 }
 go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder of the work
     shopt -s nullglob
+    while ((SECONDS < wait - 60)); do sleep 1; done
     case $1 in
     reading)
         nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
@@ -33,7 +33,8 @@ go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder
         grep -q "$content" lab/results/reading.jsonl || set -- reading 4M-equal "$3" 0 1000
         echo "$content: $*"
         ;;
-    recurrent | ablation | again) local_corpus ;;
+    recurrent | ablation) local_corpus ;;
+    again) every_source ;;
     esac
     # Whatever was prepared meanwhile: the GPU belongs to others until then.
     while ((SECONDS < wait)); do sleep 1; done
@@ -71,8 +72,8 @@ start)
     cd "$W" || exit 1
     export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor OMP_NUM_THREADS=1
     export PYTHONUNBUFFERED=1 DYNAMASK_CORPORA=$W/corpora DYNAMASK_STATE=$W/state HF_HUB_OFFLINE=1
-    export -f go local_corpus
-    export S O seconds wait
+    export -f go local_corpus every_source
+    export W O seconds wait
     for job in "${@:4}"; do
         IFS=: read -r study size workers skip count <<<"$job"
         setsid nohup bash -c "go $study $size $workers ${skip:-0} ${count:-1000}" >"$O/log-$study-$size.txt" 2>&1 \
