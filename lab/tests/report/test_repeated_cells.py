@@ -1,0 +1,26 @@
+"""Cells of the exhibits that were measured again agree with the first measurement, as the page of failures says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RESULTS = Path(__file__).parents[2] / "results"
+
+
+def _rows(file: str, part: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((RESULTS / file).read_text())[part]
+    return rows
+
+
+def test_the_cost_of_attention_repeats_on_another_card() -> None:
+    shape = {"N": 32768, "D": 128, "H": 16, "G": 4, "w": 2048, "scores": "random"}
+    (first,) = (row for row in _rows("h100-attention.json", "attention") if row.items() >= shape.items())
+    again = next(row for row in _rows("h200-kernels-morning.json", "rows") if row["name"] == "equal 2048 bias")
+    assert again["N"] == 32768
+    assert again["windows"] == [2048] * 4
+    parts = ("expiry", "lists", "forward", "backward")
+    assert sum(again[part] for part in parts) == pytest.approx(sum(first[f"{part}_ms"] for part in parts), rel=0.05)
