@@ -6,25 +6,23 @@
 #
 # Jobs run side by side, EVIDENCE_WAIT seconds after the call, and write lines and logs into EVIDENCE_OUT. `again:cells:2`
 # repeats all cells of the exhibits, `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion`
-# has set its model up. `reading` and `again` make their corpora of the tables and the sources of the machine;
-# `recurrent` and `ablation` make theirs of the tables alone, which is the same on every machine.
+# has set its model up. Corpora are made of the tables and the sources of the machine.
 set -u
 W=${EVIDENCE_WORK:-/tmp/evidence} O=${EVIDENCE_OUT:-${EVIDENCE_WORK:-/tmp/evidence}}
-local_corpus() { # the corpus `local` of the tables alone, which is the same on every machine, of whoever makes it first
+local_corpus() { # the corpus `local` of size `4M-rates` and of the leak's first runs, of whoever makes it first
     (
         flock 9
-        [ -f corpora/local/index.json ] || {
-            nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name tables && mv corpora/tables corpora/local
-        }
+        [ -f corpora/local/index.json ] ||
+            nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --characters 155e6
     ) 9>local.lock
 }
-every_source() { # the corpus `local` of the tables and of all sources of the machine, in a folder of its own
+larger_corpus() { # the corpus `local` of the first sweep from scratch, in a folder of its own
     nice -n 10 python3 lab/scripts/local_corpus.py every --more ./*.jsonl.xz --characters 300e6
     export DYNAMASK_CORPORA=$W/every
 }
 go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder of the work
     shopt -s nullglob
-    while ((SECONDS < wait - 60)); do sleep 1; done
+    while ((SECONDS < wait - 90)); do sleep 1; done
     case $1 in
     reading)
         nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
@@ -34,7 +32,7 @@ go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder
         echo "$content: $*"
         ;;
     recurrent | ablation) local_corpus ;;
-    again) every_source ;;
+    again) larger_corpus ;;
     esac
     # Whatever was prepared meanwhile: the GPU belongs to others until then.
     while ((SECONDS < wait)); do sleep 1; done
@@ -72,7 +70,7 @@ start)
     cd "$W" || exit 1
     export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor OMP_NUM_THREADS=1
     export PYTHONUNBUFFERED=1 DYNAMASK_CORPORA=$W/corpora DYNAMASK_STATE=$W/state HF_HUB_OFFLINE=1
-    export -f go local_corpus every_source
+    export -f go local_corpus larger_corpus
     export W O seconds wait
     for job in "${@:4}"; do
         IFS=: read -r study size workers skip count <<<"$job"

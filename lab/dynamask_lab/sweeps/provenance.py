@@ -12,7 +12,7 @@ import torch
 
 import dynamask
 
-_TOGETHER = " runs at a time)"
+_TOGETHER = " runs at a time"
 
 
 def device_name(runs_at_a_time: int = 1) -> str:
@@ -23,7 +23,7 @@ def device_name(runs_at_a_time: int = 1) -> str:
 
 def shared(device: str) -> bool:
     """Whether runs shared that device, as `device_name` says, and so their times."""
-    return device.endswith(_TOGETHER)
+    return device.rstrip(")").endswith(_TOGETHER)  # some lines have a bracket too many
 
 
 def processor_name() -> str:

@@ -25,7 +25,7 @@ from dynamask_lab.studies import (
     run_sweep,
 )
 from dynamask_lab.sweeps.budget import format_seconds, parse_seconds
-from dynamask_lab.sweeps.provenance import commit, device_name, versions
+from dynamask_lab.sweeps.provenance import commit, device_name, shared, versions
 from dynamask_lab.sweeps.results import ResultsFile
 from dynamask_lab.sweeps.schedule import Estimator
 
@@ -136,6 +136,21 @@ def test_a_budget_stops_an_interruptible_run_which_then_goes_on(tmp_path: Path) 
     assert 0 < done["steps"] < 40
     second = run_sweep(experiment, configs(1), tmp_path / "r.jsonl")
     assert (second.ran, second.records[0].result, second.records[0].seconds) == (1, {"steps": 40}, 12.5)
+
+
+def test_whole_runs_start_where_three_quarters_of_the_estimate_fit(tmp_path: Path) -> None:
+    done = dataclasses.replace(toy(lambda config, progress: {"seconds": 1.0}), interruptible=True)
+    path = tmp_path / "r.jsonl"
+    with ResultsFile(path) as file:
+        file.append(timed({"cost": 1, "seed": 1}, 100.0))
+    for budget, ran in ((60.0, 0), (80.0, 1)):
+        assert run_sweep(done, configs(1), path, budget, whole=True).ran == ran
+
+
+def test_a_device_that_runs_shared_is_told_from_its_name() -> None:
+    assert shared(device_name(3))
+    assert shared("NVIDIA H200 (4 runs at a time))"), "as some lines have it"
+    assert not shared(device_name())
 
 
 def test_too_little_budget_does_not_take_up_an_interruptible_run(tmp_path: Path) -> None:

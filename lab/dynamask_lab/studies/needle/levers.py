@@ -78,7 +78,13 @@ class _Forgetting:
     def forget_bias(self, hidden_states: Tensor) -> Tensor:
         """(B, G, N) float32: minus the sum of the logarithms of the gates up to each key, itself included."""
         gates = F.logsigmoid(self.forget_gate(hidden_states).float() + _OPEN)
-        return -gates.cumsum(1).transpose(1, 2).contiguous()
+        return -_accumulated(gates).transpose(1, 2).contiguous()
+
+
+@torch.compiler.disable
+def _accumulated(gates: Tensor) -> Tensor:
+    """Sum (B, N, G) over the positions, outside of compiled graphs: torch 2.11 fails on this sum beside ranks."""
+    return gates.cumsum(1)
 
 
 class LengthScaledAttention(_LengthScaled, MultiHeadAttention):
