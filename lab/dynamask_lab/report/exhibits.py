@@ -362,7 +362,8 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
     if recall is not None:
         shares.append(("associative recall, width 128, w/N 1/16", recall))
         rows |= _rows(sweeps, "mqar-quick")
-    recall = _recall(sweeps.get("mqar-published", ()), MQAR_PUBLISHED[0].name, MQAR_PUBLISHED[-1].name)
+    start = f"{MQAR_PUBLISHED[-1].name}, from dense"
+    recall = _recall(sweeps.get("mqar-published", ()), MQAR_PUBLISHED[3].name, start)
     if recall is not None:
         shares.append(("associative recall, 512 pairs, width 128, w/N 1/16", recall))
         rows |= _rows(sweeps, "mqar-published")
@@ -508,16 +509,15 @@ def _needles(runs: Sequence[Record]) -> list[tuple[str, Interval]]:
 
 
 def _recall(runs: Sequence[Record], best: str, control: str) -> Interval | None:
-    """Accuracy gained by the best form over sliding windows of the same sizes, at width 128."""
-    by_rate: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    """Accuracy gained by the best form over sliding windows of the same sizes, at width 128, seed by seed."""
+    by_rate: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for run in runs:
         if run.config["width"] == 128:
-            by_rate[mixer_name(run.config)][run.config["learning_rate"]].append(run.result["accuracy"])
-    own = {name: max(rates.values(), key=lambda each: float(np.mean(each))) for name, rates in by_rate.items()}
-    if best not in own or control not in own:
-        return None
-    spread = SeedSpread.pooled(list(own.values()))
-    gain = spread.difference([-each for each in own[best]], [-each for each in own[control]])
+            by_rate[mixer_name(run.config)][run.config["learning_rate"]][run.seed] = -run.result["accuracy"]
+    own = {
+        name: min(rates.values(), key=lambda each: float(np.mean([*each.values()]))) for name, rates in by_rate.items()
+    }
+    gain = paired_difference(own.get(best, {}), own.get(control, {}))
     return None if math.isnan(gain.low) else gain  # one seed has no interval
 
 

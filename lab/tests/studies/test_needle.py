@@ -258,3 +258,4 @@ def test_levers_come_one_at_a_time_on_three_seeds() -> None:
     for name in names:
         assert [config["seed"] for config in configs if needle_name(config) == name] == [0, 1, 2]
     assert {needle_name(config) for config in NEEDLE.configs("levers-smoke")} == names
+    assert {str(config) for config in configs} <= {str(config) for config in NEEDLE.configs("far")}

@@ -15,7 +15,15 @@ from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
-from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, SeedSpread, all_of, judge, judge_no_worse
+from dynamask_lab.sweeps.verdicts import (
+    NOT_TESTED,
+    SHARE_INTEREST,
+    Interval,
+    all_of,
+    judge,
+    judge_no_worse,
+    paired_difference,
+)
 
 RIVALS = ("mha", "swa", "mla", "nsa")
 _SINKS = "swa, sinks"
@@ -115,7 +123,7 @@ def _setting(ours: BestRuns) -> Row:
 
 
 def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
-    """The form's accuracy against every rival's, with the interval that the spread over seeds gives.
+    """The form's accuracy against every rival's, seed by seed, which share their data.
 
     Training stops at 99 % accuracy, so two that reached it are equal.
     """
@@ -123,12 +131,10 @@ def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
     if pair is None:
         return None
     ours, rivals = pair
-    spread = SeedSpread.pooled([_accuracies(best) for best in found])
     told, verdicts = [], []
     for rival in rivals:
         done = min(ours.accuracy, rival.accuracy) >= 0.99
-        gain = spread.difference([-each for each in _accuracies(ours)], [-each for each in _accuracies(rival)])
-        gain = Interval(0.0, 0.0, 0.0) if done else gain
+        gain = Interval(0.0, 0.0, 0.0) if done else _above(ours, rival)
         told.append(f"{rival.mixer} {gain}")
         verdicts.append(judge(gain, SHARE_INTEREST))
     keys = [run.key for best in (ours, *rivals) for run in best.runs]
@@ -156,8 +162,7 @@ def _goal(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
     dense = next((best for best in rivals if best.mixer == "mha"), None)
     if dense is None:
         return None
-    spread = SeedSpread.pooled([_accuracies(best) for best in found])
-    gain = spread.difference([-each for each in _accuracies(ours)], [-each for each in _accuracies(dense)])
+    gain = _above(ours, dense)
     if min(ours.accuracy, dense.accuracy) >= 0.99:
         gain = Interval(0.0, 0.0, 0.0)
     measured = f"accuracy {ours.accuracy:.3f}, above mha {gain}"
@@ -166,8 +171,10 @@ def _goal(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
     return Finding("recall-goal", form.name, measured, verdict, keys, form.role, _setting(ours), interest)
 
 
-def _accuracies(best: BestRuns) -> list[float]:
-    return [run.result["accuracy"] for run in best.runs]
+def _above(ours: BestRuns, rival: BestRuns) -> Interval:
+    """How far the form's accuracy lies above the rival's."""
+    errors = ({run.seed: -run.result["accuracy"] for run in best.runs} for best in (ours, rival))
+    return paired_difference(*errors)
 
 
 def _efficiency(form: Judged, found: Sequence[BestRuns]) -> Finding | None:

@@ -580,13 +580,15 @@ def _published() -> list[Config]:
     """512 pairs and a window of 512 keys, as the paper reports, widths 32 to 256, three seeds; autocast to bfloat16.
 
     Trained on a fifth of the published mixture and on longer segments up to 512 pairs in 8192 tokens. One learning
-    rate: that of most forms in "quick" and "long", at the greatest width dense attention's there.
+    rate: that of most forms in "quick" and "long", at the greatest width dense attention's there. The forms that start
+    dense come last.
     """
     return [
         _published_run(form, width, seed)
+        for forms in (published_forms, dense_start_forms)
         for width in _PUBLISHED_WIDTHS
         for seed in (0, 1, 2)
-        for form in published_forms(max(1, width // 64))
+        for form in forms(max(1, width // 64))
     ]
 
 
@@ -656,8 +658,8 @@ MQAR = Experiment(
         "quick": _quick,
         "small": _small,
         "long": _long,
-        "published": _published,
         "decide": _decide,
+        "published": _published,
         "paper": _paper,
     },
     cost=mqar_cost,

@@ -540,23 +540,36 @@ def _by_form(models: Sequence[Config], **common: Any) -> list[Config]:
 
 
 def _far() -> list[Config]:
-    """The forms that decide, then one lever at a time; three training seeds, 50 samples a cell, to 8192 tokens."""
+    """The forms that decide, then one lever at a time; three training seeds, 50 samples a cell, to 8192 tokens.
+
+    All runs of "levers" are among them.
+    """
     dense, chosen, sliding, level, by_head = far_forms()
     first = [*_by_form([dense, chosen, sliding, level]), *_by_form([level], context=2048)]
     levers = {lever: far_forms(lever) for lever in LEVERS}
     alone = _by_form([levers["drope"][0], levers["forget"][0], levers["ssmax"][0], by_head])
-    return [*first, *alone, *_by_form([dense], context=2048), *_by_form([forms[1] for forms in levers.values()])]
+    return [
+        *first,
+        *alone,
+        *_by_form([dense], context=2048),
+        *_by_form([forms[1] for forms in levers.values()]),
+        *_by_form([_from_wide()]),
+    ]
+
+
+def _from_wide() -> Config:
+    """The form without slopes, every key in its wide layer for a fifth of the training, and wider narrow layers."""
+    return {**far_forms()[3], "window_schedule": [[0.0, 16.0], [0.2, 1.0]]}
 
 
 def _levers() -> list[Config]:
     """A start from wide windows, three seeds; then each lever, and longer examples, with one seed before the next."""
     level = far_forms()[3]
-    start = {**level, "window_schedule": [[0.0, 16.0], [0.2, 1.0]]}
     dense = {"attention": "mha"}
     alone: list[Config] = [{**level, "lever": lever} for lever in ("drope", "ssmax", "forget")]
     alone += [{**dense, "lever": lever} for lever in ("drope", "ssmax", "forget")]
     alone += [{**level, "context": 2048}, {**dense, "context": 2048}]
-    return [*_by_form([start]), *(run for seed in (0, 1, 2) for run in _runs(alone, [seed], _FAR))]
+    return [*_by_form([_from_wide()]), *(run for seed in (0, 1, 2) for run in _runs(alone, [seed], _FAR))]
 
 
 def _levers_smoke() -> list[Config]:
@@ -594,9 +607,9 @@ NEEDLE = Experiment(
         "smoke": _smoke,
         "quick": _quick,
         "seeds": _seeds,
-        "far": _far,
-        "levers": _levers,
         "levers-smoke": _levers_smoke,
+        "levers": _levers,
+        "far": _far,
         "small": _small,
         "long": _long,
         "paper": _paper,
