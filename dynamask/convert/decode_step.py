@@ -97,20 +97,21 @@ def _run(
         Pools,
         Projections,
         RankHeadWeights,
+        begin,
         norm_and_gate,
         norm_and_project,
-        project,
+        project_and_add,
         rotate_and_insert,
     )
 
     decoder = model.model
     embedded = decoder.embed_tokens(input_ids)
     cos, sin = decoder.rotary_emb(embedded, position_ids)
-    residual, cos, sin = embedded[:, 0], cos[:, 0].contiguous(), sin[:, 0].contiguous()
-    if cos.shape[-1] != plan.layers[0][1].head_dim or cos.dtype != residual.dtype:
+    cos, sin = cos[:, 0].contiguous(), sin[:, 0].contiguous()
+    if cos.shape[-1] != plan.layers[0][1].head_dim or cos.dtype != embedded.dtype:
         return None
+    residual = begin(embedded[:, 0])
     lifts = _lifts(rules, position_ids)
-    delta: Tensor | None = None
     for index, (layer, attention, mlp) in enumerate(plan.layers):
         held: Any = cache.layers[index]
         own = attention._modules
@@ -120,9 +121,7 @@ def _run(
         weights = Projections(query.weight, key.weight, value.weight, biases, predictor.up.weight)
         norm = layer.input_layernorm
         pools = Pools._make((*held.room_for_a_token(), held.local, held.sinks))
-        residual, projected, active, contest = norm_and_project(
-            residual, delta, norm.weight, norm.variance_epsilon, weights, pools
-        )
+        projected, active, contest = norm_and_project(residual, norm.weight, norm.variance_epsilon, weights, pools)
         norms, epsilon = None, 0.0
         if "q_norm" in own:
             norms, epsilon = (own["q_norm"].weight, own["k_norm"].weight), own["q_norm"].variance_epsilon
@@ -133,14 +132,13 @@ def _run(
         held.advance()
         mixed = held.attend_to_slots(rotated, attention.scaling)
         out = own["o_proj"]
-        delta = project(mixed.flatten(1), out.weight, out.bias)
+        residual = project_and_add(mixed.flatten(1), out.weight, out.bias, residual)
         norm, parts = layer.post_attention_layernorm, mlp._modules
-        residual, gated = norm_and_gate(
-            residual, delta, norm.weight, norm.variance_epsilon, parts["gate_proj"].weight, parts["up_proj"].weight
+        gated = norm_and_gate(
+            residual, norm.weight, norm.variance_epsilon, parts["gate_proj"].weight, parts["up_proj"].weight
         )
-        delta = project(gated, parts["down_proj"].weight, None)
-    assert delta is not None
-    hidden = decoder.norm((residual + delta)[:, None])
+        residual = project_and_add(gated, parts["down_proj"].weight, None, residual)
+    hidden = decoder.norm(residual.rows[:, None])
     return model.lm_head(hidden)  # type: ignore[no-any-return]
 
 

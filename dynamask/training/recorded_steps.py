@@ -137,9 +137,15 @@ def reason_against_recording(trainer: Any, model: Any) -> str | None:
         return f"parameters lie on {sorted(map(str, places))}, and a CUDA graph is of one GPU"
     if args.world_size > 1 or args.n_gpu > 1:
         return "several GPUs train together"
+    how = getattr(args, "gradient_checkpointing_kwargs", None) or {}
     checkpointed = args.gradient_checkpointing or getattr(model, "is_gradient_checkpointing", False)
+    checkpointed = checkpointed and (how.get("preserve_rng_state", True) or how.get("use_reentrant", True))
     for hinders, what in (
-        (checkpointed, "gradient checkpointing keeps the state of random numbers"),
+        (
+            checkpointed,
+            "gradient checkpointing keeps the state of random numbers: set gradient_checkpointing_kwargs="
+            '{"use_reentrant": False, "preserve_rng_state": False}',
+        ),
         (args.fp16, "float16 scales the loss by what the last steps gave"),
         (args.torch_compile, "torch_compile may compile in any step"),
         (args.torch_empty_cache_steps is not None, "torch_empty_cache_steps waits for the GPU"),

@@ -185,12 +185,10 @@ def step() -> None:
         state += [torch.zeros(batch, slots, dtype=torch.int32), torch.zeros(batch, groups, dtype=torch.int64)]
         offsets = tuple(range(0, slots + 1, 2048))
         pools = decode_step.Pools(*state, offsets, 128, 4)
-        _, projected, active, contest = decode_step.norm_and_project(
-            x, None if biased else x, norm, 1e-6, projections, pools
-        )
-        decode_step.norm_and_gate(x, x, norm, 1e-6, weight(3 * hidden, hidden), weight(3 * hidden, hidden))
-        decode_step.OWN_PRODUCTS = True
-        decode_step.project(weight(batch, 3 * hidden), weight(hidden, 3 * hidden), None)
+        residual = decode_step.begin(x)
+        projected, active, contest = decode_step.norm_and_project(residual, norm, 1e-6, projections, pools)
+        decode_step.norm_and_gate(residual, norm, 1e-6, weight(3 * hidden, hidden), weight(3 * hidden, hidden))
+        decode_step.project_and_add(weight(batch, 3 * hidden), weight(hidden, 3 * hidden), None, residual)
         lift = torch.zeros(batch, groups) if biased else None
         ranks = decode_step.RankHeadWeights(active, weight(groups, width), weight(groups), lift, 64.0)  # type: ignore[arg-type]
         norms = None if biased else (weight(dim), weight(dim))

@@ -477,7 +477,8 @@ def train(
     for model in (dense, sparse):
         model.train()
         if length >= 32768:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            how = {"use_reentrant": False, "preserve_rng_state": not recorded}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     tokens = torch.randint(dense.config.vocab_size, (batch, length), device=DEVICE)
     row = {"part": "train", "model": name, "B": batch, "N": length, "budget": budget}
     row |= {"checkpointed": length >= 32768, "compiled": compiled}
@@ -736,13 +737,16 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "recorded", functools.partial(train, name, 8192, 512, 3, name == small, recorded=True)
         if name == small:
             yield "recorded", functools.partial(distillation, small, 4, 8192, 512, 40, (True,), True)
-    yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 24)
+    yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 20)
+    yield "recorded-long", functools.partial(train, small, 32768, 2048, 1, True, recorded=True)
+    yield "long", functools.partial(train, small, 65536, 4096, 1, False)
+    yield "long", functools.partial(train, medium, 65536, 4096, 1, False)
+    yield "large", functools.partial(train, large, 8192, 512, 1, False, recorded=True)
+    yield "large", functools.partial(train, large, 32768, 2048, 1, False)
+    yield "recorded-batch", functools.partial(train, small, 8192, 512, 2, True, True, 4, True)
     yield "decode", functools.partial(decode, small, 32, 32768, 2048, 16)
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
     yield "train", functools.partial(train, small, 8192, 512, 2, False, True, 4)
-    yield "train", functools.partial(train, large, 32768, 2048, 1, False)
-    yield "train", functools.partial(train, small, 65536, 4096, 1, False)
-    yield "train", functools.partial(train, medium, 65536, 4096, 1, False)
     yield "decode", functools.partial(decode, medium, 1, 32768, 2048, 32)
     yield "prefill", functools.partial(prefill, medium, 32768, 2048)
     yield "prefill", functools.partial(prefill, small, 32768, 2048)
@@ -754,7 +758,6 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "decode-compiled", functools.partial(decode, small, 1, 32768, 2048, 32, "compiled")
     yield "decode-compiled", functools.partial(decode, small, 32, 32768, 2048, 16, "compiled")
     yield "decode-compiled", functools.partial(decode, medium, 1, 32768, 2048, 32, "compiled")
-    yield "train", functools.partial(train, large, 65536, 4096, 1, False)
     yield "distillation", functools.partial(distillation, small, 4, 8192, 512, 40)
     yield "batches", functools.partial(distillation, small, 4, 8192, 512, 60, (True,), True)
     yield "batches", functools.partial(distillation, small, 8, 8192, 512, 20, (True,))

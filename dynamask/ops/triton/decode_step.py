@@ -2,10 +2,11 @@
 
 | launch | does |
 | --- | --- |
-| `norm_and_project` | residual sum, RMS norm, the products to queries, keys and values, and a rank predictor's first; |
-| | beside them, in programs of its own, the contest of the cache's slots |
+| `norm_and_project` | RMS norm, the products to queries, keys and values, and a rank predictor's first; beside them, |
+| | in programs of its own, the contest of the cache's slots |
 | `rotate_and_insert` | norms of heads, rotary embedding, ranks, the insertion |
-| `norm_and_gate` | residual sum, RMS norm, gate and up products, silu and their product |
+| `project_and_add` | a product, the residual sum, the sums of squares that the next norm needs |
+| `norm_and_gate` | RMS norm, gate and up products, silu and their product |
 
 A token alone makes every launch short, so their number decides the time. All of them round where the torch operations
 of Llama-like models and of `dynamask.mixers.rank_predictor` round; they differ by the order of sums alone.
@@ -18,7 +19,6 @@ import itertools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,9 +39,6 @@ _WARPS, _STAGES = 4, 4
 
 _CHUNK = 0
 """Numbers of the hidden state taken at a time; 0: by the batch."""
-
-OWN_PRODUCTS = False
-"""Whether the products behind attention and gates are kernels of this file; else cuBLAS multiplies."""
 
 _SCANNED = 1024
 """Slots that a program of the contest looks at together."""
@@ -117,59 +114,66 @@ class Contest(NamedTuple):
     most: int
 
 
-class _Normed(NamedTuple):
-    """What the kernels normalise: residual + delta, contiguous rows; `total` gets the sum."""
+class Residual(NamedTuple):
+    """The sum that a model's layers add to, with what its norm needs.
 
-    residual: Tensor
-    delta: Tensor
-    total: Tensor
-    norm: Tensor
-    epsilon: float
+    Attributes:
+        rows: (B, hidden), contiguous.
+        squares: (parts, B) float32, whose sum over the parts is the sum of the squares of each row.
+    """
+
+    rows: Tensor
+    squares: Tensor
+
+
+def begin(rows: Tensor) -> Residual:
+    """Return the residual of embeddings (B, hidden)."""
+    return Residual(rows.contiguous(), rows.float().square().sum(-1)[None])
 
 
 def norm_and_project(
-    residual: Tensor, delta: Tensor | None, norm: Tensor, epsilon: float, weights: Projections, pools: Pools
-) -> tuple[Tensor, Tensor, Tensor | None, Contest]:
-    """Add, normalise and project; find the keys that the new ones would evict.
+    residual: Residual, norm: Tensor, epsilon: float, weights: Projections, pools: Pools
+) -> tuple[Tensor, Tensor | None, Contest]:
+    """Normalise and project; find the keys that the new ones would evict.
 
     Args:
-        residual: (B, hidden), contiguous as all arguments, B at most `MOST_ROWS`.
-        delta: (B, hidden) to add to it, or None.
-        norm: (hidden,) weight of the RMS norm.
+        residual: of B rows, at most `MOST_ROWS`.
+        norm: (hidden,) weight of the RMS norm, contiguous as all arguments.
         epsilon: added to the mean square.
         weights: what to multiply with.
         pools: the cache before the token.
 
     Returns:
-        The sum (B, hidden), the projections (B, (H + 2 G) * D), the rank predictor's hidden units (B, width) float32,
-        or None, and the contest.
+        The projections (B, (H + 2 G) * D), the rank predictor's hidden units (B, width) float32, or None, and the
+        contest.
     """
-    batch, hidden = residual.shape
+    rows = residual.rows
+    batch, hidden = rows.shape
     sizes = [weight.shape[0] for weight in weights[:3]]
     width = 0 if weights.rank_up is None else weights.rank_up.shape[0]
-    total = torch.empty_like(residual) if delta is not None else residual
-    projected = residual.new_empty(batch, sum(sizes))
-    active = torch.empty(batch, width, dtype=torch.float32, device=residual.device)
+    projected = rows.new_empty(batch, sum(sizes))
+    active = torch.empty(batch, width, dtype=torch.float32, device=rows.device)
     blocks = [triton.cdiv(size, _ROWS) for size in sizes]
     projecting = sum(blocks) + triton.cdiv(width, _ROWS)
     slots_of_part, starts = _parts(pools.offsets)
     groups = len(pools.offsets) - 1
     contest = Contest(
-        torch.empty(batch, starts[-1], dtype=torch.int64, device=residual.device),
-        torch.empty(batch, starts[-1], dtype=torch.int32, device=residual.device),
-        device_table((pools.offsets, starts), residual.device),
+        torch.empty(batch, starts[-1], dtype=torch.int64, device=rows.device),
+        torch.empty(batch, starts[-1], dtype=torch.int32, device=rows.device),
+        device_table((pools.offsets, starts), rows.device),
         max(stop - start for start, stop in itertools.pairwise(starts)),
     )
     tile, chunk = _tiles(batch, hidden)
-    biases = (residual,) * 3 if weights.biases is None else weights.biases
+    biases = (rows,) * 3 if weights.biases is None else weights.biases
     _norm_project[(projecting + batch * starts[-1],)](
-        _Normed(residual, residual if delta is None else delta, total, norm, epsilon),
+        (*residual, norm, epsilon),
         (*weights[:3], *biases, weights.query if weights.rank_up is None else weights.rank_up),
         projected,
         active,
-        rms_epsilon(residual.dtype, residual.device) if width else 0.0,
+        rms_epsilon(rows.dtype, rows.device) if width else 0.0,
         (pools.ranks, pools.positions, pools.clock, contest.table, contest.codes, contest.slots),
         batch,
+        residual.squares.shape[0],
         *sizes,
         width,
         groups,
@@ -179,72 +183,82 @@ def norm_and_project(
         pools.local,
         pools.sinks,
         HIDDEN=hidden,
-        HAS_DELTA=delta is not None,
+        SQUARES=_square_parts(hidden),
         HAS_BIAS=weights.biases is not None,
         TILE=tile,
         CHUNK=chunk,
         N=_ROWS,
         GROUPS_PAD=triton.next_power_of_2(groups + 1),
         SCANNED=_SCANNED,
-        PRECISION=_precision(residual),
-        RANK_PRECISION=_precision(residual if weights.rank_up is None else weights.rank_up),
+        PRECISION=_precision(rows),
+        RANK_PRECISION=_precision(rows if weights.rank_up is None else weights.rank_up),
         num_warps=_WARPS,
         num_stages=_STAGES,
-        **early_launch(residual.device),
+        **early_launch(rows.device),
     )
-    return total, projected, active if width else None, contest
+    return projected, active if width else None, contest
 
 
-def norm_and_gate(
-    residual: Tensor, delta: Tensor, norm: Tensor, epsilon: float, gate: Tensor, up: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Add, normalise, and compute `silu(x · gate) * (x · up)`.
+def norm_and_gate(residual: Residual, norm: Tensor, epsilon: float, gate: Tensor, up: Tensor) -> Tensor:
+    """Normalise, and compute `silu(x · gate) * (x · up)`.
 
     Args:
-        residual, delta, norm, epsilon: as in `norm_and_project`.
+        residual, norm, epsilon: as in `norm_and_project`.
         gate, up: (inner, hidden).
 
     Returns:
-        The sum (B, hidden), and the product (B, inner).
+        The product (B, inner).
     """
-    batch, hidden = residual.shape
+    rows = residual.rows
+    batch, hidden = rows.shape
     inner = gate.shape[0]
-    total, gated = torch.empty_like(residual), residual.new_empty(batch, inner)
+    gated = rows.new_empty(batch, inner)
     tile, chunk = _tiles(batch, hidden)
     _norm_gate[(triton.cdiv(inner, _ROWS),)](
-        _Normed(residual, delta, total, norm, epsilon),
+        (*residual, norm, epsilon),
         gate,
         up,
         gated,
         batch,
+        residual.squares.shape[0],
         inner,
         HIDDEN=hidden,
+        SQUARES=_square_parts(hidden),
         TILE=tile,
         CHUNK=chunk,
         N=_ROWS,
-        PRECISION=_precision(residual),
+        PRECISION=_precision(rows),
         num_warps=_WARPS,
         num_stages=_STAGES,
-        **early_launch(residual.device),
+        **early_launch(rows.device),
     )
-    return total, gated
+    return gated
 
 
-def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply (B, K), contiguous, with a weight (N, K): (B, N); a bias (N,) is added."""
-    if not OWN_PRODUCTS:
-        return F.linear(inputs, weight, bias)
+def project_and_add(inputs: Tensor, weight: Tensor, bias: Tensor | None, residual: Residual) -> Residual:
+    """Multiply and add to the residual.
+
+    Args:
+        inputs: (B, K), contiguous.
+        weight: (hidden, K).
+        bias: (hidden,), or None.
+        residual: of B rows.
+    """
     batch, depth = inputs.shape
-    rows = weight.shape[0]
-    output = inputs.new_empty(batch, rows)
+    hidden = weight.shape[0]
+    total = torch.empty_like(residual.rows)
+    parts = triton.cdiv(hidden, _ROWS)
+    squares = torch.empty(parts, batch, dtype=torch.float32, device=inputs.device)
     tile, chunk = _tiles(batch, depth)
-    _project[(triton.cdiv(rows, _ROWS),)](
+    _project_add[(parts,)](
         inputs,
         weight,
         inputs if bias is None else bias,
-        output,
+        residual.rows,
+        total,
+        squares,
         batch,
-        rows,
+        hidden,
         DEPTH=depth,
         HAS_BIAS=bias is not None,
         TILE=tile,
@@ -255,7 +269,7 @@ def project(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         num_stages=_STAGES,
         **early_launch(inputs.device),
     )
-    return output
+    return Residual(total, squares)
 
 
 def rotate_and_insert(
@@ -339,52 +353,39 @@ def _tiles(batch: int, hidden: int) -> tuple[int, int]:
     return tile, min(chunk, max(16, triton.next_power_of_2(hidden)))
 
 
+def _square_parts(hidden: int) -> int:
+    """At least the parts in which `project_and_add` leaves sums of squares."""
+    return max(16, triton.next_power_of_2(triton.cdiv(hidden, _ROWS)))
+
+
 def _precision(weight: Tensor) -> str:
     return "tf32" if weight.element_size() == 2 else "ieee"
 
 
 @triton.jit
-def _sum_of(given, row, k, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr):
-    """Rows and columns of residual + delta, rounded as the model rounds it."""
-    at = row[:, None] * HIDDEN + k[None, :]
+def _inverse_of(given, row, batch, parts, HIDDEN: tl.constexpr, SQUARES: tl.constexpr):
+    """One over the root of the mean square of each row."""
+    _rows, squares, _norm, epsilon = given
+    part = tl.arange(0, SQUARES)
+    there = (part < parts)[:, None] & (row < batch)[None, :]
+    each = tl.load(squares + part[:, None] * batch + row[None, :], mask=there, other=0.0)
+    return 1.0 / tl.sqrt(tl.sum(each, 0) / HIDDEN + epsilon)
+
+
+@triton.jit
+def _normed(given, row, k, inverse, batch, HIDDEN: tl.constexpr):
+    """Rows and columns of the normalised residual, in the model's dtype."""
+    rows, _squares, norm, _epsilon = given
+    narrow = rows.dtype.element_ty
     there = (row < batch)[:, None] & (k < HIDDEN)[None, :]
-    x = tl.load(given.residual + at, mask=there, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        x += tl.load(given.delta + at, mask=there, other=0.0).to(tl.float32)
-        x = x.to(given.residual.dtype.element_ty).to(tl.float32)
-    return x
+    x = tl.load(rows + row[:, None] * HIDDEN + k[None, :], mask=there, other=0.0).to(tl.float32)
+    weight = tl.load(norm + k, mask=k < HIDDEN, other=0.0).to(tl.float32)
+    return ((x * inverse[:, None]).to(narrow).to(tl.float32) * weight[None, :]).to(narrow)
 
 
-@triton.jit
-def _inverse_of(given, row, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr, CHUNK: tl.constexpr):
-    """One over the root of the mean square of each row of residual + delta."""
-    squares = tl.zeros([row.shape[0], CHUNK], tl.float32)
-    for chunk in tl.static_range(0, HIDDEN, CHUNK):
-        x = _sum_of(given, row, chunk + tl.arange(0, CHUNK), batch, HIDDEN, HAS_DELTA)
-        squares += x * x
-    return 1.0 / tl.sqrt(tl.sum(squares, 1) / HIDDEN + given.epsilon)
-
-
-@triton.jit
-def _normed(given, row, k, inverse, batch, HIDDEN: tl.constexpr, HAS_DELTA: tl.constexpr):
-    """Rows and columns of the normalised sum, in the model's dtype."""
-    x = _sum_of(given, row, k, batch, HIDDEN, HAS_DELTA) * inverse[:, None]
-    weight = tl.load(given.norm + k, mask=k < HIDDEN, other=0.0).to(tl.float32)
-    x = x.to(given.residual.dtype.element_ty).to(tl.float32) * weight[None, :]
-    return x.to(given.residual.dtype.element_ty)
-
-
-@triton.jit
-def _keep_sum(given, row, batch, HIDDEN: tl.constexpr, CHUNK: tl.constexpr):
-    """Write residual + delta, which the next layer adds to."""
-    for chunk in tl.static_range(0, HIDDEN, CHUNK):
-        k = chunk + tl.arange(0, CHUNK)
-        x = _sum_of(given, row, k, batch, HIDDEN, True)
-        there = (row < batch)[:, None] & (k < HIDDEN)[None, :]
-        tl.store(given.total + row[:, None] * HIDDEN + k[None, :], x.to(given.total.dtype.element_ty), mask=there)
-
-
-@triton.jit(do_not_specialize=["query_rows", "key_rows", "value_rows", "width", "groups", "slots", "part", "parts"])
+@triton.jit(
+    do_not_specialize=["squares", "query_rows", "key_rows", "value_rows", "width", "groups", "slots", "part", "parts"]
+)
 def _norm_project(
     given,
     weights,
@@ -393,6 +394,7 @@ def _norm_project(
     rank_epsilon,
     scanned,
     batch,
+    squares,
     query_rows,
     key_rows,
     value_rows,
@@ -404,7 +406,7 @@ def _norm_project(
     local,
     sinks,
     HIDDEN: tl.constexpr,
-    HAS_DELTA: tl.constexpr,
+    SQUARES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -415,7 +417,7 @@ def _norm_project(
     RANK_PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """N rows of one of the weights, of which the first program writes the sum; or a part of the contest."""
+    """N rows of one of the weights, or a part of the contest."""
     if EARLY:
         wait_for_the_launch_before()
     query, key, value, query_bias, key_bias, value_bias, rank_up = weights
@@ -425,7 +427,7 @@ def _norm_project(
         _scan(scanned, block - projecting, groups, slots, part, parts, local, sinks, GROUPS_PAD, SCANNED)
         return
     row = tl.arange(0, TILE)
-    inverse = _inverse_of(given, row, batch, HIDDEN, HAS_DELTA, CHUNK)
+    inverse = _inverse_of(given, row, batch, squares, HIDDEN, SQUARES)
     key_block = tl.cdiv(query_rows, N)
     value_block = key_block + tl.cdiv(key_rows, N)
     rank_block = value_block + tl.cdiv(value_rows, N)
@@ -453,7 +455,7 @@ def _norm_project(
             k = chunk + tl.arange(0, CHUNK)
             at = weight + n[:, None] * HIDDEN + k[None, :]
             w = tl.load(at, mask=(n < rows)[:, None] & (k < HIDDEN)[None, :], other=0.0)
-            x = _normed(given, row, k, inverse, batch, HIDDEN, HAS_DELTA)
+            x = _normed(given, row, k, inverse, batch, HIDDEN)
             mixed = tl.dot(x, tl.trans(w), mixed, input_precision=PRECISION)
         if HAS_BIAS:
             mixed += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
@@ -462,26 +464,23 @@ def _norm_project(
         tl.store(place, mixed.to(projected.dtype.element_ty), mask=there)
     else:
         # The predictor normalises its input once more, without a weight.
-        squares = tl.zeros([TILE, CHUNK], tl.float32)
-        for chunk in range(0, HIDDEN, CHUNK):
-            k = chunk + tl.arange(0, CHUNK)
-            x = _normed(given, row, k, inverse, batch, HIDDEN, HAS_DELTA).to(tl.float32)
-            squares += x * x
-        again = 1.0 / tl.sqrt(tl.sum(squares, 1) / HIDDEN + rank_epsilon)
+        square = tl.zeros([TILE, CHUNK], tl.float32)
+        for chunk in tl.static_range(0, HIDDEN, CHUNK):
+            each = _normed(given, row, chunk + tl.arange(0, CHUNK), inverse, batch, HIDDEN).to(tl.float32)
+            square += each * each
+        again = 1.0 / tl.sqrt(tl.sum(square, 1) / HIDDEN + rank_epsilon)
         n = (block - rank_block) * N + tl.arange(0, N)
         for chunk in range(0, HIDDEN, CHUNK):
             k = chunk + tl.arange(0, CHUNK)
             at = rank_up + n[:, None] * HIDDEN + k[None, :]
             w = tl.load(at, mask=(n < width)[:, None] & (k < HIDDEN)[None, :], other=0.0)
-            x = _normed(given, row, k, inverse, batch, HIDDEN, HAS_DELTA).to(tl.float32)
+            x = _normed(given, row, k, inverse, batch, HIDDEN).to(tl.float32)
             x = (x * again[:, None]).to(projected.dtype.element_ty).to(rank_up.dtype.element_ty)
             mixed = tl.dot(x, tl.trans(w), mixed, input_precision=RANK_PRECISION)
         unit = mixed.to(rank_up.dtype.element_ty).to(tl.float32)
         unit = (unit / (1.0 + tl.exp(-unit))).to(rank_up.dtype.element_ty).to(tl.float32)
         there = (row < batch)[:, None] & (n < width)[None, :]
         tl.store(active + row[:, None] * width + n[None, :], unit, mask=there)
-    if HAS_DELTA and block == 0:
-        _keep_sum(given, row, batch, HIDDEN, CHUNK)
 
 
 @triton.jit
@@ -503,26 +502,28 @@ def _scan(scanned, index, groups, slots, part, parts, local, sinks, GROUPS_PAD: 
     tl.store(places + b * parts + which, slot)
 
 
-@triton.jit(do_not_specialize=["batch", "inner"])
+@triton.jit(do_not_specialize=["squares", "inner"])
 def _norm_gate(
     given,
     gate,
     up,
     gated,
     batch,
+    squares,
     inner,
     HIDDEN: tl.constexpr,
+    SQUARES: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """N inner units; the first program writes the sum."""
+    """N inner units."""
     if EARLY:
         wait_for_the_launch_before()
     row = tl.arange(0, TILE)
-    inverse = _inverse_of(given, row, batch, HIDDEN, True, CHUNK)
+    inverse = _inverse_of(given, row, batch, squares, HIDDEN, SQUARES)
     n = tl.program_id(0) * N + tl.arange(0, N)
     opened = tl.zeros([TILE, N], tl.float32)
     raised = tl.zeros([TILE, N], tl.float32)
@@ -532,7 +533,7 @@ def _norm_gate(
         there = (n < inner)[:, None] & (k < HIDDEN)[None, :]
         g = tl.load(gate + at, mask=there, other=0.0)
         u = tl.load(up + at, mask=there, other=0.0)
-        x = _normed(given, row, k, inverse, batch, HIDDEN, True)
+        x = _normed(given, row, k, inverse, batch, HIDDEN)
         opened = tl.dot(x, tl.trans(g), opened, input_precision=PRECISION)
         raised = tl.dot(x, tl.trans(u), raised, input_precision=PRECISION)
     opened = opened.to(gated.dtype.element_ty).to(tl.float32)
@@ -540,18 +541,18 @@ def _norm_gate(
     both = opened * raised.to(gated.dtype.element_ty).to(tl.float32)
     there = (row < batch)[:, None] & (n < inner)[None, :]
     tl.store(gated + row[:, None] * inner + n[None, :], both.to(gated.dtype.element_ty), mask=there)
-    if tl.program_id(0) == 0:
-        _keep_sum(given, row, batch, HIDDEN, CHUNK)
 
 
-@triton.jit(do_not_specialize=["batch", "rows"])
-def _project(
+@triton.jit(do_not_specialize=["hidden"])
+def _project_add(
     inputs,
     weight,
     bias,
-    output,
+    residual,
+    total,
+    squares,
     batch,
-    rows,
+    hidden,
     DEPTH: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE: tl.constexpr,
@@ -569,13 +570,19 @@ def _project(
     for chunk in range(0, DEPTH, CHUNK):
         k = chunk + tl.arange(0, CHUNK)
         inside = (k < DEPTH)[None, :]
-        w = tl.load(weight + n[:, None] * DEPTH + k[None, :], mask=(n < rows)[:, None] & inside, other=0.0)
+        w = tl.load(weight + n[:, None] * DEPTH + k[None, :], mask=(n < hidden)[:, None] & inside, other=0.0)
         x = tl.load(inputs + row[:, None] * DEPTH + k[None, :], mask=(row < batch)[:, None] & inside, other=0.0)
         mixed = tl.dot(x, tl.trans(w), mixed, input_precision=PRECISION)
     if HAS_BIAS:
-        mixed += tl.load(bias + n, mask=n < rows, other=0.0).to(tl.float32)[None, :]
-    there = (row < batch)[:, None] & (n < rows)[None, :]
-    tl.store(output + row[:, None] * rows + n[None, :], mixed.to(output.dtype.element_ty), mask=there)
+        mixed += tl.load(bias + n, mask=n < hidden, other=0.0).to(tl.float32)[None, :]
+    narrow = total.dtype.element_ty
+    at = row[:, None] * hidden + n[None, :]
+    there = (row < batch)[:, None] & (n < hidden)[None, :]
+    sum_of_both = tl.load(residual + at, mask=there, other=0.0).to(tl.float32) + mixed.to(narrow).to(tl.float32)
+    rounded = sum_of_both.to(narrow)
+    tl.store(total + at, rounded, mask=there)
+    x = tl.where(there, rounded.to(tl.float32), 0.0)
+    tl.store(squares + tl.program_id(0) * batch + row, tl.sum(x * x, 1), mask=row < batch)
 
 
 @triton.jit
@@ -695,8 +702,10 @@ __all__ = [
     "Pools",
     "Projections",
     "RankHeadWeights",
+    "Residual",
+    "begin",
     "norm_and_gate",
     "norm_and_project",
-    "project",
+    "project_and_add",
     "rotate_and_insert",
 ]
