@@ -66,14 +66,28 @@ def unpack_ranks(stored: Tensor) -> tuple[Tensor, Tensor]:
     return value, bits.detach().contiguous().view(wide).squeeze(-1)
 
 
-def check_carries_ranks(cache: Cache, layer_idx: int) -> None:
-    """Refuse a cache layer that does not return values bit by bit.
+def check_carries_ranks(cache: Cache, layer_idx: int, value: Tensor) -> None:
+    """Refuse a cache layer that does not return values bit by bit, or holds values without ranks.
+
+    Args:
+        cache: an ordinary cache.
+        layer_idx: index of the layer in it.
+        value: (B, G, N, D) of this call, without ranks.
 
     Raises:
-        InvalidInputError: a quantised cache.
+        InvalidInputError: a quantised cache, or one that another model or prefix tuning has filled.
     """
-    if layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], QuantizedLayer):
+    if layer_idx >= len(cache.layers):
+        return
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, QuantizedLayer):
         raise InvalidInputError(
             "a quantised cache would change the ranks that travel with the values; use BoundedCache (the default of "
             "generate()), DynamicCache or StaticCache"
+        )
+    held, packed = getattr(layer, "values", None), value.shape[-1] + rank_channels(value.dtype)
+    if held is not None and held.dim() == 4 and held.shape[2] and held.shape[-1] != packed:
+        raise InvalidInputError(
+            "the cache holds keys that have no ranks (a prefix made by another model, or prefix tuning): a model whose "
+            "ranks are learned continues from caches that it has filled itself"
         )

@@ -69,12 +69,14 @@ def _attach(registry: ModuleType) -> None:
 
 
 def _add_lora_targets(constants: ModuleType) -> None:
-    """Give PEFT the default targets of converted models: those of their originals, and the rank predictors."""
+    """Give PEFT default targets: those of a converted model's original, q_proj and v_proj of a new model, and ranks."""
+    ranks = ["rank_predictor.up", "rank_predictor.down"]
     for name, known in vars(constants).items():
         if name == "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING" and isinstance(known, dict):
             found = {kind: targets for kind, targets in known.items() if isinstance(targets, list)}
             for kind, targets in found.items():
-                known.setdefault(_CONVERTED + kind, [*targets, "rank_predictor.up", "rank_predictor.down"])
+                known.setdefault(_CONVERTED + kind, [*targets, *ranks])
+            known.setdefault(_NATIVE, ["q_proj", "v_proj", *ranks])
 
 
 class _AfterImport(MetaPathFinder):

@@ -32,7 +32,7 @@ from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
 from dynamask.ops.looks import looks_allowed
 from dynamask.ops.ranked_attention import ranked_attention
-from dynamask.packed_ranks import check_carries_ranks, pack_ranks, rank_channels, unpack_ranks
+from dynamask.packed_ranks import check_carries_ranks, pack_ranks, unpack_ranks
 
 IMPLEMENTATION = "dynamask_converted"
 """Name of converted models' attention in transformers' registry."""
@@ -459,14 +459,7 @@ def _updated(
     cache: Cache, index: int, key: Tensor, value: Tensor, ranks: Tensor, facts: CallFacts
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add this call's keys, values and ranks to an ordinary cache; return all of them."""
-    check_carries_ranks(cache, index)
-    held = getattr(cache.layers[index], "values", None) if index < len(cache.layers) else None
-    packed = value.shape[-1] + rank_channels(value.dtype)
-    if held is not None and held.dim() == 4 and held.shape[2] and held.shape[-1] != packed:
-        raise InvalidInputError(
-            "the cache holds keys that have no ranks (a prefix made by another model, or prefix tuning): a converted "
-            "model continues from caches that it has filled itself"
-        )
+    check_carries_ranks(cache, index, value)
     key, stored = _cut(cache.update(key, pack_ranks(value, ranks), index), facts.length)
     if key.shape[2] < facts.length:
         raise InvalidInputError(

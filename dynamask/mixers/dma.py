@@ -168,7 +168,7 @@ def dynamic_mask_mix(
         return layer.attend(query, key, value, ranks, key_mask=new, bias_is_rank=gate is not None, scale=scale)
     if cache is not None:
         if gate is None:
-            check_carries_ranks(cache, layer_idx)
+            check_carries_ranks(cache, layer_idx, value)
             key, stored = cached_rows(cache, key, pack_ranks(value, ranks), layer_idx, sequence)
             value, ranks = unpack_ranks(stored)
         else:

@@ -112,6 +112,9 @@ def test_default_lora_targets_include_the_predictors() -> None:
     _add_lora_targets(constants)
     assert mapping["dynamask_llama"] == ["q_proj", "v_proj", "rank_predictor.up", "rank_predictor.down"]
     assert "dynamask_other" not in mapping
+    names = {name for name, _ in tiny_model("dma").named_modules()}
+    for target in mapping["dynamask"]:
+        assert any(name.endswith(f".{target}") for name in names)
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])

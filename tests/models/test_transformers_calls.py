@@ -184,6 +184,14 @@ def test_projections_are_called_and_never_read(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), expected)
 
 
+def test_keys_without_ranks_are_refused() -> None:
+    model, cache = tiny_model("dma"), DynamicCache()
+    for layer in range(2):
+        cache.update(torch.zeros(2, 2, 5, 8).double(), torch.zeros(2, 2, 5, 8).double(), layer)  # as prefix tuning does
+    with pytest.raises(InvalidInputError, match="keys that have no ranks"):
+        model(IDS, past_key_values=cache)
+
+
 @pytest.mark.parametrize("attention", ["dma", "swa", "mla"])
 def test_continuous_batching_is_refused_before_the_first_token(attention: str) -> None:
     model = tiny_model(attention)
