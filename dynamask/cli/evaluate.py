@@ -163,7 +163,9 @@ def _evaluate_tasks(
 def retrieval(
     model: Model,
     output: Annotated[Path, typer.Option(help="JSON lines to write, for `dynamask report needle`.")],
-    length: Annotated[list[int] | None, typer.Option(help="Tokens of prompt and answer; repeatable.")] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="Tokens of prompt and answer; repeatable; default: 512, 1024.")
+    ] = None,
     depths: Annotated[int, typer.Option(help="Number of depths, spread evenly from the beginning to the end.")] = 5,
     samples: Annotated[int, typer.Option(help="Examples per task, length and depth.")] = 10,
     task: Annotated[list[str] | None, typer.Option(help="Task; repeatable; default: all of them.")] = None,

@@ -173,12 +173,12 @@ class ConvertedConfig(CarriesAutoCode):
 
         Of a model split by tensor parallelism, as the slopes: of the heads that this process holds.
         """
-        layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
+        layers, groups = self._all_layers, self.num_key_value_heads  # type: ignore[attr-defined]
         shard: HeadShard | None = self.__dict__.get("_head_shard")  # of a model split by tensor parallelism
-        key = (repr(self.windows), layers, self._all_layers, groups, shard)
+        key = (repr(self.windows), layers, groups, shard)
         known = self.__dict__.get("_head_windows")
         if known is None or known[0] != key:
-            windows = self._resolved(self._all_layers, groups)[:layers]
+            windows = self._resolved(layers, groups)
             if shard is not None:
                 windows = tuple(None if layer is None else shard.of(layer) for layer in windows)
             known = key, windows
@@ -209,13 +209,13 @@ class ConvertedConfig(CarriesAutoCode):
     @property
     def head_slopes(self) -> tuple[tuple[float, ...] | None, ...]:
         """Slopes of every layer and key/value head, L x G; None for a layer whose ranks do not rise."""
-        layers, groups = self.num_hidden_layers, self.num_key_value_heads  # type: ignore[attr-defined]
+        layers, groups = self._all_layers, self.num_key_value_heads  # type: ignore[attr-defined]
         slopes = self.slopes
         shard: HeadShard | None = self.__dict__.get("_head_shard")
         key = shard, layers, None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
         known = self.__dict__.get("_head_slopes")
         if known is None or known[0] != key:
-            checked = checked_slopes(slopes, self._all_layers, groups)[:layers]
+            checked = checked_slopes(slopes, layers, groups)
             if shard is not None:
                 checked = tuple(None if layer is None else shard.of(layer) for layer in checked)
             known = key, checked

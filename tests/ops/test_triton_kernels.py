@@ -131,10 +131,10 @@ def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     check(dim=dim, length=300 if GPU else 60, dtype=dtype)
 
 
-def test_packed_padded_and_both() -> None:
-    check(packed=True)
-    check(padded=True)
-    check(packed=True, padded=True, local=7, known=False)
+@pytest.mark.parametrize(("packed", "padded"), [slow(True, False), slow(False, True), (True, True)])
+def test_packed_padded_and_both(packed: bool, padded: bool) -> None:
+    both = {"local": 7, "known": False} if packed and padded else {}
+    check(packed=packed, padded=padded, **both)
 
 
 @pytest.mark.parametrize("queries", [1, slow(3), slow(8), 9, slow(77)])
@@ -170,10 +170,13 @@ def test_query_without_keys() -> None:
         assert torch.isfinite(tensor.grad).all()
 
 
-def test_head_windows() -> None:
+@pytest.mark.parametrize("known", [slow(True), False])
+def test_head_windows(known: bool) -> None:
     """A window of one key beside one of all keys, in one call."""
-    check(heads=6, groups=3, window=(1, 150, 20), sinks=4)
-    check(heads=3, groups=3, window=(150, 1, 30), known=False, bias=False, queries=70)
+    if known:
+        check(heads=6, groups=3, window=(1, 150, 20), sinks=4)
+    else:
+        check(heads=3, groups=3, window=(150, 1, 30), known=False, bias=False, queries=70)
 
 
 @pytest.fixture
@@ -305,7 +308,7 @@ def expiry_problems(draw: st.DrawFn) -> tuple[torch.Tensor, list[int], dict]:
 
 
 @settings(
-    max_examples=200 if GPU else 13,
+    max_examples=200 if GPU else 7,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -586,7 +589,7 @@ def test_hopper_head_windows(monkeypatch: pytest.MonkeyPatch, dim: int, walk: bo
     check(heads=16, groups=4, length=40, queries=30, window=(40, 1, 7, 3), **options)
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("bias", [slow(False), True])
 def test_redoing_flagged_tiles(bias: bool) -> None:
     """Every other tile flagged: those get what the reference gives, the others stay as they were."""
     from dynamask.ops.hopper import redo
