@@ -52,6 +52,7 @@ def distill(
     label_share: float = 0.0,
     beginning_share: float = 0.0,
     train_embeddings: bool = True,
+    average_share: float = 0.0,
     start_windows: float = 1.0,
     shrink_share: float = 0.5,
     gradient_checkpointing: bool = False,
@@ -89,6 +90,7 @@ def distill(
             on the mean, if that is above their share of the positions. There the model sees nearly all keys: more
             weight keeps its answers to short texts as they are.
         train_embeddings: whether the embeddings and the output layer learn, too.
+        average_share: share of the steps, the last, over whose weights the mean is returned; 0: the last weights.
         start_windows: factor of all windows at the first step, at least 1. No window rises above the block.
         shrink_share: share of the steps after which the windows are the model's, above 0 to 1.
         gradient_checkpointing: compute the layers again in the backward pass instead of keeping what they computed.
@@ -121,8 +123,11 @@ def distill(
             "distill: label_share must be from 0 to 1, start_windows at least 1, shrink_share above 0 and at most 1; "
             f"got {label_share}, {start_windows} and {shrink_share}"
         )
-    if not 0 <= beginning_share < 1:
-        raise InvalidInputError(f"distill: beginning_share must be at least 0 and below 1; got {beginning_share}")
+    if not 0 <= beginning_share < 1 or not 0 <= average_share < 1:
+        raise InvalidInputError(
+            "distill: beginning_share and average_share must be at least 0 and below 1; "
+            f"got {beginning_share} and {average_share}"
+        )
     recordable = start_windows == 1 and not gradient_checkpointing and _on_one_gpu(model)
     if recorded and not recordable:
         raise InvalidInputError(
@@ -144,6 +149,7 @@ def distill(
         "label_share": label_share,
         "beginning_share": beginning_share,
         "train_embeddings": train_embeddings,
+        "average_share": average_share,
         "start_windows": start_windows,
         "shrink_share": shrink_share,
     }
@@ -170,10 +176,12 @@ def distill(
         share = rank_learning_rate / learning_rate
         optimizer = adamw(student, learning_rate=learning_rate, weight_decay=0.0, rank_rate=share)
         start, history = 0, torch.zeros(steps)
+        mean = _Mean(p for p in student.parameters() if p.requires_grad)
         if state is not None:
             student.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             start, history = state["step"], state["losses"]
+            mean.load(state["mean"])
         warmup = min(20, steps // 20) if warmup is None else warmup
         rates = [group["lr"] for group in adamw_rates(optimizer, learning_rate)]
         clock, saved = Clock("distill", steps, start), time.perf_counter()
@@ -207,6 +215,8 @@ def distill(
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            if step >= steps - round(average_share * steps):
+                mean.add()
             losses.append(loss.detach())
             clock.tokens += tokens.numel()
             last = step + 1 == steps
@@ -222,9 +232,10 @@ def distill(
                 if progress is not None:
                     progress(clock.progress(step + 1, float(history[step])))
                 if checkpoint is not None and (last or time.perf_counter() - saved > save_every):
-                    weights = {"model": student.state_dict(), "optimizer": optimizer.state_dict()}
+                    weights = {"model": student.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean.state()}
                     save_state({"identity": identity, "step": step + 1, "losses": history, **weights}, checkpoint)
                     saved = time.perf_counter()
+        mean.put()
     finally:
         for each in layers:
             each.remove()
@@ -239,6 +250,37 @@ def distill(
     if rank_learning_rate > 0:
         config.trained_ranks = True
     return history.tolist()  # type: ignore[no-any-return]
+
+
+class _Mean:
+    """The mean of parameters over steps."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._mean: list[Tensor] = []
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Take in the parameters as they are now."""
+        self._count += 1
+        if self._count == 1:
+            self._mean = [parameter.detach().clone() for parameter in self._parameters]
+        else:
+            torch._foreach_lerp_(self._mean, [p.detach() for p in self._parameters], 1 / self._count)
+
+    @torch.no_grad()
+    def put(self) -> None:
+        """Set the parameters to their mean, if any step was taken in."""
+        if self._count:
+            torch._foreach_copy_([p.detach() for p in self._parameters], self._mean)
+
+    def state(self) -> tuple[int, list[Tensor]]:
+        return self._count, self._mean
+
+    def load(self, state: tuple[int, list[Tensor]]) -> None:
+        count, mean = state
+        self._count, self._mean = count, [m.to(p.device) for m, p in zip(mean, self._parameters, strict=bool(mean))]
 
 
 def _on_one_gpu(model: Any) -> bool:

@@ -97,6 +97,28 @@ def test_embeddings_may_stay_as_they_are(llama: Any) -> None:
     torch.testing.assert_close(distillation_losses(model, llama, tokens)[0], expected)
 
 
+def test_the_mean_of_the_last_weights_is_returned(llama: Any) -> None:
+    seen: list[torch.Tensor] = []
+
+    def run(steps: int, **options: Any) -> torch.Tensor:
+        model = student_of(llama)
+        weight = model.model.layers[0].mlp.up_proj.weight
+        watch: Any = lambda report: seen.append(weight.detach().clone())  # noqa: E731
+        convert.distill(model, llama, data, steps=steps, learning_rate=1e-2, progress=watch, **options)
+        return weight.detach()
+
+    data = blocks()
+    last = run(10)
+    torch.testing.assert_close(seen[-1], last)
+    assert torch.equal(run(10, average_share=0.1), last), "the last tenth is the last step"
+    assert not torch.equal(run(10, average_share=0.2), last)
+    nine = []
+    for _ in range(2):  # the ninth step's weights, from the mean of the last two
+        nine.append(2 * run(10, average_share=0.2) - last)
+    torch.testing.assert_close(nine[0], nine[1])
+    assert (nine[0] - last).abs().max() < 1e-2 * 0.3, "one step of AdamW apart, at the rate of the end"
+
+
 def test_beginnings_have_their_share_of_the_loss(llama: Any) -> None:
     model, tokens = student_of(llama), blocks(1)[0]
     with torch.no_grad():
@@ -176,11 +198,12 @@ def test_a_killed_run_continues_to_the_same_weights(llama: Any, tmp_path: Path) 
             raise Killed
 
     whole, broken, again = student_of(llama), student_of(llama), student_of(llama)
-    expected = convert.distill(whole, llama, data, steps=12)
+    run: dict[str, Any] = {"steps": 12, "average_share": 0.5}
+    expected = convert.distill(whole, llama, data, **run)
     file = tmp_path / "distill.pt"
     with pytest.raises(Killed):
-        convert.distill(broken, llama, data, steps=12, checkpoint=file, save_every=0.0, progress=kill)
-    assert convert.distill(again, llama, data, steps=12, checkpoint=file) == expected
+        convert.distill(broken, llama, data, **run, checkpoint=file, save_every=0.0, progress=kill)
+    assert convert.distill(again, llama, data, **run, checkpoint=file) == expected
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -220,7 +243,7 @@ def test_bad_input(llama: Any, shape: dict[str, Any]) -> None:
     for options in ({"label_share": 1.5}, {"start_windows": 0.5}, {"shrink_share": 0.0}):
         with pytest.raises(InvalidInputError, match="label_share must be from 0 to 1, start_windows at least 1"):
             convert.distill(model, llama, blocks(), steps=1, **options)
-    with pytest.raises(InvalidInputError, match="beginning_share must be at least 0 and below 1"):
+    with pytest.raises(InvalidInputError, match="beginning_share and average_share must be at least 0 and below 1"):
         convert.distill(model, llama, blocks(), steps=1, beginning_share=1.0)
     with torch.no_grad():
         llama.lm_head.weight[0, 0] = float("nan")
