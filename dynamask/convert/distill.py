@@ -51,8 +51,8 @@ def distill(
     chunk: int = 1024,
     label_share: float = 0.0,
     beginning_share: float = 0.0,
-    train_embeddings: bool = True,
-    average_share: float = 0.0,
+    train_embeddings: bool | None = None,
+    average_share: float = 0.25,
     start_windows: float = 1.0,
     shrink_share: float = 0.5,
     gradient_checkpointing: bool = False,
@@ -66,7 +66,7 @@ def distill(
 
     The loss is KL(teacher || student), see `chunked_kl`. The rank predictors go on learning beside it by their own
     loss, from the student's attention, at their own rate. AdamW without weight decay; a short warm-up, then a cosine to
-    a tenth. On a GPU in bfloat16 over float32 weights.
+    a tenth; the mean of the last weights is returned. On a GPU in bfloat16 over float32 weights.
 
     With `start_windows` above 1 the first steps see wider windows, which shrink to the model's: far from the teacher a
     small step learns less than near it. With `label_share` above 0 the model also adapts to the texts, as the dense
@@ -79,8 +79,8 @@ def distill(
             `model`, as after `upcycle(copy_weights=False)`, a copy of it is made first.
         blocks: iterable of (B, N) token ids; a list is read again from its beginning.
         steps: batches to train on. The default is that of the conversion study, with batches of 4 blocks of 8,192.
-        learning_rate: highest rate of the model. The default came closest to the teacher in the conversion study;
-            larger models than those of the study want a lower one.
+        learning_rate: highest rate of the model. With the default the conversion study met its goals; larger models
+            than those of the study want a lower one.
         rank_learning_rate: highest rate of the rank predictors; 0 leaves them as they are.
         warmup: steps of linear warm-up; None: a twentieth of the steps, at most 20.
         temperature: of both distributions.
@@ -89,7 +89,9 @@ def distill(
         beginning_share: share of the divergence that the first positions of a block have, as many as the windows hold
             on the mean, if that is above their share of the positions. There the model sees nearly all keys: more
             weight keeps its answers to short texts as they are.
-        train_embeddings: whether the embeddings and the output layer learn, too.
+        train_embeddings: whether the embeddings and the output layer learn, too. None: with a `label_share` alone. The
+            loss of keys is made up for by the layers; embeddings that follow the texts change what the model answers to
+            other texts.
         average_share: share of the steps, the last, over whose weights the mean is returned; 0: the last weights.
         start_windows: factor of all windows at the first step, at least 1. No window rises above the block.
         shrink_share: share of the steps after which the windows are the model's, above 0 to 1.
@@ -128,6 +130,8 @@ def distill(
             "distill: beginning_share and average_share must be at least 0 and below 1; "
             f"got {beginning_share} and {average_share}"
         )
+    if train_embeddings is None:
+        train_embeddings = label_share > 0
     recordable = start_windows == 1 and not gradient_checkpointing and _on_one_gpu(model)
     if recorded and not recordable:
         raise InvalidInputError(

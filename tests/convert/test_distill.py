@@ -33,7 +33,14 @@ def test_it_lowers_the_divergence(llama: Any, checkpointing: bool) -> None:
     teacher = {name: value.clone() for name, value in llama.state_dict().items()}
     predictor = model.model.layers[0].self_attn.rank_predictor.down.weight.clone()
     losses = convert.distill(
-        model, llama, data, steps=15, learning_rate=1e-3, chunk=20, gradient_checkpointing=checkpointing
+        model,
+        llama,
+        data,
+        steps=15,
+        learning_rate=1e-3,
+        train_embeddings=True,
+        chunk=20,
+        gradient_checkpointing=checkpointing,
     )
     assert losses[0] == pytest.approx(before, rel=1e-4)
     assert float(distillation_losses(model, llama, data[0])[0]) < 0.8 * before

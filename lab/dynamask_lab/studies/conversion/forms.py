@@ -339,7 +339,7 @@ class Workshop:
         if _ranks(spec) and not self._ranks_file(spec).exists():
             seconds += 0.16 * (spec.rank_steps or self.schedule.rank_steps)
         if spec.trained and not self._file(spec).exists():
-            seconds += 20 + 0.5 * spec.steps
+            seconds += 20 + 0.4 * spec.steps
         if spec.origin and not self._file(_origin(spec)).exists():
             seconds += 15 + 0.45 * spec.steps
         return seconds
@@ -538,6 +538,7 @@ class Workshop:
             # Windows as long as the blocks: dense attention, in the loop that converted models are trained in.
             student = upcycled(model, schedule.block)
             options: dict[str, Any] = {"steps": spec.steps, "learning_rate": rate, "label_share": 1.0}
+            options |= {"train_embeddings": True, "average_share": 0.0}
             history = distill(student, self.dense(), batches, rank_learning_rate=0.0, **options)
             model.load_state_dict(student.state_dict(), strict=False)
         elif spec.kind == "dense trained":
@@ -563,6 +564,7 @@ class Workshop:
                 start_windows=spec.start_windows,
                 beginning_share=spec.beginning_share,
                 train_embeddings=spec.embeddings,
+                average_share=0.0,
                 progress=watch,
             )
         _synchronise(self.device)
