@@ -127,6 +127,14 @@ def form_name(spec: Mapping[str, Any]) -> str:
         words.append("from the trained dense model")
     if spec.get("loop") and kind == "dense trained":
         words.append("in distillation's loop")
+    if spec.get("beginning_share"):
+        words.append(f"{spec['beginning_share']:.0%} of the loss at the beginning")
+    if not spec.get("embeddings", True):
+        words.append("embeddings fixed")
+    if spec.get("average"):
+        words.append(f"mean of the last {spec['average']:.0%} of the steps")
+    if spec.get("mixed", 1.0) != 1:
+        words.append(f"{1 - spec['mixed']:.0%} dense weights")
     if spec.get("context"):
         words.append(f"learned at {spec['context'] // 1024}K under YaRN")
     if spec.get("rate") is not None:
