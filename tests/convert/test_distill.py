@@ -146,7 +146,8 @@ def test_within_the_windows_there_is_nothing_to_learn(llama: Any) -> None:
 def test_a_teacher_that_shares_weights_is_copied(llama: Any) -> None:
     shared = convert.upcycle(llama.to(torch.bfloat16), 10, local=4, sinks=2)
     before = shared.lm_head.weight.clone()
-    losses = convert.distill(shared, llama, blocks(1), steps=4, learning_rate=1e-2, rank_learning_rate=0.0)
+    options: dict[str, Any] = {"learning_rate": 1e-2, "rank_learning_rate": 0.0, "train_embeddings": True}
+    losses = convert.distill(shared, llama, blocks(1), steps=4, **options)
     assert losses[-1] > 0
     assert shared.lm_head.weight.dtype == torch.bfloat16
     assert not torch.equal(shared.lm_head.weight, before)
