@@ -137,6 +137,7 @@ def build(
     sample: int = SAMPLE,
     processes: int | None = None,
     parts: int = PARTS,
+    validation: float = VALIDATION,
     name: str = "local",
 ) -> int:
     """Make a corpus, `output / local` for one.
@@ -149,6 +150,7 @@ def build(
         sample: characters that the tokenizer is trained on, spread over the documents.
         processes: that tokenise; None: one per core, up to `parts`.
         parts: shards of each split; which documents are held out depends on them.
+        validation: share of the documents that are held out.
         name: "local"; "long": documents are then whole folders of sources; "tables": the documents of `more` alone,
             which makes the same corpus on every machine.
 
@@ -174,7 +176,7 @@ def build(
             tables.append(table)
         tokenizer = output / f"{name}-tokenizer"
         train_tokenizer([document.text for document in texts[::every]], VOCAB_SIZE).save_pretrained(tokenizer)
-        tokenised = partial(_tokenised, tokenizer=tokenizer.absolute())
+        tokenised = partial(_tokenised, tokenizer=tokenizer.absolute(), validation=validation)
         if processes > 1:
             with multiprocessing.get_context("spawn").Pool(processes) as pool:
                 made = pool.map(tokenised, tables, chunksize=1)
@@ -184,18 +186,18 @@ def build(
     return sum(len(shard) for shard in Corpus.open(output / name).tokens("train"))
 
 
-def _tokenised(table: Path, tokenizer: Path) -> Path:
+def _tokenised(table: Path, tokenizer: Path, validation: float) -> Path:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     folder, before = table.with_suffix(""), Path.cwd()
     os.chdir(table.parent)  # what is held out is chosen by the name, which must be the same everywhere
     try:
-        return _prepared(table, folder, tokenizer)
+        return _prepared(table, folder, tokenizer, validation)
     finally:
         os.chdir(before)
 
 
-def _prepared(table: Path, folder: Path, tokenizer: Path) -> Path:
-    prepare([table.name], folder, vocab_size=VOCAB_SIZE, tokenizer=str(tokenizer), validation=VALIDATION)
+def _prepared(table: Path, folder: Path, tokenizer: Path, validation: float) -> Path:
+    prepare([table.name], folder, vocab_size=VOCAB_SIZE, tokenizer=str(tokenizer), validation=validation)
     return folder
 
 

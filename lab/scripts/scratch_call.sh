@@ -74,7 +74,7 @@ cards)
         for name in $names; do while [ ! -e "filled-$name" ]; do sleep 0.5; done; done
         echo "$(date +%X) tables are there"
         OMP_NUM_THREADS=16 CUDA_VISIBLE_DEVICES= python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz \
-            --characters 700e6 --parts 56 --state state --out none.jsonl --seconds 300 --corpus-only --size "$size"
+            --characters 700e6 --parts 56 --held-out 0.02 --state state --out none.jsonl --seconds 300 --corpus-only --size "$size"
         echo "$(date +%X) the corpus is there"
         sweep() { # CARD JOB LATE-OR-UNTIL... -- FORMS...
             card=$1 job=$2

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from local_corpus import PARTS, build
+from local_corpus import PARTS, VALIDATION, build
 
 
 def main() -> None:
@@ -41,7 +41,8 @@ def main() -> None:
         "--first", type=int, default=4, help="so many forms are run with all seeds before the next so many"
     )
     parser.add_argument("--tokens", type=float, help="per parameter, instead of the sweep's 20")
-    parser.add_argument("--parts", type=int, help="of the corpus, which decide what is held out")
+    parser.add_argument("--held-out", type=float, default=VALIDATION, help="share of the documents")
+    parser.add_argument("--parts", type=int, default=PARTS, help="of the corpus, which decide what is held out")
     parser.add_argument("--late", type=Path, nargs="*", default=[], help="made one after another while runs are late")
     parser.add_argument("--until", type=Path, help="end without a result once this file is there")
     parser.add_argument("--corpus-only", action="store_true", help="make the corpus and end")
@@ -50,8 +51,14 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     name = "long" if "reading" in arguments.size else "tables" if "tables" in arguments.size[0] else "local"
     if not (arguments.corpora / name / "index.json").exists():
-        most, parts = int(arguments.characters), arguments.parts or PARTS
-        tokens = build(arguments.corpora, more=arguments.more, characters=most, parts=parts, name=name)
+        tokens = build(
+            arguments.corpora,
+            more=arguments.more,
+            characters=int(arguments.characters),
+            parts=arguments.parts,
+            validation=arguments.held_out,
+            name=name,
+        )
         print(f"{tokens:,} tokens to train on, {deadline - time.monotonic():.0f} s left", flush=True)
     if arguments.corpus_only:
         return
