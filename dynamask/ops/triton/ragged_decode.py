@@ -10,6 +10,7 @@ the split, so that nothing in the loop waits for other threads (`_stream`).
 """
 
 # ruff: noqa: RUF005  (Triton unpacks no tuples inside of others)
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
