@@ -82,14 +82,37 @@ cards)
             CUDA_VISIBLE_DEVICES=$card python3 lab/scripts/scratch_gpu.py --corpora corpora --size "$size" --seeds "$card" \
                 --state "state-$card-$job" --out "$card-$job.jsonl" --copy "$out/$size-$card-$job.jsonl" --workers 3 \
                 --first 9 --seconds $((end - $(date +%s))) "$@" >"$out/log-$card-$job.txt" 2>&1 &
+            running="$running $!"
+        }
+        rest() { # CARD FORMS...: what 4M-tables lacks, once the sweeps of the card have ended
+            card=$1
+            shift
+            for each in $running; do while kill -0 "$each" 2>/dev/null; do sleep 1; done; done
+            left=$((end - $(date +%s)))
+            if [ "$left" -gt 60 ] && [ -e corpora-4M/tables/index.json ]; then
+                CUDA_VISIBLE_DEVICES=$card python3 lab/scripts/scratch_gpu.py --corpora corpora-4M --size 4M-tables \
+                    --seeds "$card" --state "state-$card-4M" --out "$card-4M.jsonl" --copy "$out/4M-tables-$card.jsonl" \
+                    --workers 6 --first 99 --seconds "$left" --only "$@" >"$out/log-$card-4M.txt" 2>&1
+            fi
         }
         half="half rate," wide="one wide layer, w = N/16="
         for card in 0 1 2; do
+            running=
             sweep $card a --late "late-$card-1" "late-$card-2" \
                 --only "=dense, half rate=" "=scored, $half $wide" "=sliding + sinks, $half $wide"
             sweep $card b --until "late-$card-2" --only "=dense, slopes, half rate="
             sweep $card c --until "late-$card-1" --only "=learned, $half slopes, $wide"
+            missing=
+            [ $card = 2 ] && missing="=random,|=sliding + sinks, $half one wide|=paper, w = N/8="
+            IFS="|"
+            set -- $missing "=learned, $half slopes, one wide" "=paper, w = N/2=" "=scored, $half one wide" "=dense, slopes"
+            unset IFS
+            rest $card "$@" &
         done
+        sleep 60
+        CUDA_VISIBLE_DEVICES= nice -n 19 taskset -c 0-11 python3 lab/scripts/scratch_gpu.py --corpora corpora-4M \
+            --more others-0.jsonl.xz others-1.jsonl.xz linux-0.jsonl.xz --state state --out none.jsonl --seconds 300 \
+            --corpus-only --size 4M-tables
         wait' "$names" "$seconds" "$out" "$size" >"$out/log-cards.txt" 2>&1 </dev/null &
     ;;
 beside)
