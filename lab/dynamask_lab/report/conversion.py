@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dynamask_lab.studies.conversion.forms import STEPS
+from dynamask_lab.studies.conversion.forms import LOCAL, STEPS
 from dynamask_lab.studies.conversion.tasks import NEEDLE_TASKS
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.section import Exhibit, Row, Section
@@ -137,6 +137,19 @@ def form_name(spec: Mapping[str, Any]) -> str:
         words.append(f"{1 - spec['mixed']:.0%} dense weights")
     if spec.get("context"):
         words.append(f"learned at {spec['context'] // 1024}K under YaRN")
+    texts = {"plain": "plain text", "spans": "text with copied spans", "facts": "text with planted facts"}
+    if spec.get("texts"):
+        words.append(f"ranks from {texts[spec['texts']]}")
+    if spec.get("distil_texts") and spec["distil_texts"] != spec.get("texts"):
+        words.append(f"distilled on {texts[spec['distil_texts']]}")
+    if spec.get("local", LOCAL) != LOCAL:
+        words.append(f"{spec['local']} newest keys")
+    if spec.get("target"):
+        words.append("ranks by their effect on the loss")
+    if spec.get("width"):
+        words.append(f"predictors of {spec['width']} units")
+    if spec.get("rank_steps"):
+        words.append(f"ranks for {spec['rank_steps']} steps")
     if spec.get("rate") is not None:
         words.append(f"rate {spec['rate']:g}")
     if spec.get("steps", STEPS) != STEPS:

@@ -23,6 +23,7 @@ from dynamask_lab.report.conversion import (
     sources,
     training_seconds,
 )
+from dynamask_lab.report.conversion_bound import bound_rows, cache_rows, read_bound
 from dynamask_lab.studies.judged import layer_windows, share_of_pairs
 from dynamask_lab.sweeps.section import Row
 from dynamask_lab.sweeps.verdicts import FEW_SEEDS, FEW_SEEDS_INTEREST
@@ -309,6 +310,20 @@ def conversion_long(results: Path) -> str:
     return _table(rows, f"{note}{sources(lines)}.")
 
 
+def gemma_bound(results: Path) -> str:
+    """What bounds the frozen conversion of Gemma 3 270M."""
+    rows = bound_rows(read_bound(results, "conversion bound"))
+    note = "Gemma 3 270M, 8,192 tokens, 12 blocks; 95% bootstrap intervals over them, paired. NVIDIA H200."
+    return _table(rows, note) if rows else NOT_MEASURED
+
+
+def gemma_cache(results: Path) -> str:
+    """The whole cache of Gemma 3 270M, dense and converted."""
+    rows = cache_rows(read_bound(results, "conversion cache"))
+    note = "One sequence in bfloat16; 15 layers slide over 512 keys in both models, three are global."
+    return _table(rows, note) if rows else NOT_MEASURED
+
+
 def _family(line: Mapping[str, Any]) -> tuple[Any, ...]:
     """What forms have in common that differ by how windows were set and how they were trained."""
     return tuple(line["spec"][name] for name in ("kind", "budget", "windows", "ranks", "distilled", "peer"))
@@ -431,6 +446,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "conversion-forms": conversion_forms,
     "conversion-goals": conversion_goals,
     "conversion-long": conversion_long,
+    "gemma-bound": gemma_bound,
+    "gemma-cache": gemma_cache,
     "cost": cost_table,
 }
 """Name of a marked part -> what draws it from the folder of raw lines."""

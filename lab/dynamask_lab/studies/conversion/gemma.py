@@ -57,6 +57,23 @@ NEAR, WIDE_PREDICTOR = converted(steps=0, local=32), converted(steps=0, width=10
 LEVERS = (RANKS_FACTS, PLAIN, FACTS, *FACTS_WIDER[::-1], FACTS_LONGER, NEAR, SPANS, FACTS_LABELS, WIDE_PREDICTOR)
 
 
+JUDGED = (
+    ("frozen", FROZEN),
+    ("frozen, texts with planted facts", RANKS_FACTS),
+    ("distilled, 200 steps", DISTILLED),
+    ("distilled on plain text, 200 steps", PLAIN),
+    ("distilled on text with copied spans, 200 steps", SPANS),
+    ("distilled on text with planted facts, 200 steps", FACTS),
+    ("distilled on text with planted facts, 400 steps", FACTS_LONGER),
+    ("the same, half next tokens, 200 steps", FACTS_LABELS),
+    ("frozen, 32 newest keys", NEAR),
+    ("frozen, wider predictors", WIDE_PREDICTOR),
+    *((f"frozen, {spec.budget:,} keys", spec) for spec in WIDER),
+    *((f"distilled on text with planted facts, {spec.budget:,} keys", spec) for spec in FACTS_WIDER),
+)
+"""What the report judges: names and forms."""
+
+
 def entries() -> list[Entry]:
     """All entries, the most telling first."""
     made = [Entry(tuple(losses_of(spec)), trains=True) for spec in LEVERS]
