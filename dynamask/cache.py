@@ -409,7 +409,6 @@ class BoundedLayer(CacheLayerMixin):
             if key_mask is not None or self._least < past:
                 old = torch.arange(past, device=key.device) >= empty[:, None]
                 real = torch.cat([old, old.new_ones(batch, new) if key_mask is None else key_mask], -1)
-        length = key.shape[2]
         expiry = key_expiry(contest, self.windows, local=self.local, sinks=self.sinks, key_mask=real)
         if past:
             column = torch.arange(past, dtype=torch.int32, device=key.device)
@@ -417,7 +416,7 @@ class BoundedLayer(CacheLayerMixin):
         keys = LiveKeys(key, value, ranks, position, expiry)
         self.clock = self.clock + (new if key_mask is None else key_mask.sum(-1, keepdim=True))
         self._count(new, key_mask)
-        self._keep(keys, expiry == length)
+        self._keep(keys)
         return keys
 
     def _in_order(self, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -442,9 +441,16 @@ class BoundedLayer(CacheLayerMixin):
         order = torch.where(alive, 2 * position + 2, between).argsort(dim=-1, stable=True)
         return slot.expand_as(order).gather(-1, order), position.gather(-1, order), empty[:, 0]
 
-    def _keep(self, keys: LiveKeys, survives: Tensor) -> None:
-        """Pack the keys that survive, (B, G, N) bool, into pools of the layout that `_count` has asked for."""
+    def _keep(self, keys: LiveKeys) -> None:
+        """Pack the keys that survive into pools of the layout that `_count` has asked for."""
         layout = self._layout = self._spacious()
+        if keys.key.is_cuda and _serves_kernels(keys):
+            from dynamask.ops.triton.cache_keep import keep_launch
+
+            found = keep_launch(*keys, layout.table, layout.offsets[-1])
+            self.keys, self.values, self.ranks, self.positions = found
+            return
+        survives = keys.expiry == keys.key.shape[2]
         batch, groups, length = survives.shape
         slots, device = layout.offsets[-1], survives.device
         first = layout.first[:, None]
@@ -856,6 +862,12 @@ def _check_call(key: Tensor, value: Tensor, ranks: Tensor | None, key_mask: Tens
             f"key_mask must be bool of shape {(key.shape[0], key.shape[2])}, True for a real token; got "
             f"{key_mask.dtype} of shape {tuple(key_mask.shape)}"
         )
+
+
+def _serves_kernels(keys: LiveKeys) -> bool:
+    """Whether no gradient is wanted of these keys, and nothing traces what is done with them."""
+    wanted = torch.is_grad_enabled() and any(each.requires_grad for each in (keys.key, keys.value, keys.score))
+    return not wanted and not torch.compiler.is_compiling() and triton_available()
 
 
 def _take(pool: Tensor, slot: Tensor) -> Tensor:

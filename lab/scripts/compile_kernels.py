@@ -164,6 +164,7 @@ def hopper() -> None:
 def step() -> None:
     """The launches of a decoding step, at two shapes of models and batches."""
     from dynamask.ops.triton import decode_step, early
+    from dynamask.ops.triton.cache_keep import keep_launch
     from dynamask.ops.triton.predict_ranks import rms_epsilon
     from dynamask.ops.triton.ragged_decode import ragged_decode_launch
 
@@ -194,6 +195,9 @@ def step() -> None:
         norms = None if biased else (weight(dim), weight(dim))
         decode_step.rotate_and_insert(projected, weight(1, dim), weight(1, dim), norms, 1e-6, ranks, pools, contest)
         ragged_decode_launch(weight(batch, heads, 1, dim), *state[:2], None, offsets, None, 0.1)
+        key, found = weight(batch, groups, 32, dim), torch.zeros(batch, groups, 32, dtype=torch.int32)
+        table = torch.zeros(groups + 1, dtype=torch.int32)
+        keep_launch(key, key, torch.zeros(batch, groups, 32), found.long(), found, table, slots)
 
 
 def main() -> int:
