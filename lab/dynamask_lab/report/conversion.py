@@ -60,6 +60,8 @@ def _is_needle(settings: Mapping[str, Any]) -> bool:
     return settings["task"] in _NEEDLES and settings["length"] <= _LONGEST_NEEDLE
 
 
+_DEFAULT = {"embeddings": False, "average": 0.25, "rate": 4e-4, "steps": 400}
+"""Of a spec whose distillation is the product's default."""
 _NEEDLES = tuple(task for task in NEEDLE_TASKS if task != "multikey_3")  # which the dense model fails, too
 _LONGEST_NEEDLE = 4096
 _LONG_NEEDLES = 16384
@@ -118,7 +120,10 @@ def form_name(spec: Mapping[str, Any]) -> str:
             words.append({"linear": "linear predictor", "values": "ranks from values"}[spec["predictor"]])
         if spec.get("allocation", "threshold") != "threshold":
             words.append("windows and slopes by loss" if spec.get("slopes") else "windows by loss")
-        words.append("distilled" if spec["distilled"] else "model frozen")
+        default = spec["distilled"] and all(spec.get(name) == value for name, value in _DEFAULT.items())
+        if default:
+            spec = {name: value for name, value in spec.items() if name not in _DEFAULT}
+        words.append("distilled by default" if default else "distilled" if spec["distilled"] else "model frozen")
         if spec.get("label_share"):
             words.append(f"{spec['label_share']:.0%} next tokens")
         if spec.get("start_windows", 1.0) != 1:

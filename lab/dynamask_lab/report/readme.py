@@ -279,9 +279,10 @@ def conversion_summary(results: Path) -> str:
 
 
 def conversion_forms(results: Path) -> str:
-    """All forms, budgets and seeds of the conversion study."""
+    """All forms and budgets of the conversion study whose needles or benchmarks were measured."""
     lines = of_main_model(read_conversion(results))
-    return _conversion(lines, conversion_table(lines))
+    rows = conversion_table(lines)
+    return _conversion(lines, [row for row in rows if row.get("needles, %") or row.get("benchmarks, %")])
 
 
 def conversion_goals(results: Path) -> str:
@@ -291,8 +292,9 @@ def conversion_goals(results: Path) -> str:
 
     lines = read_conversion(results)
     note = (
-        "512 keys per KV head where a form names none; distilled: 400 steps of 4 x 8,192 tokens at a rate of 2e-4, "
-        "twice the rate (the default) the same steps at 4e-4; 95% bootstrap intervals over documents, examples or "
+        "512 keys per KV head where a form names none; distilled: the default, 400 steps of 4 x 8,192 tokens at a rate "
+        "of 4e-4, embeddings fixed, the mean of the last quarter's weights; forms beside it name what differs; 95% "
+        "bootstrap intervals over documents, examples or "
         "questions, paired."
     )
     timed = [line for file in sorted((results / "decode").glob("*.jsonl")) for line in _lines(file)]
@@ -330,10 +332,12 @@ def _family(line: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _version(line: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells the forms of a family apart; of the highest is shown: slopes, then windows by loss, then steps."""
+    """What tells the forms of a family apart; of the highest is shown: slopes, then windows by loss, then the default's
+    embeddings and mean of weights, then steps."""
     spec = line["spec"]
     by_loss = spec.get("allocation", "threshold") == "loss"
-    return bool(spec.get("slopes")), by_loss, spec.get("steps") or 0, spec.get("rate") or 0.0
+    default = not spec.get("embeddings", True), spec.get("average", 0.0)
+    return bool(spec.get("slopes")), by_loss, *default, spec.get("steps") or 0, spec.get("rate") or 0.0
 
 
 def _is_main(spec: Mapping[str, Any]) -> bool:
@@ -342,6 +346,8 @@ def _is_main(spec: Mapping[str, Any]) -> bool:
     if spec.get("label_share") or spec.get("start_windows", 1.0) != 1:
         return False
     if spec.get("loop") or spec.get("context"):
+        return False
+    if spec.get("beginning_share") or spec.get("mixed", 1.0) != 1 or spec.get("average", 0.25) != 0.25:
         return False
     if spec["kind"] != "converted":
         return True

@@ -70,7 +70,7 @@ def test_benchmarks_are_judged_by_the_mean_of_the_seeds() -> None:
     what = "benchmarks: converted - dense"
     assert _row(rows, what, "distilled, seed 0")["measured"].startswith("-0.5000 ")
     assert _row(rows, what, "distilled, seed 1")["measured"] == "not run"
-    mean = _row(rows, what, "distilled, mean of 2 seeds")
+    mean = _row(rows, what, "distilled, mean of the seeds (2)")
     assert mean["measured"].startswith("+0.0000 ")
     assert mean[""] == "met"
 
