@@ -19,6 +19,13 @@ $(STAMP): pyproject.toml lab/pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[dev]" -e lab
 	touch $(STAMP)
 
+# The demo needs a part of that: a download of some hundred megabytes less.
+DEMO := $(VENV)/.installed-demo
+$(DEMO): pyproject.toml constraints.txt
+	test -f $(STAMP) || $(PYTHON) -m venv $(VENV)
+	test -f $(STAMP) || $(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e ".[demo]"
+	touch $@
+
 test: $(STAMP)  ## the product, a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" tests
 
@@ -58,7 +65,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-demo: $(STAMP)
+demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
 docs: $(STAMP)

@@ -267,7 +267,7 @@ def _write(
         else:
             (held if held_out else train).append(tokens)
     if not (waiting or train.total or held.total):
-        raise UsageError(f"no text in {', '.join(sources)}: there is nothing to train on")
+        raise UsageError(f"no text in {', '.join(sources)}: give files that hold some")
     waiting.sort(key=lambda entry: not entry[0])
     for number, (held_out, tokens) in enumerate(waiting):
         needed = block - held.total

@@ -85,7 +85,7 @@ def test_empty_corpora_are_named_and_leave_nothing(tmp_path) -> None:
     with pytest.raises(UsageError, match="holds no text"):
         list(documents([str(tmp_path / "texts")]))
     (tmp_path / "texts" / "blank.txt").write_text(" \n ")
-    with pytest.raises(UsageError, match="there is nothing to train on"):
+    with pytest.raises(UsageError, match="no text in"):
         prepare([str(tmp_path / "texts")], tmp_path / "corpus", vocab_size=300)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["texts"]
 
@@ -233,7 +233,7 @@ def test_sources_that_name_nothing_are_refused(source) -> None:
 
 def test_a_failed_corpus_leaves_no_folder_above_it(tmp_path) -> None:
     (tmp_path / "blank.txt").write_text(" ")
-    with pytest.raises(UsageError, match="nothing to train on"):
+    with pytest.raises(UsageError, match="no text in"):
         prepare([str(tmp_path / "blank.txt")], tmp_path / "run" / "corpus", vocab_size=300)
     assert [p.name for p in tmp_path.iterdir()] == ["blank.txt"]
 
