@@ -81,12 +81,12 @@ def _turns(talk: Conversation, line: StatusLine, terminal: bool) -> None:
         line.show(status(talk, None))
     for message in _messages(terminal):
         if message.startswith("/") and not any(c.isspace() for c in message):
-            _command(message, talk, line, terminal)
+            _command(message, talk, line)
         elif message.strip():
             _turn(message, talk, line, terminal)
 
 
-def _command(name: str, talk: Conversation, line: StatusLine, terminal: bool) -> None:
+def _command(name: str, talk: Conversation, line: StatusLine) -> None:
     if name == "/reset":
         talk.reset()
         line.show(status(talk, None))

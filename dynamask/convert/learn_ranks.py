@@ -140,8 +140,8 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = _rate(step, steps, warmup) * learning_rate
         if step == 0:
-            _step(model, tokens, predictors, config, center=True)
-        loss, worst = _step(model, tokens, predictors, config)
+            _step(model, tokens, config, center=True)
+        loss, worst = _step(model, tokens, config)
         torch.nn.utils.clip_grad_norm_(parameters, math.sqrt(len(predictors)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -161,9 +161,7 @@ def _train(
                 saved = time.perf_counter()
 
 
-def _step(
-    model: Any, tokens: Tensor, predictors: dict[int, Any], config: Any, *, center: bool = False
-) -> tuple[Tensor, Tensor]:
+def _step(model: Any, tokens: Tensor, config: Any, *, center: bool = False) -> tuple[Tensor, Tensor]:
     """Run a block, leave the gradients in the predictors; return the mean loss, and per layer whether all is finite.
 
     With `center`, no gradients: every head's bias becomes the mean of its targets, which many steps would go into.

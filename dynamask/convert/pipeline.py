@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dynamask.convert.allocate_windows import METHODS, allocate_windows
+from dynamask.convert.architectures import reason_not_convertible
 from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
-from dynamask.convert.models import reason_not_convertible, set_slopes, set_windows
+from dynamask.convert.models import set_slopes, set_windows
 from dynamask.convert.progress import Report
 from dynamask.convert.report import ConversionReport, Figures, figures_from, measure, plain_card
 from dynamask.convert.upcycle import upcycle
@@ -118,9 +119,9 @@ def run_conversion(settings: Conversion, *, progress: Report | None = None, say:
         return None
     work = settings.work
     with locked(work.with_name(work.name + ".lock"), f"a conversion to {settings.target}"):
-        resumed = _open_work(settings, say)
+        _open_work(settings, say)
         try:
-            report = _run(settings, tokenizer, block, progress, say, resumed)
+            report = _run(settings, tokenizer, block, progress, say)
         except Exception as error:
             if not (work / "ranks.pt").exists():  # nothing worth resuming
                 shutil.rmtree(work, ignore_errors=True)
@@ -205,7 +206,7 @@ def _line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _open_work(settings: Conversion, say: Say) -> bool:
+def _open_work(settings: Conversion, say: Say) -> None:
     work, file = settings.work, settings.work / "settings.json"
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
@@ -216,14 +217,13 @@ def _open_work(settings: Conversion, say: Say) -> bool:
                 "to continue it, or delete the folder"
             )
         say(f"continuing the conversion in {work}")
-        return True
+        return
     try:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         _replace(file, json.dumps(settings.identity()).encode())
     except OSError as error:
         raise UsageError(f"cannot write to {work}: {error.strerror or error}") from error
-    return False
 
 
 def _replace(file: Path, content: bytes) -> None:
@@ -232,9 +232,7 @@ def _replace(file: Path, content: bytes) -> None:
     os.replace(partial, file)
 
 
-def _run(
-    settings: Conversion, tokenizer: Any, block: int, progress: Report | None, say: Say, resumed: bool
-) -> ConversionReport:
+def _run(settings: Conversion, tokenizer: Any, block: int, progress: Report | None, say: Say) -> ConversionReport:
     work = settings.work
     tokens, held_out = _tokens(settings, tokenizer, block, say)
     if settings.window >= block:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dynamask.convert.architectures import reason_not_convertible
 from dynamask.convert.attention import IMPLEMENTATION
-from dynamask.convert.models import converted_classes, reason_not_convertible
+from dynamask.convert.models import converted_classes
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.decoder import decoder_of

@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from dynamask import DynamaskConfig, InvalidInputError, convert
+from dynamask.convert.architectures import reason_not_convertible
 from dynamask.convert.attention import IMPLEMENTATION
-from dynamask.convert.models import reason_not_convertible
 from dynamask.models.decoder import attention_of, decoder_of
 
 
