@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from dynamask_lab.studies.conversion import close, final, gemma, levers, measure, settle
+from dynamask_lab.studies.conversion import close, final, gemma, levers, longer, measure, settle
 from dynamask_lab.studies.conversion.forms import STEPS, OutOfTime, Schedule, Spec, Workshop
 from dynamask_lab.studies.conversion.jobs import Job, jobs, key_of, lane_of
 from dynamask_lab.studies.conversion.tasks import Example, Tasks
@@ -38,7 +38,7 @@ WAIT = 150.0
 """Seconds that `--after` waits at most."""
 MEASURING = 45.0
 """Seconds that a training leaves for the losses of what it trained."""
-SHARED: dict[str, Any] = {"final": final, "gemma": gemma, "close": close, "settle": settle}
+SHARED: dict[str, Any] = {"final": final, "gemma": gemma, "close": close, "settle": settle, "longer": longer}
 """Lists that processes share."""
 LANES = ("all", "converted", "dense", "speed")
 
