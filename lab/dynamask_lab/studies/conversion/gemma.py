@@ -88,8 +88,9 @@ def entries() -> list[Entry]:
     """All entries, the most telling first."""
     made = [Entry(tuple(losses_of(spec)), trains=True) for spec in LEVERS]
     for spec in (FACTS, RANKS_FACTS, PLAIN, *FACTS_WIDER[::-1], FACTS_LONGER, FACTS_LABELS, SPANS):
-        kept = averaged(spec) if spec.distilled else spec
-        made += [Entry(tuple(losses_of(kept))), needles(kept)]
+        if spec.distilled:
+            made.append(Entry(tuple(losses_of(averaged(spec)))))
+        made.append(needles(averaged(spec) if spec.distilled else spec))
     made += [Entry(tuple(losses_of(FROZEN)), trains=True), Entry(tuple(losses_of(DISTILLED)), trains=True)]
     made += [each for spec in WIDER for each in (Entry(tuple(losses_of(spec)), trains=True), needles(spec))]
     made += [Entry(tuple(losses_of(spec)), trains=True) for spec in (QUICKER, WIDER_DISTILLED)]
