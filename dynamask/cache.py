@@ -219,6 +219,25 @@ class BoundedLayer(CacheLayerMixin):
             output = attend(narrowed, keys.key, keys.value, keys.expiry, bias=bias, scale=scale, max_live=self.windows)
         return output if output.dtype == query.dtype else output.to(query.dtype)
 
+    def fill(self, key: Tensor, value: Tensor, ranks: Tensor, expiry: Tensor) -> None:
+        """Take the keys of a first call whose attention has been computed elsewhere.
+
+        Args:
+            key, value, ranks: as in `attend`; all tokens are real.
+            expiry: (B, G, Nq) int32, as `dynamask.key_expiry` gives it for the windows of this layer.
+
+        Raises:
+            InvalidInputError: the layer holds keys, or as `attend`.
+        """
+        if self.seen:
+            raise InvalidInputError(f"fill: the layer holds keys of {self.seen} tokens; make a new cache")
+        key, value, admitted = self._admit(key, value, ranks, None)
+        assert admitted is not None
+        position = self.clock[..., None] + torch.arange(key.shape[2], device=key.device)
+        self.clock = self.clock + key.shape[2]
+        self._count(key.shape[2], None)
+        self._keep(LiveKeys(key, value, admitted, position, expiry))
+
     def extend(self, key: Tensor, value: Tensor, scores: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
         """Add new keys, return what their queries see, and keep what later queries may see.
 

@@ -90,6 +90,7 @@ class TensorRules(NamedTuple):
         slopes: (G,) float32.
         local, sinks: as in `LayerRules`.
         losses: gets the loss of the ranks, if they learn.
+        kept: gets key, value, ranks and expiry, where a cache is to be filled with them.
     """
 
     windows: Tensor
@@ -97,6 +98,7 @@ class TensorRules(NamedTuple):
     local: int
     sinks: int
     losses: list[Tensor] | None
+    kept: list[Tensor] | None = None
 
 
 @dataclass
@@ -397,7 +399,10 @@ def _mix_compiled(
     ranks = ranks + rules.slopes.to(ranks.dtype)[:, None] * facts.ages[:, None].to(ranks.dtype)
     options: dict[str, Any] = {"segment_ids": facts.segment_ids, "key_mask": facts.key_mask}
     options |= {"local": rules.local, "sinks": rules.sinks, "scale": scale}
-    return ranked_attention(query, key, value, ranks, rules.windows, **options)
+    output, expiry = ranked_attention(query, key, value, ranks, rules.windows, **options)
+    if rules.kept is not None:
+        rules.kept.extend((key, value, ranks, expiry))
+    return output
 
 
 def _rank_loss(

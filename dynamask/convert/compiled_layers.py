@@ -1,4 +1,4 @@
-"""Run the decoder layers of a model compiled: one graph for all of them, in training and without a cache.
+"""Run the decoder layers of a model compiled: one graph for all of them, in training and for whole texts.
 
 A layer in training is some hundred small launches, and a fast GPU waits for the CPU that gives them out. Compiling one
 layer takes seconds, because all layers of a model share the graph: what differs between them (windows, slopes) enters
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynamask.cache import bounded_layer
 from dynamask.convert.attention import CallFacts, TensorRules
 from dynamask.convert.models import is_converted
 from dynamask.errors import InvalidInputError
@@ -23,6 +24,9 @@ from dynamask.models.decoder import attention_of
 
 _MOST_KINDS = 6
 """Kinds of calls (shapes, dtypes, modes) that are compiled for; others run as they are."""
+
+_LONG = 4096
+"""Tokens from which on reading a text into a cache is compiled for: each length takes a compilation."""
 
 _TOLERANCE, _GRADIENT_TOLERANCE = 0.1, 0.3
 """Of the norm of the difference over the norm of the result, where a first call is compared with the layer itself. In
@@ -33,8 +37,9 @@ more."""
 class CompiledLayers:
     """The decoder layers of a model, compiled until `remove()` or the end of a `with` block.
 
-    Calls that a compiled layer does not serve run as before: those with a cache, with an observer, over processes, of
-    texts within the windows, of models split by tensor parallelism, and of layers that slide or are dense in a
+    Texts of 4096 tokens or more that are read into an empty `BoundedCache`, without padding, are served, too. Calls
+    that a compiled layer does not serve run as before: those that continue a cache, with an observer, over processes,
+    of texts within the windows, of models split by tensor parallelism, and of layers that slide or are dense in a
     converted model. The first call of each kind is compared with the layer itself, gradients included; where they
     differ or compiling fails, a warning says so and the layers run as before.
 
@@ -80,9 +85,11 @@ class CompiledLayers:
         call = None if args or self.failure is not None else prepare(layer, hidden_states, kwargs)
         if call is None or not self._checked(layer, hidden_states, call):
             return type(layer).forward(layer, hidden_states, *args, **kwargs)
-        output, loss = self._compiled(layer, hidden_states, *call)
+        output, loss, kept = self._compiled(layer, hidden_states, *call)
         if loss is not None:
             _losses_of(layer, kwargs["dynamask"]).append(loss)
+        if kept:
+            _empty_layer(layer, kwargs).fill(*kept)
         return output
 
     def _checked(self, layer: Any, hidden_states: Tensor, call: tuple[Any, ...]) -> bool:
@@ -163,11 +170,23 @@ class _Runner:
         return self.owner.run(self.layer, hidden_states, args, kwargs)
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments of a layer, if none of them is a cache."""
-    if torch.compiler.is_compiling() or any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
+_CACHES = ("past_key_values", "cache")
+
+
+def _without_cache(kwargs: dict[str, Any], ignored: bool = False) -> dict[str, Any] | None:
+    """The arguments of a layer but for a cache; None where there is one that is not ignored."""
+    if torch.compiler.is_compiling() or (not ignored and any(kwargs.get(name) is not None for name in _CACHES)):
         return None
-    return {name: value for name, value in kwargs.items() if value is not None and name != "dynamask"}
+    return {k: value for k, value in kwargs.items() if value is not None and k not in ("dynamask", *_CACHES)}
+
+
+def _empty_layer(layer: Any, kwargs: dict[str, Any]) -> Any:
+    """The layer of a given bounded cache that this one fills, if it holds nothing yet and no gradients are wanted."""
+    cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+    if cache is None or torch.is_grad_enabled():
+        return None
+    held = bounded_layer(cache, attention_of(layer).layer_idx)
+    return held if held is not None and held.seen == 0 else None
 
 
 def _dense_call(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
@@ -176,13 +195,15 @@ def _dense_call(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tu
     return None if plain is None else (plain,)
 
 
-def _dense_layer(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, None]:
-    return layer.__class__.forward(layer, hidden_states, **kwargs), None
+def _dense_layer(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, None, None]:
+    return layer.__class__.forward(layer, hidden_states, **kwargs), None, None
 
 
 def _ranked_call(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
     """The further arguments of `_ranked_layer`, or None for a call that it does not serve."""
-    plain, facts, module = _without_cache(kwargs), kwargs.get("dynamask"), attention_of(layer)
+    long = hidden_states.shape[1] >= _LONG
+    held, facts, module = _empty_layer(layer, kwargs) if long else None, kwargs.get("dynamask"), attention_of(layer)
+    plain = _without_cache(kwargs, ignored=held is not None)
     if plain is None or facts is None or facts.observer is not None or facts.shards is not None:
         return None
     if module.rank_predictor is None or facts.length != hidden_states.shape[1]:
@@ -190,12 +211,16 @@ def _ranked_call(layer: Any, hidden_states: Tensor, kwargs: dict[str, Any]) -> t
     rules = module.config.layer_rules[module.layer_idx] if facts.rules is None else facts.rules[module.layer_idx]
     if rules.windows is None or facts.length <= min(rules.windows):
         return None
+    if held is not None:
+        if facts.key_mask is not None or facts.segment_ids is not None or module.head_group is not None:
+            return None
+        held.check_fits(rules.windows, local=rules.local, sinks=rules.sinks, slopes=rules.slopes)
     plain.pop("attention_mask", None)  # what it says is in the facts
     # Layers without slopes get zeros, and so the same graph.
     slopes = slope_tensor(tuple(rules.slopes or (0.0,) * len(rules.windows)), hidden_states.device)
     tensors = (_window_tensor(rules.windows), slopes, facts.ages, facts.position_ids)
     learns = _losses_of(layer, facts) is not None
-    return (*tensors, facts.segment_ids, facts.key_mask, rules.local, rules.sinks, learns, plain)
+    return (*tensors, facts.segment_ids, facts.key_mask, rules.local, rules.sinks, learns, held is not None, plain)
 
 
 def _ranked_layer(
@@ -210,14 +235,17 @@ def _ranked_layer(
     local: int,
     sinks: int,
     learns: bool,
+    keeps: bool,
     kwargs: dict[str, Any],
-) -> tuple[Any, Tensor | None]:
-    """Run a converted layer on facts that are tensors; return its output and the loss of its ranks."""
+) -> tuple[Any, Tensor | None, list[Tensor] | None]:
+    """Run a converted layer on facts that are tensors; return its output, the loss of its ranks, and what to keep."""
     losses: list[Tensor] = []
+    kept: list[Tensor] = []
     facts = CallFacts(hidden_states.shape[1], key_mask, segment_ids, position_ids, ages)
-    facts.tensor_rules = TensorRules(windows, slopes, local, sinks, losses if learns else None)
+    gathered = losses if learns else None, kept if keeps else None
+    facts.tensor_rules = TensorRules(windows, slopes, local, sinks, *gathered)
     output = layer.__class__.forward(layer, hidden_states, dynamask=facts, **kwargs)
-    return output, losses[0] if losses else None
+    return output, losses[0] if losses else None, kept or None
 
 
 def _losses_of(layer: Any, facts: CallFacts) -> Any:
@@ -230,11 +258,11 @@ def _losses_of(layer: Any, facts: CallFacts) -> Any:
 
 
 def _results(run: Callable[..., Any], layer: Any, hidden_states: Tensor, call: tuple[Any, ...]) -> list[Tensor | None]:
-    """Output, loss and gradients of a call."""
+    """Output, loss, what is kept and gradients of a call."""
     inputs = hidden_states.detach().requires_grad_(hidden_states.requires_grad)
-    output, loss = run(layer, inputs, *call)
+    output, loss, kept = run(layer, inputs, *call)
     output = output[0] if isinstance(output, tuple) else output
-    results = [output.detach(), None if loss is None else loss.detach()]
+    results = [output.detach(), None if loss is None else loss.detach(), *(kept or ())]
     if not output.requires_grad:
         return results
     wanted = [tensor for tensor in (inputs, *layer.parameters()) if tensor.requires_grad]

@@ -30,7 +30,7 @@ def ranked_attention(
     segment_ids: Tensor | None = None,
     key_mask: Tensor | None = None,
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute attention in which each query keeps the `windows[g]` best-ranked keys of its prefix.
 
     For layers whose arguments have been checked: it checks none.
@@ -43,7 +43,7 @@ def ranked_attention(
         scale: factor on the query-key products.
 
     Returns:
-        (B, H, N, Dv) in the query's dtype, differentiable in query, key and value.
+        (B, H, N, Dv) in the query's dtype, differentiable in query, key and value, and the expiry (B, G, N) int32.
     """
     narrow = autocast_dtype(query)
     if narrow is not None:
@@ -59,9 +59,10 @@ def ranked_attention(
         )
         return without_autocast(compute, query, key, value, dtype=narrow)
     backend = choose_backend("auto", query)
-    return ranked_attention_op(  # type: ignore[no-any-return]
+    output, _, _, expiry = ranked_attention_op(
         query, key, value, ranks.detach(), windows, local, sinks, segment_ids, key_mask, scale, backend
-    )[0]
+    )
+    return output, expiry
 
 
 @torch.library.custom_op("dynamask::ranked_attention", mutates_args=())

@@ -451,8 +451,19 @@ def prefill(name: str, length: int, budget: int) -> Iterator[dict[str, Any]]:
                 yield row | {"form": f"dense, {form}", "error": str(error)[:80]}
                 continue
         yield row | {"form": f"dense, {form}", "ms": 1e3 * taken}
-    taken = seconds_of(lambda: sparse(tokens, use_cache=True, logits_to_keep=1), 2)
-    yield row | {"form": "converted", "ms": 1e3 * taken}
+        with sdpa_kernel(backend), convert.compiled_layers(dense):  # not served with a cache
+            taken = seconds_of(lambda: dense(tokens, use_cache=False, logits_to_keep=1), 2)
+        yield row | {"form": f"dense, {form}, compiled, no cache", "ms": 1e3 * taken}
+    expected = None
+    for form in ("converted", "converted, compiled"):
+        with convert.compiled_layers(sparse) if "compiled" in form else contextlib.nullcontext() as layers:
+            found = sparse(tokens, use_cache=True, logits_to_keep=1).logits.float()
+            expected = found if expected is None else expected
+            taken = seconds_of(lambda: sparse(tokens, use_cache=True, logits_to_keep=1), 3)
+            host = host_seconds(lambda: sparse(tokens, use_cache=True, logits_to_keep=1))
+        error = float((found - expected).norm() / expected.norm())
+        failure = None if layers is None else layers.failure
+        yield row | {"form": form, "ms": 1e3 * taken, "host_ms": 1e3 * host, "error": error, "failure": failure}
 
 
 # (e) training.
@@ -738,6 +749,9 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
         if name == small:
             yield "recorded", functools.partial(distillation, small, 4, 8192, 512, 40, (True,), True)
     yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 20)
+    yield "prefill", functools.partial(prefill, small, 32768, 2048)
+    yield "prefill", functools.partial(prefill, medium, 32768, 2048)
+    yield "prefill", functools.partial(prefill, small, 65536, 4096)
     yield "recorded-long", functools.partial(train, small, 32768, 2048, 1, True, recorded=True)
     yield "long", functools.partial(train, small, 65536, 4096, 1, False)
     yield "long", functools.partial(train, medium, 65536, 4096, 1, False)
@@ -748,8 +762,6 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
     yield "train", functools.partial(train, small, 8192, 512, 2, False, True, 4)
     yield "decode", functools.partial(decode, medium, 1, 32768, 2048, 32)
-    yield "prefill", functools.partial(prefill, medium, 32768, 2048)
-    yield "prefill", functools.partial(prefill, small, 32768, 2048)
     yield "train", functools.partial(train, small, 8192, 512, 3, True)
     yield "train", functools.partial(train, medium, 8192, 512, 3, True)
     yield "train", functools.partial(train, large, 8192, 512, 2, True)

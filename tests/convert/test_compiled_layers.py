@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from dynamask import InvalidInputError, convert
+from dynamask import BoundedCache, InvalidInputError, convert
+from dynamask.cache import BoundedLayer
 from dynamask.convert.distill import distillation_losses
 
 WINDOWS = [[10, 19], [26, 13]]
@@ -80,6 +81,41 @@ def test_one_graph_serves_all_layers(llama: Any, kind: str) -> None:
         same(gradients(model, loss), expected)
         assert len(graphs) == 1
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
+
+
+@torch.no_grad()
+def test_a_text_is_read_into_an_empty_cache(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("dynamask.convert.compiled_layers"), "_LONG", 30)
+    model, block = student_of(llama).eval(), tokens(length=40)
+    caches, logits = [], []
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for compiled in (False, True):
+        cache = BoundedCache(model.config, graphs=False)
+        with convert.compiled_layers(model, backend=backend) if compiled else nullcontext() as layers:  # type: ignore[arg-type]
+            parts = [model(block[:, :36], past_key_values=cache).logits]
+            parts += [model(block[:, t : t + 1], past_key_values=cache).logits for t in (36, 37)]
+            parts += [model(block[:, 38:], past_key_values=cache).logits]
+        if layers is not None:
+            assert layers.failure is None
+        caches.append(cache)
+        logits.append(torch.cat(parts, 1))
+    assert len(graphs) == 1
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-3, atol=1e-4)
+    for mine, other in zip(caches[1].layers, caches[0].layers, strict=True):
+        assert isinstance(mine, BoundedLayer)
+        assert isinstance(other, BoundedLayer)
+        assert mine.counts() == other.counts()
+        assert torch.equal(mine.positions, other.positions)
+        torch.testing.assert_close(mine.keys, other.keys, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine.ranks, other.ranks, rtol=1e-3, atol=1e-4)
+    layer: Any = caches[0].layers[0]
+    with pytest.raises(InvalidInputError, match="holds keys of 40 tokens"):
+        layer.fill(*(torch.zeros(2, 2, 1, 16),) * 2, torch.zeros(2, 2, 1), torch.zeros(2, 2, 1, dtype=torch.int32))
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_every_operator_narrows_alike(dtype: torch.dtype) -> None:
         return BoundedLayer(40).attend(*inputs, ranks)
 
     def ranked(*inputs: torch.Tensor) -> torch.Tensor:
-        return ranked_attention(*inputs, ranks, windows, local=0, sinks=0, scale=1.0)
+        return ranked_attention(*inputs, ranks, windows, local=0, sinks=0, scale=1.0)[0]
 
     def nsa(*inputs: torch.Tensor) -> torch.Tensor:
         layout, gates = block_layout(1, 40, 8, torch.device("cpu")), torch.ones(1, 4, 40, 3)
