@@ -211,6 +211,13 @@ def _leak() -> list[Config]:
         ]
 
 
+def _leak_decide() -> list[Config]:
+    """The second and third seed of "leak", window by window, the narrowest and a quarter of the context first."""
+    shares = (16, 4, 8, 2)
+    later = [config for config in _leak() if config["seed"]]
+    return sorted(later, key=lambda config: (shares.index(2048 // config["window"]), config["seed"]))
+
+
 def _small() -> list[Config]:
     """4M parameters, 2048 tokens, window 128, 1000 steps of 64K tokens, one seed."""
     shape = {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "length": 2048, "steps": 1000}
@@ -227,7 +234,15 @@ ABLATION = Experiment(
     name="ablation",
     description="loss with one thing changed: gradients, score form, exact selection, window, gates, start",
     run=run_ablation,
-    sizes={"smoke": _smoke, "probe": _probe, "quick": _quick, "leak": _leak, "small": _small, "paper": _paper},
+    sizes={
+        "smoke": _smoke,
+        "probe": _probe,
+        "quick": _quick,
+        "leak-decide": _leak_decide,
+        "leak": _leak,
+        "small": _small,
+        "paper": _paper,
+    },
     cost=ablation_cost,
     kind=ablation_kind,
     summary=ablation_summary,

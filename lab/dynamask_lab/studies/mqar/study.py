@@ -628,13 +628,14 @@ def _decide() -> list[Config]:
         *runs(128, (1, 2), "mha"),
         *runs(128, (0, 1, 2), f"{learned}, from dense"),
         *runs(128, (1, 2), slopes),
+        *(run for width in _PUBLISHED_WIDTHS[1:] for run in runs(width, (0,), "mha")),
         *runs(128, (0, 1, 2), f"{slopes}, from dense"),
         *runs(128, (0, 1, 2), f"{sliding}, from dense"),
+        *(run for width in _PUBLISHED_WIDTHS[1:] for run in runs(width, (0,), f"{slopes}, from dense")),
         *runs(128, (1, 2), "dma, paper"),
     ]
-    for width in _PUBLISHED_WIDTHS[1:]:
-        for form in ("mha", f"{slopes}, from dense", "dma, paper", f"{sliding}, from dense"):
-            order += runs(width, (0,), form)
+    for form in ("dma, paper", f"{sliding}, from dense"):
+        order += [run for width in _PUBLISHED_WIDTHS[1:] for run in runs(width, (0,), form)]
     for form, seeds in ((sliding, (1, 2)), (learned, (1, 2))):
         order += runs(128, seeds, form)
     return order
