@@ -24,6 +24,7 @@ from dynamask_lab.studies.mqar.study import (
     mqar_summary,
     run_mqar,
 )
+from dynamask_lab.studies.mqar.whole_texts import attend_whole, whole_texts
 from dynamask_lab.sweeps.verdicts import mean_interval
 
 MIXERS: list[dict[str, Any]] = [
@@ -230,6 +231,25 @@ def test_learned_ranks_run_under_autocast(slopes: list[float] | None) -> None:
     assert np.mean(result["head_windows"]) == 8
     model = build_model(MqarConfig.of(config))
     assert all(bool(layer) == bool(slopes) for layer in model.config.head_slopes)
+
+
+@pytest.mark.parametrize("form", [{"attention": "swa"}, {"attention": "dma", "ranking": "learned", "local": 2}])
+@pytest.mark.parametrize("window", [8, 16])
+def test_texts_that_windows_hold_whole_have_the_same_answers(form: dict[str, Any], window: int) -> None:
+    torch.manual_seed(0)
+    model = build_model(MqarConfig.of(easy(**form, window=window, sinks=1)))
+    data = mqar_examples(3, 16, 2, vocab_size=32)
+
+    def answers() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        logits = answer_logits(model, data.inputs, data.queries)
+        logits.square().sum().backward()
+        return logits, model.model.layers[0].mixer.q_proj.weight.grad.clone()
+
+    plain = answers()
+    with whole_texts():
+        torch.testing.assert_close(answers(), plain)
+    assert model.model.layers[0].mixer.forward.__globals__["attend"] is not attend_whole
 
 
 def test_a_segment_that_cannot_hold_its_questions_is_refused() -> None:

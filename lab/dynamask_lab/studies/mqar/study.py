@@ -35,6 +35,7 @@ from dynamask_lab.language.engine import windows_by_rank
 from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.studies.locality.study import wide_with_dense
 from dynamask_lab.studies.mqar.data import MqarExamples, mqar_examples
+from dynamask_lab.studies.mqar.whole_texts import whole_texts
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.settings import SHARP, WIDE_FIRST, WINDOWLESS, plain_settings, ranked_by, read_settings
@@ -173,7 +174,7 @@ class MqarConfig:
 
 
 def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
-    """Train one model and test it.
+    """Train one model and test it, on texts that the windows hold whole with PyTorch's attention.
 
     Args:
         config: fields of `MqarConfig`, as plain JSON.
@@ -187,7 +188,11 @@ def run_mqar(config: Config, progress: Progress) -> dict[str, Any]:
     Raises:
         InvalidInputError: settings that do not fit together.
     """
-    settings = MqarConfig.of(config)
+    with whole_texts():
+        return _run(MqarConfig.of(config), progress)
+
+
+def _run(settings: MqarConfig, progress: Progress) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # On the device from the beginning: a copy in every step would stall the stream.
     train = [segment.to(device) for segment in _segments(settings, settings.train, split=0)]
