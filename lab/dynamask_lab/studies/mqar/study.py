@@ -421,7 +421,7 @@ def mixer_name(config: Config) -> str:
 
 def _starts_dense(config: Config) -> bool:
     """Whether every key of the longest training examples is seen at first."""
-    schedule = config.get("window_schedule")
+    schedule: list[list[float]] = config.get("window_schedule") or []
     longest: int = max((length for length, *_ in config.get("train") or []), default=0)
     return bool(schedule) and longest > 0 and config["window"] * schedule[0][1] >= longest
 

@@ -567,8 +567,8 @@ def _levers() -> list[Config]:
     level = far_forms()[3]
     dense = {"attention": "mha"}
     alone: list[Config] = [{**level, "lever": lever} for lever in ("drope", "ssmax", "forget")]
-    alone += [{**dense, "lever": lever} for lever in ("drope", "ssmax", "forget")]
-    alone += [{**level, "context": 2048}, {**dense, "context": 2048}]
+    alone += [{**dense, "lever": "drope"}, {**level, "context": 2048}, {**dense, "context": 2048}]
+    alone += [{**dense, "lever": lever} for lever in ("ssmax", "forget")]
     return [*_by_form([_from_wide()]), *(run for seed in (0, 1, 2) for run in _runs(alone, [seed], _FAR))]
 
 
