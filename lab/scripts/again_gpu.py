@@ -24,9 +24,11 @@ CELLS = {
     "chosen": "lab/results/mqar-quick.jsonl:a2f9c4570d5678c2",
     "newest": "lab/results/mqar-quick.jsonl:80ec91b9c2a8de72",
     "needle": "lab/results/needle-seeds.jsonl:799b4cfa1fd2ef18",
+    "leak": "lab/results/ablation-leak.jsonl:d6dcdd1cfc1fadf8",
     "loss": "lab/results/scratch.jsonl:e535b2238b4f2ef5",
 }
-"""Of recall (chosen keys and newest keys), needles (dense attention), and loss by window and by step (newest keys)."""
+"""Of recall (chosen keys and newest keys), needles (dense attention), loss by window (the paper's form, 1M parameters),
+and loss by window and by step (newest keys, 4M)."""
 
 
 def line_of(cell: str) -> dict[str, Any]:

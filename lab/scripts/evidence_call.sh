@@ -32,7 +32,7 @@ go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder
         echo "$content: $*"
         ;;
     recurrent | ablation) local_corpus ;;
-    again) larger_corpus ;;
+    again) if [ "$2" = leak ]; then local_corpus; else larger_corpus; fi ;;
     esac
     # Whatever was prepared meanwhile: the GPU belongs to others until then.
     while ((SECONDS < wait)); do sleep 1; done
