@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dynamask.cli.common import Model, check_text, quiet_libraries
+from dynamask.cli.common import Model, check_sampling, check_text, quiet_libraries
 from dynamask.cli.status_line import StatusLine
 from dynamask.errors import UsageError
 
@@ -51,8 +51,7 @@ def chat(
     """
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UsageError(f"temperature must be >= 0 and top-p in (0, 1]; got {temperature} and {top_p}")
+    check_sampling(temperature, top_p)
     if system is not None:
         check_text(system, "the system message")
     quiet_libraries()

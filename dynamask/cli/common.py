@@ -77,6 +77,12 @@ def check_text(text: str, what: str) -> str:
     return text
 
 
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Raise `UsageError` unless the options of sampling are such that a token can be drawn."""
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
+        raise UsageError(f"temperature must be >= 0 and top-p in (0, 1]; got {temperature} and {top_p}")
+
+
 def quiet_libraries() -> None:
     """Keep the progress bars and notices of transformers and its hub client off the terminal; warnings stay."""
     from huggingface_hub.utils import disable_progress_bars

@@ -14,6 +14,7 @@ from rich.table import Table
 from dynamask.cli.common import (
     Model,
     check_output_file,
+    check_sampling,
     check_text,
     console,
     errors,
@@ -230,32 +231,33 @@ def generate(
     from transformers import TextStreamer, set_seed
 
     from dynamask.cache import cache_bytes
+    from dynamask.data.tokenizer import opening_tokens
     from dynamask.training import open_run
 
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UsageError(f"temperature must be >= 0 and top-p in (0, 1]; got {temperature} and {top_p}")
+    check_sampling(temperature, top_p)
     check_text(prompt, "the prompt")
     quiet_libraries()
     loaded, tokenizer = open_run(model)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(loaded.device)
-    if inputs["input_ids"].shape[1] == 0:
+    ids = [*opening_tokens(tokenizer, prompt), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    if not ids:
         raise UsageError("the prompt is empty: give at least one character to continue")
-    set_seed(seed)
+    tokens = torch.tensor([ids], device=loaded.device)
+    set_seed(seed % 2**32)  # what numpy takes
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
     start = time.perf_counter()
     output = loaded.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer),
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         return_dict_in_generate=True,
         **sampling,
     )
     seconds = time.perf_counter() - start
-    made = output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    made = output.sequences.shape[1] - len(ids)
     held = cache_bytes(output.past_key_values)
     errors.print(f"{made} tokens, {made / seconds:.1f} tokens/s, cache {held / 1024:.0f} KiB", highlight=False)

@@ -42,14 +42,28 @@ def require_plots() -> None:
         raise UsageError("pictures need matplotlib: pip install 'dynamask-attention[plots]'")
 
 
+def check_picture(file: Path) -> None:
+    """Refuse a picture that cannot be drawn or written, before any work is done for it.
+
+    Raises:
+        UsageError: a file that cannot be written, a suffix of no format that matplotlib writes, or no matplotlib.
+    """
+    check_output_file(file)
+    require_plots()
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if file.suffix[1:].lower() not in formats:
+        raise UsageError(f"cannot draw {file}: its suffix must be .png, .svg, .pdf or another of {', '.join(formats)}")
+
+
 @app.command("curves")
 def report_curves(
     runs: Annotated[list[str], typer.Argument(help="Folders of finished runs.")],
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("curves.png"),
 ) -> None:
     """Draw the training and validation curves of runs side by side."""
-    check_output_file(output)
-    require_plots()
+    check_picture(output)
     from dynamask.inspect import draw_curves
 
     console.print(f"written {draw_curves(runs, output)}")
@@ -62,8 +76,7 @@ def report_mask(
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("live_keys.png"),
 ) -> None:
     """Draw which keys stay alive in which head, over the text itself."""
-    check_output_file(output)
-    require_plots()
+    check_picture(output)
     from dynamask.inspect import draw_live_keys
     from dynamask.training import open_run
 
@@ -83,8 +96,7 @@ def report_needle(
     metric: Annotated[str, typer.Option(help="exact or recall.")] = "exact",
 ) -> None:
     """Draw retrieval by depth and length, models side by side."""
-    check_output_file(output)
-    require_plots()
+    check_picture(output)
     from dynamask.inspect import draw_needle
 
     console.print(f"written {draw_needle(scores, output, metric=metric)}")

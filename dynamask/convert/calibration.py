@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynamask.data.tokenizer import opening_tokens
 from dynamask.errors import InvalidInputError
 
 
@@ -101,7 +102,7 @@ def calibration_blocks(
 
     Args:
         source: texts, or the token ids (T,) of texts that stand end to end. Texts are joined by the tokenizer's
-            end-of-text token, where it has one.
+            end-of-text token, where it has one, and begin with the special tokens that it puts before a text.
         tokenizer: a transformers tokenizer; needed for texts only.
         block: tokens of a block.
         batch: blocks of a batch.
@@ -131,6 +132,7 @@ def _are_numbers(source: Sequence[Any]) -> bool:
 
 
 def _encode(texts: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> np.ndarray:
+    begin = opening_tokens(tokenizer, "a")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[np.ndarray] = []
     total = 0
@@ -138,7 +140,7 @@ def _encode(texts: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> np.
         if not isinstance(text, str):
             raise InvalidInputError(f"text {number} must be a string; got {type(text).__name__}")
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pieces.append(np.asarray([*ids, *end], dtype=np.int64))
+        pieces.append(np.asarray([*begin, *ids, *end], dtype=np.int64))
         total += len(pieces[-1])
         if max_tokens is not None and total >= max_tokens:
             break

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.data.sources import Document, documents, source_files
-from dynamask.data.tokenizer import encode_text, load_tokenizer, train_tokenizer
+from dynamask.data.tokenizer import encode_text, load_tokenizer, opening_tokens, train_tokenizer
 from dynamask.errors import UsageError
 from dynamask.lock import locked
 
@@ -257,8 +257,9 @@ def _write(
     # The first documents wait for the end: some join the held-out ones where the hash of the names chose too few.
     waiting: list[tuple[bool, np.ndarray]] = []
     waiting_tokens = 0
+    begin = opening_tokens(tokenizer, "a")
     for document in stream:
-        tokens = np.asarray([*encode_text(tokenizer, document.text), tokenizer.eos_token_id], dtype=np.int64)
+        tokens = np.asarray([*begin, *encode_text(tokenizer, document.text), tokenizer.eos_token_id], dtype=np.int64)
         name = document.name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8
         held_out = int.from_bytes(hashlib.sha256(name).digest()[:4], "big") / 2**32 < validation
         if validation and waiting_tokens < block:

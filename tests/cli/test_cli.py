@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
+from torch import Tensor
 
+from dynamask import DynamaskForCausalLM
+from dynamask.data import load_tokenizer
+from dynamask.errors import UsageError
 from tests.cli.conftest import SMALL, Command
 
 
@@ -49,11 +55,29 @@ def test_evaluate(dynamask: Command, run: Path, tmp_path: Path) -> None:
     assert "longer than the model's max_position_embeddings=1024" in longer.said
 
 
-def test_generate(dynamask: Command, run: Path) -> None:
+def test_generate(dynamask: Command, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generated = dynamask("generate", str(run / "run"), "all work", "--max-new-tokens", "12")
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("all work")
     assert "tokens/s, cache" in generated.stderr
+    folder = tmp_path / "opened"
+    shutil.copytree(run / "run" / "model", folder)
+    tokenizer = load_tokenizer(folder)
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    given = []
+
+    def generate(self: object, input_ids: Tensor, **options: object) -> None:
+        given.append(input_ids[0].tolist())
+        raise UsageError("stop")
+
+    monkeypatch.setattr(DynamaskForCausalLM, "generate", generate)
+    assert dynamask("generate", str(folder), "all work").returncode == 2
+    assert given == [tokenizer("all work")["input_ids"]]
+    assert given[0][0] == tokenizer.eos_token_id
     broken = dynamask("generate", str(run / "run"), "caf\udce9")
     assert broken.returncode == 2
     assert "the prompt is not UTF-8" in broken.said
@@ -102,8 +126,12 @@ def test_pictures_say_what_to_install(dynamask: Command, run: Path, monkeypatch:
         (["evaluate", "/no/such/run", "--tasks", ","], "names no task"),
         (["retrieval", "/no/such/run", "--output", "/no/such/dir/f.jsonl"], "there is no folder /no/such/dir"),
         (["report", "needle", "/no/such.jsonl"], "cannot read the scores"),
+        (["report", "curves", "/no/such/run", "--output", "curves.xyz"], "its suffix must be .png"),
+        (["report", "needle", "/no/such", "--output", "needle"], "its suffix must be .png"),
         (["report", "curves", "/no/such/run", "--output", "/proc/x.png"], "cannot write to /proc/x.png"),
         (["generate", "/no/such/run", "x", "--max-new-tokens", "0"], "at least 1"),
+        (["generate", "/no/such/run", "x", "--temperature", "nan"], "temperature must be >= 0"),
+        (["chat", "/no/such/run", "--top-p", "0"], "top-p in (0, 1]"),
         (["generate", "nosuch", "x"], "there is no folder nosuch; a name on the hub is written owner/name"),
         (["report", "parameters", "--preset", "huge"], "unknown preset"),
         (["report", "curves", "/no/such/run"], "no finished run"),

@@ -60,6 +60,18 @@ def test_texts_are_joined_by_the_end_of_text_token() -> None:
     assert next(iter(calibration_blocks([1, 2, 3, 4], block=4, repeat_share=1.0))).tolist() == [[1, 2, 1, 2]]
 
 
+class OpeningTokenizer(CharacterTokenizer):
+    """One that begins a text with a token of its own."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": [1] * add_special_tokens + [ord(character) for character in text]}
+
+
+def test_texts_begin_as_the_tokenizer_begins_them() -> None:
+    blocks = calibration_blocks(["abc", "de"], OpeningTokenizer(), block=9, repeat_share=0.0)
+    assert next(iter(blocks)).tolist() == [[1, 97, 98, 99, 0, 1, 100, 101, 0]]
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="4 tokens, fewer than one block of 8"):
         calibration_blocks(["abc"], CharacterTokenizer(), block=8)

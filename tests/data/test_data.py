@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from dynamask.data import Corpus, PackedDataset, documents, load_tokenizer, prepare, shards, train_tokenizer
 from dynamask.errors import UsageError
@@ -101,6 +102,17 @@ def test_tokens_round_trip_and_splits_share_no_document(folder, tmp_path) -> Non
         assert all(stream[b - 1] == tokenizer.eos_token_id for b in starts[1:])
     assert sorted(found["train"] + found["validation"]) == sorted(TEXTS)
     assert 1 <= len(found["validation"]) <= 20
+
+
+def test_documents_begin_as_the_tokenizer_begins_them(folder, tmp_path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    corpus = prepare([str(folder)], tmp_path / "corpus", vocab_size=300, tokenizer=str(tmp_path / "tokenizer"))
+    stream = np.concatenate(corpus.tokens("train"))
+    assert {int(stream[start]) for start in corpus.document_starts("train")} == {tokenizer.eos_token_id}
 
 
 def test_shards_may_be_cut_anywhere(folder, tmp_path, monkeypatch) -> None:
