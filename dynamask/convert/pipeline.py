@@ -188,8 +188,8 @@ def _check_disk(settings: Conversion) -> None:
     if not folder.is_dir():
         return
     weights = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
-    # Distillation keeps float32 weights and two moments of the optimizer, twice while a state replaces another.
-    needed = weights * (13 if settings.distill_steps else 1.2)
+    # Distillation keeps float32 weights, two moments of the optimizer and a mean, twice while a state replaces another.
+    needed = weights * (17 if settings.distill_steps else 1.2)
     place = settings.target.parent
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -54,6 +54,7 @@ _BUDGETS = {budget: converted(budget, rate=BEST, embeddings=False) for budget in
 _NEWEST = converted(rate=BEST, slopes=False, ranks="newest", embeddings=False)
 NARROW, WIDE, NEWEST = (replace(spec, average=0.25) for spec in (*_BUDGETS.values(), _NEWEST))
 _PAIRED = (DENSE, DEFAULT[0], Spec("peer", 512, peer="streaming_llm"))
+_SPEED = tuple({"batch": batch, "length": 8192} for batch in (1, 16))
 PAIRS: dict[str, Any] = {"task": "pairs", "haystack": "essays", "first": 25, "count": 75}
 
 COMPARISONS = (
@@ -78,6 +79,9 @@ def entries() -> list[Entry]:
     """All entries, the most telling first."""
     made = [Entry((_text(LAST[seed]),), trains=True) for seed in (0, 2)]
     made += [Entry((_text(_BUDGETS[256]),), trains=True)]
+    made += [Entry(tuple(losses_of(LABELLED)), trains=True), Entry((_text(_NEWEST),), trains=True)]
+    # Of what an evaluator takes, first: while the trainers compile, the GPU is idle.
+    made += [Entry(tuple(Job(spec, "speed", each) for each in _SPEED)) for spec in (FROZEN, DENSE)]
     for seed in (0, 2):
         made += [Entry((_text(DEFAULT[seed]), *_divergences(DEFAULT[seed]))), benchmarks_of(DEFAULT[seed])]
         made += [needles(DEFAULT[seed])]
@@ -85,7 +89,6 @@ def entries() -> list[Entry]:
     made += [benchmarks_of(LAST[seed]) for seed in (0, 2)] + [needles(LAST[seed]) for seed in (0, 2)]
     made += [Entry(tuple(losses_of(spec)[1:])) for spec in (DEFAULT[0], DEFAULT[2], NARROW)]
     made += [other_tasks(DEFAULT[0])]
-    made += [Entry(tuple(losses_of(LABELLED)), trains=True), Entry((_text(_NEWEST),), trains=True)]
     made += [Entry(tuple(losses_of(NEWEST))), needles(NEWEST), needles(LABELLED)]
     made += [
         Entry(tuple(Job(spec, "tasks", {"length": length, **PAIRS}) for length in (1024, 2048))) for spec in _PAIRED
@@ -116,9 +119,8 @@ def tried() -> list[Entry]:
 
 
 def jobs() -> list[Job]:
-    """The jobs of all entries, and those of speed."""
+    """The jobs of all entries."""
     order = [job for entry in (*entries(), *tried()) for job in entry.jobs]
-    order += [Job(spec, "speed", {"batch": batch, "length": 8192}) for spec in (FROZEN, DENSE) for batch in (1, 16)]
     return list({job.key: job for job in order}.values())
 
 
