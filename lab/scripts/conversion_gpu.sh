@@ -13,7 +13,7 @@
 # what they trained (ranks-*.pt, windows.tar). EXTRA holds further arguments of the study, such as "--plan levers".
 # MODEL and PLAN name another model's folder and list for `start`, such as gemma3-270m and gemma.
 # `start` puts a trainer and an evaluator on each of GPUS="0 1 2", and on LATE="3" once nothing else runs there.
-# ROLES names others than both ("trainer trainer2 evaluator": two trainings at a time on each GPU), APPEND=1 leaves the processes of an earlier `start` in the list that `collect` waits for.
+# ROLES names others than both ("trainer trainer2 evaluator": two trainings at a time on each GPU, trainer3: one more), APPEND=1 leaves the processes of an earlier `start` in the list that `collect` waits for.
 # Everything is kept in $CONVERSION_WORK (default: a folder in the system's temporary one), results go to $OUT too.
 set -uo pipefail
 what=$1 carried=$2 seconds=${3:-500}
@@ -73,7 +73,7 @@ earlier=$(find lab/results -name 'conversion*.jsonl' ! -name '*gemma*') # of the
 [ "${MODEL:-smollm2-135m-instruct}" = smollm2-135m-instruct ] || earlier=$(find lab/results -name "conversion-${MODEL%%3-*}*.jsonl")
 member() { # role, GPU, processes
     local segments=True # a trainer records CUDA graphs
-    [ "${1%2}" = trainer ] && segments=False
+    [ "${1%[23]}" = trainer ] && segments=False
     CONVERSION_SLOT=${1#trainer} CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 \
         PYTORCH_CUDA_ALLOC_CONF=expandable_segments:$segments \
         setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
