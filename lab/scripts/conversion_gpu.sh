@@ -73,7 +73,7 @@ earlier=$(find lab/results -name 'conversion*.jsonl' ! -name '*gemma*') # of the
 [ "${MODEL:-smollm2-135m-instruct}" = smollm2-135m-instruct ] || earlier=$(find lab/results -name "conversion-${MODEL%%3-*}*.jsonl")
 member() { # role, GPU, processes
     local segments=True # a trainer records CUDA graphs
-    [ "${1%[23]}" = trainer ] && segments=False
+    [ "${1%[0-9]}" = trainer ] && segments=False
     CONVERSION_SLOT=${1#trainer} CUDA_VISIBLE_DEVICES=$2 OMP_NUM_THREADS=2 \
         PYTORCH_CUDA_ALLOC_CONF=expandable_segments:$segments \
         setsid nohup timeout "$((seconds - SECONDS + 20))" python3 -m dynamask_lab.studies.conversion.study \
