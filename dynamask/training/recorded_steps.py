@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import warnings
 from collections.abc import Callable
@@ -107,6 +108,9 @@ class RecordedSteps:
         finally:
             for parameter, gradient in zip(parameters, held, strict=True):
                 parameter.grad = gradient
+        if self.reason is not None and torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()  # what the recording has kept to itself
 
     def _replay(self, model: Any, kind: Any, tensors: list[Tensor]) -> Tensor:
         recorded = self._recorded[kind]
