@@ -359,7 +359,7 @@ def decode(name: str, batch: int, context: int, budget: int, steps: int, only: s
         ("dense, dynamic cache, eager", "dynamic", SDPBackend.FLASH_ATTENTION),
     ]
     for form, kind, backend in forms:
-        if only not in form or (not only and "compiled" in form):
+        if only not in form or ("compiled" in form and "compiled" not in only):
             continue
         windows = budget if form.startswith("even") else uneven
         convert.set_windows(sparse, windows)
@@ -451,9 +451,10 @@ def prefill(name: str, length: int, budget: int) -> Iterator[dict[str, Any]]:
                 yield row | {"form": f"dense, {form}", "error": str(error)[:80]}
                 continue
         yield row | {"form": f"dense, {form}", "ms": 1e3 * taken}
-        with sdpa_kernel(backend), convert.compiled_layers(dense):  # not served with a cache
-            taken = seconds_of(lambda: dense(tokens, use_cache=False, logits_to_keep=1), 2)
-        yield row | {"form": f"dense, {form}, compiled, no cache", "ms": 1e3 * taken}
+        if form == "cudnn":  # compiled layers do not serve a dynamic cache
+            with sdpa_kernel(backend), convert.compiled_layers(dense):
+                taken = seconds_of(lambda: dense(tokens, use_cache=False, logits_to_keep=1), 2)
+            yield row | {"form": f"dense, {form}, compiled, no cache", "ms": 1e3 * taken}
     expected = None
     for form in ("converted", "converted, compiled"):
         with convert.compiled_layers(sparse) if "compiled" in form else contextlib.nullcontext() as layers:
@@ -677,9 +678,9 @@ def trainer(name: str, batch: int, length: int, budget: int, steps: int) -> Iter
 
     The losses of recorded and other steps stand beside each other.
     """
-    forms = [("converted", 0.0), ("converted, ranks learn too", 1.0), ("dense, flash", 0.0)]
+    forms = [("converted, ranks learn too", 1.0), ("dense, flash", 0.0)]
     for form, weight in forms:
-        for recorded in (False, True):
+        for recorded in (True, False):
             dense, sparse = models(name, budget, length, torch.float32)
             model = dense if form.startswith("dense") else sparse
             model.config.rank_loss_weight = weight if model is sparse else None
@@ -748,15 +749,18 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "recorded", functools.partial(train, name, 8192, 512, 3, name == small, recorded=True)
         if name == small:
             yield "recorded", functools.partial(distillation, small, 4, 8192, 512, 40, (True,), True)
-    yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 20)
+    yield "decode-graph", functools.partial(decode, small, 32, 32768, 2048, 16, "graph")
+    yield "decode-graph", functools.partial(decode, small, 1, 32768, 2048, 32, "graph")
+    yield "decode-graph", functools.partial(decode, medium, 1, 32768, 2048, 32, "graph")
     yield "prefill", functools.partial(prefill, small, 32768, 2048)
-    yield "prefill", functools.partial(prefill, medium, 32768, 2048)
-    yield "prefill", functools.partial(prefill, small, 65536, 4096)
     yield "recorded-long", functools.partial(train, small, 32768, 2048, 1, True, recorded=True)
     yield "long", functools.partial(train, small, 65536, 4096, 1, False)
-    yield "long", functools.partial(train, medium, 65536, 4096, 1, False)
+    yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 20)
     yield "large", functools.partial(train, large, 8192, 512, 1, False, recorded=True)
     yield "large", functools.partial(train, large, 32768, 2048, 1, False)
+    yield "prefill", functools.partial(prefill, medium, 32768, 2048)
+    yield "prefill", functools.partial(prefill, small, 65536, 4096)
+    yield "long", functools.partial(train, medium, 65536, 4096, 1, False)
     yield "recorded-batch", functools.partial(train, small, 8192, 512, 2, True, True, 4, True)
     yield "decode", functools.partial(decode, small, 32, 32768, 2048, 16)
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
@@ -809,6 +813,8 @@ def main() -> int:
     parser.add_argument("--skip", type=int, default=0, help="leave out so many of the first jobs of these parts")
     parser.add_argument("--wait-for", type=Path, help="time nothing before this file exists, for at most 90 s")
     parser.add_argument("--unchecked", action="store_true", help="do not compare cached with uncached first")
+    parser.add_argument("--one-layer", action="store_true", help="models of one layer: to fill the compilers' caches")
+    parser.add_argument("--kept", type=Path, help="lines of decode_sweep_gpu.py: run with the changes that it kept")
     parser.add_argument("--commit", help="of the code, where there is no repository")
     arguments = parser.parse_args()
     began = time.perf_counter()
@@ -817,8 +823,17 @@ def main() -> int:
     if arguments.compile:
         compile_kernels(arguments.compile)
         return 0
+    if arguments.one_layer:
+        SHAPES.update({name: shape._replace(layers=1) for name, shape in SHAPES.items()})
     arguments.out.mkdir(parents=True, exist_ok=True)
     _OUT.append(arguments.out)
+    if arguments.kept and arguments.kept.exists():
+        from decode_sweep_gpu import put
+
+        lines = [json.loads(line) for line in arguments.kept.read_text().splitlines()]
+        kept = {name: value for line in lines if line.get("kept") for name, value in line["changed"].items()}
+        put(kept)
+        _FACTS.update(settings=kept)
     found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     device = torch.cuda.get_device_name() if GPU else "cpu"
     _FACTS.update(device=device, torch=torch.__version__, transformers=transformers.__version__)

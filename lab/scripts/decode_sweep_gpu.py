@@ -27,23 +27,24 @@ from dynamask_lab.benchmarks.model import filled_cache
 
 DECODE, STEP, EARLY = "ragged_decode", "decode_step", "early"
 CHANGES: list[dict[str, Any]] = [
-    {f"{DECODE}._STREAMED_ROWS": 0},
-    {f"{DECODE}._STREAM_STAGES": 3},
-    {f"{DECODE}._PROGRAMS": 396},
-    {f"{DECODE}._STREAMED_NUMBERS": 48 * 128, f"{DECODE}._STREAM_STAGES": 3},
-    {f"{DECODE}._STREAM_STAGES": 1},
+    {f"{EARLY}.ALLOWED": True},
     {f"{STEP}._CHUNK": 64},
     {f"{STEP}._CHUNK": 256, f"{STEP}._STAGES": 2},
     {f"{STEP}._WARPS": 8},
     {f"{STEP}._STAGES": 2},
-    {f"{EARLY}.ALLOWED": True},
+    {f"{STEP}._STAGES": 6},
+    {f"{STEP}._WARPS": 2},
+    {f"{DECODE}._STAGES": 3},
+    {f"{DECODE}._PROGRAMS": 396},
     {f"{DECODE}._PROGRAMS": 792},
-    {f"{DECODE}._PROGRAMS": 264},
-    {f"{DECODE}._STREAM_WARPS": 2},
-    {f"{DECODE}._STREAM_WARPS": 8},
-    {f"{STEP}._ROWS": 32},
     {f"{STEP}._SCANNED": 2048},
+    {f"{STEP}._ROWS": 32},
+    {f"{DECODE}._SLOTS": 128, f"{DECODE}._LEAST": 128},
+    {f"{DECODE}._WARPS": 8},
 ]
+_MOST_ERROR = 0.05
+"""Largest relative difference of a variant's logits. Sums in another order, of 30 layers of random weights over random
+keys in bfloat16, differ by 3%."""
 
 
 def put(settings: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def main() -> int:
         try:
             logits, taken = timed(model, arguments.batch, arguments.context, 16)
             error = float((logits.float() - expected.float()).norm() / expected.float().norm())
-            row |= {"ms": taken, "error": error, "kept": error < 0.03 and taken < best}
+            row |= {"ms": taken, "error": error, "kept": error < _MOST_ERROR and taken < best}
         except Exception as error:
             row |= {"error": f"{type(error).__name__}: {error}"[:200], "kept": False}
         write(row)

@@ -1,8 +1,9 @@
 #!/bin/sh
 # Times of whole converted models on one GPU, part by part; a part that fails or is late does not end the others.
 #   CUDA_VISIBLE_DEVICES=3 sh lab/scripts/host_call.sh OUT PART:SECONDS[:ARGUMENTS] ...
-# Parts: tests (GPU cases of decoding and recorded steps, by the wheels in .whl), sweep (sizes of the decoding step's
-# kernels), profile (step_profile_gpu.py --parts ARGUMENTS), rows (decode_gpu.py --parts ARGUMENTS).
+# Parts: warm (one-layer models of the parts ARGUMENTS, all at once, to fill the compilers' caches), tests (GPU cases of
+# decoding and recorded steps, by the wheels in .whl where there are any), sweep (sizes of the decoding step's kernels),
+# profile (step_profile_gpu.py --parts ARGUMENTS), rows (decode_gpu.py --parts ARGUMENTS).
 # Everything is written as it comes into OUT.
 out=$1
 shift
@@ -14,6 +15,15 @@ for part in "$@"; do
     case $rest in *:*) arguments=${rest#*:} ;; esac
     echo "$(date +%T) $part" >>"$out/parts.txt"
     case $name in
+        warm)
+            for each in $arguments; do
+                timeout "$seconds" python3 lab/scripts/decode_gpu.py --one-layer --unchecked --out "$out/warm-$each" \
+                    --seconds "$seconds" --parts "$each" >"$out/warm-$each.txt" 2>&1 &
+            done
+            timeout "$seconds" python3 lab/scripts/decode_gpu.py --out "$out/warm-check" --parts none \
+                >"$out/warm-check.txt" 2>&1 &
+            wait
+            ;;
         tests)
             python3 -m pip install -q --no-index --no-deps --target /tmp/host-wheels .whl/pytest*.whl .whl/plug*.whl \
                 .whl/ini*.whl .whl/pack*.whl .whl/pyg*.whl .whl/hyp*.whl .whl/sort*.whl >"$out/pip.txt" 2>&1

@@ -74,7 +74,7 @@ def trained(kind: str, folder: Path, recorded: bool, accumulation: int = 1, rows
     """A model after some steps, and its trainer."""
     torch.manual_seed(0)
     if kind == "native":
-        model: Any = DynamaskForCausalLM(tiny_config("dma", windows=16))
+        model: Any = DynamaskForCausalLM(tiny_config("dma", windows=16, head_dim=16))
     else:
         shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
         shape |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 64, "max_position_embeddings": 512}

@@ -3,20 +3,13 @@
 All splits are equally long (but the last of a head), whatever the head: a head with a wide window gets more programs,
 so no program waits for the widest head. With few queries, the program that ends last of a head merges its splits, in
 the same launch; with many, a second launch does.
-
-One to four rows of queries share a key/value head in most models' decoding: too few for products of matrices, whose
-tiles have 16. They are multiplied number by number, and each slot of a tile has a softmax of its own until the end of
-the split, so that nothing in the loop waits for other threads (`_stream`).
 """
-
-# ruff: noqa: RUF005  (Triton unpacks no tuples inside of others)
-# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
 import itertools
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,14 +36,6 @@ _MOST_SPLITS = 64
 
 _MERGED_ROWS = 8
 """Rows of queries that the last program merges one after the other; more take a launch of their own."""
-
-_STREAMED_ROWS = 4
-"""Rows of queries of a head at most that are multiplied number by number."""
-
-_STREAMED_NUMBERS = 96 * 128
-"""Numbers of sums, of all rows and slots of a tile, that four warps hold in registers."""
-
-_STREAM_WARPS, _STREAM_STAGES = 4, 2
 
 _ROWS = 64
 """Rows of queries of a program at most: query heads of one key/value head, times queries."""
@@ -116,7 +101,7 @@ def ragged_decode_launch(
     # Of each split the mean of the values, then the sum of its weights, then its largest logit.
     scratch = torch.empty(batch * splits.total * rows * (value_dim + 2), dtype=torch.float32, device=query.device)
     value_pad = triton.next_power_of_2(value_dim)
-    arguments = (
+    _decode[(splits.total, batch, triton.cdiv(rows, tile))](
         query,
         keys,
         values,
@@ -126,47 +111,26 @@ def ragged_decode_launch(
         scratch,
         counters,
         output,
-    )
-    options: dict[str, Any] = {
-        "GROUPS_PAD": splits.groups_pad,
-        "DIM": dim,
-        "DIM_PAD": triton.next_power_of_2(dim),
-        "VALUE_DIM": value_dim,
-        "VALUE_PAD": value_pad,
-        "HAS_LIVE": live is not None,
-        "HAS_BIAS": bias is not None,
-        "MERGES": max(16, triton.next_power_of_2(splits.most)) if merges else 0,
+        scale,
+        groups,
+        slots,
+        splits.part,
+        rows,
+        GROUPS_PAD=splits.groups_pad,
+        ROWS=tile,
+        N=_SLOTS,
+        DIM=dim,
+        DIM_PAD=triton.next_power_of_2(dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=value_pad,
+        HAS_LIVE=live is not None,
+        HAS_BIAS=bias is not None,
+        PRECISION="tf32" if query.element_size() == 2 else "ieee",
+        MERGES=max(16, triton.next_power_of_2(splits.most)) if merges else 0,
+        num_warps=_WARPS,
+        num_stages=_STAGES,
         **early_launch(query.device),
-    }
-    if rows <= _STREAMED_ROWS:
-        numbers = _STREAMED_NUMBERS * _STREAM_WARPS // 4 // (rows * max(value_pad, 16))
-        _stream[(splits.total, batch)](
-            *arguments,
-            scale,
-            groups,
-            slots,
-            splits.part,
-            ROWS=rows,
-            N=max(16, min(_SLOTS, 1 << max(0, numbers.bit_length() - 1))),
-            STAGES=_STREAM_STAGES,
-            num_warps=_STREAM_WARPS,
-            **options,
-        )
-    else:
-        _decode[(splits.total, batch, triton.cdiv(rows, tile))](
-            *arguments,
-            scale,
-            groups,
-            slots,
-            splits.part,
-            rows,
-            ROWS=tile,
-            N=_SLOTS,
-            PRECISION="tf32" if query.element_size() == 2 else "ieee",
-            num_warps=_WARPS,
-            num_stages=_STAGES,
-            **options,
-        )
+    )
     if not merges:
         _merge[(batch * groups * rows,)](
             scratch,
@@ -207,169 +171,6 @@ def _starts(offsets: tuple[int, ...], batch: int) -> tuple[int, tuple[int, ...]]
     return part, tuple(starts)
 
 
-@triton.jit
-def _split_of(table, groups, part, GROUPS_PAD: tl.constexpr):
-    """The head of this program's split, where its slots begin and stop, and the first and the number of its splits."""
-    split = tl.program_id(0)
-    g = tl.arange(0, GROUPS_PAD)
-    starts = tl.load(table + groups + 1 + g, mask=g <= groups, other=2147483647)
-    # Heads without slots start where the next one does.
-    group = tl.sum((starts <= split).to(tl.int32), 0) - 1
-    first = tl.load(table + groups + 1 + group)
-    begin = tl.load(table + group) + (split - first) * part
-    stop = tl.minimum(begin + part, tl.load(table + group + 1))
-    return group, begin, stop, first, tl.load(table + groups + 2 + group) - first
-
-
-@triton.jit
-def _merge_as_the_last(
-    scratch,
-    sums,
-    tops,
-    counter,
-    output,
-    head,
-    first_row,
-    count,
-    rows,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    MERGES: tl.constexpr,
-):
-    """Count this program; the last of a head merges the rows of its `count` splits, which begin at `first_row`."""
-    dv = tl.arange(0, VALUE_PAD)
-    tl.debug_barrier()
-    if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
-        tl.store(counter, 0)
-        s = tl.arange(0, MERGES)
-        there = s < count
-        for r in range(0, rows):
-            # Past the first-level cache: other multiprocessors have written them.
-            at = first_row + s * rows + r
-            each = tl.load(tops + at, mask=there, other=float("-inf"), cache_modifier=".cg")
-            highest = tl.max(each, 0)
-            highest = tl.where(highest == float("-inf"), 0.0, highest)
-            weight = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
-            weight *= tl.exp2((each - highest) * LOG2E)
-            place = scratch + at[:, None] * VALUE_DIM + dv[None, :]
-            wide = there[:, None] & (dv < VALUE_DIM)[None, :]
-            tile = tl.load(place, mask=wide, other=0.0, cache_modifier=".cg")
-            weights = tl.sum(weight, 0)
-            merged = tl.sum(tile * weight[:, None], 0) / tl.where(weights == 0.0, 1.0, weights)
-            at_output = output + (head * rows + r) * VALUE_DIM + dv
-            tl.store(at_output, merged.to(output.dtype.element_ty), mask=dv < VALUE_DIM)
-
-
-@triton.jit
-def _add_slots(q, k, v, added, there, scale, top, total, mixed):
-    """One row of queries, (DIM,), against the slots of a tile, each of which has a softmax of its own."""
-    s = tl.sum(q[None, :] * k, 1) * scale + added
-    s = tl.where(there, s, float("-inf"))
-    new_top = tl.maximum(top, s)
-    # A slot that has seen nothing yet has top -inf; -inf - -inf would be NaN.
-    shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-    # Differences first: a large bias times log2(e) may be infinite.
-    p = tl.exp2((s - shift) * LOG2E)
-    shrink = tl.exp2((top - shift) * LOG2E)
-    return new_top, total * shrink + p, mixed * shrink[:, None] + p[:, None] * v
-
-
-@triton.jit(do_not_specialize=["groups", "slots", "part"])
-def _stream(
-    query,
-    keys,
-    values,
-    live,
-    bias,
-    table,
-    scratch,
-    counters,
-    output,
-    scale,
-    groups,
-    slots,
-    part,
-    ROWS: tl.constexpr,
-    N: tl.constexpr,
-    STAGES: tl.constexpr,
-    GROUPS_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
-    HAS_LIVE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    MERGES: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    """What `_decode` does, for a few rows; the last program of a head merges."""
-    if EARLY:
-        wait_for_the_launch_before()
-    batch = tl.program_id(1).to(tl.int64)
-    group, begin, stop, first_split, count = _split_of(table, groups, part, GROUPS_PAD)
-    head = batch * groups + group
-    d = tl.arange(0, DIM_PAD)
-    dv = tl.arange(0, VALUE_PAD)
-    queries = ()
-    tops_of = ()
-    totals = ()
-    mixed = ()
-    for r in tl.static_range(ROWS):
-        q = tl.load(query + (head * ROWS + r) * DIM + d, mask=d < DIM, other=0.0).to(tl.float32)
-        queries = queries + (q,)
-        tops_of = tops_of + (tl.full([N], float("-inf"), tl.float32),)
-        totals = totals + (tl.zeros([N], tl.float32),)
-        mixed = mixed + (tl.zeros([N, VALUE_PAD], tl.float32),)
-    base = batch * slots
-    for first in tl.range(begin, stop, N, num_stages=STAGES):
-        slot = first + tl.arange(0, N)
-        there = slot < stop
-        place = base + slot
-        k_mask = there[:, None] & (d < DIM)[None, :]
-        k = tl.load(keys + place[:, None] * DIM + d[None, :], mask=k_mask, other=0.0).to(tl.float32)
-        v_mask = there[:, None] & (dv < VALUE_DIM)[None, :]
-        v = tl.load(values + place[:, None] * VALUE_DIM + dv[None, :], mask=v_mask, other=0.0).to(tl.float32)
-        added = tl.zeros([N], tl.float32)
-        if HAS_BIAS:
-            added = tl.load(bias + place, mask=there, other=0.0)
-        if HAS_LIVE:
-            there = there & (tl.load(live + place, mask=there, other=0) != 0)
-            # What a dead slot holds may be NaN, which a weight of zero would pass on.
-            v = tl.where(there[:, None], v, 0.0)
-        new_tops = ()
-        new_totals = ()
-        new_mixed = ()
-        for r in tl.static_range(ROWS):
-            t, n, m = _add_slots(queries[r], k, v, added, there, scale, tops_of[r], totals[r], mixed[r])
-            new_tops = new_tops + (t,)
-            new_totals = new_totals + (n,)
-            new_mixed = new_mixed + (m,)
-        tops_of = new_tops
-        totals = new_totals
-        mixed = new_mixed
-    all_rows = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * ROWS
-    sums = scratch + all_rows * VALUE_DIM
-    tops = sums + all_rows
-    first_row = (batch * tl.num_programs(0) + first_split) * ROWS
-    out_row = (batch * tl.num_programs(0) + tl.program_id(0)) * ROWS
-    for r in tl.static_range(ROWS):
-        top = tl.max(tops_of[r], 0)
-        weight = tl.exp2((tops_of[r] - tl.where(top == float("-inf"), 0.0, top)) * LOG2E)
-        total = tl.sum(totals[r] * weight, 0)
-        mean = tl.sum(mixed[r] * weight[:, None], 0) / tl.where(total == 0.0, 1.0, total)
-        if count == 1:
-            at = output + (head * ROWS + r) * VALUE_DIM + dv
-            tl.store(at, mean.to(output.dtype.element_ty), mask=dv < VALUE_DIM)
-        else:
-            tl.store(scratch + (out_row + r) * VALUE_DIM + dv, mean, mask=dv < VALUE_DIM)
-            tl.store(sums + out_row + r, total)
-            tl.store(tops + out_row + r, top)
-    if count > 1:
-        _merge_as_the_last(
-            scratch, sums, tops, counters + head, output, head, first_row, count, ROWS, VALUE_DIM, VALUE_PAD, MERGES
-        )
-
-
 @triton.jit(do_not_specialize=["groups", "slots", "part", "rows"])
 def _decode(
     query,
@@ -407,7 +208,12 @@ def _decode(
         wait_for_the_launch_before()
     split = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
-    group, begin, stop, first_split, count = _split_of(table, groups, part, GROUPS_PAD)
+    g = tl.arange(0, GROUPS_PAD)
+    starts = tl.load(table + groups + 1 + g, mask=g <= groups, other=2147483647)
+    # Heads without slots start where the next one does.
+    group = tl.sum((starts <= split).to(tl.int32), 0) - 1
+    begin = tl.load(table + group) + (split - tl.load(table + groups + 1 + group)) * part
+    stop = tl.minimum(begin + part, tl.load(table + group + 1))
     row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     real = row < rows
     # Rows of one key/value head lie together: (batch, group, head in group, query).
@@ -445,6 +251,8 @@ def _decode(
         top = new_top
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     wide = (dv < VALUE_DIM)[None, :]
+    first_split = tl.load(table + groups + 1 + group)
+    count = tl.load(table + groups + 2 + group) - first_split
     done = False
     if MERGES > 0:
         done = count == 1
@@ -460,12 +268,26 @@ def _decode(
         tl.store(sums + out_row, total, mask=real)
         tl.store(tops + out_row, top, mask=real)
         if MERGES > 0:
-            head = batch * groups + group
-            first_row = (batch * tl.num_programs(0) + first_split) * rows
-            counter = counters + head
-            _merge_as_the_last(
-                scratch, sums, tops, counter, output, head, first_row, count, rows, VALUE_DIM, VALUE_PAD, MERGES
-            )
+            tl.debug_barrier()
+            counter = counters + batch * groups + group
+            if tl.atomic_add(counter, 1, sem="acq_rel") == count - 1:
+                tl.store(counter, 0)
+                s = tl.arange(0, MERGES)
+                there = s < count
+                for r in range(0, rows):
+                    # Past the first-level cache: other multiprocessors have written them.
+                    at = (batch * tl.num_programs(0) + first_split + s) * rows + r
+                    each = tl.load(tops + at, mask=there, other=float("-inf"), cache_modifier=".cg")
+                    highest = tl.max(each, 0)
+                    highest = tl.where(highest == float("-inf"), 0.0, highest)
+                    weight = tl.load(sums + at, mask=there, other=0.0, cache_modifier=".cg")
+                    weight *= tl.exp2((each - highest) * LOG2E)
+                    place = scratch + at[:, None] * VALUE_DIM + dv[None, :]
+                    tile = tl.load(place, mask=there[:, None] & wide, other=0.0, cache_modifier=".cg")
+                    weights = tl.sum(weight, 0)
+                    merged = tl.sum(tile * weight[:, None], 0) / tl.where(weights == 0.0, 1.0, weights)
+                    at_output = output + ((batch * groups + group) * rows + r) * VALUE_DIM + dv
+                    tl.store(at_output, merged.to(output.dtype.element_ty), mask=dv < VALUE_DIM)
 
 
 @triton.jit(do_not_specialize=["groups", "total", "rows"])
