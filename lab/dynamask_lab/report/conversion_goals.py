@@ -107,7 +107,8 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
 
     for group, tasks in GROUPS.items():
         distilled = (("distilled", settle.DEFAULT[0]), _LOST)
-        ready = (each for each in distilled if study.scores(each[1].name, tasks, length=8192))
+        longest = 4096 if group == "needles" else 8192
+        ready = (each for each in distilled if study.scores(each[1].name, tasks, length=longest))
         for name, spec in (next(ready, distilled[0]), ("frozen", FROZEN)):
             peer, found = _ahead(study, spec, tasks)
             met = found.value is not None and found.value > 0
