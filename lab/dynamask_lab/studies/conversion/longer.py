@@ -4,7 +4,7 @@
 
 What is judged, decided before the run: SmolLM2-135M at 16384 tokens with 1024 keys per KV head, a sixteenth. Ranks and
 windows were learned there before, with the model frozen: 29% of the needles of three tasks, dense 45%. Distilled there
-for 200 steps at 4e-4, embeddings fixed, the mean of the last quarter of the weights. Reported, no bar: whether what is
+for 100 steps at 4e-4, embeddings fixed, the mean of the last quarter of the weights. Reported, no bar: whether what is
 missing is the model's to learn.
 """
 
@@ -17,7 +17,7 @@ from dynamask_lab.studies.conversion.final import Entry, needles_16k
 from dynamask_lab.studies.conversion.jobs import Job
 from dynamask_lab.studies.conversion.levers import converted
 
-LAST = converted(1024, steps=200, rope=2, context=16384, rate=BEST, embeddings=False)
+LAST = converted(1024, steps=100, rope=2, context=16384, rate=BEST, embeddings=False)
 DISTILLED = replace(LAST, average=0.25)
 
 
