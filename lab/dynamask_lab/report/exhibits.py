@@ -158,8 +158,12 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         left.plot([], [], "o", color=_COLOURS[name], label=_NAMES[name])
     left.set(title="4.4M parameters, tokens read repeatedly")
     left.legend(fontsize=7)
+    larger = sweeps.get("scratch-tables-10M", ())
     halved = _shares_at_half_rate(tables, second[0]) if tables else ""
-    keys += [run.key for run in tables]
+    if second and larger:
+        _shares_at_half_rate(larger, second[0], "s")
+        second[0].set(title="fresh tokens, one rate: 4.4M (dots), 10.0M (squares)")
+    keys += [run.key for run in (*tables, *larger)]
     for axes in (first, *second, left):
         axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
@@ -180,7 +184,7 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
     picture = save_small(figure, folder / "loss-window.svg")
     exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
     command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
-    names = ("scratch", "scratch-tables", "scaling-small", "locality-chinchilla", leaks)
+    names = ("scratch", "scratch-tables", "scratch-tables-10M", "scaling-small", "locality-chinchilla", leaks)
     size = leaks.removeprefix("ablation-")
     more = f"dynamask experiment locality --size chinchilla; dynamask experiment ablation --size {size}"
     return exhibit, _rows(sweeps, *names), f"{command}; {more}"
@@ -203,11 +207,12 @@ _HALVED = {
     "learned, half rate, slopes, even": ("learned ranks with slopes", PINK),
     "sliding + sinks, half rate, one wide layer": ("newest keys, one layer wide", ORANGE),
     "scored, half rate, one wide layer": ("0.1's form with scores, one layer wide", GREEN),
+    "learned, half rate, slopes, one wide layer": ("learned ranks with slopes, one layer wide", BLUE),
 }
 """Forms of size `4M-tables` that exhibits show -> name and colour."""
 
 
-def _shares_at_half_rate(runs: Sequence[Record], axes: Any) -> str:
+def _shares_at_half_rate(runs: Sequence[Record], axes: Any, marker: str = "o") -> str:
     """Draw the gap to dense attention against window over context, all at half the rate; what it says of the paper."""
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     for run in runs:
@@ -223,8 +228,8 @@ def _shares_at_half_rate(runs: Sequence[Record], axes: Any) -> str:
         label, colour = _HALVED[form]
         share = 1 / int(at.partition("/")[2]) if "/" in at else 1.0
         margins = None if math.isnan(gap.low) else [[gap.mean - gap.low], [gap.high - gap.mean]]
-        name = None if form in shown else label
-        axes.errorbar(share, gap.mean, yerr=margins, fmt="o", color=colour, capsize=3, label=name)
+        name = None if form in shown or marker != "o" else label
+        axes.errorbar(share, gap.mean, yerr=margins, fmt=marker, color=colour, capsize=3, label=name)
         shown.add(form)
         if form == "paper" and margins:
             told.append((share, f"with w = {at} {_above(gap)}"))
@@ -323,6 +328,18 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
             "scored, half rate, one wide layer",
             "scored, no choice, half rate, one wide layer",
             "fresh tokens, scores on the logits, one layer wide",
+        ),
+        (
+            "scratch-tables",
+            "learned, half rate, slopes, one wide layer",
+            "sliding + sinks, half rate, one wide layer",
+            "fresh tokens, slopes, one layer wide, half rate",
+        ),
+        (
+            "scratch-tables-10M",
+            "learned, half rate, slopes, one wide layer",
+            "sliding + sinks, half rate, one wide layer",
+            "20 fresh tokens a parameter, slopes, one layer wide",
         ),
         ("scratch-reading", "learned, head windows", "newest, head windows", "documents of 16K, windows per head"),
     ):
