@@ -619,7 +619,31 @@ def _fresh_by_step(sweeps: Sweeps, panels: Any) -> tuple[str, list[str]]:
         f"At 4.4M parameters newest keys lead dense attention by {sliding[most]:.2f} nats after {most} steps and trail "
         f"it by {-sliding[last]:.2f} at the end ({last} steps, three seeds). "
     )
+    text += _larger_by_step(sweeps)
     return text, [run.key for runs in fresh.values() for run in runs]
+
+
+def _larger_by_step(sweeps: Sweeps) -> str:
+    """The lead over dense attention by step at 10M parameters, of the form that is judged and of its control."""
+    forms: dict[str, list[Record]] = defaultdict(list)
+    for run in sweeps.get("scratch-tables-10M", ()):
+        forms[_without_window(run)].append(run)
+    if "dense, half rate" not in forms:
+        return ""
+    dense = loss_by_step(forms["dense, half rate"])
+    told = []
+    for name, label in (
+        ("scored, half rate, one wide layer", "0.1's form with scores"),
+        ("sliding + sinks, half rate, one wide layer", "newest keys"),
+    ):
+        if name in forms:
+            own = loss_by_step(forms[name])
+            gaps = {step: dense[step] - own[step] for step in own if step in dense}
+            most, last = max(gaps, key=lambda step: gaps[step]), max(gaps)
+            told.append(f"{label} by {gaps[most]:.2f} nats after {most} steps and {gaps[last]:+.3f} at the end")
+    if not told:
+        return ""
+    return f"At 10.0M parameters and one rate, with one layer wide, {', '.join(told)} lead it ({last} steps). "
 
 
 def _by_position(runs: Sequence[Record]) -> dict[float, float]:
