@@ -71,6 +71,13 @@ def convert_upcycle(
     start_windows: Annotated[
         float, typer.Option(help="Factor of the windows when the distillation starts; they shrink over its first half.")
     ] = 1.0,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="repeats: half of the blocks repeat their first half; facts: facts and questions are planted in the "
+            "texts, which suits models with few key/value heads; plain: the texts as they are."
+        ),
+    ] = "repeats",
     needles: Annotated[int, typer.Option(help="Needles of each task, length and depth in the report; 0: none.")] = 2,
     max_tokens: Annotated[int, typer.Option(help="Tokens read from the texts at most.")] = 20_000_000,
     seed: Annotated[int, typer.Option(help="Seed of predictors and order.")] = 0,
@@ -108,6 +115,7 @@ def convert_upcycle(
         distill_rate=distill_rate,
         label_share=label_share,
         start_windows=start_windows,
+        calibration=calibration,
         needles=needles,
         max_tokens=max_tokens,
         seed=seed,

@@ -21,6 +21,7 @@ from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import set_slopes, set_windows
+from dynamask.convert.planted_facts import LEAST_ROOM, PlantedFacts
 from dynamask.convert.progress import Report
 from dynamask.convert.report import ConversionReport, Figures, figures_from, measure, plain_card
 from dynamask.convert.upcycle import upcycle
@@ -29,6 +30,9 @@ from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
 from dynamask.lock import locked
 from dynamask.ops.checks import check_window
+
+CALIBRATIONS = ("repeats", "facts", "plain")
+"""What may be done to the texts that a model is converted with."""
 
 _LONGEST_BLOCK = 8192
 _HELD_OUT_BLOCKS = 8
@@ -54,6 +58,8 @@ class Conversion:
         distill_rate: highest learning rate of the model in the distillation.
         allocation: how windows are set, see `allocate_windows`.
         label_share, start_windows: of the distillation, see `distill`.
+        calibration: what is done to the texts: "repeats" (half of the blocks repeat their first half), "facts" (facts
+            and questions are planted in them, see `dynamask.convert.planted_facts`) or "plain" (nothing).
         needles: examples of each needle task, length and depth; 0 leaves the needles out.
         max_tokens: tokens read from the texts at most.
         seed: of the order of the blocks and of the predictors.
@@ -75,6 +81,7 @@ class Conversion:
     allocation: str = "loss"
     label_share: float = 0.0
     start_windows: float = 1.0
+    calibration: str = "repeats"
     needles: int = 2
     max_tokens: int = 20_000_000
     seed: int = 0
@@ -135,6 +142,16 @@ def run_conversion(settings: Conversion, *, progress: Report | None = None, say:
     return report
 
 
+def _calibration(
+    settings: Conversion, tokens: Any, tokenizer: Any, block: int, batch: int, seed: int
+) -> CalibrationBlocks | PlantedFacts:
+    share = 0.5 if settings.calibration == "repeats" else 0.0
+    blocks = CalibrationBlocks(tokens, block, batch=batch, repeat_share=share, seed=seed)
+    if settings.calibration != "facts":
+        return blocks
+    return PlantedFacts(blocks, tokenizer, facts=max(1, min(12, block // (2 * LEAST_ROOM))))
+
+
 def _checked(settings: Conversion) -> tuple[Any, int]:
     """Check everything that needs no weights; return the tokenizer and the block length."""
     from transformers import AutoConfig, AutoTokenizer
@@ -148,6 +165,8 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
         raise UsageError(f"--label-share must be from 0 to 1; got {settings.label_share}")
     if not settings.start_windows >= 1:
         raise UsageError(f"--start-windows must be at least 1; got {settings.start_windows}")
+    if settings.calibration not in CALIBRATIONS:
+        raise UsageError(f"--calibration must be one of {', '.join(CALIBRATIONS)}; got {settings.calibration!r}")
     if settings.allocation not in METHODS:
         raise UsageError(f"--allocation must be one of {', '.join(METHODS)}; got {settings.allocation!r}")
     check_window(settings.window, settings.local, settings.sinks)
@@ -170,6 +189,8 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
             f"--block {block} is too short to learn from: keys within local = {settings.local} and sinks = "
             f"{settings.sinks} are kept anyway"
         )
+    if settings.calibration == "facts" and block < 2 * LEAST_ROOM:
+        raise UsageError(f"--calibration facts needs blocks of at least {2 * LEAST_ROOM} tokens; got --block {block}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(settings.source)
     except Exception as error:  # a dozen kinds, all of which mean that there is none
@@ -255,7 +276,7 @@ def _run(settings: Conversion, tokenizer: Any, block: int, progress: Report | No
     model = upcycle(
         dense, settings.window, local=settings.local, sinks=settings.sinks, dense_layers=settings.dense_layers
     )
-    blocks = CalibrationBlocks(tokens, block, batch=settings.batch, seed=settings.seed)
+    blocks = _calibration(settings, tokens, tokenizer, block, settings.batch, settings.seed)
     say("learning ranks")
     with stage("ranks"):
         learn_ranks(model, blocks, steps=settings.rank_steps, checkpoint=work / "ranks.pt", progress=progress)
@@ -268,7 +289,7 @@ def _run(settings: Conversion, tokenizer: Any, block: int, progress: Report | No
         with stage("windows"):
             batches = max(1, _ALLOCATION_BLOCKS // settings.batch)
             if settings.allocation == "loss":  # a backward pass, whose memory one block decides
-                blocks = CalibrationBlocks(tokens, block, batch=1, seed=settings.seed)
+                blocks = _calibration(settings, tokens, tokenizer, block, 1, settings.seed)
                 batches = _LOSS_BLOCKS
             allocate_windows(
                 model, blocks, settings.window, method=settings.allocation, max_batches=batches, progress=progress
@@ -281,7 +302,7 @@ def _run(settings: Conversion, tokenizer: Any, block: int, progress: Report | No
             distill(
                 model,
                 dense,
-                CalibrationBlocks(tokens, block, batch=settings.batch, seed=settings.seed + 1),
+                _calibration(settings, tokens, tokenizer, block, settings.batch, settings.seed + 1),
                 steps=settings.distill_steps,
                 learning_rate=settings.distill_rate,
                 label_share=settings.label_share,

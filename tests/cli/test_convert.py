@@ -52,6 +52,8 @@ def test_upcycle_runs_all_stages_and_writes_a_report(
         "3",
         "--allocation",
         "loss",
+        "--calibration",
+        "facts",
     )
     assert done.returncode == 0, done.stderr
     assert "loss, all positions" in done.stdout
@@ -148,6 +150,7 @@ Case = Callable[[Path, Path], list[str]]
         (lambda dense, _: [str(dense), "--block", "512"], "context of 256 tokens"),
         (lambda dense, _: [str(dense), "--max-tokens", "200"], "200 tokens, fewer than two blocks of 128"),
         (lambda dense, _: [str(dense), "--allocation", "best"], "--allocation must be one of loss, threshold"),
+        (lambda dense, _: [str(dense), "--calibration", "x"], "--calibration must be one of repeats, facts, plain"),
         (lambda dense, _: [str(dense), "--batch", "0"], "--batch must be at least 1"),
         (lambda dense, _: [str(dense), "--data", "/no/texts"], "/no/texts"),
         (lambda dense, _: [str(dense), "--dense-layer", "2"], "indices of the 2 layers"),

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dynamask.convert.calibration import CalibrationBlocks
+from dynamask.convert.planted_facts import plant_facts
 from dynamask.errors import UsageError
 from dynamask.mixers.rank_predictor import Float32Linear, RankPredictor, settle
 from dynamask_lab.studies.conversion import peers
 from dynamask_lab.studies.conversion.adapt import adapt
 from dynamask_lab.studies.conversion.measure import Form
-from dynamask_lab.studies.conversion.planted import with_facts, with_spans
+from dynamask_lab.studies.conversion.planted import with_spans
 
 KINDS = ("dense", "dense trained", "converted", "peer")
 LOCAL, SINKS = 128, 4
@@ -68,7 +69,7 @@ class Spec:
             schedule's, under the model's own positions.
         local: newest keys that are always kept.
         texts, distil_texts: blocks that ranks and windows, and the model, are trained on: "" (half of them repeat their
-            first half), "plain", "spans" or "facts" (`dynamask_lab.studies.conversion.planted`).
+            first half), "plain", "spans" (`planted`) or "facts" (`dynamask.convert.planted_facts`).
         target: what ranks learn: "" (the largest later attention) or "loss" (`rank_targets.learn_by_loss`).
         width: hidden units of the predictors; 0: the product's default.
         rank_steps: batches that ranks are learned on; 0: the schedule's.
@@ -403,7 +404,7 @@ class Workshop:
         if texts == "facts":
             if self._tokenizer is None:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder)
-            return with_facts(batch, self._tokenizer, seed, step)
+            return plant_facts(batch, self._tokenizer, seed=seed, step=step)
         return batch
 
     def converted(self, spec: Spec) -> Any:

@@ -8,7 +8,7 @@ import torch
 
 from dynamask.ops.future_attention import future_attention
 from dynamask_lab.studies.conversion.bound import _choose
-from dynamask_lab.studies.conversion.planted import with_facts, with_spans
+from dynamask_lab.studies.conversion.planted import with_spans
 from dynamask_lab.studies.conversion.rank_targets import key_effects
 
 
@@ -49,23 +49,3 @@ def test_spans_are_copies_from_before() -> None:
     assert (changed.sum(1) == 32).all()
     assert (made[changed] < batch[changed] - 7).all()
     assert torch.equal(made, with_spans(batch, seed=0, step=3, spans=4, length=8))
-
-
-class Letters:
-    """A tokenizer of characters."""
-
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        return {"input_ids": [1000 + ord(letter) for letter in text]}
-
-
-def test_facts_come_back_with_their_answer() -> None:
-    batch = torch.arange(800).repeat(2, 1)
-    made = with_facts(batch, Letters(), seed=0, step=1, facts=2)
-    for row in made:
-        text = "".join(chr(token - 1000) if token >= 1000 else "." for token in row.tolist())
-        sentences = [part for part in text.split("\n") if part.strip(".")]
-        assert len(sentences) == 4
-        values = [sentence.rstrip(".").split()[-1] for sentence in sentences]
-        assert len(set(values)) == 2
-    assert torch.equal(made, with_facts(batch, Letters(), seed=0, step=1, facts=2))
-    assert not torch.equal(made, with_facts(batch, Letters(), seed=0, step=2, facts=2))
