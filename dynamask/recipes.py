@@ -1,9 +1,9 @@
 """Named configurations: which attention, and how its keys are spread over the layers, for a model of any size.
 
-A recipe is a function of the model's shape and its context. All bounded recipes keep a sixteenth of the context on
-average, except `recall`, which keeps an eighth. The forms were compared in the lab's studies locality, scaling, needle
-and mqar (`docs/results`); those runs ranked keys as dynamask 0.1 did. Models that learn ranks from the hidden state
-from scratch have not been measured yet.
+A recipe is a function of the model's shape and its context. `default` and `recall` share their windows: a 64th of the
+context in most layers, 11 of its 32 parts in one layer of six. They differ in what fills the wide windows. The newest
+keys gave the lowest loss on text of all forms that are bounded and need no change of the logits, learned ranks found
+more beyond the widest window. The lab's studies scratch and needle measured these very fields (`docs/quality.md`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from dynamask.errors import UsageError, did_you_mean
 from dynamask.models import PRESETS, DynamaskConfig, preset, uneven_windows
+from dynamask.models.windows import default_sinks
 
 _LEAST_BUDGET = 4
 
@@ -33,16 +34,26 @@ class Recipe:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _budget(context: int, share: int = 16) -> int:
-    return max(min(_LEAST_BUDGET, context), context // share)
+def _budget(context: int) -> int:
+    return max(min(_LEAST_BUDGET, context), context // 16)
 
 
-def _default(layers: int, context: int) -> dict[str, Any]:
-    return {"attention": "dma", "ranking": "learned", "windows": uneven_windows(layers, _budget(context))}
+def _one_wide(layers: int, context: int) -> tuple[list[int], int]:
+    """A 64th of the context in most layers, in one of six the rest of what is 9/128 on average; and that 64th."""
+    mean = max(min(_LEAST_BUDGET, context), context * 9 // 128)
+    narrow = max(1, context // 64)
+    return uneven_windows(layers, mean, narrow=narrow), narrow
+
+
+def _newest(layers: int, context: int) -> dict[str, Any]:
+    return {"attention": "swa", "windows": _one_wide(layers, context)[0]}
 
 
 def _recall(layers: int, context: int) -> dict[str, Any]:
-    return {"attention": "dma", "ranking": "learned", "windows": uneven_windows(layers, _budget(context, 8))}
+    windows, narrow = _one_wide(layers, context)
+    # The narrow layers hold sinks and the newest keys alone; the wide ones keep as many of the newest.
+    local = narrow - default_sinks(narrow)
+    return {"attention": "dma", "ranking": "learned", "windows": windows, "local": local}
 
 
 def _even(layers: int, context: int) -> dict[str, Any]:
@@ -53,24 +64,16 @@ def _paper(layers: int, context: int) -> dict[str, Any]:
     return {"attention": "dma", "ranking": "paper", "windows": _budget(context)}
 
 
-def _sliding(layers: int, context: int) -> dict[str, Any]:
-    return {"attention": "swa", "windows": uneven_windows(layers, _budget(context))}
-
-
 def _dense(layers: int, context: int) -> dict[str, Any]:
     return {"attention": "mha"}
 
 
 RECIPES: dict[str, Recipe] = {
-    "default": Recipe("learned ranks; one layer of six wide, the others narrow", _default),
-    "recall": Recipe(
-        "the same with twice the keys, and windows four times as wide at the start of the training",
-        _recall,
-        {"window_schedule": [[0.0, 4.0], [0.5, 2.0], [0.7, 1.0]]},
-    ),
+    "default": Recipe("the newest keys and sinks; one layer of six wide, the others narrow", _newest),
+    "recall": Recipe("learned ranks in the same windows: finds more beyond them", _recall),
     "even": Recipe("learned ranks; the same window in all layers", _even),
     "paper": Recipe("the paper's ranks (arXiv 2508.02124); the same window in all layers", _paper),
-    "sliding": Recipe("the newest keys and sinks; one layer of six wide, the others narrow", _sliding),
+    "sliding": Recipe("the same as default, by its mechanism's name", _newest),
     "dense": Recipe("every key", _dense),
 }
 """Recipes by name."""
@@ -118,6 +121,8 @@ def apply(name: str, shape: str | DynamaskConfig, context: int | None = None, **
     fields = recipe.fields(sizes.get("num_hidden_layers", DynamaskConfig.num_hidden_layers), context)
     if context > sizes.get("max_position_embeddings", context):
         fields["max_position_embeddings"] = context
+    if "windows" in overrides:
+        fields.pop("local", None)  # it belongs to the recipe's windows
     chosen = {**fields, **overrides}
     if isinstance(shape, str):
         return preset(shape, **chosen)

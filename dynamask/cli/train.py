@@ -31,7 +31,7 @@ def train(
 
     - `dynamask train model.attention=mha output=runs/dense` — a rival: dma, mha, swa, mla, nsa
 
-    - `dynamask train recipe=recall preset=30m` — twice the keys; recipes: default, recall, even, paper, sliding, dense
+    - `dynamask train recipe=recall preset=30m` — learned ranks; recipes: default, recall, even, paper, sliding, dense
 
     - `dynamask train init=sparse teacher=dense data=corpus/` — a converted model towards the one it was made from
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,10 +34,17 @@ def test_the_simplest_command_is_the_default_recipe(text: Path, tmp_path: Path) 
     assert train(again, quiet=True).trained == 0, "the run is known again"
 
 
-def test_a_recipe_brings_its_training(text: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_recipe_brings_its_training(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    schedule = [[0.0, 4.0], [0.5, 1.0]]
+    brought = replace(recipes.get("recall"), training={"window_schedule": schedule})
+    monkeypatch.setitem(recipes.RECIPES, "recall", brought)
     train(begun(text, tmp_path / "run", model=dict(SHAPE), recipe="recall"), quiet=True)
     saved = TrainConfig.load(tmp_path / "run" / "train.yaml")
-    assert saved.window_schedule == recipes.get("recall").training["window_schedule"]
+    assert saved.window_schedule == schedule
     with pytest.raises(UsageError, match="did you mean 'recall'"):
         train(begun(text, tmp_path / "other", recipe="recal"), quiet=True)
 

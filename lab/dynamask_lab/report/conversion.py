@@ -251,25 +251,6 @@ def _in_common(found: Sequence[Mapping[str, Any]]) -> set[str]:
     return set.intersection(*whole) if whole else set()
 
 
-def training_seconds(lines: Sequence[Line]) -> dict[str, float]:
-    """Return the seconds of each step of a conversion: "learn_ranks", "allocate_windows", "train" (distillation).
-
-    Of the product's way where it was measured: windows and slopes by loss, and of the distillations the longest. Of the
-    model with most lines.
-    """
-    found: dict[str, tuple[tuple[bool, int], float]] = {}
-    for line in of_main_model(lines):
-        spec, measure = line["spec"], line["measure"]
-        usual = spec["kind"] == "converted" and spec["predictor"] == "hidden" and not spec["seed"]
-        usual = usual and spec["ranks"] == "learned" and spec["windows"] == "heads" and not spec.get("label_share")
-        usual = usual and spec.get("start_windows", 1.0) == 1 and spec["budget"] in (None, _BUDGET)
-        if usual and measure in ("learn_ranks", "allocate_windows", "train"):
-            version = bool(spec.get("slopes")), spec.get("steps") or 0
-            if measure not in found or version > found[measure][0]:
-                found[measure] = version, line["result"]["seconds"]
-    return {measure: seconds for measure, (_, seconds) in found.items()}
-
-
 def sources(lines: Sequence[Line]) -> str:
     """Name the devices and commits that the lines come from."""
     devices = dict.fromkeys(str(line.get("device")).replace("))", ")") for line in lines)

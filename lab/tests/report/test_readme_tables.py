@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from pathlib import Path
@@ -9,12 +10,20 @@ from typing import Any
 
 import pytest
 
+from dynamask.convert import distill
 from dynamask.errors import UsageError
-from dynamask.recipes import RECIPES
+from dynamask.recipes import RECIPES, apply
 from dynamask_lab.report.conversion import conversion_table, read_conversion
-from dynamask_lab.report.readme import NOT_MEASURED, PAGES, QUALITY, TABLES, fill, write_pages
+from dynamask_lab.report.cost_table import DECODE_RUNS, FIGURES, newest_pair
+from dynamask_lab.report.page_tables import NOT_MEASURED
+from dynamask_lab.report.quality_table import QUALITY
+from dynamask_lab.report.readme import PAGES, TABLES, fill, write_pages
+from dynamask_lab.report.speed_table import KERNEL_RUNS, gpu_timings
+from dynamask_lab.studies.conversion import settle
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.judged import share_of_pairs
+from dynamask_lab.studies.scratch.study import scratch_name
+from dynamask_lab.sweeps.results import read_results
 
 ROOT = Path(__file__).parents[3]
 RAW = ROOT / "lab" / "results"
@@ -51,22 +60,143 @@ def test_speed_rows_are_raw_rows_and_hold_losses() -> None:
         assert float(shown["dense forward"]) == pytest.approx(1e3 * row["dense_sdpa_forward_s"], rel=1e-2)
 
 
-def test_quality_rows_are_means_over_the_seeds_of_their_runs() -> None:
-    """Recomputed for the paper's form from its fields alone: neither newest keys nor slopes."""
-    lines = [json.loads(line) for line in (RAW / "locality-chinchilla.jsonl").read_text().splitlines()]
-    losses = [
-        line["result"]["loss"]
-        for line in lines
-        if line["config"]["attention"] == "dma" and line["config"]["local"] == 0 and line["config"]["corpus"] == "code"
+def _kernel_row(window: int, length: int, own: float, dense: float) -> dict[str, Any]:
+    row = {"name": "a", "windows": [window] * 4, "N": length, "H": 16, "D": 128, "expiry": 1.0}
+    row |= {"forward, a call": own, "backward, a call": 2 * own}
+    return row | {"dense cudnn": dense, "dense cudnn backward": 2 * dense, "dense flash": 9.0}
+
+
+def test_speed_takes_the_newest_row_with_a_dense_peer_and_counts_the_mask(tmp_path: Path) -> None:
+    without = {name: value for name, value in _kernel_row(2048, 8192, 5.0, 8.0).items() if "dense" not in name}
+    older = {"device": "A H200", "commit": "old1234", "rows": [_kernel_row(1024, 4096, 3.0, 8.0), without]}
+    newer = {"device": "A H200", "commit": "old1234", "again, commit new1234": [_kernel_row(1024, 4096, 2.0, 6.0)]}
+    (tmp_path / KERNEL_RUNS[0]).write_text(json.dumps(older))
+    (tmp_path / "h200-kernels-later.json").write_text(json.dumps(newer))
+    (timing,) = gpu_timings(tmp_path)
+    assert (timing.ours, timing.dense, timing.commit) == ((3.0, 7.0), (6.0, 18.0), "new1234")
+    (tmp_path / "h200-kernels-later.json").unlink()
+    (timing,) = gpu_timings(tmp_path)
+    assert (timing.ours, timing.dense, timing.commit) == ((4.0, 10.0), (8.0, 24.0), "old1234")
+
+
+def test_every_kernel_file_and_decode_file_has_its_age() -> None:
+    """A file that is not named counts as the newest; committed ones are named once a newer one is there."""
+    for folder, pattern, named in ((RAW, "h*-kernels-*.json", KERNEL_RUNS), (RAW / "decode", "*.jsonl", DECODE_RUNS)):
+        assert set(named) <= {file.name for file in folder.glob(pattern)}
+        assert len(named) == len(set(named))
+
+
+def _timed(form: str, ms: float, commit: str = "a", **more: Any) -> dict[str, Any]:
+    line = {"part": "train", "model": "smollm2-135m", "B": 1, "N": 8192, "kind": "train", "form": form, "ms": ms}
+    return line | {"commit": commit} | more
+
+
+def test_cost_pairs_come_from_one_run_the_newest_that_has_both() -> None:
+    figure = next(each for each in FIGURES if each.settings.get("N") == 8192)
+    first = [_timed("dense, flash", 9.0), _timed("converted", 6.0), _timed("dense, flash, recorded", 8.0)]
+    pair = newest_pair(first, "smollm2-135m", figure)
+    assert pair is not None
+    assert (pair.ours["ms"], pair.dense["ms"]) == (6.0, 8.0)
+    alone = [*first, _timed("converted", 1.0, "b")]  # the newer run has no dense form yet
+    assert newest_pair(alone, "smollm2-135m", figure) == pair
+    again = [*alone, _timed("dense, flash", 5.0, "b"), _timed("converted, recorded", 0.5, "b")]
+    pair = newest_pair(again, "smollm2-135m", figure)
+    assert pair is not None
+    assert (pair.ours["ms"], pair.dense["ms"]) == (0.5, 5.0)
+    assert newest_pair(again, "qwen3-0.6b", figure) is None
+    assert newest_pair([_timed("dense, flash", 9.0, B=4), _timed("converted", 6.0)], "smollm2-135m", figure) is None
+
+
+def test_cost_cells_are_raw_lines_and_their_ratio() -> None:
+    lines = [
+        json.loads(line) for file in (RAW / "decode").glob("*.jsonl") for line in file.read_text().split("\n") if line
     ]
-    (row,) = [row for row in _table("quality") if row["recipe"] == "`paper`"]
-    assert row["code, 4.4M"] == f"{sum(losses) / len(losses):.3f} ({len(losses)})"
+    figures = {f"{line[name]:,.0f}" for line in lines for name in ("ms", "tokens_per_s", "cache_mib") if name in line}
+    figures |= {f"{line[name]:.1f}" for line in lines for name in ("ms", "tokens_per_s", "cache_mib") if name in line}
+    compared = [row for row in _table("cost") if row["ratio"]]
+    assert len(compared) >= 6
+    for row in compared:
+        ours, dense = row["SmolLM2-135M"], row["SmolLM2-135M, dense"]
+        assert {ours, dense} <= figures
+        own, other = (float(cell.replace(",", "")) for cell in (ours, dense))
+        quotient = own / other if "tokens/s" in row[""] else other / own
+        assert float(row["ratio"]) == pytest.approx(quotient, rel=0.02)
+
+
+def test_quality_rows_are_means_over_the_seeds_of_their_runs() -> None:
+    """Recomputed from the fields alone: newest keys, one layer of six wide, at half the rate of the others."""
+    lines = [json.loads(line) for line in (RAW / "scratch-rates.jsonl").read_text().splitlines()]
+
+    def losses(**fields: Any) -> dict[int, float]:
+        return {
+            line["seed"]: line["result"]["test"]
+            for line in lines
+            if all(line["config"][name] == value for name, value in fields.items())
+        }
+
+    own = losses(attention="swa", layer_windows=[64, 64, 64, 1408, 64, 64])
+    ((title, cell),) = [
+        (name, row[name])
+        for row in _table("quality")
+        if row["recipe"].startswith("`default`")
+        for name in row
+        if name.startswith("loss, 4.4M, 10 tokens")
+    ]
+    assert cell == f"{sum(own.values()) / len(own):.3f} ({len(own)})", title
+
+
+def test_differences_are_of_the_last_column_that_has_both_forms() -> None:
+    columns = [name for name in _table("quality")[0] if name.startswith("loss")]
+    (base,) = [row for row in _table("quality") if row["recipe"].startswith("`default`")]
+    compared = 0
+    for row in _table("quality"):
+        shared = [name for name in columns if row[name] and base[name]]
+        if row is base or row["recipe"] == base["recipe"] or not shared:
+            assert row["above `default`"] == ""
+            continue
+        own, other = row[shared[-1]], base[shared[-1]]
+        if own[-2] == other[-2]:  # as many seeds, so the mean of differences is the difference of means
+            mean = float(own.split()[0]) - float(other.split()[0])
+            assert float(row["above `default`"].split()[0]) == pytest.approx(mean, abs=1.5e-3)
+            compared += 1
+    assert compared >= 3
 
 
 def test_every_quality_row_has_runs_and_every_recipe_a_row() -> None:
     shown = {row["attention"] for row in _table("quality")}
     assert shown == {measured.attention for measured in QUALITY}
-    assert {measured.recipe for measured in QUALITY} - {""} == set(RECIPES)
+    assert {name for measured in QUALITY for name in measured.recipe.split(", ")} - {""} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", ["default", "sliding", "recall"])
+def test_what_the_table_shows_of_a_recipe_is_what_the_recipe_makes(name: str) -> None:
+    """The fields of the runs, in a model of six layers, are those that `recipes.apply` gives."""
+    measured = next(row for row in QUALITY if name in row.recipe.split(", "))
+    runs = [run for file in ("needle-far", "scratch-rates") for run in read_results(RAW / f"{file}.jsonl")]
+    shown = [run for run in runs if measured.needle in run.result.get("loss", ())] if measured.needle else []
+    shown += [run for run in runs if run.experiment == "scratch" and scratch_name(run.config) in measured.forms]
+    assert shown
+    for run in shown:
+        length = run.config.get("length") or run.config["context"]
+        config = apply(name, "tiny", length, num_hidden_layers=run.config["layers"])
+        assert config.attention == run.config["attention"]
+        assert list(config.windows) == run.config["layer_windows"]
+        assert config.sinks == run.config["sinks"]
+        assert not config.slopes
+        if config.attention == "dma":
+            assert (config.ranking, config.local) == (run.config["ranking"], run.config["local"])
+        assert not RECIPES[name].training.get("window_schedule")
+        assert not run.config.get("window_schedule")
+
+
+def test_the_default_conversion_in_the_table_is_the_products() -> None:
+    given = {name: parameter.default for name, parameter in inspect.signature(distill).parameters.items()}
+    for spec in settle.DEFAULT.values():
+        assert (spec.steps, spec.rate, spec.average) == (given["steps"], given["learning_rate"], given["average_share"])
+        assert spec.beginning_share == given["beginning_share"]
+        assert spec.label_share == given["label_share"]
+        assert not spec.embeddings
+        assert given["train_embeddings"] is None  # which leaves them where no next tokens are learned
 
 
 def test_the_share_of_pairs() -> None:
@@ -103,9 +233,29 @@ def test_conversion_cells_compare_over_what_every_form_has(tmp_path: Path) -> No
     assert second["needles, %"] == "50.0"
     assert second["keys per head"] == "512"
     assert "text loss" not in second
-    shown = TABLES["conversion"](tmp_path)
+    shown = TABLES["conversion-forms"](tmp_path)
     assert "| dense | all |" in shown
     assert "context of 64 tokens" in shown
+
+
+def test_the_summary_averages_the_seeds_of_the_default_over_the_same_documents(tmp_path: Path) -> None:
+    dense, seeds = Spec("dense"), list(settle.DEFAULT.values())
+    task = {"haystack": "essays", "first": 0, "count": 2, "task": "single_1", "length": 1024}
+    lines = [
+        _line(dense, "loss", {"corpus": "text"}, {"losses": [[2.0, 2.0], [3.0, 3.0]]}),
+        _line(seeds[0], "loss", {"corpus": "text"}, {"losses": [[2.1, 2.1], [3.1, 3.1]]}),
+        _line(seeds[1], "loss", {"corpus": "text"}, {"losses": [[2.3, 2.3], [3.3, 3.3]]}),
+        _line(dense, "tasks", task, {"scores": [[1.0], [1.0]]}),
+        _line(seeds[1], "tasks", task, {"scores": [[1.0], [0.0]]}),
+    ]
+    _write(tmp_path, [line | {"model": "smollm2-135m-instruct"} for line in lines])
+    shown = TABLES["conversion"](tmp_path).split("\n")
+    (row,) = [line for line in shown if line.startswith("| learned ranks, distilled")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["512", "2", "+0.200 [+0.200, +0.200]"]
+    assert cells[4].startswith("0.50 [")
+    assert cells[4].endswith("(1)")
+    assert cells[5] == ""
 
 
 def test_what_has_no_lines_is_not_measured(tmp_path: Path) -> None:

@@ -1,0 +1,165 @@
+"""The table of models trained from scratch, by recipe: test losses against dense attention, and needles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dynamask_lab.report.page_tables import named_commits, table_with_note
+from dynamask_lab.studies.judged import layer_windows, share_of_pairs
+from dynamask_lab.sweeps.results import Record, read_results
+from dynamask_lab.sweeps.section import Row
+from dynamask_lab.sweeps.verdicts import mean_interval
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table, and the runs that it shows.
+
+    Attributes:
+        recipe: names in `dynamask.recipes`; "" for a form that is none.
+        attention: what the row shows, in words.
+        forms: names of its runs in the study `scratch`.
+        needle: name of its runs in the study `needle`; "": not run there.
+    """
+
+    recipe: str
+    attention: str
+    forms: tuple[str, ...]
+    needle: str = ""
+
+
+_WIDE = "one wide layer, w = N/16"
+_BASE = (f"sliding + sinks, half rate, {_WIDE}", f"sliding + sinks, {_WIDE}")
+"""Forms of the recipe `default`, which the differences are taken from."""
+QUALITY = (
+    Measured("dense", "every key", ("dense, half rate", "dense"), "mha"),
+    Measured("default, sliding", "newest keys, one layer of six wide", _BASE, "swa, sinks, windows 16/352"),
+    Measured("recall", "learned ranks, the same windows", (f"learned, {_WIDE}",), "dma, learned, windows 16/352"),
+    Measured(
+        "",
+        "the same, ranks with slopes",
+        (f"learned, half rate, slopes, {_WIDE}", f"learned, slopes, {_WIDE}"),
+        "dma, learned, slopes, windows 16/352",
+    ),
+    Measured("", "the same, scores and slopes on logits (0.1)", (f"scored, half rate, {_WIDE}",)),
+    Measured("", "newest keys, the same logits", (f"scored, no choice, half rate, {_WIDE}",)),
+    Measured("", "every key, slopes on logits", ("dense, slopes, half rate",)),
+    Measured("even", "learned ranks, even windows", ("learned, even, w = N/16",)),
+    Measured("paper", "the paper's scores, even windows", ("paper, w = N/16",)),
+)
+"""Rows in order."""
+_SWEEPS = (("scratch-added", 256), ("scratch", 256), ("scratch-rates", 256), ("scratch-10M*", 384))
+"""Files and width of the runs of a column; a difference is taken from the last of them that has both forms."""
+_NEEDLE = "needle-far"
+
+
+def quality_table(results: Path) -> str:
+    """Draw test losses of models from scratch, and what they find beyond their widest window."""
+    from dynamask_lab.studies.scratch.study import scratch_name
+
+    columns: dict[str, dict[str, list[Record]]] = {}
+    for file, width in _SWEEPS:
+        files = sorted(results.glob(f"{file}.jsonl"))
+        runs = [run for each in files for run in read_results(each) if run.config["width"] == width]
+        named: dict[str, list[Record]] = {}
+        for run in runs:
+            if run.result.get("test") is not None:
+                named.setdefault(scratch_name(run.config), []).append(run)
+        if named:
+            columns[_title(runs)] = named
+    needles = read_results(results / f"{_NEEDLE}.jsonl")
+    used: list[Record] = []
+    rows: list[Row] = []
+    for measured in QUALITY:
+        row = {"recipe": ", ".join(f"`{name}`" for name in measured.recipe.split(", ") if name)}
+        row["attention"] = measured.attention
+        own: list[Record] = []
+        above = ""
+        for title, named in columns.items():
+            runs = next((named[form] for form in measured.forms if form in named), [])
+            base = next((named[form] for form in _BASE if form in named), [])
+            row[title] = _loss(runs)
+            above = _above(runs, base) or above
+            own += runs
+        row["above `default`"] = "" if measured.forms is _BASE else above
+        searching = [run for run in needles if measured.needle in run.result["loss"]]
+        row["needles beyond the window"] = _beyond(searching, measured.needle)
+        own += searching
+        if own:
+            row["pairs"] = _range([share_of_pairs(run.config) for run in own])
+            row["widest layer"] = _range([_widest(run) for run in own])
+            rows.append(row)
+            used += own
+    lengths = " and ".join(f"{length:,}" for length in sorted({_length(run) for run in used}))
+    size = f"{min(run.result['parameters'] for run in needles) / 1e6:.0f}M parameters, " if needles else ""
+    note = (
+        f"Contexts of {lengths} tokens. Mean test loss in nats, in brackets the seeds; forms of a column read the same "
+        "fresh tokens, those of two columns do not. `above default`: seed by seed in the last column that has both, "
+        "with 95% interval. Where a parameter read 12 or 20 tokens at 4.4M, the learning rate was twice that of the "
+        f"other columns, which is worse for dense attention. Needles ({size}trained at 1,024 tokens): found between "
+        "the reach of the widest sparse layer and the trained length. `pairs`: query-key pairs as a share of dense "
+        f"attention's. Empty: not run. {', '.join(dict.fromkeys(_device(run) for run in used))}; "
+        f"{named_commits(run.commit for run in used)}."
+    )
+    return table_with_note(rows, note)
+
+
+def _title(runs: Sequence[Record]) -> str:
+    """Parameters and tokens of a sweep's runs."""
+    config = runs[0].config
+    size = runs[0].result["parameters"]["non_embedding"]
+    return f"loss, {size / 1e6:.1f}M, {config['tokens_per_parameter']:g} tokens a parameter"
+
+
+def _length(run: Record) -> int:
+    return int(run.config.get("length") or run.config["context"])
+
+
+def _device(run: Record) -> str:
+    return run.device.partition(" (")[0]
+
+
+def _loss(runs: Sequence[Record]) -> str:
+    return f"{np.mean([run.result['test'] for run in runs]):.3f} ({len(runs)})" if runs else ""
+
+
+def _above(runs: Sequence[Record], base: Sequence[Record]) -> str:
+    """How far the test losses lie above the base's, seed by seed, with the interval."""
+    losses, other = ({run.seed: float(run.result["test"]) for run in each} for each in (runs, base))
+    shared = sorted(losses.keys() & other.keys())
+    if not shared:
+        return ""
+    found = mean_interval([losses[seed] - other[seed] for seed in shared])
+    return f"{found.mean:+.3f}" + (f" [{found.low:+.3f}, {found.high:+.3f}]" if len(shared) > 1 else "")
+
+
+def _beyond(runs: Sequence[Record], model: str) -> str:
+    """The share of needles found beyond the widest sparse window and within the trained length, mean of the seeds."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        for score in run.result["scores"]:
+            far = score["length"] * (1 - score["depth"])
+            if score["model"] == model and score["length"] <= run.config["context"] and far > NEEDLE_WINDOW:
+                found.setdefault(run.seed, []).append(score["exact"])
+    if not found:
+        return ""
+    return f"{np.mean([np.mean(cells) for cells in found.values()]):.0%} ({len(found)})"
+
+
+NEEDLE_WINDOW = 352
+"""Keys of the widest layer of the sparse forms in the needle sweep."""
+
+
+def _widest(run: Record) -> float:
+    """The widest layer's query-key pairs as a share of dense attention's."""
+    widest = max(layer_windows(dict(run.config)))
+    return share_of_pairs({"length": _length(run), "layers": 1, "attention": "swa", "window": widest})
+
+
+def _range(shares: Sequence[float]) -> str:
+    cells = list(dict.fromkeys(f"{100 * share:.0f}%" for share in sorted(shares)))
+    return "" if not cells else cells[0] if len(cells) == 1 else f"{cells[0]} to {cells[-1]}"
