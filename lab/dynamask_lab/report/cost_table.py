@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.sweeps.section import Row
 
 MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-0.6b": "Qwen3-0.6B"}
-DECODE_RUNS = ("h200-decode.jsonl", "h200-graph.jsonl", "h200-compiled.jsonl", "h200-step.jsonl")
+DECODE_RUNS = ("h200-decode.jsonl", "h200-graph.jsonl", "h200-compiled.jsonl", "h200-step.jsonl", "h200-recorded.jsonl")
 """Files of `lab/scripts/decode_gpu.py`, the oldest first; files that are not named here are newer than all of them."""
 _COMPILED = "compiled norms and MLP"
 
@@ -140,8 +140,10 @@ def cost_table(results: Path) -> str:
             used += [] if pair is None else [pair.ours, pair.dense]
         if any(cell for title, cell in row.items() if title):
             rows.append(row)
-    own = list(_conversion(results, runs))
-    rows += own
+    stages = _stages(read_conversion(results))
+    if stages:
+        title = f"conversion, {' + '.join(stages)}, s"
+        rows.append({"": title, MODELS["smollm2-135m"]: " + ".join(f"{each:,.0f}" for each in stages.values())})
     if not rows:
         return table_with_note([], "")
     devices = dict.fromkeys(str(line["device"]) for line in used)
@@ -150,8 +152,8 @@ def cost_table(results: Path) -> str:
         "Steps: forward and backward, batch 1, recorded as a CUDA graph or not, whichever is faster. `ratio`: above "
         "one, the converted model is faster or smaller. Dense: its fastest form in the same run; by flash or cuDNN "
         "attention, decoding by CUDA graph from a full cache that is written in place. Windows differ by head, on "
-        f"average a sixteenth of the context. {', '.join(devices)}, torch {', '.join(versions)}, other jobs on the "
-        f"host; {named_commits(line['commit'] for line in used)}."
+        f"average a sixteenth of the context. {_distillation(runs)}{', '.join(devices)}, torch {', '.join(versions)}, "
+        f"other jobs on the host; {named_commits(line['commit'] for line in used)}."
     )
     return table_with_note(rows, note)
 
@@ -169,20 +171,10 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _conversion(results: Path, runs: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
-    """What converting takes: seconds of each stage, and tokens per second of the longest."""
-    name = next(iter(MODELS.values()))
-    rates = [
-        line["tokens_per_s"]
-        for line in runs
-        if line["part"] == "distillation" and line.get("model") == "smollm2-135m" and not line.get("beside")
-    ]
-    if rates:
-        yield {"": "distillation alone on a GPU, thousand tokens/s", name: f"{rates[-1] / 1e3:.0f}"}
-    stages = _stages(read_conversion(results))
-    if stages:
-        title = f"conversion, {' + '.join(stages)}, s"
-        yield {"": title, name: " + ".join(f"{seconds:,.0f}" for seconds in stages.values())}
+def _distillation(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How fast the newest distillation ran that had a GPU alone."""
+    rates = [line["tokens_per_s"] for line in runs if line["part"] == "distillation" and not line.get("beside")]
+    return f"Distillation alone on a GPU: {rates[-1] / 1e3:.0f} thousand tokens/s. " if rates else ""
 
 
 def _stages(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -52,8 +52,8 @@ QUALITY = (
     Measured("paper", "the paper's scores, even windows", ("paper, w = N/16",)),
 )
 """Rows in order."""
-_SWEEPS = (("scratch-added", 256), ("scratch", 256), ("scratch-rates", 256), ("scratch-10M*", 384))
-"""Files and width of the runs of a column; a difference is taken from the last of them that has both forms."""
+_SWEEPS = (("scratch-rates", 256, 1), ("scratch-added", 256, 2), ("scratch", 256, 3), ("scratch-10M*", 384, 0))
+"""Files and width of the runs of a column; a difference is taken from the column of least third number."""
 _NEEDLE = "needle-far"
 
 
@@ -62,7 +62,8 @@ def quality_table(results: Path) -> str:
     from dynamask_lab.studies.scratch.study import scratch_name
 
     columns: dict[str, dict[str, list[Record]]] = {}
-    for file, width in _SWEEPS:
+    order: dict[str, int] = {}
+    for file, width, place in _SWEEPS:
         files = sorted(results.glob(f"{file}.jsonl"))
         runs = [run for each in files for run in read_results(each) if run.config["width"] == width]
         named: dict[str, list[Record]] = {}
@@ -71,6 +72,7 @@ def quality_table(results: Path) -> str:
                 named.setdefault(scratch_name(run.config), []).append(run)
         if named:
             columns[_title(runs)] = named
+            order[_title(runs)] = place
     needles = read_results(results / f"{_NEEDLE}.jsonl")
     used: list[Record] = []
     rows: list[Row] = []
@@ -78,14 +80,15 @@ def quality_table(results: Path) -> str:
         row = {"recipe": ", ".join(f"`{name}`" for name in measured.recipe.split(", ") if name)}
         row["attention"] = measured.attention
         own: list[Record] = []
-        above = ""
+        above: dict[int, str] = {}
         for title, named in columns.items():
             runs = next((named[form] for form in measured.forms if form in named), [])
             base = next((named[form] for form in _BASE if form in named), [])
             row[title] = _loss(runs)
-            above = _above(runs, base) or above
+            above[order[title]] = _above(runs, base)
             own += runs
-        row["above `default`"] = "" if measured.forms is _BASE else above
+        found = [above[place] for place in sorted(above) if above[place]]
+        row["above `default`"] = "" if measured.forms is _BASE or not found else found[0]
         searching = [run for run in needles if measured.needle in run.result["loss"]]
         row["needles beyond the window"] = _beyond(searching, measured.needle)
         own += searching
@@ -97,12 +100,13 @@ def quality_table(results: Path) -> str:
     lengths = " and ".join(f"{length:,}" for length in sorted({_length(run) for run in used}))
     size = f"{min(run.result['parameters'] for run in needles) / 1e6:.0f}M parameters, " if needles else ""
     note = (
-        f"Contexts of {lengths} tokens. Mean test loss in nats, in brackets the seeds; forms of a column read the same "
-        "fresh tokens, those of two columns do not. `above default`: seed by seed in the last column that has both, "
-        "with 95% interval. Where a parameter read 12 or 20 tokens at 4.4M, the learning rate was twice that of the "
-        f"other columns, which is worse for dense attention. Needles ({size}trained at 1,024 tokens): found between "
-        "the reach of the widest sparse layer and the trained length. `pairs`: query-key pairs as a share of dense "
-        f"attention's. Empty: not run. {', '.join(dict.fromkeys(_device(run) for run in used))}; "
+        f"Contexts of {lengths} tokens. Columns of size and tokens: mean test loss in nats, in brackets the seeds; "
+        "forms of a column read the same fresh tokens, those of two columns do not. Below 10M parameters the rate was "
+        "twice as high in the runs of more tokens, too high for dense attention. `above default`: seed by seed, with "
+        "95% interval, in the largest models that ran both, at one size in the first column of both. Needles "
+        f"({size}trained at 1,024 tokens): found between the reach of the widest sparse layer and the trained length. "
+        "`pairs`: query-key pairs as a share of dense attention's. Empty: not run. "
+        f"{', '.join(dict.fromkeys(_device(run) for run in used))}; "
         f"{named_commits(run.commit for run in used)}."
     )
     return table_with_note(rows, note)
@@ -110,9 +114,8 @@ def quality_table(results: Path) -> str:
 
 def _title(runs: Sequence[Record]) -> str:
     """Parameters and tokens of a sweep's runs."""
-    config = runs[0].config
-    size = runs[0].result["parameters"]["non_embedding"]
-    return f"loss, {size / 1e6:.1f}M, {config['tokens_per_parameter']:g} tokens a parameter"
+    size = runs[0].result["parameters"]["non_embedding"] / 1e6
+    return f"{size:.1f}M, {size * runs[0].config['tokens_per_parameter']:.0f}M tokens"
 
 
 def _length(run: Record) -> int:

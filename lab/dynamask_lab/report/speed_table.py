@@ -144,10 +144,10 @@ def speed_table(results: Path) -> str:
     cpu = read_json(results / "cpu.json")
     if cpu is not None:
         for row in cpu["rows"]:
-            ours, dense = (
+            times, rival = (
                 [1e3 * row[f"{peer}_{kind}_s"] for kind in ("forward", "train")] for peer in ("interval", "dense_sdpa")
             )
-            rows.append(_row("CPU", row["length"], row["window"], ours, dense))
+            rows.append(_row("CPU", row["length"], row["window"], times, rival))
         environment = cpu["environment"]
         first = cpu["rows"][0]
         notes.append(

@@ -29,13 +29,18 @@ ROOT = Path(__file__).parents[3]
 RAW = ROOT / "lab" / "results"
 
 
-def _table(name: str) -> list[dict[str, str]]:
-    """The rows of a marked table of the README."""
+def _cells(name: str) -> list[list[str]]:
+    """The cells of a marked table of the README, its head and the line below included."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     found = re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end of table -->", text, flags=re.DOTALL)
     assert found is not None
     lines = [line for line in found[1].split("\n") if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _table(name: str) -> list[dict[str, str]]:
+    """The rows of a marked table of the README, by the columns' titles."""
+    cells = _cells(name)
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
@@ -113,14 +118,15 @@ def test_cost_cells_are_raw_lines_and_their_ratio() -> None:
     ]
     figures = {f"{line[name]:,.0f}" for line in lines for name in ("ms", "tokens_per_s", "cache_mib") if name in line}
     figures |= {f"{line[name]:.1f}" for line in lines for name in ("ms", "tokens_per_s", "cache_mib") if name in line}
-    compared = [row for row in _table("cost") if row["ratio"]]
-    assert len(compared) >= 6
-    for row in compared:
-        ours, dense = row["SmolLM2-135M"], row["SmolLM2-135M, dense"]
-        assert {ours, dense} <= figures
-        own, other = (float(cell.replace(",", "")) for cell in (ours, dense))
-        quotient = own / other if "tokens/s" in row[""] else other / own
-        assert float(row["ratio"]) == pytest.approx(quotient, rel=0.02)
+    compared = 0
+    for title, *cells in _cells("cost")[2:]:
+        for ours, dense, ratio in (cells[:3], cells[3:]):
+            if ratio:
+                assert {ours, dense} <= figures
+                own, other = (float(cell.replace(",", "")) for cell in (ours, dense))
+                assert float(ratio) == pytest.approx(own / other if "tokens/s" in title else other / own, rel=0.02)
+                compared += 1
+    assert compared >= 12
 
 
 def test_quality_rows_are_means_over_the_seeds_of_their_runs() -> None:
@@ -131,22 +137,24 @@ def test_quality_rows_are_means_over_the_seeds_of_their_runs() -> None:
         return {
             line["seed"]: line["result"]["test"]
             for line in lines
-            if all(line["config"][name] == value for name, value in fields.items())
+            if all(line["config"].get(name) == value for name, value in fields.items())
         }
 
     own = losses(attention="swa", layer_windows=[64, 64, 64, 1408, 64, 64])
+    assert len(own) == 3
     ((title, cell),) = [
         (name, row[name])
         for row in _table("quality")
         if row["recipe"].startswith("`default`")
         for name in row
-        if name.startswith("loss, 4.4M, 10 tokens")
+        if name.startswith("4.4M, 44M tokens")
     ]
     assert cell == f"{sum(own.values()) / len(own):.3f} ({len(own)})", title
 
 
-def test_differences_are_of_the_last_column_that_has_both_forms() -> None:
-    columns = [name for name in _table("quality")[0] if name.startswith("loss")]
+def test_differences_are_of_the_largest_models_that_ran_both_forms() -> None:
+    columns = [name for name in _table("quality")[0] if name.endswith("tokens")]
+    columns.sort(key=lambda name: -float(name.split("M,")[0]))
     (base,) = [row for row in _table("quality") if row["recipe"].startswith("`default`")]
     compared = 0
     for row in _table("quality"):
@@ -154,7 +162,7 @@ def test_differences_are_of_the_last_column_that_has_both_forms() -> None:
         if row is base or row["recipe"] == base["recipe"] or not shared:
             assert row["above `default`"] == ""
             continue
-        own, other = row[shared[-1]], base[shared[-1]]
+        own, other = row[shared[0]], base[shared[0]]
         if own[-2] == other[-2]:  # as many seeds, so the mean of differences is the difference of means
             mean = float(own.split()[0]) - float(other.split()[0])
             assert float(row["above `default`"].split()[0]) == pytest.approx(mean, abs=1.5e-3)
@@ -173,7 +181,7 @@ def test_what_the_table_shows_of_a_recipe_is_what_the_recipe_makes(name: str) ->
     """The fields of the runs, in a model of six layers, are those that `recipes.apply` gives."""
     measured = next(row for row in QUALITY if name in row.recipe.split(", "))
     runs = [run for file in ("needle-far", "scratch-rates") for run in read_results(RAW / f"{file}.jsonl")]
-    shown = [run for run in runs if measured.needle in run.result.get("loss", ())] if measured.needle else []
+    shown = [run for run in runs if run.experiment == "needle" and measured.needle in run.result["loss"]]
     shown += [run for run in runs if run.experiment == "scratch" and scratch_name(run.config) in measured.forms]
     assert shown
     for run in shown:
