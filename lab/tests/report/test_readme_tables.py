@@ -180,7 +180,11 @@ def test_every_quality_row_has_runs_and_every_recipe_a_row() -> None:
 def test_what_the_table_shows_of_a_recipe_is_what_the_recipe_makes(name: str) -> None:
     """The fields of the runs, in a model of six layers, are those that `recipes.apply` gives."""
     measured = next(row for row in QUALITY if name in row.recipe.split(", "))
-    runs = [run for file in ("needle-far", "scratch-rates", "scratch-tables-10M") for run in read_results(RAW / f"{file}.jsonl")]
+    runs = [
+        run
+        for file in ("needle-far", "scratch-rates", "scratch-tables-10M")
+        for run in read_results(RAW / f"{file}.jsonl")
+    ]
     shown = [run for run in runs if run.experiment == "needle" and measured.needle in run.result["loss"]]
     shown += [run for run in runs if run.experiment == "scratch" and scratch_name(run.config) in measured.forms]
     assert shown
