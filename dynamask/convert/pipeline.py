@@ -169,6 +169,7 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
         raise UsageError(f"--calibration must be one of {', '.join(CALIBRATIONS)}; got {settings.calibration!r}")
     if settings.allocation not in METHODS:
         raise UsageError(f"--allocation must be one of {', '.join(METHODS)}; got {settings.allocation!r}")
+    _check_device(settings.device)
     check_window(settings.window, settings.local, settings.sinks)
     if settings.target.exists():
         raise UsageError(f"{settings.target} exists already: choose another folder, or delete it")
@@ -202,6 +203,15 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
             ) from error
     _check_disk(settings)
     return tokenizer, block
+
+
+def _check_device(name: str | None) -> None:
+    """Refuse a device that is neither the CPU nor one of the GPUs there are."""
+    kind, _, index = (name or "cpu").partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+    if not 0 <= int(index if index.isdecimal() else "-1" if index else "0") < count:
+        there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise UsageError(f"--device must be one of {', '.join(there)}; got {name!r}")
 
 
 def _check_disk(settings: Conversion) -> None:

@@ -151,6 +151,8 @@ Case = Callable[[Path, Path], list[str]]
         (lambda dense, _: [str(dense), "--max-tokens", "200"], "200 tokens, fewer than two blocks of 128"),
         (lambda dense, _: [str(dense), "--allocation", "best"], "--allocation must be one of loss, threshold"),
         (lambda dense, _: [str(dense), "--calibration", "x"], "--calibration must be one of repeats, facts, plain"),
+        (lambda dense, _: [str(dense), "--device", "tpu"], "--device must be one of cpu"),
+        (lambda dense, _: [str(dense), "--device", "cuda:99"], "--device must be one of cpu"),
         (lambda dense, _: [str(dense), "--batch", "0"], "--batch must be at least 1"),
         (lambda dense, _: [str(dense), "--data", "/no/texts"], "/no/texts"),
         (lambda dense, _: [str(dense), "--dense-layer", "2"], "indices of the 2 layers"),
