@@ -16,6 +16,7 @@ import dynamask_lab.studies.reports  # noqa: F401 -- registers them
 from dynamask.errors import UsageError, did_you_mean
 from dynamask_lab.report.benchmarks import BENCHMARKS
 from dynamask_lab.report.claims import CLAIMS
+from dynamask_lab.report.conversion_bound import PATTERN as BOUND
 from dynamask_lab.report.exhibits import exhibits
 from dynamask_lab.report.pictures import pictures
 from dynamask_lab.report.scoreboard import Placed, board, details
@@ -174,7 +175,8 @@ def _collect(results: Path, output: Path) -> tuple[list[_Page], list[_Part]]:
         raise UsageError(f"there is no folder {results} with raw results: give one with --results")
     records: dict[str, tuple[str, Record]] = {}
     sweeps: dict[str, list[Record]] = {}
-    for file in sorted(set(results.glob("*.jsonl")) - {file for name in BENCHMARKS for file in _files(name, results)}):
+    others = {file for name in BENCHMARKS for file in _files(name, results)} | {*results.glob(BOUND)}
+    for file in sorted(set(results.glob("*.jsonl")) - others):
         sweeps[file.stem] = list(read_results(file))
         for record in sweeps[file.stem]:
             # Runs are numbered by their settings: a second one of the same key is the same run repeated, unless it read
