@@ -204,6 +204,8 @@ def _train(
     for line in _dense_layers(model.config, config.context):
         tell(line)
     checkpoint = agreed(lambda: _newest_readable(output, tell))
+    if checkpoint is not None:
+        _check_same_attention(model, checkpoint)
     begun = 0 if checkpoint is None else checkpoint_step(checkpoint)
     try:
         if begun >= config.steps:
@@ -531,6 +533,25 @@ def _check_same_run(config: TrainConfig, output: Path) -> None:
         told = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise UsageError(
             f"{output} holds a run with other settings: {told}. Use the same settings to continue it, or another output"
+        )
+
+
+_MASK = ("attention", "windows", "local", "sinks", "ranking", "slopes")
+"""Fields of a native model's configuration that decide its mask, and which weights it has."""
+
+
+def _check_same_attention(model: Any, checkpoint: Path) -> None:
+    """A recipe may give another attention in another version; loading the checkpoint's weights would not notice it."""
+    file = checkpoint / "config.json"
+    if not isinstance(model.config, DynamaskConfig) or not file.exists():
+        return
+    saved, now = json.loads(file.read_text(encoding="utf-8")), json.loads(model.config.to_json_string(use_diff=False))
+    changed = [name for name in _MASK if name in saved and saved[name] != now.get(name)]
+    if changed:
+        told = ", ".join(f"{name} was {saved[name]!r} and is {now.get(name)!r}" for name in changed)
+        raise UsageError(
+            f"{checkpoint} was trained with other attention: {told}. Continue it with the dynamask that began it, or "
+            "begin anew in another output; model.NAME=VALUE sets these fields by hand"
         )
 
 

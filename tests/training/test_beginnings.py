@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,19 @@ def test_a_recipe_brings_its_training(
     assert saved.window_schedule == schedule
     with pytest.raises(UsageError, match="did you mean 'recall'"):
         train(begun(text, tmp_path / "other", recipe="recal"), quiet=True)
+
+
+def test_a_recipe_that_changed_does_not_continue_a_run(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = begun(text, tmp_path / "run", model=dict(SHAPE), recipe="recall", steps=2, save_every=1)
+    train(run, quiet=True)
+    shutil.rmtree(tmp_path / "run" / "model")  # as after a kill: checkpoints alone
+    monkeypatch.setitem(recipes.RECIPES, "recall", recipes.get("sliding"))
+    with pytest.raises(UsageError, match="was trained with other attention: attention was 'dma' and is 'swa'"):
+        train(run, quiet=True)
 
 
 def test_attention_of_ones_own_needs_no_recipe(text: Path, tmp_path: Path) -> None:  # noqa: F811
