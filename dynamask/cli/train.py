@@ -48,7 +48,7 @@ def train(
     **Settings**: preset, recipe, init, teacher, model.*, data, tokenizer, validation, errors (fail, skip), output,
     corpus, context, batch_size, gradient_accumulation, steps, window_schedule, learning_rate, gate_rate, rank_rate,
     schedule (cosine, wsd, constant), warmup, weight_decay, beta1, beta2, clip, precision (auto, bf16, fp32),
-    gradient_checkpointing, compile, shard, context_parallel, spike, skip, seed, log_every, eval_every,
+    gradient_checkpointing, compile, recorded, shard, context_parallel, spike, skip, seed, log_every, eval_every,
     save_every, keep, resume.
     """
     from dynamask.training import TrainConfig

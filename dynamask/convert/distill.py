@@ -452,7 +452,12 @@ def _narrow(model: Any) -> Any:
 
 def check_teacher(model: Any, teacher: Any) -> None:
     """Raise `InvalidInputError` unless both models have one vocabulary."""
-    sizes = [getattr(getattr(each, "config", None), "vocab_size", None) for each in (model, teacher)]
+    check_vocabularies(*(getattr(each, "config", None) for each in (model, teacher)))
+
+
+def check_vocabularies(student: Any, teacher: Any) -> None:
+    """Raise `InvalidInputError` unless both configurations name one vocabulary."""
+    sizes = [getattr(each, "vocab_size", None) for each in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise InvalidInputError(
             f"the teacher has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}: distillation compares "

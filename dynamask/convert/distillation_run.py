@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from dynamask.convert.architectures import PREFIX
+from dynamask.convert.distill import check_vocabularies
 from dynamask.convert.distillation_trainer import DistillationTrainer
 from dynamask.errors import UsageError
+from dynamask.hub import check_local_or_hub
 from dynamask.training import AtomicTrainer, TrainConfig, TrainResult, open_run, train
+from dynamask.training.folder import model_folder
+from dynamask.training.run import saved_config
 
 
 class DistillationRunTrainer(DistillationTrainer, AtomicTrainer):
@@ -34,7 +39,16 @@ def train_towards(config: TrainConfig, **options: Any) -> TrainResult:
     """
     if config.teacher is None:
         raise UsageError("train_towards needs a teacher: teacher=MODEL")
+    assert config.init is not None  # TrainConfig refuses a teacher without
+    check_local_or_hub(config.init, "folder")
+    student = saved_config(str(model_folder(config.init)))
+    if not student.model_type.startswith(PREFIX):
+        raise UsageError(
+            f"teacher= trains a converted model, and init={config.init} is of kind {student.model_type!r}: convert it "
+            "first (dynamask convert upcycle), or leave teacher out to train it on the texts"
+        )
     teacher, _ = open_run(config.teacher)
+    check_vocabularies(student, teacher.config)  # before the texts are read
 
     def make(*args: Any, rank_rate: float, **kwargs: Any) -> DistillationRunTrainer:
         return DistillationRunTrainer(*args, teacher=teacher, rank_rate=rank_rate, **kwargs)

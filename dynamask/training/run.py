@@ -262,7 +262,7 @@ def _resolved(config: TrainConfig) -> tuple[TrainConfig, DynamaskConfig | str]:
     if config.init is not None:
         check_local_or_hub(config.init, "folder")
         folder = str(model_folder(config.init))
-        longest = _saved_config(folder).max_position_embeddings
+        longest = saved_config(folder).max_position_embeddings
         tokenizer = config.tokenizer or folder
         return replace(config, tokenizer=tokenizer, context=_context(config, longest)), folder
     if config.recipe is None and not _ATTENTION & set(config.model):
@@ -278,7 +278,7 @@ def _resolved(config: TrainConfig) -> tuple[TrainConfig, DynamaskConfig | str]:
     return replace(config, context=context, window_schedule=[list(pair) for pair in schedule]), shape
 
 
-def _saved_config(folder: str) -> Any:
+def saved_config(folder: str) -> Any:
     from transformers import AutoConfig
 
     try:
@@ -289,7 +289,7 @@ def _saved_config(folder: str) -> Any:
 
 
 def _vocabulary(start: DynamaskConfig | str) -> int:
-    return int((_saved_config(start) if isinstance(start, str) else start).vocab_size)
+    return int((saved_config(start) if isinstance(start, str) else start).vocab_size)
 
 
 def _model(start: DynamaskConfig | str, tokenizer: Any) -> Any:
@@ -430,6 +430,7 @@ class _Lines(TrainerCallback):
     def __init__(self, tell: Report, context: int) -> None:
         self.tell, self.context = tell, context
         self.began: tuple[int, float] = (0, 0.0)
+        self.said = ""
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note when the steps since the last line began."""
@@ -441,7 +442,10 @@ class _Lines(TrainerCallback):
         logs = logs or {}
         place = f"step {state.global_step} of {state.max_steps}"
         if "eval_loss" in logs:
-            self.tell(f"{place}: validation loss {logs['eval_loss']:.4f}")
+            line = f"{place}: validation loss {logs['eval_loss']:.4f}"
+            if line != self.said:  # the end of a run is evaluated once more
+                self.tell(line)
+            self.said = line
         elif "loss" in logs and self.began[1]:
             step, since = self.began
             batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * self.context

@@ -166,4 +166,7 @@ def test_beginnings_that_contradict_each_other_are_refused(text: Path, converted
     sparse = str(converted / "sparse")
     with pytest.raises(UsageError, match="train_towards"):
         train(begun(text, tmp_path / "run", model={}, init=sparse, teacher=sparse), quiet=True)
+    dense = str(converted / "dense")
+    with pytest.raises(UsageError, match="'llama': convert it first"):
+        train_towards(begun(text, tmp_path / "run", model={}, init=dense, teacher=dense), quiet=True)
     assert list(tmp_path.iterdir()) == []
