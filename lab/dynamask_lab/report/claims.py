@@ -100,6 +100,13 @@ CLAIMS: dict[str, Claim] = {
         _experiment("scratch"),
         short="goal: loss from scratch",
     ),
+    "scratch-dense": Claim(
+        "Trained from scratch on fresh tokens, with an eighth of its pairs: a loss at most 0.01 nats above dense "
+        "attention's",
+        "goal of this library",
+        _experiment("scratch"),
+        short="goal: loss from scratch, against dense alone",
+    ),
     "recall-goal": Claim(
         "Multi-query associative recall with a bounded number of keys: no less accurate than dense attention",
         "goal of this library",
@@ -146,8 +153,8 @@ CLAIMS: dict[str, Claim] = {
 """By name; experiments' findings refer to them."""
 
 GOALS = (
-    *("locality-asked", "locality", "scratch", "recall-goal", "reading", "recurrent", "retrieval", "lever", "leak"),
-    "choice",
+    *("locality-asked", "locality", "scratch", "scratch-dense", "recall-goal", "reading", "recurrent", "retrieval"),
+    *("lever", "leak", "choice"),
 )
 """Claims that are this library's, not the paper's. `locality` was changed to an average over layers by the commit whose
 runs met it, so the goal as it was asked stands beside it."""

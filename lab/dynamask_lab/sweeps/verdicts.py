@@ -156,7 +156,9 @@ def judge_no_worse(found: Interval, interest: float, *, seeds: int | None = None
         found, interest, seeds: see `judge`.
     """
     verdict = judge(found, interest, seeds=seeds)
-    return REPRODUCED if verdict in (REPRODUCED, NO_DIFFERENCE) else verdict
+    enough = seeds is None or seeds >= FEW_SEEDS
+    excluded = enough and found.low > -interest
+    return REPRODUCED if verdict in (REPRODUCED, NO_DIFFERENCE) or excluded else verdict
 
 
 def all_of(verdicts: Sequence[str]) -> str:

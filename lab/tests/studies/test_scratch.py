@@ -25,7 +25,15 @@ from dynamask_lab.studies import SCRATCH, Record, run_key
 from dynamask_lab.studies.judged import share_of_pairs
 from dynamask_lab.studies.scratch.report import _CAUSES, _at_share, report_scratch
 from dynamask_lab.studies.scratch.study import forms, judged, larger, rates, scratch_name, shares, tables
-from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, paired_difference
+from dynamask_lab.sweeps.verdicts import (
+    NO_DIFFERENCE,
+    NOT_TESTED,
+    REFUTED,
+    REPRODUCED,
+    Interval,
+    judge_no_worse,
+    paired_difference,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +141,9 @@ def test_half_rates_are_held_against_half_rates(tmp_path: Path) -> None:
     best = found["scored, half rate, one wide layer, w = N/16, 4.4M, fresh tokens"]
     assert best.verdict == REPRODUCED
     assert "sliding + sinks, half rate, one wide layer, w = N/16 +0.150" in best.measured
+    dense = {f.subject: f.verdict for f in section.findings if f.claim == "scratch-dense"}
+    assert dense["scored, half rate, one wide layer, w = N/16, 4.4M, fresh tokens"] == REPRODUCED
+    assert dense["sliding + sinks, half rate, one wide layer, w = N/16, 4.4M, fresh tokens"] == REFUTED
     assert found["paper, w = N, 4.4M, fresh tokens"].verdict == REFUTED
     causes = {row["what differs"]: row["difference"] for row in section.exhibits[1].table}
     assert causes["the choice, with scores on the logits, half rate"].startswith("-0.150")
@@ -169,6 +180,13 @@ def test_a_random_network_ranks_and_never_learns() -> None:
     predictor = model.model.layers[0].mixer.rank_predictor
     assert not any(parameter.requires_grad for parameter in predictor.parameters())
     assert 1.0 < float(predictor(torch.randn(1, 500, settings.width)).std()) < 4.0
+
+
+def test_no_worse_needs_an_interval_that_excludes_the_loss_of_interest() -> None:
+    assert judge_no_worse(Interval(0.152, -0.002, 0.306), 0.01, seeds=3) == REPRODUCED
+    assert judge_no_worse(Interval(0.152, -0.02, 0.306), 0.01, seeds=3) == NOT_TESTED
+    assert judge_no_worse(Interval(0.02, 0.001, 0.04), 0.01, seeds=2) == NOT_TESTED
+    assert judge_no_worse(Interval(-0.05, -0.06, -0.04), 0.01, seeds=3) == REFUTED
 
 
 def test_paired_differences_do_not_see_how_seeds_differ() -> None:

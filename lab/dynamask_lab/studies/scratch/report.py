@@ -234,6 +234,8 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             subject = f"{name}, {setting['size']}, fresh tokens"
             interest = f"{GOAL_INTEREST if role == 'best' else LOSS_INTEREST} nats"
             findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest))
+            if role in ("best", "control") and denses and at != "w = N":
+                findings.append(_no_worse_than_dense(subject, name, found, setting, role))
             if role in ("plain", "best"):
                 findings.append(_perplexity(subject, name, found, setting, role))
                 if denses:
@@ -252,6 +254,22 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                         )
                     )
     return findings
+
+
+def _no_worse_than_dense(
+    subject: str, name: str, found: Mapping[str, list[Record]], setting: dict[str, str], role: str
+) -> Finding:
+    """The first half of the goal: at most `GOAL_INTEREST` nats above dense attention."""
+    gaps = {dense: _gap(found[name], found[dense]) for dense in _denses(found)}
+    verdict = all_of(
+        [
+            judge_no_worse(gap, GOAL_INTEREST, seeds=min(len(found[name]), len(found[dense])))
+            for dense, gap in gaps.items()
+        ]
+    )
+    keys = [run.key for each in (name, *gaps) for run in found[each]]
+    measured = f"test loss, nats below {', '.join(f'{dense} {gap}' for dense, gap in gaps.items())}"
+    return Finding("scratch-dense", subject, measured, verdict, keys, role, setting, f"{GOAL_INTEREST} nats")
 
 
 def _denses(found: Mapping[str, Any]) -> list[str]:
