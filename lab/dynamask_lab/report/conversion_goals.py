@@ -88,9 +88,11 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
         below(text, name, _loss(study, spec, DENSE), 0.005, _STEPS)
     against = "text loss above dense trained on the same tokens"
     below(against, "next tokens alone", _loss(study, settle.LABELLED, close.ADAPTED), 0.010, _ADAPTATION)
-    below(against, "next tokens alone, half the rate", _loss(study, LABELLED, ADAPTED), 0.010, _OTHER_LOOP)
+    below(against, "next tokens alone, 2e-4; dense at 2e-4", _loss(study, LABELLED, ADAPTED), 0.010, _OTHER_LOOP)
+    name = "next tokens alone, 2e-4; dense in the same loop at 4e-4"
+    add(against, name, "shown", _loss(study, LABELLED, close.ADAPTED), None)
     again = "dense trained, then converted"
-    below(against, again, _loss(study, close.FROM_ADAPTED, close.ADAPTED), 0.010)
+    below(against, f"{again}; both at 4e-4", _loss(study, close.FROM_ADAPTED, close.ADAPTED), 0.010)
 
     share_of = "needle tasks at 1K to 4K, share of dense"
     add(share_of, "frozen", "shown", _needles(study, FROZEN, DENSE), None)
@@ -118,7 +120,7 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
             add(what, f"{name}; {peer}", "interval above 0", found, met, bound)
 
     what = "learned ranks above newest keys in windows of their own"
-    for name, spec, other in (("distilled", settle.DEFAULT[0], settle.NEWEST), (_HALF_RATE, DISTILLED, NEWEST)):
+    for name, spec, other in _CHOICES:
         add(f"{what}: text loss", name, "shown", _loss(study, spec, other), None)
         add(f"{what}: needle tasks, ratio", name, "shown", _needles(study, spec, other), None)
 
@@ -166,12 +168,20 @@ _TRIED = (
     ("a quarter of the loss at the beginning, last weights, seed 1", settle.BEGINNING),
 )
 """What was tried before the default was settled, or beside it."""
+_CHOICES = (
+    ("distilled", settle.DEFAULT[0], settle.NEWEST),
+    (f"distilled; newest keys: {_HALF_RATE}", settle.DEFAULT[0], NEWEST),
+    (f"both: {_HALF_RATE}", DISTILLED, NEWEST),
+)
 _LOST = "embeddings learning, last weights, seed 1", close.SEEDS[0]
 _TRIES = "within the interval of the examples"
 _STEPS = "bounded by the length and rate of the distillation: more of both lower it"
 _FROZEN = "bounded by static ranks and windows; the mean of the seeds decides"
 _ADAPTATION = "train the dense model first, then convert"
-_OTHER_LOOP = "the dense model's rate falls to zero, the converted one's to a tenth"
+_OTHER_LOOP = (
+    "the dense model's rate falls to zero, the converted one's to a tenth, which was not told apart; train the dense "
+    "model first, then convert"
+)
 _BENCHMARKS = "mostly BoolQ and LAMBADA; the embeddings followed the texts"
 _PEER = {
     "multi-key 3": "bounded by the dense model, which answers hardly any",
