@@ -47,9 +47,12 @@ def conversion_summary(results: Path) -> str:
     ]
     used = {DENSE.name}
     for title, choices in FORMS.items():
-        forms = next((found for own in choices if (found := [s for s in own if study.losses(s.name, "text")])), [])
+        measured = [[spec for spec in own if study.losses(spec.name, "text")] for own in choices]
+        forms = next((found for found in measured if found), [])
         if not forms:
             continue
+        if not measured[0] and forms[0].rate is not None:
+            title += f" at a rate of {forms[0].rate:g}"
         names = [spec.name for spec in forms]
         used |= {*names}
         rows.append(
