@@ -16,6 +16,8 @@ MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-0.6b": "Qwen3-0.6B"}
 DECODE_RUNS = ("h200-decode.jsonl", "h200-graph.jsonl", "h200-compiled.jsonl", "h200-step.jsonl", "h200-recorded.jsonl")
 """Files of `lab/scripts/decode_gpu.py`, the oldest first; files that are not named here are newer than all of them."""
 _COMPILED = "compiled norms and MLP"
+_HOW = ("", ", recorded", ", compiled")
+"""How a form may run: as it is, as a CUDA graph, or with compiled layers."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def newest_pair(runs: Sequence[Mapping[str, Any]], model: str, figure: Any) -> P
         figure: one of `FIGURES`.
 
     Returns:
-        The faster line of each side of that run; a recorded step is a form of the same. None: no run timed both.
+        The faster line of each side of that run; recorded and compiled ones (`_HOW`) are forms of the same. None: no run timed both.
     """
     wanted = {"model": model, **figure.settings}
     found: Pair | None = None
@@ -104,7 +106,7 @@ def newest_pair(runs: Sequence[Mapping[str, Any]], model: str, figure: Any) -> P
         if line["form"] in forms or line["commit"] != commit:
             forms, commit = {}, line["commit"]
         forms[line["form"]] = line
-        own = [each for form, each in forms.items() if form in (figure.ours, f"{figure.ours}, recorded")]
+        own = [each for form, each in forms.items() if form in [figure.ours + how for how in _HOW]]
         dense = [
             each
             for form, each in forms.items()
@@ -149,9 +151,9 @@ def cost_table(results: Path) -> str:
     devices = dict.fromkeys(str(line["device"]) for line in used)
     versions = dict.fromkeys(str(line["torch"]) for line in used)
     note = (
-        "Steps: forward and backward, batch 1, recorded as a CUDA graph or not, whichever is faster. `ratio`: above "
-        "one, the converted model is faster or smaller. Dense: its fastest form in the same run; by flash or cuDNN "
-        "attention, decoding by CUDA graph from a full cache that is written in place. Windows differ by head, on "
+        "Steps: forward and backward, batch 1. Recorded as a CUDA graph, compiled or neither, whichever is fastest, on "
+        "both sides. `ratio`: above one, the converted model is faster or smaller. Dense: in the same run, by flash or cuDNN "
+        "attention; decoding by CUDA graph from a full cache that is written in place. Windows differ by head, on "
         f"average a sixteenth of the context. {_distillation(runs)}{', '.join(devices)}, torch {', '.join(versions)}, "
         f"other jobs on the host; {named_commits(line['commit'] for line in used)}."
     )
