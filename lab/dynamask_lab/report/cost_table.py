@@ -94,7 +94,8 @@ def newest_pair(runs: Sequence[Mapping[str, Any]], model: str, figure: Any) -> P
         figure: one of `FIGURES`.
 
     Returns:
-        The faster line of each side of that run; recorded and compiled ones (`_HOW`) are forms of the same. None: no run timed both.
+        The faster line of each side of that run; recorded and compiled ones (`_HOW`) are forms of the same. None: no
+        run timed both.
     """
     wanted = {"model": model, **figure.settings}
     found: Pair | None = None
@@ -152,8 +153,8 @@ def cost_table(results: Path) -> str:
     versions = dict.fromkeys(str(line["torch"]) for line in used)
     note = (
         "Steps: forward and backward, batch 1. Recorded as a CUDA graph, compiled or neither, whichever is fastest, on "
-        "both sides. `ratio`: above one, the converted model is faster or smaller. Dense: in the same run, by flash or cuDNN "
-        "attention; decoding by CUDA graph from a full cache that is written in place. Windows differ by head, on "
+        "both sides. `ratio`: above one, the converted model is faster or smaller. Dense: in the same run, by flash or "
+        "cuDNN attention; decoding by CUDA graph from a full cache written in place. Windows differ by head, on "
         f"average a sixteenth of the context. {_distillation(runs)}{', '.join(devices)}, torch {', '.join(versions)}, "
         f"other jobs on the host; {named_commits(line['commit'] for line in used)}."
     )
