@@ -276,8 +276,10 @@ def small_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expiry, "_BINS", 3)
     monkeypatch.setattr(expiry, "_FLOORS", (8, 16, 32))
     monkeypatch.setattr(expiry, "_SIFTED", 32)
-    monkeypatch.setattr(expiry, "_FILTERED_RUN", (64, 1, 4))
+    monkeypatch.setattr(expiry, "_FILTERED_RUNS", ((expiry.LONGEST, 64, 1),))
+    monkeypatch.setattr(expiry, "_FILTERED_CHUNKS", ((expiry.LONGEST, 32, 1),))
     monkeypatch.setattr(expiry, "_PROGRAMS", 3)
+    monkeypatch.setattr(lists, "_SCAN_STEP", 64)
     monkeypatch.setattr(lists, "_RUNS", ((1 << 62, 32),))
     monkeypatch.setattr(lists, "_LARGE", ((1 << 62, 64),))
 
@@ -391,11 +393,11 @@ def checked_lists(expiry: torch.Tensor, queries: int, block: int, max_live: Sequ
     ("length", "queries", "block", "window", "local"),
     [slow(200, 200, 16, 40, 0), slow(333, 170, 48, 100, 30), (90, 1, 16, 7, 7), (1, 1, 16, 1, 0)],
 )
-@pytest.mark.parametrize("direct", [True, slow(False)])
+@pytest.mark.parametrize("way", ["scan", "runs", slow("large blocks")])
 def test_lists(
     small_cuts: None,
     monkeypatch: pytest.MonkeyPatch,
-    direct: bool,
+    way: str,
     kind: str,
     length: int,
     queries: int,
@@ -405,13 +407,14 @@ def test_lists(
 ) -> None:
     from dynamask.ops.triton import lists as list_kernels
 
-    if not direct:
+    monkeypatch.setattr(list_kernels, "SCAN", 1 << 20 if way == "scan" else 0)
+    if way == "large blocks":
         monkeypatch.setattr(list_kernels, "DIRECT", 0)
     scores = scores_of(kind, (1, 2, length), torch.Generator().manual_seed(0))
     mask = torch.rand(1, length, generator=torch.Generator().manual_seed(1)) < 0.9
     expiry = key_expiry(scores, window, local=local, key_mask=mask)
     checked_lists(expiry, queries, block, [window] * 2)
-    if kind == "random" and not direct:
+    if kind == "random" and way == "large blocks":
         checked_lists(expiry, queries, block, ())
 
 

@@ -37,7 +37,7 @@ LONGEST = 1 << 22
 _MERGED = 64
 """Keys that one program merges at a time."""
 
-_RUNS = ((1 << 15, 1024, 4), (LONGEST, 2048, 8))
+_RUNS = ((1 << 12, 512, 4), (1 << 13, 256, 2), (1 << 15, 512, 4), (LONGEST, 2048, 8))
 """Up to this many keys: keys of a run, and warps to sort it. Short rows cannot fill the GPU with long runs."""
 
 _WAYS = 8
@@ -59,8 +59,11 @@ _FILTER = (1 << 15, 16)
 _SIFTED = 1024
 """Positions that one program sifts."""
 
-_FILTERED_RUN = (1024, 4, 8)
-"""Keys of a run, warps to sort it, and runs merged at a time, where rows were filtered."""
+_FILTERED_RUNS = ((1 << 15, 512, 4), (1 << 17, 256, 2), (LONGEST, 1024, 4))
+"""As `_RUNS`, where rows were filtered."""
+
+_FILTERED_CHUNKS = ((1 << 15, 128, 2), *_CHUNKS[1:])
+"""As `_CHUNKS`, where rows were filtered."""
 
 _PROGRAMS = 4096
 """Programs that merge, at most: where keys were dropped most would have nothing to do."""
@@ -105,12 +108,9 @@ def contested_expiry(
     contested = [count for count in counts if 0 < count < length]
     per_head = len(set(counts)) > 1
     count = _on_device(tuple(min(c, length) for c in counts), scores.device) if per_head else contested[0]
-    run, warps = _fitting(_RUNS, length)
-    most_ways = _WAYS
-    chunk, resolve_warps = _fitting(_CHUNKS, length)
     filtered = not packed and length >= max(_FILTER[0], _FILTER[1] * min(contested))
-    if filtered:
-        run, warps, most_ways = _FILTERED_RUN
+    run, warps = _fitting(_FILTERED_RUNS if filtered else _RUNS, length)
+    chunk, resolve_warps = _fitting(_FILTERED_CHUNKS if filtered else _CHUNKS, length)
     runs, chunks = triton.cdiv(length, run), triton.cdiv(length, chunk)
     width = max(64, triton.next_power_of_2(triton.cdiv(length, _BINS)))
     bins, chunks_pad = triton.cdiv(length, width), max(32, triton.next_power_of_2(chunks))
@@ -154,9 +154,9 @@ def contested_expiry(
         num_warps=warps,
     )
     while True:
-        # As few levels as `most_ways` allows, the runs divided evenly among them.
+        # As few levels as `_WAYS` allows, the runs divided evenly among them.
         levels = 1
-        while most_ways**levels < runs:
+        while _WAYS**levels < runs:
             levels += 1
         ways = 1
         while ways**levels < runs:
@@ -402,23 +402,33 @@ def _find_floors(
     prefix = FIRST
     for _ in range(0, level):
         prefix *= GROWTH
-    low = tl.full([], -2147483648, tl.int64)
+    found = tl.full([], -2147483648, tl.int64)
     if (prefix < length) & (count > 0) & (count < prefix):
         j = tl.arange(0, LONGEST)
         rank = _rank_of(scores, mask, row, row // groups, tl.where(j < prefix, j, length), length, sinks, PADDED, SINKS)
+        # `reach` keys are at or above `low`, `beyond` at or above `high`.
+        low = tl.min(tl.where(j < prefix, rank, _NEVER), 0).to(tl.int64)
         rank = tl.where(j < prefix, rank, _LOWEST)
-        high = tl.full([], 2147483647, tl.int64)
+        high = tl.max(rank, 0).to(tl.int64) + 1
         reach = prefix
+        beyond = 0
+        turn = 0
         # Close enough with few keys more than asked for.
         while (high - low > 1) & (reach > count + count // 32):
-            middle = (low + high) >> 1
+            # Where a straight line between both ends has a few more than asked for, and halfway, in turns.
+            share = tl.maximum(reach - count - count // 64, 1).to(tl.float32) / (reach - beyond).to(tl.float32)
+            share = tl.where(turn % 2 == 0, share, 0.5)
+            middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
+            middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
             here = tl.sum((rank >= middle.to(tl.int32)).to(tl.int32), 0)
-            if here >= count:
-                low = middle
-                reach = here
-            else:
-                high = middle
-    tl.store(floors + row * tl.num_programs(0) + level, low.to(tl.int32))
+            enough = here >= count
+            low = tl.where(enough, middle, low)
+            reach = tl.where(enough, here, reach)
+            high = tl.where(enough, high, middle)
+            beyond = tl.where(enough, beyond, here)
+            turn += 1
+        found = low
+    tl.store(floors + row * tl.num_programs(0) + level, found.to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["groups", "sinks", "local"])

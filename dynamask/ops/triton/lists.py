@@ -47,6 +47,12 @@ _RUNS = ((1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
 DIRECT = 1 << 15
 """Up to this many keys blocks take their lists from the runs where no lists of large blocks are asked for."""
 
+SCAN = 1 << 12
+"""Up to this many keys each block looks through all of them, instead."""
+
+_SCAN_STEP = 1024
+"""Keys that a program looks at together where it looks at all."""
+
 _UNIT = 16
 """Lists begin and end at multiples of this, which lets the kernels move four entries at once."""
 
@@ -140,9 +146,26 @@ def build_lists(expiry: Tensor, num_queries: int, block: int, max_live: Sequence
     capacities = _capacities([live + block for live in max_live], length)
     table = _layout(capacities, expiry.device, keep=True)
     blocks = triton.cdiv(num_queries, block)
-    runs = _sort(expiry, num_queries, block, blocks)
     index = torch.empty(batch * blocks * sum(capacities), dtype=torch.int32, device=expiry.device)
     whole, partial = torch.empty(2, batch * groups, blocks, dtype=torch.int32, device=expiry.device)
+    if length <= SCAN:
+        _scan[(blocks, batch * groups)](
+            expiry,
+            index,
+            whole,
+            partial,
+            table,
+            length,
+            length - num_queries,
+            blocks,
+            sum(capacities),
+            GROUPS=groups,
+            BLOCK=block,
+            STEP=_SCAN_STEP,
+            num_warps=4,
+        )
+        return KeyLists(index, whole, partial, block, table, capacities)
+    runs = _sort(expiry, num_queries, block, blocks)
     counts, sizes = (whole, partial), {"step": _DIRECT_STEP, "warps": _DIRECT_WARPS}
     _collect(expiry, runs, index, counts, table, capacities, num_queries, block, write=True, **sizes)
     return KeyLists(index, whole, partial, block, table, capacities)
@@ -446,6 +469,44 @@ def _append(out, key, dies, start, stop, there, whole, partial, capacity, WRITE:
         tl.store(out + place, key, mask=seen & (place >= 0) & (place < capacity))
     added = tl.sum(flags, 0)
     return whole + (added & 0xFFFF), partial + (added >> 16)
+
+
+@triton.jit(do_not_specialize=["first_query", "blocks"])
+def _scan(
+    expiry,
+    index,
+    whole_counts,
+    partial_counts,
+    table,
+    length,
+    first_query,
+    blocks,
+    entries,
+    GROUPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The list of one block, of all keys that are born before it ends."""
+    # The last blocks, which have the most keys to look at, first.
+    block = blocks - 1 - tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    start = first_query + block * BLOCK
+    stop = tl.minimum(start + BLOCK, length)
+    start_of_list, capacity = list_of(table, row // GROUPS, row % GROUPS, block, blocks, entries, GROUPS)
+    out = index + start_of_list
+    expiry += row * length
+    key = tl.arange(0, STEP)
+    dies = tl.load(expiry + key, mask=key < stop, other=0)
+    whole = 0
+    partial = 0
+    for _begin in range(0, stop, STEP):
+        following = key + STEP
+        soon = tl.load(expiry + following, mask=following < stop, other=0)
+        whole, partial = _append(out, key, dies, start, stop, key < stop, whole, partial, capacity, WRITE=True)
+        key = following
+        dies = soon
+    tl.store(whole_counts + row * blocks + block, whole)
+    tl.store(partial_counts + row * blocks + block, partial)
 
 
 @triton.jit(do_not_specialize=["first_query", "large_blocks", "blocks"])
