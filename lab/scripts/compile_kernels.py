@@ -17,8 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from dynamask_lab.benchmarks.gpu.constants import constants
 
 TARGET = GPUTarget("cuda", 90, 32)
 _done: dict[str, float] = {}
@@ -86,40 +86,28 @@ def compile_alone() -> None:
     JITFunction.run = compiled  # type: ignore[method-assign]
 
 
-@contextmanager
-def short_tables() -> Iterator[None]:
-    """The tables of the tests: kernels of one warp."""
-    from dynamask.ops.triton import expiry as kernels
-
-    longest = kernels.LONGEST
-    short = {
-        "_RUNS": ((longest, 64, 1),),
-        "_CHUNKS": ((longest, 32, 1),),
-        "_FLOORS": (8, 16, 32),
-        "_SIFTED": 32,
-        "_FILTERED_RUN": (64, 1, 4),
-        "_FILTER": (1, 0),
-    }
-    before = {name: getattr(kernels, name) for name in short}
-    for name, value in short.items():
-        setattr(kernels, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(kernels, name, value)
+SHORT_TABLES: dict[str, Any] = {
+    "triton.expiry._RUNS": ((1 << 22, 64, 1),),
+    "triton.expiry._CHUNKS": ((1 << 22, 32, 1),),
+    "triton.expiry._FLOORS": (8, 16, 32),
+    "triton.expiry._SIFTED": 32,
+    "triton.expiry._FILTERED_RUNS": ((1 << 22, 64, 1),),
+    "triton.expiry._FILTERED_CHUNKS": ((1 << 22, 32, 1),),
+    "triton.expiry._FILTER": (1, 0),
+}
+"""The tables of the tests: kernels of one warp."""
 
 
 def expiry() -> None:
     """Expiry in every layout, at lengths of every table's rows."""
     from dynamask.ops.triton.expiry import contested_expiry
 
-    for length, groups in ((8192, 4), (32768, 4), (131072, 2), (1 << 20, 1)):
+    for length, groups in ((4096, 4), (8192, 4), (32768, 4), (131072, 2), (1 << 20, 1)):
         scores = torch.zeros(1, groups, length)
         mask, segments = torch.ones(1, length, dtype=torch.bool), torch.zeros(1, length, dtype=torch.long)
         contested_expiry(scores, [512] * groups, 0, 0)
         if length < 32768:
-            with short_tables():
+            with constants(SHORT_TABLES):
                 contested_expiry(scores[:, :, :33], [1] * groups, 0, 0)
         if length == 32768:
             contested_expiry(scores, [512, 700, 900, 40000], 8, 4, None, mask)
@@ -132,7 +120,7 @@ def lists() -> None:
     """Lists of short rows, of long ones, and with spans."""
     from dynamask.ops.triton.lists import build_lists, build_lists_and_spans
 
-    for length in (8192, 32768, 131072):
+    for length in (4096, 8192, 32768, 131072):
         mask = torch.zeros(1, 4, length, dtype=torch.int32)
         build_lists(mask, length, 48, [512] * 4)
         build_lists_and_spans(mask, length, 32, [512] * 4)

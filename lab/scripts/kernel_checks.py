@@ -10,7 +10,6 @@ code 1 if any is wrong.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
 import warnings
@@ -26,6 +25,7 @@ from dynamask.ops import attend
 from dynamask.ops.hopper import dispatch
 from dynamask.ops.interval.reference import interval_attention_reference
 from dynamask.ops.triton import backward
+from dynamask_lab.benchmarks.gpu.constants import set_constant
 
 TOLERANCE = 0.016
 """Of the norm of the difference over that of the result, in bfloat16."""
@@ -102,8 +102,7 @@ def main() -> int:
     arguments = parser.parse_args()
     for setting in arguments.set:
         name, _, chosen = setting.partition("=")
-        module, _, constant = name.rpartition(".")
-        setattr(importlib.import_module(f"dynamask.ops.{module}"), constant, int(chosen))
+        set_constant(name, int(chosen))
     device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch")
     warnings.simplefilter("error", UserWarning)  # kernels that give way to others warn
     torch.manual_seed(time.time_ns() % (1 << 31))

@@ -11,28 +11,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynamask import key_expiry
-from dynamask.ops.triton import expiry as kernels
-from dynamask.ops.triton import lists as list_kernels
 from dynamask.ops.triton.lists import build_lists
+from dynamask_lab.benchmarks.gpu.constants import constants
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
 
-OFF: dict[str, Any] = {"_FILTER": (1 << 30, 1)}
+OFF: dict[str, Any] = {"triton.expiry._FILTER": (1 << 30, 1)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "off": OFF,
     "default": {},
-    "on": {"_FILTER": (1 << 13, 3)},
-    "on, short floors": {"_FILTER": (1 << 13, 3), "_FLOORS": (1024, 4096)},
-    "on, programs 1024": {"_FILTER": (1 << 13, 3), "_PROGRAMS": 1024},
+    "on": {"triton.expiry._FILTER": (1 << 13, 3)},
+    "on, short floors": {"triton.expiry._FILTER": (1 << 13, 3), "triton.expiry._FLOORS": (1024, 4096)},
+    "on, programs 1024": {"triton.expiry._FILTER": (1 << 13, 3), "triton.expiry._PROGRAMS": 1024},
 }
 
 LENGTHS = (32768, 131072, 8192, 1 << 20)
@@ -48,23 +44,11 @@ CASES = (
 LISTS: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("lists", 0, {}),
     ("lists direct", 1 << 20, {}),
-    ("lists direct, 4 warps", 1 << 20, {"_DIRECT_WARPS": 4}),
-    ("lists direct, step 512, 4 warps", 1 << 20, {"_DIRECT_STEP": 512, "_DIRECT_WARPS": 4}),
-    ("lists direct, 1 warp", 1 << 20, {"_DIRECT_WARPS": 1}),
+    ("lists direct, 4 warps", 1 << 20, {"triton.lists._DIRECT_WARPS": 4}),
+    ("lists direct, step 512, 4 warps", 1 << 20, {"triton.lists._DIRECT_STEP": 512, "triton.lists._DIRECT_WARPS": 4}),
+    ("lists direct, 1 warp", 1 << 20, {"triton.lists._DIRECT_WARPS": 1}),
 )
 """Name, keys up to which lists are direct, other constants."""
-
-
-@contextmanager
-def constants(values: dict[str, Any], module: ModuleType = kernels) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in values}
-    for name, value in values.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 def scores_of(kind: str, groups: int, length: int) -> Tensor:
@@ -108,7 +92,7 @@ def measure(length: int, groups: int, window: int, kind: str, only_once: bool) -
     for name, direct, others in LISTS:
         if direct and length > 1 << 17:
             continue
-        with constants({"DIRECT": direct, **others}, list_kernels):
+        with constants({"triton.lists.DIRECT": direct, "triton.lists.SCAN": 0, **others}):
             build_lists(expected, length, block, limits)
             if only_once or kind != "random":
                 continue

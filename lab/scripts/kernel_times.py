@@ -10,7 +10,6 @@ single calls time. Rows are written as they come.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import subprocess
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 from dynamask import key_expiry
 from dynamask.ops import attend
 from dynamask.ops import triton as kernels
+from dynamask_lab.benchmarks.gpu.constants import set_constant
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, milliseconds
 
 
@@ -401,8 +401,7 @@ def main() -> None:
     flex = () if arguments.no_flex else FLEX
     rows = []
     for name, value in settings(arguments.set):
-        module, _, constant = name.rpartition(".")
-        setattr(importlib.import_module(f"dynamask.ops.{module}"), constant, value)
+        set_constant(name, value)
     only = arguments.only.split(",")
     if arguments.compile_only:
         globals().update(milliseconds=_once, graph_milliseconds=_once)

@@ -24,6 +24,7 @@ from dynamask import key_expiry
 from dynamask.cache import BoundedLayer
 from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.reference import interval_attention_reference
+from dynamask_lab.benchmarks.gpu.constants import constants
 
 # Neither a multiple of a tile nor of 16: the last tile of everything is partly filled.
 LENGTH = 1001
@@ -70,6 +71,37 @@ def packed_and_padded(device: str) -> float:
     for given in facts:
         on_cpu = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in given.items()}
         wrong += int((key_expiry(scores, WINDOW, **given).cpu() != key_expiry(scores.cpu(), WINDOW, **on_cpu)).sum())
+    return float(wrong)
+
+
+def masks_of_longer_rows(device: str) -> float:
+    """How many expiries differ from those of the tensor operations, and lists from the mask, filtered and scanned."""
+    from dynamask.ops.triton.lists import build_lists
+
+    length = 9001
+    windows = (WINDOW, length, 70)
+    scores = torch.randn(1, 3, length)
+    mask = torch.rand(1, length) > 0.1
+    wrong = 0
+    for given in ({}, {"key_mask": mask}):
+        expected = key_expiry(scores, windows, **given)
+        on_device = {name: value.to(device) for name, value in given.items()}
+        for filtered in ((1 << 13, 3), (1 << 30, 1)):
+            with constants({"triton.expiry._FILTER": filtered}):
+                wrong += int((key_expiry(scores.to(device), windows, **on_device).cpu() != expected).sum())
+        if device == "cpu":
+            continue
+        for scan in (0, 1 << 20):
+            with constants({"triton.lists.SCAN": scan}):
+                lists = build_lists(expected.to(device), length - 13, 48, windows)
+            start = 13 + 48 * torch.arange(lists.blocks)
+            stop = (start + 48).clamp(max=length)
+            position = torch.arange(length)
+            for row in range(3):
+                dies = expected[0, row]
+                seen = (position < stop[:, None]) & (dies > torch.maximum(position, start[:, None]))
+                listed = (lists.whole[row] + lists.partial[row]).cpu()
+                wrong += int((listed != seen.sum(1)).sum())
     return float(wrong)
 
 
@@ -129,6 +161,7 @@ def stages(device: str, backend: str) -> Sequence[Stage]:
         else:
             found.append((f"forward and backward, {name}", nullcontext(), run, 0.02))
     found.append(("expiry, packed and padded", nullcontext(), partial(packed_and_padded, device), 0.0))
+    found.append(("masks of 9001 keys", nullcontext(), partial(masks_of_longer_rows, device), 0.0))
     found.append(("decoding", nullcontext(), partial(decoding, device, backend), 0.02))
     atomics = partial(forward_and_backward, 128, 2, device, backend)
     found.append(("backward by atomics", nullcontext(), atomics, 0.02))
@@ -142,12 +175,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no stage after so many")
     parser.add_argument("--stages", type=int, help="so many, the most doubtful first; default: all")
+    parser.add_argument("--only", default="", help="stages whose name holds this")
     arguments = parser.parse_args()
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read at the first allocation
     device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch")
     torch.manual_seed(0)
     began, wrong = time.perf_counter(), []
     for name, switched, run, allowed in stages(device, backend)[: arguments.stages]:
+        if arguments.only not in name:
+            continue
         if time.perf_counter() - began > arguments.seconds:
             print(f"not begun: {name}", flush=True)
             continue
