@@ -83,6 +83,7 @@ def test_one_graph_serves_all_layers(llama: Any, kind: str) -> None:
     assert all("forward" not in layer.__dict__ for layer in model.model.layers)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_text_is_read_into_an_empty_cache(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("dynamask.convert.compiled_layers"), "_LONG", 30)
