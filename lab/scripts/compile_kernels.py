@@ -151,13 +151,12 @@ def hopper() -> None:
 
 def step() -> None:
     """The launches of a decoding step, at two shapes of models and batches."""
-    from dynamask.ops.triton import decode_step, early
+    from dynamask.ops.triton import decode_step
     from dynamask.ops.triton.cache_keep import keep_launch
     from dynamask.ops.triton.predict_ranks import rms_epsilon
     from dynamask.ops.triton.ragged_decode import ragged_decode_launch
 
     rms_epsilon(torch.bfloat16, torch.device("cpu"))
-    early._is_able = lambda _device: True  # type: ignore[assignment]
     for batch, hidden, heads, groups, dim, biased in ((1, 1024, 16, 8, 128, False), (32, 576, 9, 3, 64, True)):
         narrow = torch.bfloat16
 

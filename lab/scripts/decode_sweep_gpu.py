@@ -25,9 +25,8 @@ from transformers.utils import logging
 from dynamask.models import cuda_graph
 from dynamask_lab.benchmarks.model import filled_cache
 
-DECODE, STEP, EARLY = "ragged_decode", "decode_step", "early"
+DECODE, STEP = "ragged_decode", "decode_step"
 CHANGES: list[dict[str, Any]] = [
-    {f"{EARLY}.ALLOWED": True},
     {f"{STEP}._CHUNK": 64},
     {f"{STEP}._CHUNK": 256, f"{STEP}._STAGES": 2},
     {f"{STEP}._WARPS": 8},

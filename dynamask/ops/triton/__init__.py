@@ -16,7 +16,6 @@
 | `cache_insert.py` | a new key into a full bounded cache |
 | `cache_keep.py` | the keys that survive a call, packed into the pools of a bounded cache |
 | `decode_step.py` | a token through a decoder layer, but for its attention |
-| `early.py` | launches that are ready before the one before has ended |
 
 On Hopper GPUs `dynamask.ops.hopper` takes the place of the forward and backward passes.
 `TRITON_INTERPRET=1` runs all of it on a CPU, which is how it is tested without a GPU.

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dynamask.ops.triton.cache_insert import _lowest, _sortable
-from dynamask.ops.triton.early import early_launch, wait_for_the_launch_before
 from dynamask.ops.triton.predict_ranks import rms_epsilon
 from dynamask.ops.triton.tables import device_table
 
@@ -194,7 +193,6 @@ def norm_and_project(
         RANK_PRECISION=_precision(rows if weights.rank_up is None else weights.rank_up),
         num_warps=_WARPS,
         num_stages=_STAGES,
-        **early_launch(rows.device),
     )
     return projected, active if width else None, contest
 
@@ -230,7 +228,6 @@ def norm_and_gate(residual: Residual, norm: Tensor, epsilon: float, gate: Tensor
         PRECISION=_precision(rows),
         num_warps=_WARPS,
         num_stages=_STAGES,
-        **early_launch(rows.device),
     )
     return gated
 
@@ -267,7 +264,6 @@ def project_and_add(inputs: Tensor, weight: Tensor, bias: Tensor | None, residua
         PRECISION=_precision(inputs),
         num_warps=_WARPS,
         num_stages=_STAGES,
-        **early_launch(inputs.device),
     )
     return Residual(total, squares)
 
@@ -330,7 +326,6 @@ def rotate_and_insert(
         WIDTH_PAD=max(16, triton.next_power_of_2(width)),
         PARTS=max(16, triton.next_power_of_2(contest.most)),
         num_warps=4,
-        **early_launch(projected.device),
     )
     return query
 
@@ -415,11 +410,8 @@ def _norm_project(
     SCANNED: tl.constexpr,
     PRECISION: tl.constexpr,
     RANK_PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """N rows of one of the weights, or a part of the contest."""
-    if EARLY:
-        wait_for_the_launch_before()
     query, key, value, query_bias, key_bias, value_bias, rank_up = weights
     block = tl.program_id(0)
     projecting = tl.cdiv(query_rows, N) + tl.cdiv(key_rows, N) + tl.cdiv(value_rows, N) + tl.cdiv(width, N)
@@ -517,11 +509,8 @@ def _norm_gate(
     CHUNK: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """N inner units."""
-    if EARLY:
-        wait_for_the_launch_before()
     row = tl.arange(0, TILE)
     inverse = _inverse_of(given, row, batch, squares, HIDDEN, SQUARES)
     n = tl.program_id(0) * N + tl.arange(0, N)
@@ -559,11 +548,8 @@ def _project_add(
     CHUNK: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """N rows of the weight."""
-    if EARLY:
-        wait_for_the_launch_before()
     row = tl.arange(0, TILE)
     n = tl.program_id(0) * N + tl.arange(0, N)
     mixed = tl.zeros([TILE, N], tl.float32)
@@ -636,11 +622,8 @@ def _rotate_insert(
     DIM_PAD: tl.constexpr,
     WIDTH_PAD: tl.constexpr,
     PARTS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One key/value head of one row: its query heads, its key, its rank, its slot."""
-    if EARLY:
-        wait_for_the_launch_before()
     keys, values, ranks, positions, clock, codes, places, table = cache
     row = tl.program_id(0).to(tl.int64)
     b = row // groups

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dynamask.ops.triton.early import early_launch, wait_for_the_launch_before
 from dynamask.ops.triton.forward import LOG2E
 from dynamask.ops.triton.tables import device_table
 
@@ -129,7 +128,6 @@ def ragged_decode_launch(
         MERGES=max(16, triton.next_power_of_2(splits.most)) if merges else 0,
         num_warps=_WARPS,
         num_stages=_STAGES,
-        **early_launch(query.device),
     )
     if not merges:
         _merge[(batch * groups * rows,)](
@@ -198,14 +196,11 @@ def _decode(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     MERGES: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One split of one head's slots against its queries: the weighted mean of the values, and what merging needs.
 
     Where MERGES is not 0, at least the splits of any head, the last program of a head merges.
     """
-    if EARLY:
-        wait_for_the_launch_before()
     split = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     g = tl.arange(0, GROUPS_PAD)
