@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST
+
 RESULTS = Path(__file__).parents[2] / "results"
 
 
@@ -24,3 +26,14 @@ def test_the_cost_of_attention_repeats_on_another_card() -> None:
     assert again["windows"] == [2048] * 4
     parts = ("expiry", "lists", "forward", "backward")
     assert sum(again[part] for part in parts) == pytest.approx(sum(first[f"{part}_ms"] for part in parts), rel=0.05)
+
+
+def test_a_loss_of_the_leak_repeats_on_the_same_corpus() -> None:
+    lines = {
+        name: [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+        for name in ("ablation-leak.jsonl", "again/leak.jsonl")
+    }
+    (again,) = lines["again/leak.jsonl"]
+    (first,) = (line for line in lines["ablation-leak.jsonl"] if line["key"] == again["key"])
+    assert first["result"]["corpus_content"] == again["result"]["corpus_content"]
+    assert again["result"]["exact_loss"] == pytest.approx(first["result"]["exact_loss"], abs=LOSS_INTEREST)

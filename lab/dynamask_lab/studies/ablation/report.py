@@ -78,19 +78,20 @@ def _leak_findings(records: Sequence[Record]) -> list[Finding]:
         pairs = [(run, exact[run.seed]) for run in runs if run.seed in exact and "leaky_loss" in run.result]
         if not name.startswith(LEAKY) or not pairs:
             continue
-        flattered = mean_interval([leaky.result["exact_loss"] - leaky.result["leaky_loss"] for leaky, _ in pairs])
+        both = [run for run in runs if "leaky_loss" in run.result]
+        flattered = mean_interval([run.result["exact_loss"] - run.result["leaky_loss"] for run in both])
         gain = mean_interval([own.result["exact_loss"] - leaky.result["leaky_loss"] for leaky, own in pairs])
         lost = mean_interval([own.result["exact_loss"] - leaky.result["exact_loss"] for leaky, own in pairs])
         config = pairs[0][0].config
-        setting = {"seeds": str(len(pairs)), "w/N": share(window, config["length"])}
+        setting = {"seeds": str(len(both)), "w/N": share(window, config["length"])}
         setting |= {"size": f"{language_settings(config).parameters / 1e6:.1f}M"}
         measured = (
             f"nats by which the leak lowers its own model's loss {flattered}; that loss below a model trained exactly "
-            f"{gain}, and {lost} under exact selection"
+            f"{gain}, and {lost} under exact selection ({len(pairs)} seed{'s' if len(pairs) > 1 else ''})"
         )
-        keys = [run.key for pair in pairs for run in pair]
+        keys = [run.key for run in (*both, *(own for _, own in pairs))]
         subject = f"trained with the leak, w = {window}"
-        verdict = judge(flattered, LOSS_INTEREST, seeds=len(pairs))
+        verdict = judge(flattered, LOSS_INTEREST, seeds=len(both))
         found.append(Finding("leak", subject, measured, verdict, keys, "", setting, f"{LOSS_INTEREST} nats"))
     return found
 
