@@ -20,7 +20,7 @@ from torch import Tensor
 from dynamask import key_expiry
 from dynamask.ops.triton.lists import build_lists
 from dynamask_lab.benchmarks.gpu.constants import constants
-from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
+from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, kernel_microseconds
 
 OFF: dict[str, Any] = {"triton.expiry._FILTER": (1 << 30, 1)}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -57,21 +57,6 @@ def scores_of(kind: str, groups: int, length: int) -> Tensor:
     return scores if kind == "random" else scores + torch.arange(length, device="cuda") * (4.0 / 2048)
 
 
-def by_kernel(run: Any, repeats: int = 5) -> dict[str, float]:
-    """Microseconds of each kernel, by the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    return {
-        event.key[:24]: round(event.device_time_total / repeats, 1)
-        for event in found.key_averages()
-        if event.device_time_total
-    }
-
-
 def measure(length: int, groups: int, window: int, kind: str, only_once: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     variants = list(VARIANTS) if length in (32768, 131072) and kind == "random" else ["off", "default", "on"]
@@ -87,7 +72,7 @@ def measure(length: int, groups: int, window: int, kind: str, only_once: bool) -
                 row[f"{name} WRONG"] = True
             if not only_once:
                 row[name] = round(1000 * graph_milliseconds(lambda: key_expiry(scores, window)), 1)
-                row[f"{name}, kernels"] = by_kernel(lambda: key_expiry(scores, window))
+                row[f"{name}, kernels"] = kernel_microseconds(lambda: key_expiry(scores, window))
     limits = [window] * groups
     for name, direct, others in LISTS:
         if direct and length > 1 << 17:
@@ -97,7 +82,7 @@ def measure(length: int, groups: int, window: int, kind: str, only_once: bool) -
             if only_once or kind != "random":
                 continue
             row[name] = round(1000 * graph_milliseconds(lambda: build_lists(expected, length, block, limits)), 1)
-            row[f"{name}, kernels"] = by_kernel(lambda: build_lists(expected, length, block, limits))
+            row[f"{name}, kernels"] = kernel_microseconds(lambda: build_lists(expected, length, block, limits))
     return row
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from dynamask import key_expiry
 from dynamask.ops.triton.lists import KeyLists, build_lists
 from dynamask_lab.benchmarks.gpu.constants import constants
-from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
+from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, kernel_microseconds
 
 ONCE: dict[str, Any] = {
     "triton.expiry._RUNS": ((1 << 15, 1024, 4), (1 << 22, 2048, 8)),
@@ -130,17 +130,6 @@ def check(seconds: float) -> tuple[int, list[str]]:
     return count, wrong
 
 
-def by_kernel(run: Any, repeats: int = 5) -> dict[str, float]:
-    """Microseconds of each kernel, by the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(repeats):
-            run()
-        torch.cuda.synchronize()
-    return {e.key[:24]: round(e.device_time_total / repeats, 1) for e in found.key_averages() if e.device_time_total}
-
-
 CASES = (
     (32768, 4, 512, "random"),
     (32768, 16, 512, "random"),
@@ -186,7 +175,7 @@ def measure(length: int, groups: int, window: int, kind: str, only_once: Sequenc
                     if not only_once:
                         row[f"{prefix} {name}"] = round(1000 * graph_milliseconds(run), 1)
                     if name in PROFILED and not only_once:
-                        row[f"{prefix} {name}, kernels"] = by_kernel(run)
+                        row[f"{prefix} {name}, kernels"] = kernel_microseconds(run)
             except Exception as error:
                 row[f"{prefix} {name}"] = f"{type(error).__name__}: {error}"[:200]
     return row

@@ -71,6 +71,21 @@ def graph_milliseconds(run: Callable[[], Any], steps: int = 20) -> float:
     return milliseconds(graph.replay) / steps
 
 
+def kernel_microseconds(run: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
+    """Time of each kernel of a call, by the profiler; names are cut after 24 characters."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+    return {
+        event.key[:24]: round(event.device_time_total / repeats, 1)
+        for event in found.key_averages()
+        if event.device_time_total
+    }
+
+
 def extra_memory(run: Callable[[], Any], inputs: tuple[Tensor, ...]) -> float:
     """Peak memory of a run above what stood before it and what it returns, as a share of the inputs' size."""
     torch.cuda.synchronize()
