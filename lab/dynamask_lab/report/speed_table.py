@@ -11,7 +11,7 @@ from typing import Any
 from dynamask_lab.report.page_tables import named_commits, read_json, table_with_note
 from dynamask_lab.sweeps.section import Row
 
-GPU_ROWS = ((3072, 1024), (4096, 1024), (8192, 2048), (32768, 2048), (131072, 2048))
+GPU_ROWS = ((3072, 1024), (8192, 2048), (8192, 512), (32768, 2048), (131072, 2048))
 """Length and window of the GPU's rows; heads as in `_SHAPE`."""
 KERNEL_RUNS = (
     "h100-kernels-head-windows-before.json",
@@ -20,6 +20,7 @@ KERNEL_RUNS = (
     "h200-kernels-evening.json",
     "h200-kernels-night.json",
     "h200-kernels-morning.json",
+    "h200-kernels-forenoon.json",
 )
 """Files of `lab/scripts/kernel_times.py`, the oldest first; files that are not named here are newer."""
 _SHAPE = {"D": 128, "H": 16, "G": 4}
@@ -44,7 +45,7 @@ class Timing:
     dense: tuple[float, float]
     peers: tuple[str, ...]
     device: str
-    commit: str
+    commit: str | None
 
 
 def gpu_timings(results: Path) -> list[Timing]:
@@ -86,7 +87,7 @@ def _of_kernel_runs(results: Path) -> Iterator[Timing]:
     files += sorted(set(results.glob("h*-kernels-*.json")) - set(files))
     for file in files:
         run = read_json(file)
-        for commit, row in _rows(run, run["commit"]) if run else ():
+        for commit, row in _rows(run, run.get("commit")) if run else ():
             windows = set(row["windows"])
             shape = {"D": row["D"], "H": row["H"], "G": len(row["windows"])}
             if len(windows) != 1 or shape != _SHAPE or "expiry" not in row:
@@ -103,7 +104,7 @@ def _of_kernel_runs(results: Path) -> Iterator[Timing]:
             )  # fmt: skip
 
 
-def _rows(node: Any, commit: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(node: Any, commit: str | None) -> Iterator[tuple[str | None, Mapping[str, Any]]]:
     """Every timed row of a file with its commit; a later call of one file names its own in its heading."""
     if isinstance(node, dict):
         if "windows" in node and "N" in node and "forward, a call" in node:
@@ -111,7 +112,7 @@ def _rows(node: Any, commit: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             return
         own = node.get("commit", commit)
         for name, value in node.items():
-            named = re.search(r"commit (\w{7,})", name)
+            named = re.search(r"commit.*?\b([0-9a-f]{7,40})\b", name)
             yield from _rows(value, named[1] if named else own)
     elif isinstance(node, list):
         for value in node:

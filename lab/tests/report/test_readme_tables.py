@@ -73,12 +73,12 @@ def _kernel_row(window: int, length: int, own: float, dense: float) -> dict[str,
 
 def test_speed_takes_the_newest_row_with_a_dense_peer_and_counts_the_mask(tmp_path: Path) -> None:
     without = {name: value for name, value in _kernel_row(2048, 8192, 5.0, 8.0).items() if "dense" not in name}
-    older = {"device": "A H200", "commit": "old1234", "rows": [_kernel_row(1024, 4096, 3.0, 8.0), without]}
-    newer = {"device": "A H200", "commit": "old1234", "again, commit new1234": [_kernel_row(1024, 4096, 2.0, 6.0)]}
+    older = {"device": "A H200", "commit": "old1234", "rows": [_kernel_row(1024, 3072, 3.0, 8.0), without]}
+    newer = {"device": "A H200", "again, commit of a branch abc1234": {"rows": [_kernel_row(1024, 3072, 2.0, 6.0)]}}
     (tmp_path / KERNEL_RUNS[0]).write_text(json.dumps(older))
     (tmp_path / "h200-kernels-later.json").write_text(json.dumps(newer))
     (timing,) = gpu_timings(tmp_path)
-    assert (timing.ours, timing.dense, timing.commit) == ((3.0, 7.0), (6.0, 18.0), "new1234")
+    assert (timing.ours, timing.dense, timing.commit) == ((3.0, 7.0), (6.0, 18.0), "abc1234")
     (tmp_path / "h200-kernels-later.json").unlink()
     (timing,) = gpu_timings(tmp_path)
     assert (timing.ours, timing.dense, timing.commit) == ((4.0, 10.0), (8.0, 24.0), "old1234")
