@@ -18,7 +18,7 @@ from dynamask.convert.progress import Clock, Report, checked_block
 from dynamask.convert.window_errors import candidate_windows, cheapest_slopes, cheapest_windows, window_errors
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_predictor import slope_on_grid
-from dynamask.ops.checks import check_window
+from dynamask.ops.checks import check_integer, check_window
 
 METHODS = ("loss", "threshold")
 
@@ -68,7 +68,8 @@ def allocate_windows(
     """
     check_converted(model, "allocate_windows")
     config: Any = model.config
-    (window,) = check_window(window, config.local, config.sinks)
+    check_window(window, config.local, config.sinks)
+    window = check_integer(window, "window", 1, "keys kept per query, on average over the heads")
     if not config.trained_ranks:
         raise InvalidInputError("allocate_windows: the ranks of this model are untrained; run learn_ranks first")
     if method not in METHODS:
@@ -78,7 +79,7 @@ def allocate_windows(
             f"slopes must be numbers of at least 0, in nats per token, which are multiples of 1/8192; got {slopes!r}"
         )
     layers, groups = config.ranked_layers, config.num_key_value_heads
-    batches = [checked_block(block, "allocate_windows") for block in islice(blocks, max_batches)]
+    batches = [checked_block(block, "allocate_windows", config.vocab_size) for block in islice(blocks, max_batches)]
     if not batches:
         raise InvalidInputError("allocate_windows: there are no blocks of tokens")
     context, least = max(block.shape[1] for block in batches), config.local + config.sinks

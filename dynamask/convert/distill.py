@@ -23,7 +23,7 @@ from dynamask.convert.chunked_kl import chunked_kl
 from dynamask.convert.compiled_layers import check_compilable, compiled_layers, is_compilable
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.models import check_converted
-from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
+from dynamask.convert.progress import Clock, Report, check_training, load_state, save_state, token_blocks
 from dynamask.convert.recorded_step import RecordedStep
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
@@ -115,10 +115,11 @@ def distill(
             blocks that are too few or no token ids, a loss that is not finite, or a checkpoint of another run.
     """
     check_converted(model, "distill")
-    if steps < 1 or learning_rate <= 0 or rank_learning_rate < 0 or chunk < 1 or temperature <= 0:
+    steps = check_training("distill", steps, learning_rate=learning_rate, temperature=temperature)
+    if not 0 <= rank_learning_rate < math.inf or chunk < 1:
         raise InvalidInputError(
-            "distill: steps and chunk must be at least 1, learning_rate and temperature above 0, rank_learning_rate at "
-            f"least 0; got {steps}, {chunk}, {learning_rate}, {temperature} and {rank_learning_rate}"
+            "distill: rank_learning_rate must be a finite number of at least 0, chunk at least 1; got "
+            f"{rank_learning_rate} and {chunk}"
         )
     if not 0 <= label_share <= 1 or not start_windows >= 1 or not 0 < shrink_share <= 1:
         raise InvalidInputError(
@@ -201,7 +202,7 @@ def distill(
             beginning_share=beginning_share,
         )
         recording: RecordedStep | None = None
-        source = token_blocks(blocks, start, "distill")
+        source = token_blocks(blocks, start, "distill", model.config.vocab_size)
         for step in range(start, steps):
             tokens = next(source).to(device, non_blocking=True)
             if start_windows > 1:

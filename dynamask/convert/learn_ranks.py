@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from dynamask.convert.attention import Projected, call_facts, no_mask
 from dynamask.convert.models import check_converted
-from dynamask.convert.progress import Clock, Report, load_state, save_state, token_blocks
+from dynamask.convert.progress import Clock, Report, check_training, load_state, save_state, token_blocks
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import rank_loss, rank_target
 from dynamask.models.decoder import attention_of, decoder_of
+from dynamask.ops.checks import check_integer
 
 _REPORT_EVERY = 10
 """Steps between two looks at the loss; each look waits for the GPU."""
@@ -65,11 +66,8 @@ def learn_ranks(
             computes NaN, or a checkpoint of another run.
     """
     check_converted(model, "learn_ranks")
-    if steps < 1 or learning_rate <= 0 or warmup < 0:
-        raise InvalidInputError(
-            f"steps must be at least 1, learning_rate above 0, warmup at least 0; got {steps}, {learning_rate} "
-            f"and {warmup}"
-        )
+    steps = check_training("learn_ranks", steps, learning_rate=learning_rate)
+    warmup = check_integer(warmup, "learn_ranks: warmup", 0, "steps of the warm-up")
     checkpoint = None if checkpoint is None else Path(checkpoint)
     config: Any = model.config
     predictors = _predictors(model)
@@ -127,7 +125,7 @@ def _train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     clock, saved = Clock("ranks", steps, start), time.perf_counter()
     losses: list[Tensor] = []
-    source = token_blocks(blocks, start, "learn_ranks")
+    source = token_blocks(blocks, start, "learn_ranks", model.config.vocab_size)
     for step in range(start, steps):
         if steps == start:
             break

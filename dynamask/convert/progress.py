@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
+from dynamask.ops.checks import check_integer
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,25 @@ class Clock:
         return Progress(self.stage, step, self.steps, loss, self.tokens / seconds, left)
 
 
-def token_blocks(blocks: Iterable[Any], start: int, caller: str) -> Iterator[Tensor]:
+def check_training(caller: str, steps: int, **rates: float) -> int:
+    """Return the number of steps as a Python integer.
+
+    Args:
+        caller: named in messages.
+        steps: at least 1.
+        **rates: finite numbers above 0.
+
+    Raises:
+        InvalidInputError: another number of steps, or another rate.
+    """
+    steps = check_integer(steps, f"{caller}: steps", 1, "steps of training")
+    for name, rate in rates.items():
+        if isinstance(rate, str) or not 0 < rate < math.inf:
+            raise InvalidInputError(f"{caller}: {name} must be a finite number above 0; got {rate!r}")
+    return steps
+
+
+def token_blocks(blocks: Iterable[Any], start: int, caller: str, vocab_size: int) -> Iterator[Tensor]:
     """Yield blocks of token ids without end, beginning with number `start`.
 
     An iterable that ends is read again from its beginning, except an iterator, which cannot be.
@@ -70,14 +90,17 @@ def token_blocks(blocks: Iterable[Any], start: int, caller: str) -> Iterator[Ten
         blocks: iterable of (B, N) integer tensors; with a method `from_step(step)` that is used.
         start: number of the first block wanted.
         caller: named in messages.
+        vocab_size: tokens of the model.
 
     Raises:
-        InvalidInputError: no blocks, fewer than wanted from an iterator, or something that is not (B, N) integers.
+        InvalidInputError: no blocks, fewer than wanted from an iterator, or something that is not (B, N) token ids.
     """
+    if not isinstance(blocks, Iterable):
+        raise InvalidInputError(f"{caller}: blocks must be an iterable of (batch, length) token ids; got {blocks!r}")
     endless = getattr(blocks, "from_step", None)
     if endless is not None:
         for block in endless(start):
-            yield checked_block(block, caller)
+            yield checked_block(block, caller, vocab_size)
         return
     skip, count = start, 0
     while True:
@@ -85,7 +108,7 @@ def token_blocks(blocks: Iterable[Any], start: int, caller: str) -> Iterator[Ten
         for block in islice(iter(blocks), skip, None) if skip else blocks:
             empty = False
             count += 1
-            yield checked_block(block, caller)
+            yield checked_block(block, caller, vocab_size)
         if isinstance(blocks, Iterator):
             raise InvalidInputError(
                 f"{caller}: the blocks ended after {start + count}: give as many as there are steps, or a list, which "
@@ -97,16 +120,22 @@ def token_blocks(blocks: Iterable[Any], start: int, caller: str) -> Iterator[Ten
         skip = max(0, skip - size) if empty and size else 0
 
 
-def checked_block(block: Any, caller: str) -> Tensor:
-    """Return the block as a tensor, or raise `InvalidInputError` unless it is (B, N) integers."""
+def checked_block(block: Any, caller: str, vocab_size: int) -> Tensor:
+    """Return the block as int64 or int32, or raise `InvalidInputError` unless it is (B, N) token ids."""
     if not isinstance(block, Tensor):
         try:
             block = torch.as_tensor(block)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInputError(f"{caller}: blocks must be (batch, length) token ids; got {block!r}") from error
-    if block.dim() != 2 or block.is_floating_point() or block.numel() == 0:
+    if block.dim() != 2 or block.is_floating_point() or block.dtype == torch.bool or block.numel() == 0:
         raise InvalidInputError(
             f"{caller}: blocks must be (batch, length) token ids; got {block.dtype} of shape {tuple(block.shape)}"
+        )
+    block = block if block.dtype in (torch.int32, torch.int64) else block.long()  # what an embedding takes
+    if block.device.type == "cpu" and not 0 <= int(block.min()) <= int(block.max()) < vocab_size:
+        raise InvalidInputError(
+            f"{caller}: token ids must be from 0 to {vocab_size - 1}; got {int(block.min())} to {int(block.max())}: "
+            "the blocks were made with another tokenizer"
         )
     return block
 

@@ -106,14 +106,21 @@ def test_bad_input(llama: Any) -> None:
         ([torch.randint(3, 9, (2, 7))], "blocks of 7 tokens teach no ranks"),
         ([torch.rand(2, 7)], "token ids; got torch.float32"),
         (["text"], "token ids"),
+        ([torch.full((2, 64), 300)], "token ids must be from 0 to 299; got 300 to 300"),
+        (None, "blocks must be an iterable"),
     ):
         with pytest.raises(InvalidInputError, match=message):
             convert.learn_ranks(model, blocks, steps=5)  # type: ignore[arg-type]
         assert not model.config.trained_ranks
     with pytest.raises(InvalidInputError, match=r"made by dynamask.convert.upcycle"):
         convert.learn_ranks(llama, planted_blocks(1), steps=1)
-    with pytest.raises(InvalidInputError, match="steps must be at least 1"):
-        convert.learn_ranks(model, planted_blocks(1), steps=0)
+    for options, message in (
+        ({"steps": 0}, "steps must be an integer of at least 1"),
+        ({"steps": 2.0}, "steps must be an integer of at least 1"),
+        ({"steps": 2, "learning_rate": math.nan}, "learning_rate must be a finite number above 0"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            convert.learn_ranks(model, planted_blocks(1), **options)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="untrained; run learn_ranks"):
         convert.allocate_windows(model, planted_blocks(1), 24)
     with torch.no_grad():
