@@ -75,7 +75,7 @@ def convert_upcycle(
         str,
         typer.Option(
             help="repeats: half of the blocks repeat their first half; facts: facts and questions are planted in the "
-            "texts, which suits models with few key/value heads; plain: the texts as they are."
+            "texts; plain: the texts as they are."
         ),
     ] = "repeats",
     needles: Annotated[int, typer.Option(help="Needles of each task, length and depth in the report; 0: none.")] = 2,
