@@ -71,12 +71,13 @@ class RecordedSteps:
         return self._replay(model, kind, list(tensors.values()))
 
     def _kind(self, model: Any, tensors: dict[str, Tensor]) -> Any:
-        """What a recording is made for: shapes, and what the model and the trainer read on the host."""
+        """What a recording is made for: shapes, where parameters lie and which learn, what is read on the host."""
         shapes = tuple((name, each.shape, each.dtype) for name, each in tensors.items())
         config = getattr(model, "config", None)
         names = ("windows", "slopes", "local", "sinks", "rank_loss_weight")
         rules = tuple(repr(getattr(config, name, None)) for name in names)
-        return shapes, rules, getattr(self._trainer, "current_gradient_accumulation_steps", 1)
+        parameters = tuple((each.data_ptr(), each.requires_grad) for each in model.parameters())
+        return shapes, rules, parameters, getattr(self._trainer, "current_gradient_accumulation_steps", 1)
 
     def _run(self, model: Any, names: list[str], *tensors: Tensor) -> Tensor:
         inputs = dict(zip(names, tensors, strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from dynamask import DynamaskForCausalLM, InvalidInputError, convert
 from dynamask.ops.looks import looks_allowed, without_looks
@@ -70,7 +70,9 @@ class Rows(torch.utils.data.Dataset):
         return row | {"position_ids": self.positions} if self.packed else row
 
 
-def trained(kind: str, folder: Path, recorded: bool, accumulation: int = 1, rows: int = 4) -> tuple[Any, Any]:
+def trained(
+    kind: str, folder: Path, recorded: bool, accumulation: int = 1, rows: int = 4, **more: Any
+) -> tuple[Any, Any]:
     """A model after some steps, and its trainer."""
     torch.manual_seed(0)
     if kind == "native":
@@ -94,7 +96,7 @@ def trained(kind: str, folder: Path, recorded: bool, accumulation: int = 1, rows
     )
     data = Rows(rows, 40, packed=True)
     if kind == "native":
-        trainer: Any = AtomicTrainer(model=model, args=arguments, train_dataset=data, recorded=recorded)
+        trainer: Any = AtomicTrainer(model=model, args=arguments, train_dataset=data, recorded=recorded, **more)
     else:
         trainer = Trainer(model=model, args=arguments, train_dataset=data)
         if recorded:
@@ -114,6 +116,25 @@ def test_recorded_training_ends_at_the_same_weights(
     steps = trainer._steps if kind == "native" else trainer.training_step
     assert steps.reason is None
     assert len(steps._recorded) == 1
+    for parameter, other in zip(actual.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", ["freeze", pytest.param("move", marks=pytest.mark.slow)])
+def test_parameters_that_change_during_the_training_are_seen(
+    replayed: type[Replayed], tmp_path: Path, change: str
+) -> None:
+    class Changes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            weight = model.get_input_embeddings().weight
+            if state.global_step == 3 and change == "freeze":
+                weight.requires_grad_(False)
+            elif state.global_step == 3:
+                weight.data = weight.data.clone()
+
+    expected, _ = trained("native", tmp_path, False, rows=6, callbacks=[Changes()])
+    actual, trainer = trained("native", tmp_path, True, rows=6, callbacks=[Changes()])
+    assert len(trainer._steps._recorded) == 2
     for parameter, other in zip(actual.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter, other, rtol=1e-3, atol=1e-4)
 
