@@ -15,8 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dynamask import convert, recipes
 from dynamask.convert.distillation_run import train_towards
 from dynamask.errors import UsageError
+from dynamask.models import DynamaskForCausalLM
 from dynamask.training import TrainConfig, open_run, parameter_groups, train
 from dynamask.training.loss import use_chunked_loss
+from dynamask.training.run import _check_same_attention
 from tests.training.test_training import MODEL, settings, text  # noqa: F401 -- a fixture
 
 SHAPE = {name: value for name, value in MODEL.items() if name != "windows"}
@@ -50,6 +52,15 @@ def test_a_recipe_brings_its_training(
         train(begun(text, tmp_path / "other", recipe="recal"), quiet=True)
 
 
+def test_other_attention_than_a_checkpoints_is_refused(tmp_path: Path) -> None:
+    recall, sliding = (DynamaskForCausalLM(recipes.apply(name, "tiny", 32, **SHAPE)) for name in ("recall", "sliding"))
+    recall.config.save_pretrained(tmp_path)
+    _check_same_attention(recall, tmp_path)
+    with pytest.raises(UsageError, match="attention was 'dma' and is 'swa'"):
+        _check_same_attention(sliding, tmp_path)
+
+
+@pytest.mark.slow
 def test_a_recipe_that_changed_does_not_continue_a_run(
     text: Path,  # noqa: F811
     tmp_path: Path,
