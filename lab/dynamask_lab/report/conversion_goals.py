@@ -188,7 +188,7 @@ _PEER = {
     "pairs": "bounded by the dense model, which answers hardly any",
     "tracking": "imitates the dense model, which copies the worked example's names, see variable tracking",
 }
-_GEMMA = "bounded by the three global heads, whose keys are chosen before the queries are known; see what bounds it"
+_GEMMA = "its three global heads choose their keys before the queries are known; see the rows of oracles"
 _SHARED = "bounded by the training step; two runs shared the card"
 
 
