@@ -640,10 +640,11 @@ def _larger_by_step(sweeps: Sweeps) -> str:
             own = loss_by_step(forms[name])
             gaps = {step: dense[step] - own[step] for step in own if step in dense}
             most, last = max(gaps, key=lambda step: gaps[step]), max(gaps)
-            told.append(f"{label} by {gaps[most]:.2f} nats after {most} steps and {gaps[last]:+.3f} at the end")
+            told.append(f"of {label} {gaps[most]:.2f} nats after {most} steps and {gaps[last]:+.3f} at the end")
     if not told:
         return ""
-    return f"At 10.0M parameters and one rate, with one layer wide, {', '.join(told)} lead it ({last} steps). "
+    leads = ", and ".join(told)
+    return f"At 10.0M parameters and one rate, with one layer wide, the lead over it is {leads} ({last} steps). "
 
 
 def _by_position(runs: Sequence[Record]) -> dict[float, float]:
