@@ -68,5 +68,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts").mkdir()
     for i in range(10):
         (folder / "texts" / f"{i}.txt").write_text(f"{i}: " + "all work and no play makes jack a dull boy. " * 10)
-    train(TrainConfig.load(None, [f"data={folder / 'texts'}", f"output={folder / 'run'}", *SMALL]), quiet=True)
+    settings = [
+        "recipe=recall",
+        f"data={folder / 'texts'}",
+        f"output={folder / 'run'}",
+    ]  # ranks, whose mask can be drawn
+    train(TrainConfig.load(None, [*settings, *SMALL]), quiet=True)
     return folder
