@@ -29,7 +29,7 @@ def sanitize(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_stage_runs(sanitize: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     sanitize.main()
     said = capsys.readouterr().out
-    assert said.count("error") == len(sanitize.stages("cpu", "torch")) == 8
+    assert said.count("error") == len(sanitize.stages("cpu", "torch")) == 9
     assert said.endswith("done\n")
     assert not torch.are_deterministic_algorithms_enabled()
 
@@ -38,8 +38,13 @@ def test_wrong_results_are_named_at_the_end(
     sanitize: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     real = sanitize.key_expiry
+
     # One more key than the bounded cache and the definition keep.
-    monkeypatch.setattr(sanitize, "key_expiry", lambda scores, window, **given: real(scores, window + 1, **given))
+    def wider(scores: torch.Tensor, window: int | tuple[int, ...], **given: object) -> torch.Tensor:
+        more = window + 1 if isinstance(window, int) else tuple(each + 1 for each in window)
+        return real(scores, more, **given)
+
+    monkeypatch.setattr(sanitize, "key_expiry", wider)
     with pytest.raises(SystemExit, match="wrong results: decoding"):
         sanitize.main()
     assert "the last third of the queries" in capsys.readouterr().out
@@ -48,4 +53,4 @@ def test_wrong_results_are_named_at_the_end(
 def test_no_stage_begins_after_its_time(sanitize: ModuleType, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "--seconds", "-1"])
     sanitize.main()
-    assert capsys.readouterr().out.count("not begun") == 8
+    assert capsys.readouterr().out.count("not begun") == 9
