@@ -45,7 +45,7 @@ def inspect(
     quiet_libraries()
     import torch
 
-    from dynamask.data.tokenizer import encode_text, opening_tokens
+    from dynamask.data.tokenizer import encode_beginning
     from dynamask.inspect import inspect_text, inspection_page, token_texts
     from dynamask.training import open_run
 
@@ -57,7 +57,7 @@ def inspect(
         whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]
     else:
-        ids = [*opening_tokens(tokenizer, content), *encode_text(tokenizer, content)]
+        ids = encode_beginning(tokenizer, content)
     if not ids:
         raise UsageError("the text is empty: the tokenizer makes no token of it")
     if len(ids) > limit:

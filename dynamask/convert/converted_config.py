@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from dynamask.convert.architectures import ARCHITECTURES, PREFIX
@@ -68,17 +70,21 @@ class ConvertedConfig(CarriesAutoCode):
 
         Of a model split by tensor parallelism, as the slopes: of the heads that this process holds.
         """
+        return self._by_head("_head_windows", repr(self.windows), self._resolved)  # type: ignore[no-any-return]
+
+    def _by_head(self, name: str, given: Any, resolve: Callable[[int, int], Any]) -> Any:
+        """What `resolve` makes of the layers and heads, remembered under a name until the given field changes."""
         layers, groups = self._all_layers, self.num_key_value_heads  # type: ignore[attr-defined]
         shard: HeadShard | None = self.__dict__.get("_head_shard")  # of a model split by tensor parallelism
-        key = (repr(self.windows), layers, groups, shard)
-        known = self.__dict__.get("_head_windows")
+        key = (given, layers, groups, shard)
+        known = self.__dict__.get(name)
         if known is None or known[0] != key:
-            windows = self._resolved(layers, groups)
+            resolved = resolve(layers, groups)
             if shard is not None:
-                windows = tuple(None if layer is None else shard.of(layer) for layer in windows)
-            known = key, windows
-            self.__dict__["_head_windows"] = known
-        return known[1]  # type: ignore[no-any-return]
+                resolved = tuple(None if layer is None else shard.of(layer) for layer in resolved)
+            known = key, resolved
+            self.__dict__[name] = known
+        return known[1]
 
     @property
     def _all_layers(self) -> int:
@@ -104,18 +110,9 @@ class ConvertedConfig(CarriesAutoCode):
     @property
     def head_slopes(self) -> tuple[tuple[float, ...] | None, ...]:
         """Slopes of every layer and key/value head, L x G; None for a layer whose ranks do not rise."""
-        layers, groups = self._all_layers, self.num_key_value_heads  # type: ignore[attr-defined]
         slopes = self.slopes
-        shard: HeadShard | None = self.__dict__.get("_head_shard")
-        key = shard, layers, None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
-        known = self.__dict__.get("_head_slopes")
-        if known is None or known[0] != key:
-            checked = checked_slopes(slopes, layers, groups)
-            if shard is not None:
-                checked = tuple(None if layer is None else shard.of(layer) for layer in checked)
-            known = key, checked
-            self.__dict__["_head_slopes"] = known
-        return known[1]  # type: ignore[no-any-return]
+        given = None if slopes is None else [None if entry is None else tuple(entry) for entry in slopes]
+        return self._by_head("_head_slopes", given, functools.partial(checked_slopes, slopes))  # type: ignore[no-any-return]
 
     @property
     def layer_rules(self) -> tuple[LayerRules, ...]:

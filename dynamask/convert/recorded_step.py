@@ -7,12 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from dynamask.errors import InvalidInputError
-from dynamask.training.recorded_gradients import RecordedGradients
-
-_CLOSE = 0.02
-"""Largest relative difference of loss and norm of the gradients from the pass as it is: bfloat16 and atomic sums."""
-
+from dynamask.training.recorded_gradients import RecordedGradients, check_replay, clear_gradients, loss_and_norm
 
 Losses = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """(B, N) token ids -> the loss, and the ranks' loss or None."""
@@ -40,7 +35,7 @@ class RecordedStep:
         tokens: Tensor,
     ) -> None:
         self._loss = torch.zeros((), device=tokens.device)
-        self._parameters = list(parameters)
+        parameters = list(parameters)
         self._shape = tokens.shape
 
         def total(tokens: Tensor) -> Tensor:
@@ -49,24 +44,12 @@ class RecordedStep:
             return loss if ranks is None else loss + ranks
 
         total(tokens).backward()  # type: ignore[no-untyped-call]
-        expected = torch.stack([self._loss, self._norm()])
-        self._clear()  # before recording: what a pass keeps is as much memory as the graph's
-        self._recorded = RecordedGradients(total, self._parameters, tokens)
-        found = torch.stack([self(tokens), self._norm()])
-        self._clear()
-        difference = ((found - expected) / expected).abs().max()
-        if not bool(difference < _CLOSE):
-            raise InvalidInputError(
-                f"the recorded step gives loss and norm of the gradients {found.tolist()}, the step as it is "
-                f"{expected.tolist()}: distil with recorded=False"
-            )
-
-    def _norm(self) -> Tensor:
-        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+        expected = loss_and_norm(self._loss, parameters)
+        clear_gradients(parameters)  # before recording: what a pass keeps is as much memory as the graph's
+        self._recorded = RecordedGradients(total, parameters, tokens)
+        found = loss_and_norm(self(tokens), parameters)
+        clear_gradients(parameters)
+        check_replay(found, expected, ": distil with recorded=False")
 
     def serves(self, tokens: Tensor) -> bool:
         """Return whether tokens have the recorded shape."""

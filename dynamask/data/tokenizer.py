@@ -90,3 +90,16 @@ def opening_tokens(tokenizer: Any, text: str) -> list[int]:
         return []
     starts = range(len(whole) - len(plain) + 1)
     return next((whole[:start] for start in starts if whole[start : start + len(plain)] == plain), [])
+
+
+def encode_beginning(tokenizer: Any, text: str) -> list[int]:
+    """Encode a text that begins a sequence: the opening tokens, then the text as `encode_text` encodes it.
+
+    Args:
+        tokenizer: of transformers.
+        text: any text.
+
+    Returns:
+        Token ids; none for a text without tokens.
+    """
+    return [*opening_tokens(tokenizer, text), *encode_text(tokenizer, text)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamask.data.tokenizer import encode_text, opening_tokens
+from dynamask.data.tokenizer import encode_beginning
 from dynamask.errors import InvalidInputError
 from dynamask.inspect.key_ranks import ranked_layers
 from dynamask.ops.expiry import key_expiry
@@ -51,9 +51,7 @@ def draw_live_keys(model: Any, tokenizer: Any, text: str, picture: str | Path, *
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    ids = torch.tensor(
-        [[*opening_tokens(tokenizer, text), *encode_text(tokenizer, text)][:360]], dtype=torch.long, device=model.device
-    )
+    ids = torch.tensor([encode_beginning(tokenizer, text)[:360]], dtype=torch.long, device=model.device)
     if ids.shape[1] == 0:
         raise InvalidInputError("the text is empty: there is no key to draw")
     expiry = layer_expiry(model, ids)

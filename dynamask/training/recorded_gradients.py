@@ -19,6 +19,9 @@ from dynamask.errors import InvalidInputError
 from dynamask.models.recording import recording
 from dynamask.ops.looks import without_looks
 
+_CLOSE = 0.02
+"""Largest relative difference of loss and norm of the gradients from the step as it is: bfloat16 and atomic sums."""
+
 _WARM_UP = 3
 """Passes before recording: they compile kernels and fill the tables that a graph cannot."""
 
@@ -73,9 +76,9 @@ class RecordedGradients:
                 for _ in range(_WARM_UP):
                     _renew(self._parameters)
                     passes()
-                    self._clear()
+                    clear_gradients(self._parameters)
         finally:
-            self._clear()
+            clear_gradients(self._parameters)
             torch.cuda.current_stream().wait_stream(aside)
         gc.collect()  # what waits in reference cycles would hold as much memory as the graph takes
         _renew(self._parameters)
@@ -85,12 +88,8 @@ class RecordedGradients:
                 self._results = passes()
             self._gradients = [parameter.grad for parameter in self._parameters]
         finally:
-            self._clear()
+            clear_gradients(self._parameters)
         self._places = [parameter.data_ptr() for parameter in self._parameters]
-
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Return what `loss_of` returned for these inputs, and put the gradients into `grad` of the parameters.
@@ -119,6 +118,35 @@ class RecordedGradients:
             parameter.grad = gradient
         results = self._results
         return tuple(each.clone() for each in results) if isinstance(results, tuple) else results.clone()
+
+
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Set the gradients of parameters to None."""
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def loss_and_norm(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return (2,) float32: a loss, and the norm of the gradients that the parameters hold."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return torch.stack([loss.float(), torch.nn.utils.get_total_norm(gradients)])
+
+
+def check_replay(found: Tensor, expected: Tensor, advice: str = "") -> None:
+    """Refuse a recorded step whose first replay differs from the step as it is.
+
+    Args:
+        found, expected: `loss_and_norm` of the two.
+        advice: end of the message.
+
+    Raises:
+        InvalidInputError: they differ by more than bfloat16 and atomic sums explain, or are no numbers.
+    """
+    if not bool(((found - expected) / expected).abs().max() < _CLOSE):
+        raise InvalidInputError(
+            f"the recorded step gives loss and norm of the gradients {found.tolist()}, the step as it is "
+            f"{expected.tolist()}{advice}"
+        )
 
 
 def _renew(parameters: list[nn.Parameter]) -> None:
@@ -178,4 +206,4 @@ def check_recordable(parameters: list[nn.Parameter], inputs: tuple[Tensor, ...])
         raise InvalidInputError(_GRADIENTS_LEFT)
 
 
-__all__ = ["RecordedGradients", "check_recordable"]
+__all__ = ["RecordedGradients", "check_recordable", "check_replay", "clear_gradients", "loss_and_norm"]

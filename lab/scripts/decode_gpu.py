@@ -470,6 +470,28 @@ def prefill(name: str, length: int, budget: int) -> Iterator[dict[str, Any]]:
 # (e) training.
 
 
+def loss_against(teacher: Any, dense: Any, forward: Callable[..., Any], model: Any, ids: Tensor) -> Tensor:
+    """The loss of distillation of the dense or the converted model, the ranks' included.
+
+    Args:
+        teacher: a dense model.
+        dense: the dense student.
+        forward: of the converted student, as it was before `use_chunked_loss`.
+        model: the student of the two whose loss is wanted.
+        ids: (B, N) token ids.
+    """
+    given = teacher_states(teacher, ids, None)
+    options: dict[str, Any] = {"temperature": 1.0, "chunk": 2048}
+
+    def loss_of(hidden: Tensor, facts: Any) -> Tensor:
+        loss, more = losses_of_hidden(model, teacher, hidden, given, facts and facts.losses, None, **options)
+        return loss if more is None else loss + more
+
+    if model is dense:
+        return loss_of(dense.get_decoder()(ids, use_cache=False).last_hidden_state, None)
+    return forward(input_ids=ids, use_cache=False, loss_of_hidden=loss_of).loss  # type: ignore[no-any-return]
+
+
 def train(
     name: str,
     length: int,
@@ -508,17 +530,7 @@ def train(
     def training_loss(model: Any, ids: Tensor) -> Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
 
-    def distillation_loss(model: Any, ids: Tensor) -> Tensor:
-        given = teacher_states(teacher, ids, None)
-        options: dict[str, Any] = {"temperature": 1.0, "chunk": 2048}
-
-        def loss_of(hidden: Tensor, facts: Any) -> Tensor:
-            loss, more = losses_of_hidden(model, teacher, hidden, given, facts and facts.losses, None, **options)
-            return loss if more is None else loss + more
-
-        if model is dense:
-            return loss_of(dense.get_decoder()(ids, use_cache=False).last_hidden_state, None)
-        return plain(input_ids=ids, use_cache=False, loss_of_hidden=loss_of).loss  # type: ignore[no-any-return]
+    distillation_loss = functools.partial(loss_against, teacher, dense, plain)
 
     def distillation(model: Any, ranks: bool) -> None:
         sparse.config.rank_loss_weight = 1.0 if ranks else 0.0

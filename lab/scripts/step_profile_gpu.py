@@ -20,14 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_gpu import COUNTED, DEVICE, GPU, UNMASKED, flash, free, host_seconds, models, seconds_of, synchronize
-from torch import Tensor
+from decode_gpu import (
+    COUNTED,
+    DEVICE,
+    GPU,
+    UNMASKED,
+    flash,
+    free,
+    host_seconds,
+    loss_against,
+    models,
+    seconds_of,
+    synchronize,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
 from dynamask.convert import compiled_layers
-from dynamask.convert.distill import losses_of_hidden, teacher_states
+from dynamask.convert.distill import teacher_states
 from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.training.loss import use_chunked_loss
@@ -146,17 +157,7 @@ def train(
             if teacher is None:
                 loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
             else:
-                given = teacher_states(teacher, tokens, None)
-                options: dict[str, Any] = {"temperature": 1.0, "chunk": 2048}
-
-                def loss_of(hidden: Tensor, facts: Any) -> Tensor:
-                    own, more = losses_of_hidden(model, teacher, hidden, given, facts and facts.losses, None, **options)
-                    return own if more is None else own + more
-
-                if model is dense:
-                    loss = loss_of(dense.get_decoder()(tokens, use_cache=False).last_hidden_state, None)
-                else:
-                    loss = plain(input_ids=tokens, use_cache=False, loss_of_hidden=loss_of).loss
+                loss = loss_against(teacher, dense, plain, model, tokens)
             loss.backward()
             model.zero_grad(set_to_none=True)
 

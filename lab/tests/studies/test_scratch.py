@@ -94,11 +94,11 @@ def test_windows_by_rank_go_to_heads_whose_keys_matter() -> None:
         LanguageConfig("mha", calibrate_at=0.5)
 
 
-def _records(loss: dict[str, float], seeds: int) -> list[Record]:
+def _records(loss: dict[str, float], seeds: int, size: str = "tiny", others: float = 3.0) -> list[Record]:
     records = []
-    for config in SCRATCH.configs("tiny"):
+    for config in SCRATCH.configs(size):
         if config["seed"] < seeds:
-            test = loss.get(scratch_name(config), 3.0) + 0.001 * config["seed"]
+            test = loss.get(scratch_name(config), others) + 0.001 * config["seed"]
             result: dict[str, Any] = {"loss": 9.0, "test": test}
             records.append(
                 Record("scratch", run_key("scratch", config), config, config["seed"], result, 1, "d", {}, None)
@@ -131,12 +131,7 @@ def test_names_of_the_judged_sizes_tell_rates_and_windows() -> None:
 
 def test_half_rates_are_held_against_half_rates(tmp_path: Path) -> None:
     losses = {"dense, half rate": 3.0, "scored, half rate, one wide layer, w = N/16": 2.9, "paper, w = N": 3.2}
-    records = []
-    for config in SCRATCH.configs("4M-rates"):
-        test = losses.get(scratch_name(config), 3.05) + 0.001 * config["seed"]
-        key, seed = run_key("scratch", config), config["seed"]
-        records.append(Record("scratch", key, config, seed, {"loss": 9.0, "test": test}, 1, "d", {}, None))
-    section = report_scratch(records, tmp_path)
+    section = report_scratch(_records(losses, 3, "4M-rates", others=3.05), tmp_path)
     found = {f.subject: f for f in section.findings if f.claim == "scratch"}
     best = found["scored, half rate, one wide layer, w = N/16, 4.4M, fresh tokens"]
     assert best.verdict == REPRODUCED
@@ -157,12 +152,7 @@ def test_every_table_of_causes_names_forms_that_run() -> None:
 
 def test_the_paper_between_n_and_a_sixteenth_is_held_against_half_rates(tmp_path: Path) -> None:
     losses = {"dense, half rate": 3.0, "nsa, 5 free blocks, half rate": 3.1, "paper, w = N/4": 3.2}
-    records = []
-    for config in SCRATCH.configs("4M-tables"):
-        test = losses.get(scratch_name(config), 3.05) + 0.001 * config["seed"]
-        key, seed = run_key("scratch", config), config["seed"]
-        records.append(Record("scratch", key, config, seed, {"loss": 9.0, "test": test}, 1, "d", {}, None))
-    section = report_scratch(records, tmp_path)
+    section = report_scratch(_records(losses, 3, "4M-tables", others=3.05), tmp_path)
     found = {(f.claim, f.subject): f for f in section.findings}
     goal = found["scratch", "paper, w = N/4, 4.4M, fresh tokens"]
     assert goal.verdict == REFUTED
