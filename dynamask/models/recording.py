@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 
 @contextlib.contextmanager
-def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+def recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
     """Record what the block launches.
 
     Only this thread is kept from operations that a graph cannot hold: threads that load data go on.
 
     Args:
         graph: new.
+        pool: memory that it shares with graphs that never run at the same time, `torch.cuda.graph_pool_handle()`.
 
     Raises:
         RuntimeError: something in the block cannot be recorded; its message is that of the first cause. Nothing of the
@@ -24,7 +26,7 @@ def recording(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
     """
     stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             yield
     except BaseException as error:
         if stream is not None:

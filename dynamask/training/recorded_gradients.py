@@ -46,6 +46,8 @@ class RecordedGradients:
         parameters: those whose gradients are wanted; their `grad` must be None.
         inputs: tensors on the GPU, of the shapes and dtypes of all later calls. They are used for warming up.
         backward: whether the backward pass of the scalar is run here; otherwise `loss_of` runs it.
+        pool: memory that it shares with other recordings of the same stream, `torch.cuda.graph_pool_handle()`; None:
+            memory of its own.
 
     Raises:
         InvalidInputError: inputs that are not on a GPU, or parameters with gradients.
@@ -58,6 +60,7 @@ class RecordedGradients:
         parameters: Iterable[nn.Parameter],
         *inputs: Tensor,
         backward: bool = True,
+        pool: Any = None,
     ) -> None:
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         check_recordable(self._parameters, inputs)
@@ -84,7 +87,7 @@ class RecordedGradients:
         _renew(self._parameters)
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with without_looks(), _without_search(), recording(self.graph):
+            with without_looks(), _without_search(), recording(self.graph, pool):
                 self._results = passes()
             self._gradients = [parameter.grad for parameter in self._parameters]
         finally:

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Sweeps of recall, needles, long reading, the leak and a recurrent model on one lent GPU, in the background:
 #
-#   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS[:SKIP[:COUNT]]...   # FOLDER: tables of documents; - for none
+#   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS[:SKIP[:COUNT[:FROM[:TO]]]]...
+#                                                                 # FOLDER: tables of documents; - for none
+#                                                                 # joined by commas: one after the other
 #   evidence_call.sh collect FOLDER                               # copies lines and log to FOLDER
 #
-# Jobs run side by side, EVIDENCE_WAIT seconds after the call, and write lines and logs into EVIDENCE_OUT. `again:cells:2`
+# Jobs run side by side, from EVIDENCE_WAIT (or FROM) seconds after the call to SECONDS (or TO), without the runs that
+# lab/results has, and write lines and logs into EVIDENCE_OUT. `again:cells:2`
 # repeats all cells of the exhibits, `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion`
 # has set its model up. Corpora are made of the tables and the sources of the machine.
 set -u
@@ -20,9 +23,10 @@ larger_corpus() { # the corpus `local` of the first sweep from scratch, in a fol
     nice -n 10 python3 lab/scripts/local_corpus.py every --more ./*.jsonl.xz --characters 300e6
     export DYNAMASK_CORPORA=$W/every
 }
-go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder of the work
+go() { # study, size, workers, runs to leave out, runs, from, to: one sweep, in the folder of the work
     shopt -s nullglob
-    while ((SECONDS < wait - 90)); do sleep 1; done
+    local from=${6:-$wait} to=${7:-$seconds}
+    while ((SECONDS < from - 90)); do sleep 1; done
     case $1 in
     reading)
         nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
@@ -35,21 +39,21 @@ go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder
     again) if [ "$2" = leak ]; then local_corpus; else larger_corpus; fi ;;
     esac
     # Whatever was prepared meanwhile: the GPU belongs to others until then.
-    while ((SECONDS < wait)); do sleep 1; done
+    while ((SECONDS < from)); do sleep 1; done
     case $1 in
     scratch)
         python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --characters 150e6 --state state \
-            --out "$O/$1-$2.jsonl" --seconds "$((seconds - SECONDS))" --size "$2" --workers "$3"
+            --out "$O/$1-$2.jsonl" --seconds "$((to - SECONDS))" --size "$2" --workers "$3"
         ;;
     again)
         cells=$2
         [ "$2" = cells ] && cells=
         # shellcheck disable=SC2086  # no name where all cells are meant
-        nice -n 5 python3 lab/scripts/again_gpu.py $cells --out "$O/$1-$2.jsonl" --seconds "$((seconds - SECONDS))" \
+        nice -n 5 python3 lab/scripts/again_gpu.py $cells --out "$O/$1-$2.jsonl" --seconds "$((to - SECONDS))" \
             --more ./*.jsonl.xz
         ;;
     ceiling)
-        while ((SECONDS < seconds)); do
+        while ((SECONDS < to)); do
             for C in /tmp/conversion*/; do [ -f "$C/ready" ] && [ -f "$C/models/smollm2-135m-instruct/config.json" ] && break 2; done
             sleep 3
         done
@@ -57,8 +61,10 @@ go() { # study, size, workers, runs to leave out, runs: one sweep, in the folder
             --out "$O/$1-$2.jsonl" --seconds 60 --rules dense newest query
         ;;
     *)
-        python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$O/$1-$2.jsonl" --seconds "$((seconds - SECONDS))" \
-            --workers "$3" --skip "$4" --count "$5"
+        known=(lab/results/"$1"*.jsonl)
+        [ "$1" = reading ] && known=() # lines of another build do not stand for those of this one
+        python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$O/$1-$2.jsonl" --seconds "$((to - SECONDS))" \
+            --workers "$3" --skip "$4" --count "$5" --known "${known[@]}"
         ;;
     esac
 }
@@ -73,9 +79,12 @@ start)
     export -f go local_corpus larger_corpus
     export W O seconds wait
     for job in "${@:4}"; do
-        IFS=: read -r study size workers skip count <<<"$job"
-        setsid nohup bash -c "go $study $size $workers ${skip:-0} ${count:-1000}" >"$O/log-$study-$size.txt" 2>&1 \
-            </dev/null &
+        first=${job%%,*}
+        # shellcheck disable=SC2016  # expanded by the job
+        setsid nohup bash -c 'for part in ${1//,/ }; do
+            IFS=: read -r study size workers skip count from to <<<"$part"
+            go "$study" "$size" "$workers" "${skip:-0}" "${count:-1000}" "$from" "$to"
+        done' job "$job" >"$O/log-$(cut -d: -f1,2 --output-delimiter=- <<<"$first").txt" 2>&1 </dev/null &
     done
     ;;
 collect)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="runs at a time")
     parser.add_argument("--skip", type=int, default=0, help="leave out so many runs of the sweep, the first ones")
     parser.add_argument("--count", type=int, help="only so many runs behind those, the first ones")
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="results files whose runs are left out first")
     arguments = parser.parse_args()
     experiment = get_experiment(arguments.experiment)
-    configs = experiment.configs(arguments.size)[arguments.skip :][: arguments.count]
+    known = {json.loads(line)["key"] for file in arguments.known for line in file.read_text().splitlines()}
+    configs = [run for run in experiment.configs(arguments.size) if run_key(experiment.name, run) not in known]
+    configs = configs[arguments.skip :][: arguments.count]
     # Estimates go by the runs that ended, whatever their settings, and the order stays.
     places = {run_key(experiment.name, config): 1.0 + 1e-6 * place for place, config in enumerate(configs)}
     ordered = dataclasses.replace(

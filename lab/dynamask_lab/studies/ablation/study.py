@@ -212,10 +212,9 @@ def _leak() -> list[Config]:
 
 
 def _leak_decide() -> list[Config]:
-    """The second and third seed of "leak", window by window, the narrowest and a quarter of the context first."""
+    """The runs of "leak", window by window, the narrowest and a quarter of the context first."""
     shares = (16, 4, 8, 2)
-    later = [config for config in _leak() if config["seed"]]
-    return sorted(later, key=lambda config: (shares.index(2048 // config["window"]), config["seed"]))
+    return sorted(_leak(), key=lambda config: (shares.index(2048 // config["window"]), config["seed"]))
 
 
 def _small() -> list[Config]:

@@ -35,6 +35,7 @@ from dynamask_lab.language.engine import windows_by_rank
 from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.studies.locality.study import wide_with_dense
 from dynamask_lab.studies.mqar.data import MqarExamples, mqar_examples
+from dynamask_lab.studies.mqar.replay import ReplayedGradients
 from dynamask_lab.studies.mqar.whole_texts import whole_texts
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record
@@ -206,6 +207,14 @@ def _run(settings: MqarConfig, progress: Progress) -> dict[str, Any]:
     steps = settings.steps(settings.train)
     history: list[dict[str, Any]] = []
     slices: list[dict[str, Any]] = []
+
+    def loss_of(inputs: Tensor, queries: Tensor, answers: Tensor) -> Tensor:
+        with _autocast(settings, device):
+            logits, aux_loss = _answers(model, inputs, queries)
+            loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
+            return loss if aux_loss is None else loss + AUXILIARY_WEIGHT * aux_loss
+
+    gradients = ReplayedGradients(model, loss_of)
     for epoch in range(settings.epochs):
         model.train()
         total = torch.zeros((), device=device)
@@ -214,15 +223,9 @@ def _run(settings: MqarConfig, progress: Progress) -> dict[str, Any]:
             if settings.calibrate_at and taken == round(settings.calibrate_at * settings.epochs * steps):
                 _calibrate(model, settings, train, device)
             set_window(model, settings.window_at(taken))
-            with _autocast(settings, device):
-                logits, aux_loss = _answers(model, inputs, queries)
-                loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
-                if aux_loss is not None:
-                    loss = loss + AUXILIARY_WEIGHT * aux_loss
             optimizer.zero_grad()
-            loss.backward()
+            total += gradients(inputs, queries, answers)
             optimizer.step()
-            total += loss.detach()
             if step % 16 == 15:  # reading nothing back from the device, which would stop it at every step
                 progress((epoch + (step + 1) / steps) / settings.epochs, _note(history))
         schedule.step()
@@ -597,10 +600,10 @@ def _published() -> list[Config]:
     ]
 
 
-def _published_run(form: Config, width: int, seed: int) -> Config:
+def _published_run(form: Config, width: int, seed: int, epochs: int = 8) -> Config:
     longer = [[512, 128, 4000], [1024, 256, 2000], [2048, 512, 1000], [4096, 512, 500], [8192, 512, 250]]
     test = [[length, PUBLISHED_PAIRS, 100] for length in PUBLISHED_LENGTHS]
-    common: Config = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": 8, "precision": "bfloat16"}
+    common: Config = {"train": [*_fifth(TRAIN), *longer], "test": test, "epochs": epochs, "precision": "bfloat16"}
     common["vocab_size"] = 10_240  # more than the longest text, as zoology asks
     common |= {"width": width, "heads": max(1, width // 64), "learning_rate": LEARNING_RATES[1 if width > 128 else 2]}
     return MqarConfig(**{**common, **form, "seed": seed}).plain()
@@ -646,6 +649,44 @@ def _decide() -> list[Config]:
     return order
 
 
+_JUDGED = (
+    "dma, learned, slopes, head windows",
+    "dma, learned, head windows, from dense",
+    "swa, sinks, from dense",
+    "dma, paper",
+)
+"""Of the sizes "widths" and "patient", beside dense attention."""
+
+
+def _named_run(name: str, width: int, seed: int, epochs: int = 8) -> Config:
+    """The run of a form by its name."""
+    heads = max(1, width // 64)
+    runs = (_published_run(f, width, seed, epochs) for f in (*published_forms(heads), *dense_start_forms(heads)))
+    return next(run for run in runs if mixer_name(run) == name)
+
+
+def _widths() -> list[Config]:
+    """What "published" lacks of every width and form: dense attention, then the sparse forms seed by seed.
+
+    All runs are among "published". One sparse run stands among those of dense attention, which take less time.
+    """
+    dense = [_named_run("mha", width, seed) for width in (64, 32, 256) for seed in (1, 2)]
+    first = _named_run(_JUDGED[0], 64, 0)
+    rest = [
+        _named_run(name, width, seed)
+        for seed in (0, 1, 2)
+        for name in _JUDGED
+        for width in (64, 256, 32, 128)
+        if name != "dma, paper" or width == 128 or seed == 0
+    ]
+    return [first, *dense, *(run for run in rest if run != first)]
+
+
+def _patient() -> list[Config]:
+    """Twice the epochs, in which dense attention begins with every seed: the judged forms of width 128, three seeds."""
+    return [_named_run(name, 128, seed, 16) for name in ("mha", *_JUDGED[:3]) for seed in (0, 1, 2)]
+
+
 def _paper() -> list[Config]:
     """The published mixture, extended to 4096 tokens so that length is trained for, and not guessed at."""
     longer = [[512, 128], [1024, 256], [2048, 256], [4096, 256]]
@@ -665,6 +706,8 @@ MQAR = Experiment(
         "small": _small,
         "long": _long,
         "decide": _decide,
+        "widths": _widths,
+        "patient": _patient,
         "published": _published,
         "paper": _paper,
     },
