@@ -1,7 +1,7 @@
 """Future attention on a GPU: checked against float64, then timed against flash attention's forward pass.
 
-    PYTHONPATH=. python lab/scripts/future_attention_gpu.py                # about 40 s on 16 cores
-    PYTHONPATH=. python lab/scripts/future_attention_gpu.py --no-check     # times only
+    PYTHONPATH=.:lab python lab/scripts/future_attention_gpu.py                # about 40 s on 16 cores
+    PYTHONPATH=.:lab python lab/scripts/future_attention_gpu.py --no-check     # times only
 
 The checks run in several processes, since most of their time is compilation, and warm Triton's cache for the times.
 Every row stands by itself: one that fails prints its error, and the rest go on. Exit code 0 only if all checks passed.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dynamask.ops.future_attention import future_attention, future_attention_by_definition
 from dynamask.ops.triton import future_attention as kernels
 from dynamask.ops.triton.future_attention import Tiles
+from dynamask_lab.benchmarks.gpu.compile_ahead import compile_only
 
 SUM_TILES = {
     64: [
@@ -229,8 +231,8 @@ def flash3() -> Callable[..., Tensor] | None:
     return None
 
 
-def time_shape(length: int, dim: int, heads: int, groups: int) -> None:
-    """Print a row of times and ratios, and under it every configuration of both kernels."""
+def time_shape(length: int, dim: int, heads: int, groups: int, variants: bool) -> None:
+    """Print a row of times and ratios, and under it every configuration of both kernels, or the first one alone."""
     query = torch.randn(1, heads, length, dim, device="cuda", dtype=torch.bfloat16)
     key, value = (torch.randn(1, groups, length, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     notes = []
@@ -257,8 +259,8 @@ def time_shape(length: int, dim: int, heads: int, groups: int) -> None:
     def max_run(tiles: Tiles) -> Callable[[], object]:
         return lambda: kernels.largest_launch(query, key, lse, bounds, 0, 0, scale, tiles)
 
-    sums = [timed(f"sum {show(tiles)}", sum_run(tiles)) for tiles in SUM_TILES[dim]]
-    largest = [timed(f"max {show(tiles)}", max_run(tiles)) for tiles in MAX_TILES[dim]]
+    sums = [timed(f"sum {show(tiles)}", sum_run(tiles)) for tiles in SUM_TILES[dim][: None if variants else 1]]
+    largest = [timed(f"max {show(tiles)}", max_run(tiles)) for tiles in MAX_TILES[dim][: None if variants else 1]]
     best = sum(min((t for t in times if t == t), default=float("nan")) for times in (sums, largest))
     ratios = " ".join(f"{whole / peer:5.2f} ({best / peer:.2f})" for peer in (fast, cudnn, third))
     shape = f"{length} {dim} {heads}/{groups}"
@@ -267,7 +269,7 @@ def time_shape(length: int, dim: int, heads: int, groups: int) -> None:
     print("\n".join(notes), flush=True)
 
 
-def time_dim(dim: int) -> None:
+def time_dim(dim: int, variants: bool = True) -> None:
     """Print the rows of a head width."""
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, fa3 {'found' if flash3() else 'not installed'}")
     print(
@@ -277,7 +279,7 @@ def time_dim(dim: int) -> None:
         if width != dim:
             continue
         try:
-            time_shape(length, dim, heads, groups)
+            time_shape(length, dim, heads, groups, variants)
         except Exception as problem:
             print(f"{length} {dim} {heads}/{groups}: FAILED {type(problem).__name__}: {str(problem)[:300]}", flush=True)
 
@@ -290,6 +292,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="checks that are not done by then have failed")
     parser.add_argument("--shard", type=int, help="run this share of the checks in this process and nothing else")
     parser.add_argument("--dim", type=int, choices=(64, 128), help="time this head width in this process, nothing else")
+    parser.add_argument("--no-variants", action="store_true", help="with --dim: the tiles in use alone")
+    parser.add_argument("--prepare", action="store_true", help="with --dim: compile, and launch nothing")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("needs a CUDA device")
@@ -297,7 +301,8 @@ def main() -> int:
     if arguments.shard is not None:
         return int(not run_checks(arguments.shard, arguments.processes))
     if arguments.dim is not None:
-        time_dim(arguments.dim)
+        with compile_only() if arguments.prepare else nullcontext():
+            time_dim(arguments.dim, not arguments.no_variants)
         return 0
     passed = arguments.no_check or check_in_processes(arguments.processes, arguments.seconds)
     if not arguments.no_time:

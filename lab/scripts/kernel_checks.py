@@ -14,17 +14,19 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynamask import key_expiry
+from dynamask.cache import BoundedLayer
 from dynamask.ops import attend
 from dynamask.ops.hopper import dispatch
 from dynamask.ops.interval.reference import interval_attention_reference
 from dynamask.ops.triton import backward
+from dynamask_lab.benchmarks.gpu.compile_ahead import compile_only
 from dynamask_lab.benchmarks.gpu.constants import set_constant
 
 TOLERANCE = 0.016
@@ -59,6 +61,16 @@ def problem(
     return [query, key, value, scores], grad, torch.cat(rows, 1).contiguous(), windows
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic algorithms, where there are some."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def poison(device: str) -> None:
     """Fill what the allocator hands out next with NaN."""
     blocks = [
@@ -71,6 +83,29 @@ def run(inputs: list[Tensor], grad: Tensor, expiry: Tensor, live: tuple[int, ...
     leaves = [t.detach().requires_grad_() for t in inputs[: 4 if bias else 3]]
     output = attend(*leaves[:3], expiry, bias=leaves[3] if bias else None, backend=backend, max_live=live)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
+
+
+def ragged_steps(inputs: list[Tensor], windows: tuple[int, ...], begin: int, sinks: int) -> list[Tensor]:
+    """Outputs of a text's begin and of single tokens after it, from a cache with a window for each head."""
+    layer, outputs = BoundedLayer(windows, sinks=sinks), []
+    with torch.no_grad():
+        for start, stop in ((0, begin), *((i, i + 1) for i in range(begin, inputs[0].shape[2]))):
+            outputs.append(layer.attend(*(tensor[:, :, start:stop] for tensor in inputs), bias_is_rank=True))
+    return outputs
+
+
+def ragged_error(inputs: list[Tensor], windows: tuple[int, ...], outputs: list[Tensor], sinks: int) -> float:
+    """Relative error of those outputs against attention over the whole text in float64."""
+    query, key, value, scores = inputs
+    expiry = key_expiry(scores.cpu(), windows, sinks=sinks).to(scores.device)
+    ratio, rows = query.shape[1] // len(windows), []
+    for group in range(len(windows)):
+        one = slice(group, group + 1)
+        wide = [t.double() for t in (query[:, group * ratio : (group + 1) * ratio], key[:, one], value[:, one])]
+        bias = scores[:, one].double()
+        rows.append(interval_attention_reference(*wide, expiry[:, one], bias, query.shape[-1] ** -0.5))
+    wanted = torch.cat(rows, 1)
+    return ((torch.cat(outputs, 2).double() - wanted).norm() / wanted.norm()).item()
 
 
 def errors(inputs: list[Tensor], grad: Tensor, expiry: Tensor, found: list[Tensor], bias: bool) -> list[float]:
@@ -94,10 +129,12 @@ def errors(inputs: list[Tensor], grad: Tensor, expiry: Tensor, found: list[Tenso
 
 
 def main() -> int:
+    """Check what the options choose."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100, help="of deterministic mode; 0: none")
     parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, an integer")
     parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th check, from the K-th on (K from 0)")
+    parser.add_argument("--prepare", action="store_true", help="compile, launch nothing and check nothing")
     parser.add_argument("--small", action="store_true", help="short rows and few runs, on any device")
     arguments = parser.parse_args()
     for setting in arguments.set:
@@ -116,35 +153,57 @@ def main() -> int:
 
     mixes = ((16, (1, n, 136, 700)), (9, (150, n, 1)), (6, (136, 1, 90, 300, 136, 200)))
     shapes = [(dim, heads, windows) for dim in (128, 64) for heads, windows in mixes]
+    ahead = compile_only() if arguments.prepare else nullcontext()
+    if arguments.prepare:
+        arguments.runs = min(arguments.runs, 1)
     part, parts = (int(number) for number in arguments.part.split("/"))
-    for dim, heads, windows in shapes[part::parts]:
-        windows = tuple(min(window, n) for window in windows)
-        for bias in (False, True):
-            for queries in (1, 1 << 30):
-                for local in (0, 1 if n in windows else 120):
-                    inputs, grad, expiry, live = problem(n, windows, heads, dim, device, local)
-                    poison(device)
-                    with walk_from(queries):
-                        try:
-                            found = run(inputs, grad, expiry, live, bias, backend)
-                        except Exception as error:
-                            report(f"D {dim} H {heads} bias {bias}", False, f"{type(error).__name__}: {error}"[:300])
+    with ahead:
+        for dim, heads, windows in shapes[part::parts]:
+            windows = tuple(min(window, n) for window in windows)
+            for bias in (False, True):
+                for queries in (1, 1 << 30):
+                    for local in (0, 1 if n in windows else 120):
+                        inputs, grad, expiry, live = problem(n, windows, heads, dim, device, local)
+                        poison(device)
+                        with walk_from(queries):
+                            try:
+                                found = run(inputs, grad, expiry, live, bias, backend)
+                            except Exception as error:
+                                report(
+                                    f"D {dim} H {heads} bias {bias}", False, f"{type(error).__name__}: {error}"[:300]
+                                )
+                                continue
+                        if arguments.prepare:
                             continue
-                    off = errors(inputs, grad, expiry, found, bias)
-                    name = f"D {dim} H {heads} bias {bias} walk {queries == 1} local {local}"
-                    report(name, all(e < TOLERANCE for e in off), " ".join(f"{e:.4f}" for e in off))
+                        off = errors(inputs, grad, expiry, found, bias)
+                        name = f"D {dim} H {heads} bias {bias} walk {queries == 1} local {local}"
+                        report(name, all(e < TOLERANCE for e in off), " ".join(f"{e:.4f}" for e in off))
+        for length in (n, 2 * n) if arguments.runs else ():
+            inputs, grad, expiry, live = problem(length, (1, length, 136, 700), 16, 128, device)
+            with deterministic():
+                first = run(inputs, grad, expiry, live, True, backend)
+                differ = 0
+                for _ in range(arguments.runs - 1):
+                    again = run(inputs, grad, expiry, live, True, backend)
+                    differ += not all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            if not arguments.prepare:
+                off = errors(inputs, grad, expiry, first, True)
+                detail = f"{differ} differ, errors " + " ".join(f"{e:.4f}" for e in off)
+                good = differ == 0 and all(e < TOLERANCE for e in off)
+                report(f"{arguments.runs} deterministic runs, N {length}", good, detail)
+    windows, steps = tuple(min(window, n) for window in (n, 16, 136, 700)), 8
     for length in (n, 2 * n) if arguments.runs else ():
-        inputs, grad, expiry, live = problem(length, (1, length, 136, 700), 16, 128, device)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            first = run(inputs, grad, expiry, live, True, backend)
+        inputs = problem(length, windows, 16, 128, device)[0]
+        inputs = [torch.cat([t, t[:, :, :steps].flip(2)], 2) for t in inputs]
+        with deterministic():
+            first = ragged_steps(inputs, windows, length, 4)
             differ = 0
             for _ in range(arguments.runs - 1):
-                again = run(inputs, grad, expiry, live, True, backend)
+                again = ragged_steps(inputs, windows, length, 4)
                 differ += not all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-        finally:
-            torch.use_deterministic_algorithms(False)
-        report(f"{arguments.runs} deterministic runs, N {length}", differ == 0, f"{differ} differ")
+        error = ragged_error(inputs, windows, first, 4)
+        good, detail = differ == 0 and error < TOLERANCE, f"{differ} differ, error {error:.4f}"
+        report(f"{arguments.runs} runs from a ragged cache, {length} and {steps} tokens", good, detail)
     report("kernels that gave way", not dispatch._distrusted, str(dispatch._distrusted or "none"))
     return int(bad > 0)
 

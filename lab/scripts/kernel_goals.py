@@ -23,7 +23,7 @@ def verdict(figure: float, goal: float, *, least: bool = False) -> str:
 def both(row: Row, kind: str = "") -> float:
     """Milliseconds of a forward and a backward call."""
     if kind:
-        return row[kind] + row[f"{kind} backward"]
+        return row.get(f"{kind}, a call", row[kind]) + row[f"{kind} backward"]
     return row["forward, a call"] + row["backward, a call"]
 
 
@@ -40,15 +40,19 @@ def goals(rows: dict[str, Row]) -> Iterator[str]:
                 yield f"{name} over {equal}, {part}, {verdict(rows[name][part] / rows[equal][part], 1.15)}"
     for name, row in rows.items():
         if name.startswith("narrow") and "cudnn backward" in row:
+            forward = row["forward, a call"] / row.get("cudnn, a call", row["cudnn"])
+            yield f"{name} over cuDNN, forward call, {verdict(forward, 1.1)}"
             yield f"{name} over cuDNN, forward + backward calls, {verdict(both(row) / both(row, 'cudnn'), 1.1)}"
         if name.startswith("mask"):
             yield f"{name}, percent of the forward, {verdict(100 * row['share'], 10)}"
-        if name.startswith("break-even") and name.endswith("3w"):
+        if "dense cudnn" in row:
             ours = row["expiry"] + row["forward, a call"]
-            yield f"{name}, cuDNN over ours, forward, {verdict(row['dense cudnn'] / ours, 1.0, least=True)}"
-            dense = row["dense cudnn"] + row["dense cudnn backward"]
+            dense = min(row["dense cudnn"], row.get("dense fa3", float("inf")))
+            peer = "cuDNN" if dense == row["dense cudnn"] else "FlashAttention 3"
+            yield f"{name}, {peer} over ours, forward, {verdict(dense / ours, 1.0, least=True)}"
             ours += row["backward, a call"]
-            yield f"{name}, cuDNN over ours, forward + backward, {verdict(dense / ours, 1.0, least=True)}"
+            dense += row["dense cudnn backward"]
+            yield f"{name}, {peer} and cuDNN over ours, forward + backward, {verdict(dense / ours, 1.0, least=True)}"
 
 
 def main() -> None:

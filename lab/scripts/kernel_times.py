@@ -2,9 +2,12 @@
 
     PYTHONPATH=.:lab python lab/scripts/kernel_times.py --out times.json
     PYTHONPATH=.:lab python lab/scripts/kernel_times.py --only "narrow" --no-peers
+    PYTHONPATH=.:lab python lab/scripts/kernel_times.py --table --seconds 120 --out table.json
+    PYTHONPATH=.:lab python lab/scripts/kernel_times.py --table --prepare 3/24
 
 Every figure is the device time of a CUDA graph's replays, but of what the name calls a call, which events around
-single calls time. Rows are written as they come.
+single calls time. Rows are written as they come. With --table every row of issue 16's attention kernels is timed, what
+decides most first; with --prepare K/N every N-th of them is compiled, from the K-th on (K from 0), and none launched.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +28,9 @@ from torch import Tensor
 from dynamask import key_expiry
 from dynamask.ops import attend
 from dynamask.ops import triton as kernels
+from dynamask_lab.benchmarks.gpu.compile_ahead import compile_only
 from dynamask_lab.benchmarks.gpu.constants import set_constant
-from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, milliseconds
+from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, kernel_microseconds, milliseconds
 
 
 @dataclass(frozen=True)
@@ -57,33 +62,38 @@ class Case:
 
 
 CASES = [
+    Case("equal 512", (512,) * 4),
     Case("equal 1024", (1024,) * 4),
     Case("heads 136/136/400/3424", (136, 136, 400, 3424)),
     Case("narrow sliding 136", (136,) * 4, "sliding", 4),
-    Case("narrow local 136", (136,) * 4, "random", 4, 128),
-    Case("narrow local 300", (300,) * 4, "random", 4, 128),
+    Case("narrow sliding 136 d64", (136,) * 3, "sliding", 4, heads=9, dim=64),
     Case("narrow sliding 136 g16", (136,) * 16, "sliding", 4),
-    Case("narrow sliding 64", (64,) * 4, "sliding", 4),
-    Case("narrow sliding 300", (300,) * 4, "sliding", 4),
-    Case("equal 512", (512,) * 4),
-    Case("equal 2048", (2048,) * 4),
     Case("equal 1024 d64", (1024,) * 3, heads=9, dim=64),
     Case("heads 150/200/2722 d64", (150, 200, 2722), heads=9, dim=64),
-    Case("narrow sliding 136 d64", (136,) * 3, "sliding", 4, heads=9, dim=64),
-    Case("equal 2048 bias", (2048,) * 4, bias=True),
-    Case("narrow random 136", (136,) * 4),
+    Case("narrow sliding 300", (300,) * 4, "sliding", 4),
+    Case("narrow local 136", (136,) * 4, "random", 4, 128),
+    Case("narrow local 300", (300,) * 4, "random", 4, 128),
+    Case("equal 2048", (2048,) * 4),
+    Case("narrow sliding 64", (64,) * 4, "sliding", 4),
     Case("equal 512 g16", (512,) * 16),
     Case("equal 2048 g16", (2048,) * 16),
+    Case("equal 2048 bias", (2048,) * 4, bias=True),
+    Case("narrow random 136", (136,) * 4),
 ]
 
-BREAK_EVEN = [Case(f"break-even {w} at {n}w", (w,) * 4, length=n * w) for w in (1024, 2048) for n in (3, 4)]
+BREAK_EVEN = [Case(f"break-even {w} at {n}w", (w,) * 4, length=n * w) for n in (3, 4) for w in (1024, 2048)]
 MASKS = [
     Case(f"mask g{g} w {w} N {n}", (w,) * g, length=n)
-    for n in (8192, 32768, 131072)
+    for n in (8192, 32768, 131072, 1 << 20)
     for g in (4, 16)
-    for w in (512, 2048)
+    for w in (512, 1024, 2048)
 ]
 SHORT = [Case(f"short {n} w {w}", (w,) * 4, length=n) for n, w in ((8192, 512), (8192, 2048))]
+LONG = [Case(f"long {n} w 2048", (2048,) * 4, length=n) for n in (32768, 131072)]
+TABLE = [("times", CASES[:8]), ("dense", BREAK_EVEN[:2] + LONG + SHORT), ("times", CASES[8:12]), ("mask", MASKS)]
+TABLE += [("times", CASES[12:]), ("dense", BREAK_EVEN[2:])]
+PROFILED = ("narrow sliding 136 d64", "narrow sliding 136 g16")
+"""Cases whose kernels the profiler times one by one, too."""
 
 FLEX = ("narrow sliding 136",)
 """Cases in which FlexAttention, which takes long to compile, is timed too."""
@@ -147,20 +157,6 @@ def peers(
     if window is None:
         return
     q, k, v, g = (t.detach().transpose(1, 2).contiguous() for t in (query, key, value, grad))
-    try:
-        try:
-            from fa3_fwd_interface import flash_attn_func
-        except ImportError:
-            from fa3_fwd import flash_attn_func
-        yield "fa3", lambda: flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0)), None
-        yield (
-            "fa3 packed heads",
-            lambda: flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0), pack_gqa=True),
-            None,
-        )
-    except ImportError as error:
-        print("no fa3:", error, flush=True)
-
     ratio = query.shape[1] // key.shape[1]
     wide_k, wide_v = k.repeat_interleave(ratio, 2), v.repeat_interleave(ratio, 2)
 
@@ -304,10 +300,15 @@ def measure(case: Case, with_peers: bool, with_flex: bool) -> dict[str, Any]:
             try:
                 with torch.no_grad():
                     row[name] = graph_milliseconds(forward)
+                    row[f"{name}, a call"] = milliseconds(forward)
                 if prepare_backward is not None:
                     row[f"{name} backward"] = milliseconds(prepare_backward())
             except Exception as error:
                 row[name] = f"{type(error).__name__}: {error}"[:200]
+    if case.name in PROFILED:
+        with torch.no_grad():
+            row["forward, kernels"] = kernel_microseconds(call)
+        row["backward, kernels"] = kernel_microseconds(backward)
     return row
 
 
@@ -315,8 +316,10 @@ def mask_share(case: Case) -> dict[str, Any]:
     """Expiry and lists beside the forward kernel."""
     torch.manual_seed(0)
     groups = len(case.windows)
-    query = torch.randn(1, case.heads, case.length, case.dim, device="cuda").bfloat16()
-    key, value = (torch.randn(1, groups, case.length, case.dim, device="cuda").bfloat16() for _ in range(2))
+    query = torch.empty(1, case.heads, case.length, case.dim, device="cuda", dtype=torch.bfloat16)
+    key, value = (query.new_empty(1, groups, case.length, case.dim) for _ in range(2))
+    for tensor in (query, key, value):
+        tensor.normal_()
     scores = torch.randn(1, groups, case.length, device="cuda")
     expiry = key_expiry(scores, case.windows)
 
@@ -327,13 +330,32 @@ def mask_share(case: Case) -> dict[str, Any]:
     with torch.no_grad():
         row["expiry"] = graph_milliseconds(lambda: key_expiry(scores, case.windows))
         row["lists"] = graph_milliseconds(lambda: kernels.forward_lists(query, value, expiry, case.windows))
-        row["forward"] = graph_milliseconds(call)
+        row["forward"] = graph_milliseconds(call, steps_of(case))
     row["share"] = (row["expiry"] + row["lists"]) / (row["forward"] + row["expiry"])
     return row
 
 
+def steps_of(case: Case) -> int:
+    """Calls of a graph: as many as take some 20 ms, and at most 20."""
+    pairs = case.length * case.windows[0] * case.heads
+    return max(1, min(20, (20 << 31) // pairs))
+
+
+def compile_mask(case: Case) -> None:
+    """What `mask_share` launches, without the tensors of a long row."""
+    groups = len(case.windows)
+    scores = torch.empty(1, groups, case.length, device="cuda")
+    expiry = key_expiry(scores, case.windows)
+    narrow = torch.empty(1, device="cuda", dtype=torch.bfloat16)
+    query, value = (narrow.expand(1, heads, case.length, case.dim) for heads in (case.heads, groups))
+    kernels.forward_lists(query, value, expiry, case.windows)
+    if case.length <= 32768:
+        query, value = query.contiguous(), value.contiguous()
+        attend(query, value, value, expiry, backend="triton", max_live=case.windows)
+
+
 def dense_times(case: Case) -> dict[str, float]:
-    """Dense causal attention by torch's fastest backends on the same shape: forward, backward."""
+    """Dense causal attention on the same shape by torch's fastest backends and FlashAttention 3: forward, backward."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     groups = len(case.windows)
@@ -353,12 +375,31 @@ def dense_times(case: Case) -> dict[str, float]:
             times[f"{name} backward"] = milliseconds(
                 lambda out=output: torch.autograd.grad(out, leaves, grad, retain_graph=True)
             )
+    try:
+        from fa3_fwd_interface import flash_attn_func
+    except Exception as error:  # its wheel has no backward pass
+        print(f"no FlashAttention 3: {type(error).__name__}: {error}"[:300], flush=True)
+        return times
+    q, k, v = (t.transpose(1, 2).contiguous() for t in (query, key, value))
+    with torch.no_grad():
+        times["dense fa3"] = milliseconds(lambda: flash_attn_func(q, k, v, causal=True))
     return times
 
 
-def _once(run: Callable[[], Any]) -> float:
+def _once(run: Callable[[], Any], _steps: int = 1) -> float:
     run()
     return 1.0
+
+
+def time_case(kind: str, case: Case, arguments: argparse.Namespace, flex: tuple[str, ...]) -> dict[str, Any]:
+    """A row of kind "times", "dense" or "mask"."""
+    if arguments.prepare and kind == "mask":
+        compile_mask(case)
+        return {"name": case.name}
+    if kind == "mask":
+        return mask_share(case)
+    row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), case.name in flex)
+    return row | dense_times(case) if kind == "dense" and not arguments.prepare else row
 
 
 def settings(given: list[str]) -> Iterator[tuple[str, int]]:
@@ -373,7 +414,7 @@ def line(row: dict[str, Any]) -> str:
     short = {"forward": "fwd", "backward": "bwd", "a call": "call", "kernel": "k"}
     parts = []
     for name, value in row.items():
-        if name in ("windows", "N", "H", "D"):
+        if name in ("windows", "N", "H", "D") or isinstance(value, dict):
             continue
         for long, brief in short.items():
             name = name.replace(long, brief)
@@ -388,7 +429,8 @@ def main() -> None:
     parser.add_argument("--commit", help="of the code, where there is no repository")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--mask", action="store_true", help="time expiry and lists beside the forward pass instead")
-    parser.add_argument("--compile-only", action="store_true", help="run everything once, to fill Triton's cache")
+    parser.add_argument("--table", action="store_true", help="every row, what decides most first")
+    parser.add_argument("--prepare", metavar="K/N", help="compile every N-th row, from the K-th on, and launch none")
     parser.add_argument("--dense", action="store_true", help="time short rows beside dense attention instead")
     parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, an integer")
     parser.add_argument("--no-flex", action="store_true")
@@ -403,24 +445,28 @@ def main() -> None:
     for name, value in settings(arguments.set):
         set_constant(name, value)
     only = arguments.only.split(",")
-    if arguments.compile_only:
-        globals().update(milliseconds=_once, graph_milliseconds=_once)
-    for case in MASKS if arguments.mask else [*BREAK_EVEN, *SHORT] if arguments.dense else CASES:
-        if not any(part in case.name for part in only) or time.perf_counter() - began > arguments.seconds:
-            continue
-        try:
-            with_peers = not arguments.no_peers and case.name.startswith("narrow")
-            row = mask_share(case) if arguments.mask else measure(case, with_peers, case.name in flex)
-            if arguments.dense:
-                row |= dense_times(case)
-        except Exception as error:
-            row = {"name": case.name, "error": f"{type(error).__name__}: {error}"[:500]}
-        rows.append(row)
-        if not arguments.compile_only:
-            print(line(row), flush=True)
-        if arguments.out:
-            arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1))
-        torch.cuda.empty_cache()
+    chosen = [("mask", MASKS)] if arguments.mask else [("times", CASES)]
+    if arguments.dense:
+        chosen = [("dense", [*BREAK_EVEN, *SHORT, *LONG])]
+    todo = [(kind, case) for kind, cases in (TABLE if arguments.table else chosen) for case in cases]
+    if arguments.prepare:
+        globals().update(milliseconds=_once, graph_milliseconds=_once, kernel_microseconds=_once)
+        arguments.no_peers = True
+        part, parts = (int(number) for number in arguments.prepare.split("/"))
+        todo = todo[part::parts]
+    with compile_only() if arguments.prepare else nullcontext():
+        for kind, case in todo:
+            if not any(part in case.name for part in only) or time.perf_counter() - began > arguments.seconds:
+                continue
+            try:
+                row = time_case(kind, case, arguments, flex)
+            except Exception as error:
+                row = {"name": case.name, "error": f"{type(error).__name__}: {error}"[:500]}
+            rows.append(row)
+            print(f"{time.perf_counter() - began:.1f} s | {line(row)}", flush=True)
+            if arguments.out:
+                arguments.out.write_text(json.dumps({**facts, "rows": rows}, indent=1))
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
