@@ -301,6 +301,8 @@ def main() -> int:
     if arguments.shard is not None:
         return int(not run_checks(arguments.shard, arguments.processes))
     if arguments.dim is not None:
+        if arguments.prepare:
+            globals().update(milliseconds=lambda run: (run(), 1.0)[1])
         with compile_only() if arguments.prepare else nullcontext():
             time_dim(arguments.dim, not arguments.no_variants)
         return 0
