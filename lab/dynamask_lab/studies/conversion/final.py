@@ -88,10 +88,12 @@ class Entry:
     Attributes:
         jobs: in their order.
         trains: whether this entry makes the form's weights, ranks or windows. Others wait for these.
+        idle: whether it begins only while nothing trains on the GPU.
     """
 
     jobs: tuple[Job, ...]
     trains: bool = False
+    idle: bool = False
 
     @property
     def spec(self) -> Spec:
@@ -142,6 +144,7 @@ def claimed(
     over: Callable[[], bool],
     listed: Sequence[Entry],
     patience: float = 2.0,
+    free: Callable[[], bool] = lambda: True,
 ) -> Iterator[Job]:
     """Yield the jobs of one entry after another, each claimed for this process.
 
@@ -154,6 +157,7 @@ def claimed(
         over: whether the time is up.
         listed: the entries.
         patience: seconds between two looks, while others train what entries wait for.
+        free: whether nothing trains on the GPU.
     """
     claims.mkdir(parents=True, exist_ok=True)
     left = [entry for entry in listed if role == "trainer" or not entry.trains]
@@ -161,7 +165,11 @@ def claimed(
         left = [entry for entry in left if not all(map(done, entry.jobs)) and not _held(claims / entry.key)]
         if not left:
             return
-        able = (each for each in left if ready(each.spec) or (each.trains and fits(each.spec)))
+        able = (
+            each
+            for each in left
+            if (ready(each.spec) or (each.trains and fits(each.spec))) and (not each.idle or free())
+        )
         entry = next(able, None)
         if entry is None:
             time.sleep(patience)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -56,8 +56,8 @@ class Spec:
         slopes: whether "loss" may choose slopes.
         label_share, start_windows: of the distillation, see `dynamask.convert.distill`.
         rate: highest learning rate of the model; None: the schedule's.
-        origin: "dense trained": convert what that form trained for as many steps at the same rate and in the same loop,
-            not the dense model.
+        origin: "dense trained": convert what that form trained for as many steps in the same loop, not the dense model.
+        origin_rate: highest learning rate of the origin; None: the form's.
         loop: of a dense model that is trained: "" for `adapt`, whose rate falls to zero; "distil" for that of
             `dynamask.convert.distill`, with windows as long as the blocks, which is dense attention.
         beginning_share: of the distillation, see `dynamask.convert.distill`.
@@ -91,6 +91,7 @@ class Spec:
     start_windows: float = 1.0
     rate: float | None = None
     origin: str = ""
+    origin_rate: float | None = None
     loop: str = ""
     context: int = 0
     beginning_share: float = 0.0
@@ -150,6 +151,7 @@ class Spec:
         parts += [f"loop-{self.loop}"] if self.loop else []
         parts += [f"context{self.context}"] if self.context else []
         parts += ["of-dense-trained"] if self.origin else []
+        parts += [f"at{self.origin_rate}"] if self.origin_rate is not None else []
         parts += [self.marks[1:]] if self.marks else []
         return "-".join(parts)
 
@@ -161,6 +163,7 @@ _LATER = {
     "start_windows": 1.0,
     "rate": None,
     "origin": "",
+    "origin_rate": None,
     "loop": "",
     "context": 0,
     "beginning_share": 0.0,
@@ -266,6 +269,46 @@ class ValueFed(nn.Module):
         return settle(ranks + self.down.bias.float()[:, None])
 
 
+class Turn:
+    """The right to fill the GPU, which one process has at a time: others compile, record or load meanwhile.
+
+    Args:
+        file: stands for the GPU.
+
+    Attributes:
+        waited: seconds.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._path, self.waited = file, 0.0
+        self._file: IO[str] | None = None
+
+    def take(self) -> None:
+        """Wait for it, once."""
+        if self._file is None:
+            start = time.perf_counter()
+            self._file = open(self._path, "w")  # noqa: SIM115
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self.waited += time.perf_counter() - start
+
+    def free(self) -> bool:
+        """Whether no process has it."""
+        with open(self._path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    def __enter__(self) -> Turn:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
 class OutOfTime(Exception):
     """A training would end after `Workshop.deadline`."""
 
@@ -340,9 +383,9 @@ class Workshop:
         if _ranks(spec) and not self._ranks_file(spec).exists():
             seconds += 0.16 * (spec.rank_steps or self.schedule.rank_steps)
         if spec.trained and not self._file(spec).exists():
-            seconds += 20 + 0.3 * spec.steps
+            seconds += 40 + 0.2 * spec.steps
         if spec.origin and not self._file(_origin(spec)).exists():
-            seconds += 15 + 0.45 * spec.steps
+            seconds += 15 + 0.3 * spec.steps
         return seconds
 
     def ready(self, spec: Spec) -> bool:
@@ -482,7 +525,7 @@ class Workshop:
             partial.replace(file)
             untrained: dict[str, Any] = {"distilled": False, "steps": STEPS, "label_share": 0.0, "start_windows": 1.0}
             untrained |= {"beginning_share": 0.0, "embeddings": True, "average": 0.0, "mixed": 1.0}
-            told = replace(spec, **untrained, rate=None, origin="", loop="", distil_texts="")
+            told = replace(spec, **untrained, rate=None, origin="", origin_rate=None, loop="", distil_texts="")
             told = (
                 told
                 if spec.allocation != "threshold"
@@ -525,7 +568,16 @@ class Workshop:
             gc.collect()
             torch.cuda.empty_cache()
 
+    def turn(self) -> Turn:
+        """Of this process's GPU."""
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace(",", "-")
+        return Turn(self.state / f"turn-{gpu}.lock")
+
     def _train_now(self, spec: Spec, model: Any, file: Path, teacher: Any) -> None:
+        with self.turn() as turn:
+            self._train_in(turn, spec, model, file, teacher)
+
+    def _train_in(self, turn: Turn, spec: Spec, model: Any, file: Path, teacher: Any) -> None:
         schedule = self.schedule
         rate = schedule.distil_rate if spec.rate is None else spec.rate
         start = time.perf_counter()
@@ -533,24 +585,26 @@ class Workshop:
         batches = self.blocks(spec.seed + 1000, context=spec.context, texts=spec.distil_texts)
         from dynamask.convert import distill
 
-        means: TailMeans | None = None
+        means = TailMeans(model, spec.steps) if spec.kind == "converted" else None
         times: list[tuple[int, float]] = []
+
+        def watch(progress: Any) -> None:
+            turn.take()  # the first step has compiled and recorded; from here on the GPU is full
+            if means is not None:
+                means.add(progress.step)
+            times.append((progress.step, round(time.perf_counter() - start - turn.waited, 3)))
+
         if spec.kind == "dense trained" and spec.loop == "distil":
             # Windows as long as the blocks: dense attention, in the loop that converted models are trained in.
             student = upcycled(model, schedule.block)
             options: dict[str, Any] = {"steps": spec.steps, "learning_rate": rate, "label_share": 1.0}
             options |= {"train_embeddings": True, "average_share": 0.0}
-            history = distill(student, self.dense(), batches, rank_learning_rate=0.0, **options)
+            history = distill(student, self.dense(), batches, rank_learning_rate=0.0, progress=watch, **options)
             model.load_state_dict(student.state_dict(), strict=False)
         elif spec.kind == "dense trained":
+            turn.take()
             history = adapt(model, batches, steps=spec.steps, rate=rate)
         else:
-            means = TailMeans(model, spec.steps)
-
-            def watch(progress: Any) -> None:
-                means.add(progress.step)
-                times.append((progress.step, round(time.perf_counter() - start, 3)))
-
             # Where ranks stand for the newest keys, they must stay equal. Beside the model, ranks learn the largest
             # attention; those that learned another target stay.
             ranks = schedule.distil_rank_rate if spec.ranks == "learned" and not spec.target else 0.0
@@ -569,13 +623,16 @@ class Workshop:
                 progress=watch,
             )
         _synchronise(self.device)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - start - turn.waited
         if means is not None:
             for share in AVERAGES:
                 _save(means.state(share, model.state_dict()), self._file(replace(spec, average=share)))
         _save(model.state_dict(), file)
         tokens = spec.steps * schedule.batch * schedule.block
-        self.report(spec, "train", {"seconds": seconds, "tokens": tokens, "history": history, "times": times})
+        found = {"seconds": seconds, "tokens": tokens, "history": history, "times": times}
+        if os.environ.get("CONVERSION_WARM"):  # the compilers' caches were filled before
+            found |= {"warm": True, "waited": round(turn.waited, 1)}
+        self.report(spec, "train", found)
 
 
 def _ranks(spec: Spec) -> bool:
@@ -595,7 +652,8 @@ def _levers(spec: Spec) -> dict[str, Any]:
 
 def _origin(spec: Spec) -> Spec:
     """The form that `spec.origin` names."""
-    return Spec("dense trained", seed=spec.seed, steps=spec.steps, rate=spec.rate, loop=spec.loop)
+    rate = spec.rate if spec.origin_rate is None else spec.origin_rate
+    return Spec("dense trained", seed=spec.seed, steps=spec.steps, rate=rate, loop=spec.loop)
 
 
 def upcycled(

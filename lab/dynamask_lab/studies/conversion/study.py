@@ -159,7 +159,8 @@ class Runner:
         settings = job.settings
         if job.measure == "tasks":
             examples = self.examples.get(settings)[: self.limit]
-            batch = max(1, min(len(examples), 25, 25 * 8192 // settings["length"]))
+            most = 25 if settings["count"] <= 100 else 100
+            batch = max(1, min(len(examples), most, 25 * 8192 // settings["length"]))
             scores: list[list[float]] = []
             texts: list[str] | None = [] if settings["task"] == "tracking" else None
             for first in range(0, len(examples), batch):
@@ -172,7 +173,9 @@ class Runner:
             return dict(measure.benchmark(form, self.tokenizer, choices))
         if job.measure == "speed":
             context = self._blocks("test-text")[: settings["batch"], : settings["length"]]
-            return dict(measure.speed(form, context))
+            with self.workshop.turn() as turn:
+                turn.take()
+                return dict(measure.speed(form, context))
         blocks = self._blocks(f"{'long' if job.measure == 'long' else 'test'}-{settings['corpus']}")
         if job.measure == "long":
             return {"losses": measure.loss_by_position(form, blocks[:, : settings["length"]], batch=1)}
@@ -287,6 +290,7 @@ def main() -> int:
             fits=lambda spec: time.monotonic() + workshop.seconds_to_make(spec) < workshop.deadline,
             over=lambda: time.monotonic() - start > arguments.seconds,
             listed=SHARED[arguments.plan].entries(),
+            free=workshop.turn().free,
         )
     for job in queue:
         spent = time.monotonic() - start
