@@ -238,6 +238,18 @@ class BoundedLayer(CacheLayerMixin):
         self._count(key.shape[2], None)
         self._keep(LiveKeys(key, value, admitted, position, expiry))
 
+    def check_takes(self, other: BoundedLayer) -> None:
+        """Raise `InvalidInputError` unless this layer is empty and made for what `other` keeps, see `take`."""
+        if self.seen:
+            raise InvalidInputError(f"take: the layer holds keys of {self.seen} tokens; make a new cache")
+        self.check_fits(other.windows, local=other.local, sinks=other.sinks, slopes=other._slopes)
+
+    def take(self, other: BoundedLayer) -> None:
+        """Hold copies of what another layer of the same windows, local and sinks holds: see `check_takes`."""
+        self.__dict__.update({**other.__getstate__(), "_calls": [*other._calls]})
+        for name in (*_POOLS, "clock"):
+            setattr(self, name, getattr(other, name).clone())
+
     def extend(self, key: Tensor, value: Tensor, scores: Tensor | None, key_mask: Tensor | None) -> LiveKeys:
         """Add new keys, return what their queries see, and keep what later queries may see.
 

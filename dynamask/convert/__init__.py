@@ -14,6 +14,7 @@ from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import set_slopes, set_windows
 from dynamask.convert.ranks_file import load_ranks, save_ranks
 from dynamask.convert.upcycle import upcycle
+from dynamask.models.recorded_prompts import RecordedPrompts, recorded_prompts
 
 if TYPE_CHECKING:
     from dynamask.convert.distillation_trainer import DistillationTrainer
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 __all__ = [
     "CompiledLayers",
     "DistillationTrainer",
+    "RecordedPrompts",
     "allocate_windows",
     "compiled_layers",
     "distill",
     "from_doge",
     "learn_ranks",
     "load_ranks",
+    "recorded_prompts",
     "save_ranks",
     "set_slopes",
     "set_windows",

@@ -39,7 +39,7 @@ from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.attention_weights import refuse_attention_weights
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
-from dynamask.models.cuda_graph import decode_by_graph
+from dynamask.models.cuda_graph import REPLAYED, decode_by_graph
 from dynamask.models.decoder import attention_of, decoder_of
 from dynamask.models.export import cache_of_export, refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
@@ -47,14 +47,6 @@ from dynamask.models.tensor_parallel import TensorParallelLoading, split_attenti
 from dynamask.models.windows import checked_slopes
 from dynamask.ops.checks import check_window, plain_numbers
 from dynamask.ops.context_parallel.shards import current_group
-
-_REPLAYED = frozenset(
-    {
-        *("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "cache_params"),
-        *("cache_position", "use_cache", "return_dict", "logits_to_keep"),
-    }
-)
-"""Arguments of a forward call that a recorded step serves."""
 
 
 class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
@@ -129,7 +121,7 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         if cache is None or not isinstance(cache, BoundedCache) or self.config.ranking == "paper":
             return None
         for name, value in arguments.items():
-            if name not in _REPLAYED and value is not None and value is not False:
+            if name not in REPLAYED and value is not None and value is not False:
                 return None  # labels, embeddings, states that are to be returned, ...
         kept = arguments.get("logits_to_keep")
         plain = arguments.get("use_cache") is not False and arguments.get("return_dict") is not False

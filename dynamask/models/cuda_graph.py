@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from dynamask.cache import BoundedCache, BoundedLayer
+from dynamask.models.recorded_model import RecordedModel, listened_to
 from dynamask.models.recording import recording
 
 _EAGER_STEPS = 2
@@ -31,6 +32,14 @@ _WORTH_RECORDING = 24
 _GROWING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings whose frequencies change with the length of the text."""
 
+
+REPLAYED = frozenset(
+    {
+        *("input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "cache_params"),
+        *("cache_position", "use_cache", "return_dict", "logits_to_keep"),
+    }
+)
+"""Arguments of a forward call that a recorded step or prompt serves."""
 
 Step = Callable[[nn.Module, BoundedCache, Tensor, Tensor], Tensor | None]
 """See `decode_by_graph`."""
@@ -46,10 +55,7 @@ class StepGraph:
     """
 
     def __init__(self, model: nn.Module, cache: Cache, input_ids: Tensor, position_ids: Tensor) -> None:
-        self._model = weakref.ref(model)
-        self._modules = [weakref.ref(module) for module in model.modules()]
-        self._parts = _parts(model)
-        self._rules = _rules(model)
+        self._recorded = RecordedModel(model)
         self._at = _addresses(cache) if isinstance(cache, BoundedCache) else None
         with torch.inference_mode(False):  # a later step may run in another mode, and writes to them
             self.input_ids, self.position_ids = input_ids.clone(), position_ids.clone()
@@ -69,25 +75,7 @@ class StepGraph:
             at: where its cache's tensors lie now.
             input_ids: (B, 1).
         """
-        return (
-            self._model() is model
-            and input_ids.shape == self.input_ids.shape
-            and self._at == at
-            and self._rules == _rules(model)
-            and all(tensor.data_ptr() == where for tensor, where in self._parts)
-            and self._same_modules(model)
-        )
-
-    def _same_modules(self, model: nn.Module) -> bool:
-        """Whether the model consists of the modules that were recorded, and nobody listens to them."""
-        count = 0
-        for module in model.modules():
-            if count >= len(self._modules) or self._modules[count]() is not module:
-                return False
-            if module is not model and _listened_to(module):
-                return False
-            count += 1
-        return count == len(self._modules)
+        return input_ids.shape == self.input_ids.shape and self._at == at and self._recorded.is_still(model)
 
     def replay(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Compute logits (B, 1, vocab) of this token, which goes into the cache."""
@@ -205,7 +193,7 @@ def reason_against(model: nn.Module) -> str | None:
         model: a dynamask or converted causal LM.
     """
     for name, module in model.named_modules():
-        if module is not model and _listened_to(module):
+        if module is not model and listened_to(module):
             return f"{name} has hooks, which a replay would not call"
         if hasattr(module, "adapter_layer_names"):  # a layer of peft
             return f"{name} has adapters, which may be switched between two tokens: merge them first"
@@ -224,15 +212,6 @@ def _capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def _rules(model: nn.Module) -> Any:
-    """What the configuration says about the keys that are kept, which a replay would not read again."""
-    config: Any = getattr(model, "config", None)
-    rules = getattr(config, "layer_rules", None)
-    if rules is not None:
-        return rules
-    return [repr(getattr(config, name, None)) for name in ("windows", "local", "sinks")]
-
-
 def _addresses(cache: BoundedCache) -> list[tuple[int, ...]] | None:
     found = []
     for layer in cache.layers:
@@ -242,17 +221,3 @@ def _addresses(cache: BoundedCache) -> list[tuple[int, ...]] | None:
             return None
         found.append(at)
     return found
-
-
-def _parts(model: nn.Module) -> list[tuple[Tensor, int]]:
-    return [(tensor, tensor.data_ptr()) for tensor in _tensors(model)]
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-def _listened_to(module: nn.Module) -> bool:
-    """Whether somebody listens to this module: a replay would not call them."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "_hf_hook" in module.__dict__)

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import itertools
 import json
 import subprocess
 import sys
@@ -46,7 +47,7 @@ from dynamask.convert.distill import losses_of_hidden, teacher_states
 from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.ops.ragged_decode import ragged_decode_reference
-from dynamask.training import AtomicTrainer
+from dynamask.training import AtomicTrainer, recorded_gradients
 from dynamask.training.loss import use_chunked_loss
 from dynamask.training.recorded_gradients import RecordedGradients
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds
@@ -455,16 +456,25 @@ def prefill(name: str, length: int, budget: int) -> Iterator[dict[str, Any]]:
             with sdpa_kernel(backend), convert.compiled_layers(dense):
                 taken = seconds_of(lambda: dense(tokens, use_cache=False, logits_to_keep=1), 2)
             yield row | {"form": f"dense, {form}, compiled, no cache", "ms": 1e3 * taken}
-    expected = None
-    for form in ("converted", "converted, compiled"):
-        with convert.compiled_layers(sparse) if "compiled" in form else contextlib.nullcontext() as layers:
-            found = sparse(tokens, use_cache=True, logits_to_keep=1).logits.float()
-            expected = found if expected is None else expected
-            taken = seconds_of(lambda: sparse(tokens, use_cache=True, logits_to_keep=1), 3)
+    expected = sparse(tokens, use_cache=True, logits_to_keep=1).logits.float()
+    for form in ("converted, compiled, recorded", "converted, recorded", "converted, compiled", "converted"):
+        figures: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack:
+            layers = stack.enter_context(convert.compiled_layers(sparse)) if "compiled" in form else None
+            prompts = stack.enter_context(convert.recorded_prompts(sparse)) if "recorded" in form else None
+            for _ in range(2 if prompts is None else 3):
+                found = sparse(tokens, use_cache=True, logits_to_keep=1).logits.float()
+            taken = seconds_of(lambda: sparse(tokens, use_cache=True, logits_to_keep=1), 5, warm=0)
             host = host_seconds(lambda: sparse(tokens, use_cache=True, logits_to_keep=1))
+            if prompts is not None:
+                figures["reason"] = prompts.reason
+                graph = next(iter(prompts._graphs.values()), None)
+                if graph is not None:
+                    figures["ms_on_device"] = 1e3 * seconds_of(graph.graph.replay, 3)
+            figures["failure"] = None if layers is None else layers.failure
         error = float((found - expected).norm() / expected.norm())
-        failure = None if layers is None else layers.failure
-        yield row | {"form": form, "ms": 1e3 * taken, "host_ms": 1e3 * host, "error": error, "failure": failure}
+        yield row | {"form": form, "ms": 1e3 * taken, "host_ms": 1e3 * host, "error": error} | figures
+        free()
 
 
 # (e) training.
@@ -538,8 +548,9 @@ def train(
         model.zero_grad(set_to_none=True)
 
     if recorded:
-        for kind, loss_of in (("train", training_loss), ("distil", distillation_loss))[: 2 if distil else 1]:
-            for found in recorded_steps(dense, sparse, tokens, repeats, loss_of):
+        losses = [("train", training_loss), ("distil", distillation_loss)][: 2 if distil else 1]
+        for ranks, (kind, loss_of) in itertools.product((False, True) if length < 65536 else (False,), losses):
+            for found in recorded_steps(dense, sparse, tokens, repeats, loss_of, ranks):
                 yield row | {"kind": kind} | found
         return
     kinds: list[tuple[str, Callable[[Any, bool], None]]] = [("train", step)]
@@ -569,12 +580,16 @@ def train(
 
 
 def recorded_steps(
-    dense: Any, sparse: Any, tokens: Tensor, repeats: int, loss_of: Callable[[Any, Tensor], Tensor]
+    dense: Any, sparse: Any, tokens: Tensor, repeats: int, loss_of: Callable[[Any, Tensor], Tensor], learns: bool
 ) -> Iterator[dict[str, Any]]:
-    """Forward and backward as a CUDA graph, after a comparison with the step as it is."""
+    """Forward and backward as a CUDA graph, after a comparison with the step as it is; the dense model's first.
+
+    With `learns` the converted model alone, with the loss of its ranks.
+    """
     if not GPU:
         return
-    for form, model, ranks in (("converted", sparse, 0.0), ("dense, flash", dense, 0.0), ("converted", sparse, 1.0)):
+    forms = [("converted", sparse, 1.0)] if learns else [("dense, flash", dense, 0.0), ("converted", sparse, 0.0)]
+    for form, model, ranks in forms:
         sparse.config.rank_loss_weight = ranks
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -595,7 +610,8 @@ def recorded_steps(
                     loss_of(model, tokens).backward()
                     model.zero_grad(set_to_none=True)
 
-                unrecorded = seconds_of(own, repeats)
+                unrecorded = seconds_of(own, 1, warm=0)
+                recorded_gradients._WARM_UP = 1  # the passes above have compiled the kernels
                 recorded = RecordedGradients(functools.partial(loss_of, model), parameters, tokens)
                 found = (recorded(tokens).item(), norm().item())
                 model.zero_grad(set_to_none=True)
@@ -604,7 +620,7 @@ def recorded_steps(
                     recorded(tokens)
                     model.zero_grad(set_to_none=True)
 
-                taken, host = seconds_of(run, 2 * repeats + 1), host_seconds(run)
+                taken, host = seconds_of(run, 2 * repeats + 1, warm=0), host_seconds(run)
             figures = {"ms": 1e3 * taken, "tokens_per_s": tokens.numel() / taken, "host_ms": 1e3 * host}
             figures["ms_unrecorded"] = 1e3 * unrecorded
             yield {"form": name} | figures | {"loss_and_norm": found, "expected": expected}
@@ -765,15 +781,16 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "decode-graph", functools.partial(decode, small, 1, 32768, 2048, 32, "graph")
     yield "decode-graph", functools.partial(decode, medium, 1, 32768, 2048, 32, "graph")
     yield "prefill", functools.partial(prefill, small, 32768, 2048)
-    yield "recorded-long", functools.partial(train, small, 32768, 2048, 1, True, recorded=True)
-    yield "long", functools.partial(train, small, 65536, 4096, 1, False)
-    yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 20)
-    yield "large", functools.partial(train, large, 8192, 512, 1, False, recorded=True)
-    yield "large", functools.partial(train, large, 32768, 2048, 1, False)
     yield "prefill", functools.partial(prefill, medium, 32768, 2048)
-    yield "prefill", functools.partial(prefill, small, 65536, 4096)
-    yield "long", functools.partial(train, medium, 65536, 4096, 1, False)
+    yield "recorded-long", functools.partial(train, small, 32768, 2048, 1, True, recorded=True)
     yield "recorded-batch", functools.partial(train, small, 8192, 512, 2, True, True, 4, True)
+    yield "medium", functools.partial(train, medium, 8192, 512, 2, False, recorded=True)
+    yield "medium", functools.partial(train, medium, 32768, 2048, 1, False, recorded=True)
+    yield "long", functools.partial(train, small, 65536, 4096, 0, False, recorded=True)
+    yield "large", functools.partial(train, large, 8192, 512, 1, False, recorded=True)
+    yield "large", functools.partial(train, large, 32768, 2048, 0, False, recorded=True)
+    yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 20)
+    yield "long", functools.partial(train, medium, 65536, 4096, 0, False, recorded=True)
     yield "decode", functools.partial(decode, small, 32, 32768, 2048, 16)
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
     yield "train", functools.partial(train, small, 8192, 512, 2, False, True, 4)

@@ -32,7 +32,7 @@ for part in "$@"; do
                 tests/models/test_cuda_graph.py tests/ops/test_cache_insert_kernels.py \
                 tests/ops/test_ragged_decode_kernels.py tests/convert/test_decode_by_graph.py \
                 tests/convert/test_recorded_step.py tests/training/test_recorded_steps.py \
-                tests/ops/test_cache_keep_kernels.py tests/test_cache.py >"$out/tests.txt" 2>&1
+                tests/ops/test_cache_keep_kernels.py tests/test_cache.py tests/convert/test_recorded_prompts.py >"$out/tests.txt" 2>&1
             ;;
         sweep)
             # shellcheck disable=SC2086
