@@ -8,6 +8,7 @@
 #   scratch_call.sh tables FOLDER NAMES SECONDS [arguments]              # `start`, once the tables of "NAMES" are there
 #   scratch_call.sh pilot FOLDER SECONDS OUT [arguments]                  # `start`, after a pilot of size 10M-tables
 #   scratch_call.sh cards FOLDER NAMES SECONDS OUT SIZE                   # a seed per GPU, once the tables of NAMES are there
+#   scratch_call.sh finish FOLDER SECONDS OUT                             # a pilot of 20M, then what 4M-tables lacks
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
@@ -62,6 +63,31 @@ pilot)
         exec python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --state state --out scratch.jsonl \
             --seconds $((end - $(date +%s))) "$@"' pilot "$seconds" "$out" "$@" \
         >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
+    ;;
+finish)
+    # A pilot of size 20M-tables and of nsa, then what 4M-tables lacks, on one GPU.
+    folder=$2 seconds=$3 out=$4
+    set_up "$folder"
+    mkdir -p "$out"
+    # shellcheck disable=SC2016
+    setsid nohup bash -c 'end=$(($(date +%s) + $0)) out=$1
+        export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=4
+        CUDA_VISIBLE_DEVICES= nice -n 15 taskset -c 0-23 python3 lab/scripts/scratch_gpu.py --corpora corpora \
+            --more ./*.jsonl.xz --state state --out none.jsonl --seconds 200 --corpus-only --size 4M-tables \
+            >"$out/log-corpus.txt" 2>&1 &
+        corpus=$!
+        timeout 170 python3 lab/scripts/scratch_pilot.py --more ./*.jsonl.xz --out "$out/pilot.jsonl" --most 3 \
+            --size 20M-tables 4M-tables --only "20M-tables=dense, half rate=" "20M-tables=scored, half rate," \
+            "20M-tables=sliding + sinks, half rate, one wide" "4M-tables=nsa, 5 free" >"$out/log-pilot.txt" 2>&1 &
+        pilot=$!
+        wait $corpus
+        while kill -0 $pilot 2>/dev/null && [ ! -s "$out/pilot.jsonl" ]; do sleep 0.5; done
+        left=$((end - $(date +%s)))
+        python3 lab/scripts/scratch_gpu.py --corpora corpora --size 4M-tables --state state --out scratch.jsonl \
+            --copy "$out/4M-tables.jsonl" --workers 9 --first 3 --seconds "$left" --only "=paper, w = N/2=" \
+            "=random," "=dense, slopes and scores" "=mla, quarter rate=" "=mla=" "late head windows" \
+            >"$out/log-4M.txt" 2>&1
+        wait' "$seconds" "$out" >"$out/log-finish.txt" 2>&1 </dev/null &
     ;;
 cards)
     folder=$2 names=$3 seconds=$4 out=$5 size=$6

@@ -3,8 +3,8 @@
     python lab/scripts/scratch_pilot.py --more tables/*.jsonl.xz --size 10M-tables --out pilot.jsonl
 
 A small corpus is made of the first documents of one table. One process per form compiles; then each form trains alone
-for some steps, then all of them at once. Lines: form, runs at a time, tokens per second. A file per form tells what the
-GPU did in a step.
+for some steps, then the first two at once, then the first three, then all. Lines: form, runs at a time, tokens per
+second. A file per form tells what the GPU did in a step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import time
+import traceback
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def main() -> None:
     parser.add_argument("--more", type=Path, nargs="+", required=True, help="tables of documents, .jsonl.xz")
     parser.add_argument("--folder", type=Path, default=Path("pilot"), help="of the corpus")
     parser.add_argument("--size", nargs="+", default=["10M-tables"])
-    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of the forms")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the forms' names, SIZE=NAME=")
+    parser.add_argument("--most", type=int, default=99, help="runs at a time")
     parser.add_argument("--characters", type=float, default=6e6)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -41,15 +43,15 @@ def main() -> None:
     from dynamask_lab.studies.scratch.study import scratch_name
 
     configs = [
-        config
+        config | {"corpus": "tables"}
         for size in arguments.size
         for config in SCRATCH.configs(size)
-        if config["seed"] == 0 and any(part in f"={scratch_name(config)}=" for part in arguments.only)
+        if config["seed"] == 0 and any(part in f"{size}={scratch_name(config)}=" for part in arguments.only)
     ]
     spawn = multiprocessing.get_context("spawn")
     barrier = spawn.Barrier(len(configs))
     processes = [
-        spawn.Process(target=_measure, args=(config, place, len(configs), barrier, arguments.out))
+        spawn.Process(target=_measure, args=(config, place, (len(configs), arguments.most), barrier, arguments.out))
         for place, config in enumerate(configs)
     ]
     for process in processes:
@@ -58,7 +60,7 @@ def main() -> None:
         process.join()
 
 
-def _measure(config: dict[str, Any], place: int, runs: int, barrier: Barrier, out: Path) -> None:
+def _measure(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: Barrier, out: Path) -> None:
     try:
         _timed(config, place, runs, barrier, out)
     except BaseException:
@@ -66,7 +68,7 @@ def _measure(config: dict[str, Any], place: int, runs: int, barrier: Barrier, ou
         raise
 
 
-def _timed(config: dict[str, Any], place: int, runs: int, barrier: Barrier, out: Path) -> None:
+def _timed(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: Barrier, out: Path) -> None:
     from dynamask_lab.language.engine import LanguageConfig, _Batches, _Run, compile_training
     from dynamask_lab.studies.scratch.study import scratch_name
 
@@ -90,16 +92,25 @@ def _timed(config: dict[str, Any], place: int, runs: int, barrier: Barrier, out:
             file.write(json.dumps(line | {"ms": 1000 * took / steps}) + "\n")
 
     with run.generators:
-        seconds(WARM_UP)
-        for turn in range(runs):
+        fails = False
+        try:
+            seconds(WARM_UP)
+        except Exception:  # the other forms are timed all the same
+            traceback.print_exc()
+            fails = True
+        for turn in range(runs[0]):
             barrier.wait(300)
-            if turn == place:
+            if turn == place and not fails:
                 tell(1, seconds(TIMED), TIMED)
-                if run.device.type == "cuda":
-                    with contextlib.suppress(Exception):  # a look, not the measurement
-                        _profile(run, batches, out.with_name(f"pilot-profile-{place}.txt"))
-        barrier.wait(300)
-        tell(runs, seconds(TIMED), TIMED)
+        for at_a_time in range(2, min(runs) + 1):
+            barrier.wait(300)
+            if place < at_a_time and not fails:
+                tell(at_a_time, seconds(2 * TIMED), 2 * TIMED)
+        for turn in range(runs[0]):
+            barrier.wait(300)
+            if turn == place and not fails and run.device.type == "cuda":
+                with contextlib.suppress(Exception):  # a look, not the measurement
+                    _profile(run, batches, out.with_name(f"pilot-profile-{place}.txt"))
 
 
 def _profile(run: Any, batches: Any, out: Path) -> None:

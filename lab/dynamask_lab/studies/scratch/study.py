@@ -81,10 +81,11 @@ SHAPES: dict[str, Config] = {
     "4M": {"layers": 6, "width": 256, "heads": 4, "groups": 2, "feed_forward": 704, "batch_tokens": 65_536},
     "10M": {"layers": 6, "width": 384, "heads": 6, "groups": 3, "feed_forward": 1056, "batch_tokens": 65_536},
     "20M": {"layers": 7, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "batch_tokens": 131_072},
+    "20M-wide": {"layers": 6, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1664, "batch_tokens": 65_536},
     "21M": {"layers": 6, "width": 576, "heads": 9, "groups": 3, "feed_forward": 1536, "batch_tokens": 65_536},
 }
 """Non-embedding parameters -> shape; heads of 64, at the smallest of 32."""
-_RATES = {"1M": 3e-3, "4M": 2.1e-3, "10M": 1.7e-3, "20M": 1.5e-3, "21M": 1.4e-3}
+_RATES = {"1M": 3e-3, "4M": 2.1e-3, "10M": 1.7e-3, "20M": 1.5e-3, "20M-wide": 1.5e-3, "21M": 1.4e-3}
 RATE_FACTORS = {
     **{"paper": 0.5, "mla": 2.0, "nsa": 2.0},
     "paper, dense rate": 1.0,
@@ -218,7 +219,8 @@ def scratch_name(settings: Config) -> str:
         return f"dense{', slopes' if settings.get('distance_penalty') else ''}{slower}"
     if attention in ("mla", "nsa"):
         blocks = ", 5 free blocks" if attention == "nsa" and settings["window"] > settings["length"] // 8 else ""
-        return f"{attention}{blocks}{', half rate' if factor < 1.5 else ''}"
+        slower = ", quarter rate" if factor < 0.75 else ", half rate" if factor < 1.5 else ""
+        return f"{attention}{blocks}{slower}"
     if attention == "dma" and settings.get("gate_init") == "delta" and not settings.get("layer_windows"):
         return f"dense, slopes and scores{slower}"
     uneven = settings.get("layer_windows") and not isinstance(settings["layer_windows"][0], list)
@@ -342,6 +344,8 @@ def tables(length: int) -> dict[str, Config]:
         **at_share(8),
         f"learned, half rate, slopes, {late}": control[f"learned, slopes, {late}"],
         **at_share(SHARE),
+        "mla, quarter rate": {"attention": "mla"},
+        "mla": {"attention": "mla"},
     }
 
 
@@ -407,6 +411,7 @@ SIZES = {
     # On a corpus of carried tables alone, the same on every machine: runs of several days pair.
     "4M-tables": lambda: _judged("4M", tables(4096), 10.0, corpus="tables"),
     "10M-tables": lambda: _judged("10M", larger(4096, 3), 20.0, corpus="tables"),
+    "20M-tables": lambda: _judged("20M-wide", larger(4096, 4), 20.0, corpus="tables-400M"),
     "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
     "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
     "windows": lambda: _runs(by_window(4096), "1M", 4096, (0, 1, 2)),
