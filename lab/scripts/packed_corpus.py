@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 from local_corpus import LONGEST, SAMPLE, SHORTEST, VOCAB_SIZE, documents_of, looks_like_table
-
 from scratch_tables import text_digest
 
 from dynamask.data import Corpus, train_tokenizer

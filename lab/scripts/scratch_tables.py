@@ -7,9 +7,9 @@
 PACKAGES holds Debian packages (`apt-get download`), SOURCES archives of source packages (`apt-get source
 --download-only`). Every package gives at most its quota of characters: the files that come first by the hash of their
 name, in the order of their path, which compresses best. Tests, tables of digits, near duplicates (of each other and of
-the documents of `--like`) and documents of `--known` are left out; GROUP-duplicates.txt lists those among `--like`. `local_corpus.py --more TABLES/*.jsonl.xz
---only-more` or `packed_corpus.py` makes the corpus. The tables are under the licences of the packages: make them where
-they are used, and do not pass them on.
+the documents of `--like`, whose duplicates GROUP-duplicates.txt lists) and documents of `--known` are left out.
+`local_corpus.py --more TABLES/*.jsonl.xz --only-more` or `packed_corpus.py` makes the corpus. The tables are under the
+licences of the packages: make them where they are used, and do not pass them on.
 """
 
 from __future__ import annotations
