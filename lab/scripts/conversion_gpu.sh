@@ -47,6 +47,7 @@ export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1
 if [ ! -f "$work/ready" ]; then
     find "$work/carried" -name '*.whl' -exec python3 -m pip install -q --no-index --no-deps --target "$work/site" {} +
     find "$work/carried" -name data.tar.xz -exec tar -C "$work/data" -xf {} \;
+    find "$work/carried" -name data-more.tar.xz -exec tar -C "$work/data" -xf {} \; # more training tokens
     find "$work/carried" -name benchmarks.tar.xz -exec tar -C "$work/benchmarks" -xf {} \;
     python3 lab/scripts/fetch_models.py "$work/models" --join "$work/carried" || exit 1
     # What was trained on a machine before, as it came back from there.

@@ -73,6 +73,8 @@ class Spec:
         target: what ranks learn: "" (the largest later attention) or "loss" (`rank_targets.learn_by_loss`).
         width: hidden units of the predictors; 0: the product's default.
         rank_steps: batches that ranks are learned on; 0: the schedule's.
+        calibrated: on what windows are set: "" (blocks cut from the texts) or "opening" (these, each beginning as the
+            tokenizer begins a text, which a model with a token of beginning needs).
     """
 
     kind: str
@@ -104,6 +106,7 @@ class Spec:
     target: str = ""
     width: int = 0
     rank_steps: int = 0
+    calibrated: str = ""
 
     def facts(self) -> dict[str, Any]:
         """The fields, without later ones that have their default: lines written before they existed stay the same."""
@@ -153,6 +156,7 @@ class Spec:
         parts += ["of-dense-trained"] if self.origin else []
         parts += [f"at{self.origin_rate}"] if self.origin_rate is not None else []
         parts += [self.marks[1:]] if self.marks else []
+        parts += [f"calibrated-{self.calibrated}"] if self.calibrated else []
         return "-".join(parts)
 
 
@@ -176,6 +180,7 @@ _LATER = {
     "target": "",
     "width": 0,
     "rank_steps": 0,
+    "calibrated": "",
 }
 """Fields of `Spec` that came after the first lines were written, with their defaults."""
 
@@ -434,12 +439,18 @@ class Workshop:
             batch[:, : len(self.begin)] = torch.tensor(self.begin, dtype=batch.dtype)
             yield batch.to(self.device)
 
-    def calibration(self, context: int = 0, texts: str = "") -> list[Tensor]:
-        """Blocks (1, block) of validation text and code, of the kind `texts`."""
+    def calibration(self, context: int = 0, texts: str = "", *, opening: bool = False) -> list[Tensor]:
+        """Blocks (1, block) of validation text and code, of the kind `texts`.
+
+        With `opening` each begins as the tokenizer begins a text.
+        """
         share = 0.0 if texts else 0.5
         made = CalibrationBlocks(self.calibration_tokens, context or self.schedule.block, repeat_share=share, seed=1)
         batches = [batch for batch, _ in zip(made, range(self.schedule.calibration), strict=False)]
-        return [self._planted(texts, batch, 1, number).to(self.device) for number, batch in enumerate(batches)]
+        planted = [self._planted(texts, batch, 1, number) for number, batch in enumerate(batches)]
+        for batch in planted if opening else ():
+            batch[:, : len(self.begin)] = torch.tensor(self.begin, dtype=batch.dtype)
+        return [batch.to(self.device) for batch in planted]
 
     def _planted(self, texts: str, batch: Tensor, seed: int, step: int) -> Tensor:
         if texts == "spans":
@@ -505,7 +516,7 @@ class Workshop:
         name = f"windows-{spec.budget}-{spec.predictor}-seed{spec.seed}"
         if spec.allocation != "threshold":
             name += f"-{spec.allocation}-{spec.ranks}" + ("-slopes" if spec.slopes else "")
-        name += _longer(spec)
+        name += _longer(spec) + (f"-{spec.calibrated}" if spec.calibrated else "")
         file = self.state / f"{name}.json"
         if not file.exists():
             from dynamask.convert import allocate_windows
@@ -514,7 +525,8 @@ class Workshop:
             if not spec.slopes:
                 options["slopes"] = (0.0,)
             start = time.perf_counter()
-            made = allocate_windows(model, self.calibration(spec.context, spec.texts), spec.budget, **options)
+            blocks = self.calibration(spec.context, spec.texts, opening=spec.calibrated == "opening")
+            made = allocate_windows(model, blocks, spec.budget, **options)
             _synchronise(self.device)
             seconds = time.perf_counter() - start
             windows = [layer and [int(window) for window in layer] for layer in made]
