@@ -194,7 +194,8 @@ def _speed_finding(subject: str, ratios: Mapping[str, float], rows: Mapping[str,
 
     measured = f"at most {told(best)}; at least {told(worst)}"
     verdict = REPRODUCED if ratios[best] >= 10 else REFUTED
-    return [Finding("speed", subject, measured, verdict, list(ratios), interest="10 times")]
+    difference = f"{ratios[worst]:.1f} to {ratios[best]:.1f} times"
+    return [Finding("speed", subject, measured, verdict, list(ratios), interest="10 times", difference=difference)]
 
 
 def _draw_attention(rows: Sequence[Mapping[str, Any]], picture: Path) -> Path | None:

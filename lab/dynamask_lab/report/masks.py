@@ -323,7 +323,8 @@ def masks_section(figures: dict[str, Any], folder: Path) -> tuple[Section, dict[
     name = str(figures.get("name", "a model"))
     setting = {"seeds": "1", "size": name.split(",")[0]}
     role = "plain" if "paper's form" in name else "best"
-    finding = Finding("content", name, measured, verdict, ["loss"], role, setting, f"{LOSS_INTEREST} nats")
+    interest, difference = f"{LOSS_INTEREST} nats", f"{interval} nats"
+    finding = Finding("content", name, measured, verdict, ["loss"], role, setting, interest, difference)
     rows_by_key = {key: value for key, value in figures.items() if isinstance(value, (dict, list))}
     return Section(text, exhibits, [finding]), rows_by_key, measured_on(figures)
 

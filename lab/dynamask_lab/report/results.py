@@ -33,6 +33,7 @@ _BUILD = "-"
 """Between a run's key and the content that tells it from the run of the same key on another build of its corpus."""
 _Runs = dict[str, tuple[str, Record]]
 """Key of a run -> its file and itself."""
+VERDICTS_PAGE = "verdicts"
 APPENDIX = "appendix"
 """Folder of the sections that the site does not index."""
 _UNINDEXED = "---\nsearch:\n  exclude: true\n---\n\n"
@@ -111,7 +112,8 @@ def render_results(results: Path = RESULTS, output: Path = OUTPUT) -> list[Path]
     for old in [*output.glob("*.md"), *output.glob(f"{APPENDIX}/*.md"), *_pictures(output)]:
         old.unlink()
     pages, opening = _collect(results, output)
-    files = {"index": _index(pages, opening, output, results)}
+    placed = _placed(pages)
+    files = {"index": _index(pages, placed, opening, output, results), VERDICTS_PAGE: _verdicts_page(placed)}
     for page in pages:
         main = replace(page, parts=[part for part in page.parts if not part.in_appendix])
         rest = replace(page, parts=[part for part in page.parts if part.in_appendix])
@@ -363,10 +365,10 @@ def _exhibit(part: _Part, exhibit: Exhibit, output: Path) -> list[str]:
     if exhibit.table:
         lines += [markdown_table(exhibit.table), ""]
     files = sorted({part.rows[key][0] for key in exhibit.keys})
-    shown = ", ".join(f"`{key}`" for key in exhibit.keys[:_KEYS_SHOWN])
-    more = len(exhibit.keys) - _KEYS_SHOWN
+    few = len(exhibit.keys) <= _KEYS_SHOWN
+    shown = ", ".join(f"`{key}`" for key in exhibit.keys) if few else f"{len(exhibit.keys)} rows"
     lines += [
-        f"Source: {', '.join(f'`{file}`' for file in files)}, {shown}{f' and {more} more' if more > 0 else ''} (digest "
+        f"Source: {', '.join(f'`{file}`' for file in files)}, {shown} (digest "
         f"`{digest(exhibit.keys, part.rows)}`). Its raw rows: `{COMMAND} --trace {part.name}-{exhibit.name}`"
         + (f". Its runs: `{part.command}`." if part.command else ""),
         "",
@@ -374,12 +376,19 @@ def _exhibit(part: _Part, exhibit: Exhibit, output: Path) -> list[str]:
     return lines
 
 
-def _index(pages: Sequence[_Page], opening: Sequence[_Part], output: Path, results: Path) -> str:
+def _placed(pages: Sequence[_Page]) -> list[Placed]:
+    """Every finding with the page it stands on."""
     placed = []
     for page in pages:
         for part in page.parts:
             link = f"{APPENDIX}/{page.name}.md" if part.in_appendix else f"{page.name}.md"
             placed += [Placed(finding, part.name, link, part.in_appendix) for finding in part.section.findings]
+    return placed
+
+
+def _index(
+    pages: Sequence[_Page], placed: Sequence[Placed], opening: Sequence[_Part], output: Path, results: Path
+) -> str:
     contents: list[Row] = []
     for page in pages:
         main = [part for part in page.parts if not part.in_appendix]
@@ -406,7 +415,9 @@ def _index(pages: Sequence[_Page], opening: Sequence[_Part], output: Path, resul
         "windows. *Reproduced* or *refuted*: the 95% interval "
         "excludes zero and the difference is at least the smallest of interest. *No difference*: the interval lies "
         f"within it. *Not tested*: the runs do not decide; differences of losses below {FEW_SEEDS_INTEREST} nats "
-        f"decide nothing with fewer than {FEW_SEEDS} seeds. `w/N`: window over context.",
+        f"decide nothing with fewer than {FEW_SEEDS} seeds. In brackets: the difference to dense attention with its "
+        "95% interval, positive in the form's favour (a verdict may rest on further rivals), window over context "
+        f"(w/N), size and seeds. [Every verdict]({VERDICTS_PAGE}.md) has all of them.",
         "",
         markdown_table(board(placed)),
         "",
@@ -422,12 +433,17 @@ def _index(pages: Sequence[_Page], opening: Sequence[_Part], output: Path, resul
             lines += _exhibit(part, replace(exhibit, title=f"{number}. {exhibit.title}"), output)
     if not opening:
         lines += ["There are no raw lines to draw.", ""]
-    about = (
-        "Differences are in the form's favour where they are positive. `of interest`: the smallest difference of "
-        "interest, fixed for all sweeps. `pairs`: query-key pairs as a share of dense attention's."
-    )
-    lines += ["## Every verdict", "", about, "", markdown_table(details(placed)), ""]
     lines += ["## Pages", "", markdown_table(contents), ""]
+    return "\n".join(lines)
+
+
+def _verdicts_page(placed: Sequence[Placed]) -> str:
+    about = (
+        "The paper's claims first, this library's goals behind them. Differences are in the form's favour where they "
+        "are positive. `of interest`: the smallest difference of interest, fixed for all sweeps. `pairs`: query-key "
+        "pairs as a share of dense attention's."
+    )
+    lines = ["# Every verdict", "", f"Drawn by `{COMMAND}`. {about}", "", markdown_table(details(placed)), ""]
     return "\n".join(lines)
 
 

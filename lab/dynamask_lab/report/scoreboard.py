@@ -32,16 +32,29 @@ class Placed:
 
 
 def board(found: Sequence[Placed]) -> list[Row]:
-    """One row per claim: the verdict on every role with window over context, size and seeds."""
+    """One row per claim of the paper: the verdict on every role with interval, window over context, size and seeds.
+
+    A part of a claim is shown in the claim's row, where it decides otherwise than the whole.
+    """
     rows: list[Row] = []
     for name, claim in CLAIMS.items():
-        if name in GOALS:
+        if name in GOALS or claim.part_of:
             continue
         row = {"claim": claim.text}
         own = [each for each in found if each.finding.claim == name]
+        parts = {part: each.short for part, each in CLAIMS.items() if each.part_of == name}
         for role, title in ROLES.items():
-            cells = list(dict.fromkeys(_cell(each) for each in chosen(own, role)))
-            row[title] = "; ".join(cells)
+            whole = chosen(own, role)
+            cells = [_cell(each) for each in whole]
+            decided = {(*_place(each), each.finding.verdict) for each in whole}
+            for part, label in parts.items():
+                of_part = chosen([each for each in found if each.finding.claim == part], role)
+                cells += [
+                    f"{label}: {_cell(each)}"
+                    for each in of_part
+                    if (*_place(each), each.finding.verdict) not in decided
+                ]
+            row[title] = "; ".join(dict.fromkeys(cells))
         if not own:
             row["plain form"] = f"**{NOT_TESTED}**"
         rows.append(row)
@@ -78,8 +91,9 @@ def details(found: Sequence[Placed]) -> list[Row]:
 def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) -> list[Placed]:
     """The findings of one claim and role to show.
 
-    Sections outside the appendix come first; within them the one with the most seeds decides, and its first finding
-    is the claim as it was made. With `all_settings`, every finding of the sections outside the appendix.
+    Sections outside the appendix come first. Within them the one with the most seeds decides, of those the largest
+    models, and its first finding is the claim as it was made. With `all_settings`, every finding of the sections
+    outside the appendix.
 
     Returns:
         The finding that decides, those of its sweep at other windows, those of other sweeps with as many seeds that
@@ -93,7 +107,7 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
     if not main or all_settings:
         return main
     tested = [each for each in main if _seeds(each) > 0 or "seeds" not in each.finding.setting]
-    first = max(tested, key=_seeds) if tested else None
+    first = max(tested, key=lambda each: (_seeds(each), _millions(each))) if tested else None
     others: list[Placed] = []
     if first is not None and role == "plain":  # what its sweep found at other windows counts as well
         seen = {first.finding.setting.get("w/N")}
@@ -123,10 +137,16 @@ def _seeds(placed: Placed) -> int:
     return int(placed.finding.setting.get("seeds") or 0)
 
 
+def _millions(placed: Placed) -> float:
+    """Parameters, in millions; 0 where the size is a width or a name."""
+    size = placed.finding.setting.get("size", "")
+    return float(size[:-1]) if size.endswith("M") else 0.0
+
+
 def _cell(placed: Placed) -> str:
     setting: Mapping[str, str] = placed.finding.setting
     share = setting.get("w/N", "").partition(" (")[0]
-    facts = [f"w/N {share}" if share else "", setting.get("size", "")]
+    facts = [placed.finding.difference, f"w/N {share}" if share else "", setting.get("size", "")]
     if _seeds(placed):
         facts.append(f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}")
     told = ", ".join(fact for fact in facts if fact)

@@ -37,6 +37,7 @@ class Timing:
         dense: the same of dense causal attention.
         peers: dense kernels that were timed.
         device, commit: where, and of which code.
+        file, row: the raw row it comes from.
     """
 
     length: int
@@ -46,6 +47,8 @@ class Timing:
     peers: tuple[str, ...]
     device: str
     commit: str | None
+    file: str
+    row: Mapping[str, Any]
 
 
 def gpu_timings(results: Path) -> list[Timing]:
@@ -57,10 +60,18 @@ def gpu_timings(results: Path) -> list[Timing]:
     Returns:
         In the order of `GPU_ROWS`; shapes that were never timed beside dense attention are left out.
     """
-    found: dict[tuple[int, int], Timing] = {}
-    for timing in (*_of_grid(results), *_of_kernel_runs(results)):
-        found[timing.length, timing.window] = timing
+    found = {(timing.length, timing.window): timing for timing in every_timing(results)}
     return [found[row] for row in GPU_ROWS if row in found]
+
+
+def every_timing(results: Path) -> Iterator[Timing]:
+    """Every timing of the speed table's heads beside dense attention, the oldest first.
+
+    Args:
+        results: folder of raw lines.
+    """
+    yield from _of_grid(results)
+    yield from _of_kernel_runs(results)
 
 
 def _of_grid(results: Path) -> Iterator[Timing]:
@@ -77,7 +88,7 @@ def _of_grid(results: Path) -> Iterator[Timing]:
             environment = grid["environment"]
             yield Timing(
                 row["N"], row["w"], (own, own + row["backward_ms"]), (forward, forward + backward), peers,
-                environment["device"], environment["commit"],
+                environment["device"], environment["commit"], "h100-attention.json", row,
             )  # fmt: skip
 
 
@@ -100,7 +111,7 @@ def _of_kernel_runs(results: Path) -> Iterator[Timing]:
             own = row["expiry"] + row["forward, a call"]
             yield Timing(
                 row["N"], windows.pop(), (own, own + row["backward, a call"]), (forward, forward + backward), peers,
-                run["device"], commit,
+                run["device"], commit, file.name, row,
             )  # fmt: skip
 
 

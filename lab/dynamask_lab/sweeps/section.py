@@ -49,6 +49,7 @@ class Finding:
         role: "plain" (the paper's form), "best" (the form named beforehand) or "control"; "" for other parts.
         setting: window over context, size, seeds and share of dense attention's pairs, where the figure has them.
         interest: the smallest difference of interest, in words.
+        difference: the figure in short, with interval and unit: to dense attention where that was a rival.
     """
 
     claim: str
@@ -59,6 +60,7 @@ class Finding:
     role: str = ""
     setting: Row = field(default_factory=dict)
     interest: str = ""
+    difference: str = ""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:

@@ -43,16 +43,34 @@ def test_the_committed_report_is_that_of_the_committed_lines(tmp_path: Path, mon
         assert picture.stat().st_size <= LARGEST
 
 
+def test_the_index_opens_with_eight_claims_and_five_exhibits_of_two_sentences() -> None:
+    text = (COMMITTED / "index.md").read_text()
+    board, exhibits = text.partition("## Exhibits")[0], text.partition("## Exhibits")[2].partition("## Pages")[0]
+    rows = [line for line in board.split("\n") if line.startswith("| ")][2:]
+    assert len(rows) == 8
+    for row in rows:
+        for cell in row.split("|")[2:5]:
+            for told in re.findall(r"\*\*(?:reproduced|refuted|no difference)\*\* \(([^)]*)\)", cell):
+                assert re.search(r"\[[+-][\d.]+, [+-][\d.]+\]| times$", told), told
+    sections = re.split(r"^### ", exhibits, flags=re.MULTILINE)[1:]
+    assert [section[:2] for section in sections] == ["1.", "2.", "3.", "4.", "5."]
+    for section in sections:
+        _, prose, picture, *_ = section.split("\n\n")
+        assert len(re.findall(r"[.!?](?= [A-Z]|$)", prose)) == 2, prose
+        assert picture.startswith("![")
+
+
 def _pictures(folder: Path) -> list[Path]:
     return sorted([*folder.rglob("*.svg"), *folder.rglob("*.png")])
 
 
 def test_an_empty_folder_renders_as_not_measured(tmp_path: Path) -> None:
     (tmp_path / "raw").mkdir()
-    index, *pages = render_results(tmp_path / "raw", tmp_path / "report")
-    rows = [line for line in index.read_text().split("\n") if line.startswith("| ")]
+    index, verdicts, *pages = render_results(tmp_path / "raw", tmp_path / "report")
+    rows = [line for line in (index.read_text() + verdicts.read_text()).split("\n") if line.startswith("| ")]
+    assert verdicts.name == "verdicts.md"
     untested = [line for line in rows if "**not tested**" in line]
-    assert len([line for line in untested if any(claim.text in line for claim in CLAIMS.values())]) == 9
+    assert len([line for line in untested if any(claim.text in line for claim in CLAIMS.values())]) == 8
     assert len([line for line in untested if any(f"| {claim.short} |" in line for claim in CLAIMS.values())]) == len(
         CLAIMS
     )
@@ -86,11 +104,11 @@ def test_a_full_sweep_gets_verdicts_and_a_partial_one_does_not(tmp_path: Path) -
     ]
     _write(tmp_path / "raw" / "mqar.jsonl", records)
     with pictures(drawn=False):
-        index = render_results(tmp_path / "raw", tmp_path / "report")[0].read_text()
-    board, _, rest = index.partition("## Exhibits")
+        index, verdicts, *_ = render_results(tmp_path / "raw", tmp_path / "report")
+    board, rest = index.read_text().partition("## Exhibits")[0], verdicts.read_text()
     (row,) = [line for line in board.split("\n") if CLAIMS["recall"].text in line]
     # The smoke sweep has one seed; the others count as other settings, of the appendix.
-    assert row.split("|")[2].strip() == "**not tested** (w/N 1/4, width 32, 1 seed)"
+    assert row.split("|")[2].strip() == "**not tested** (-0.400 accuracy, w/N 1/4, width 32, 1 seed)"
     assert "accuracy 0.100, above mha -0.400" in rest
     findings = {(f.claim, f.subject): f.verdict for f in _findings(records, tmp_path)}
     assert findings["recall", "dma, paper"] == REFUTED

@@ -118,7 +118,8 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
         config = losses[_TRAINED][both[0]].config
         setting = {"seeds": str(len(pairs)), "w/N": share(config["window"], config["length"])}
         setting |= {"size": f"{language_settings(config).parameters / 1e6:.1f}M"}
-        found.append(Finding("gradients", subject, measured, verdict, keys, "", setting, f"{LOSS_INTEREST} nats"))
+        interest, difference = f"{LOSS_INTEREST} nats", f"{gain} nats"
+        found.append(Finding("gradients", subject, measured, verdict, keys, "", setting, interest, difference))
     return found
 
 

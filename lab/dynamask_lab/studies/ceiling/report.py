@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamask_lab.studies.ceiling.study import STUDY, read_rows
+from dynamask_lab.studies.ceiling.study import STUDY
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.section import Exhibit, Row, Section
 from dynamask_lab.sweeps.verdicts import Interval, mean_interval
@@ -65,29 +65,25 @@ def ceiling_section(lines: Sequence[Any], folder: Path) -> tuple[Section, dict[s
         "Loss in nats per token, and the difference to dense attention on the same blocks with its 95% interval; "
         "needles found, per cent. Windows per head are the same for every rule."
     )
-    exhibits = [Exhibit("rules", "Rules that choose keys", list(keyed), text, ceiling_table(own))] if own else []
+    exhibits = []
+    if any(row["measure"] == "loss" for row in own):
+        exhibits.append(_curves(own, folder))
+    if own:
+        exhibits.append(Exhibit("rules", "Rules that choose keys", list(keyed), text, ceiling_table(own)))
     devices = ", ".join(dict.fromkeys(str(line["device"]) for line in own))
     commits = ", ".join(dict.fromkeys(short_commit(line["commit"]) for line in own))
     return Section("", exhibits), keyed, f"{devices}; commit {commits}"
 
 
-def ceiling_exhibit(results: Path, sweeps: Any, folder: Path) -> tuple[Exhibit, dict[str, tuple[str, Any]], str] | None:
-    """See `dynamask_lab.report.exhibits.exhibits`."""
+def _curves(rows: Rows, folder: Path) -> Exhibit:
+    """Loss above dense attention by window, one line per rule, and needles found."""
     from matplotlib.figure import Figure
 
     from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, SKY
     from dynamask_lab.report.pictures import save_small
 
-    located = {
-        row["key"]: (f"lab/results/{file.name}", row)
-        for file in sorted(results.glob(PATTERN))
-        for row in read_rows([file])
-    }
-    rows = [row for _, row in located.values()]
     corpora = sorted({row["of"] for row in rows if row["measure"] == "loss"})
     tasks = sorted({row["of"] for row in rows if row["measure"] == "needle"})
-    if not corpora:
-        return None
     colours = {"newest": ORANGE, "learned": SKY, "static": BLUE, "query": GREEN}
     figure = Figure(figsize=(4 + 3.6 * (len(corpora) + bool(tasks)), 3.8), layout="constrained")
     panels = figure.subplots(1, len(corpora) + bool(tasks), squeeze=False)[0]
@@ -138,12 +134,8 @@ def ceiling_exhibit(results: Path, sweeps: Any, folder: Path) -> tuple[Exhibit, 
         "the largest weights do not decide. What remains below it needs a choice that follows the query."
     )
     alt = "loss above dense attention against keys per head, one line per rule, and needles found"
-    command = "python -m dynamask_lab.studies.ceiling.study --model MODEL --data DATA --out lab/results/ceiling.jsonl"
-    return (
-        Exhibit("ceiling", "The ceiling of choosing", list(located), text, picture=picture, alt=alt),
-        located,
-        command,
-    )
+    keys = [row["key"] for row in rows]
+    return Exhibit("ceiling", "What each rule loses", keys, text, picture=picture, alt=alt)
 
 
 def _draw_needles(axes: Any, rows: Rows, colours: Mapping[str, str], black: str) -> None:

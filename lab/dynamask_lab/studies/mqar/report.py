@@ -131,11 +131,12 @@ def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
     if pair is None:
         return None
     ours, rivals = pair
-    told, verdicts = [], []
+    told, verdicts, difference = [], [], ""
     for rival in rivals:
         done = min(ours.accuracy, rival.accuracy) >= 0.99
         gain = Interval(0.0, 0.0, 0.0) if done else _above(ours, rival)
         told.append(f"{rival.mixer} {gain}")
+        difference = f"{gain} accuracy" if rival.mixer == "mha" or not difference else difference
         verdicts.append(judge(gain, SHARE_INTEREST))
     keys = [run.key for best in (ours, *rivals) for run in best.runs]
     if not told:
@@ -148,9 +149,8 @@ def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
         measured += f"; not compared with {', '.join(missing)}"
         verdicts.append(NOT_TESTED)
     verdict = all_of(verdicts)
-    return Finding(
-        "recall", form.name, measured, verdict, keys, form.role, _setting(ours), f"{SHARE_INTEREST} accuracy"
-    )
+    interest = f"{SHARE_INTEREST} accuracy"
+    return Finding("recall", form.name, measured, verdict, keys, form.role, _setting(ours), interest, difference)
 
 
 def _goal(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
@@ -186,13 +186,13 @@ def _efficiency(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
     runs = [run for best in (ours, *rivals) for run in best.runs]
     keys = [run.key for run in runs]
 
-    def finding(measured: str, verdict: str) -> Finding:
-        return Finding(
-            "recall-efficiency", form.name, measured, verdict, keys, form.role, _setting(ours), "5% of a step"
-        )
+    def finding(measured: str, verdict: str, difference: str = "") -> Finding:
+        own = (form.role, _setting(ours), "5% of a step", difference)
+        return Finding("recall-efficiency", form.name, measured, verdict, keys, *own)
 
     if any(shared(run.device) for run in runs) or len({run.device for run in runs}) > 1:
-        return finding("runs shared their device or ran on several, so their times do not compare", NOT_TESTED)
+        reason = "runs shared their device or ran on several, so their times do not compare"
+        return finding(reason, NOT_TESTED, "times shared a device")
     if not rivals:
         return finding("no rival ran the same learning rates and seeds", NOT_TESTED)
     steps = _seconds_per_step(runs)
@@ -204,7 +204,7 @@ def _efficiency(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
         verdicts.append(judge(Interval(saved, saved - 0.02, saved + 0.02), 0.05))
     if {best.mixer for best in rivals} != set(RIVALS):
         verdicts.append(NOT_TESTED)
-    return finding(f"time of a step saved against {', '.join(told)}", all_of(verdicts))
+    return finding(f"time of a step saved against {', '.join(told)}", all_of(verdicts), f"{told[0]} of a step's time")
 
 
 def _draw(found: Sequence[BestRuns], picture: Path) -> Path:

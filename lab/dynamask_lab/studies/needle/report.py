@@ -251,10 +251,11 @@ def _finding(
     gain = Interval(ours - theirs, ours - theirs - noise, ours - theirs + noise)
     gain = _over_seeds(form.name, rival, cells, seeds) or gain
     measured = f"{ours:.1%} of the answers exact, {rival} {theirs:.1%}: {gain.shown(100, 1)} points, over {count} cells"
-    verdict = judge(gain, SHARE_INTEREST)
+    verdict, difference = judge(gain, SHARE_INTEREST), f"{gain.shown(100, 1)} points"
     if max(ours, theirs) < _LEARNT:
         measured, verdict = f"{measured}: neither learnt to retrieve", NOT_TESTED
-    return Finding(claim, subject, measured, verdict, keys, form.role, setting, f"{100 * SHARE_INTEREST:g} points")
+    interest = f"{100 * SHARE_INTEREST:g} points"
+    return Finding(claim, subject, measured, verdict, keys, form.role, setting, interest, difference)
 
 
 def without_choice(model: str) -> str:

@@ -180,7 +180,7 @@ def _spread(size: int, best: dict[str, list[_Best]]) -> SeedSpread:
 def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding:
     """The form against every rival of its size that had no fewer rates to choose from."""
     spread = _spread(ours.size, best)
-    told, verdicts, edges = [], [], []
+    told, verdicts, edges, difference = [], [], [], ""
     keys = [run.key for run in ours.runs]
     for rival in RIVALS:
         tuned = next(iter(best.get(rival, ())), None)
@@ -194,6 +194,7 @@ def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding
                 edges.append(rival)
                 verdict = NOT_TESTED if verdict == REPRODUCED else verdict
             told.append(f"{rival} {found}")
+            difference = f"{found} nats" if rival == "mha" or not difference else difference
             verdicts.append(verdict)
             keys += [run.key for run in theirs.runs]
     setting = {
@@ -215,7 +216,8 @@ def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding
         measured += f"; not compared with {', '.join(r for r in RIVALS if not any(t.startswith(r) for t in told))}"
         verdicts.append(NOT_TESTED)
     interest = f"{LOSS_INTEREST} nats"
-    return Finding("perplexity", subject, measured, all_of(verdicts), keys, form.role, setting, interest)
+    verdict = all_of(verdicts)
+    return Finding("perplexity", subject, measured, verdict, keys, form.role, setting, interest, difference)
 
 
 def _positions_row(name: str, found: _Best) -> Row:

@@ -236,7 +236,7 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest))
             if role in ("best", "control") and denses and at != "w = N":
                 findings.append(_no_worse_than_dense(subject, name, found, setting, role))
-            if role in ("plain", "best"):
+            if role in ("plain", "best", "control"):
                 findings.append(_perplexity(subject, name, found, setting, role))
                 if denses:
                     gaps = {dense: _gap(runs, found[dense]) for dense in denses}
@@ -248,10 +248,9 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                     )
                     keys = [run.key for run in (*runs, *(run for dense in denses for run in found[dense]))]
                     measured = f"test loss, nats below {', '.join(f'{dense} {gap}' for dense, gap in gaps.items())}"
+                    interest, short = f"{LOSS_INTEREST} nats", f"{gaps[denses[0]]} nats"
                     findings.append(
-                        Finding(
-                            "perplexity-mha", subject, measured, verdict, keys, role, setting, f"{LOSS_INTEREST} nats"
-                        )
+                        Finding("perplexity-mha", subject, measured, verdict, keys, role, setting, interest, short)
                     )
     return findings
 
@@ -304,18 +303,20 @@ def _perplexity(
         rivals = [_slower(rival) if rival.startswith("sliding") else rival for rival in rivals]
     if at == "w = N":  # a sliding window is dense attention itself
         rivals = [rival for rival in rivals if not rival.startswith("sliding")]
-    told, verdicts, keys = [], [], [run.key for run in found[name]]
+    told, verdicts, keys, difference = [], [], [run.key for run in found[name]], ""
     for rival in rivals:
         if rival in found:
             gap = _gap(found[name], found[rival])
             told.append(f"{rival} {gap}")
+            difference = difference or f"{gap} nats"
             verdicts.append(judge(gap, LOSS_INTEREST, seeds=min(len(found[name]), len(found[rival]))))
             keys += [run.key for run in found[rival]]
         else:
             verdicts.append(NOT_TESTED)
     lacking = ", ".join(rival for rival in rivals if rival not in found)
     measured = f"test loss, nats below {', '.join(told)}" + (f"; not compared with {lacking}" if lacking else "")
-    return Finding("perplexity", subject, measured, all_of(verdicts), keys, role, setting, f"{LOSS_INTEREST} nats")
+    interest = f"{LOSS_INTEREST} nats"
+    return Finding("perplexity", subject, measured, all_of(verdicts), keys, role, setting, interest, difference)
 
 
 def _place(name: str, run: Record) -> tuple[int, str]:

@@ -1,0 +1,201 @@
+"""Exhibit 1: loss against window over context, with the leak."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+from dynamask_lab.report.exhibits.common import (
+    BEST,
+    COLOURS,
+    CONTROL,
+    FRESH,
+    NAMES,
+    PLAIN,
+    Drawn,
+    Sweeps,
+    above,
+    any_depth,
+    best_losses,
+    fresh_runs,
+    panels_of,
+    rows_of,
+    test_gap,
+    without_window,
+)
+from dynamask_lab.report.pictures import save_small
+from dynamask_lab.studies import Record
+from dynamask_lab.studies.ablation.study import LEAKY, ablation_name, language_settings
+from dynamask_lab.studies.scratch.study import scratch_name
+from dynamask_lab.sweeps.section import Exhibit
+from dynamask_lab.sweeps.verdicts import paired_difference
+
+
+def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
+    """Loss above dense attention against window over context; and what the leak of one top-k for all queries gives."""
+    panels = _windows_of_sweeps(sweeps)
+    leaks = "ablation-leak" if len({run.seed for run in sweeps.get("ablation-leak", ())}) > 1 else "ablation-probe"
+    ablation = sweeps.get(leaks, ())
+    fresh = fresh_runs(sweeps)
+    if not panels or not ablation or ("dense", 1.0) not in fresh:
+        return None
+    tables = sweeps.get("scratch-tables", ())
+    figure, (first, *second, left, right) = panels_of(18 if tables else 14, 3.9, 4 if tables else 3)
+    keys = [run.key for runs in fresh.values() for run in runs]
+    gap_of = {form: test_gap(fresh, form) for form in fresh}
+    for (name, share), gap in gap_of.items():
+        label, colour = FRESH[name]
+        margins = [[gap.mean - gap.low], [gap.high - gap.mean]]
+        first.errorbar(share, gap.mean, yerr=margins, fmt="o", color=colour, capsize=3, label=label)
+    first.set(title="4.4M parameters, fresh tokens, three seeds")
+    handles, labels = first.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    first.legend(once.values(), once.keys(), fontsize=7)
+    for (label, share), runs in panels.items():
+        losses = best_losses(runs, any_depth)
+        dense = float(np.mean(losses["mha"]))
+        for name in (PLAIN, BEST, CONTROL, "swa"):
+            if name in losses:
+                place = share, float(np.mean(losses[name])) - dense
+                left.plot(*place, "o", color=COLOURS[name], markersize=7)
+                left.annotate(label, place, textcoords="offset points", xytext=(7, -3), fontsize=6.5)
+        keys += [run.key for run in runs if any_depth(run) in (PLAIN, BEST, CONTROL, "swa", "mha")]
+    for name in (PLAIN, BEST, CONTROL, "swa"):
+        left.plot([], [], "o", color=COLOURS[name], label=NAMES[name])
+    left.set(title="4.4M parameters, tokens read repeatedly")
+    left.legend(fontsize=7)
+    larger = sweeps.get("scratch-tables-10M", ())
+    if tables:
+        _draw_half_rate(tables, second[0])
+    if second and larger:
+        _draw_half_rate(larger, second[0], "s")
+        second[0].set(title="fresh tokens, one rate: 4.4M (dots), 10.0M (squares)")
+    keys += [run.key for run in (*tables, *larger, *sweeps.get("scratch-rates", ()))]
+    for axes in (first, *second, left):
+        axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="window / context", ylabel="nats above dense attention", xlim=(1 / 24, 1.5))
+        axes.set_yscale("symlog", linthresh=0.5 if axes is left else 0.2)
+    leak = _leak(ablation, right)
+    keys += [run.key for run in ablation]
+    narrow = min(share for _, share in fresh)
+    told = [above(gap_of[form]) for form in (("paper", 1.0), ("paper", narrow), ("sliding + sinks", narrow))]
+    text = (
+        f"With a window as long as the context, as the paper mostly trains, its form ends {told[0]} dense attention"
+        f"{_at_half_the_rate(sweeps)}; with 1/{1 / narrow:.0f} of the context {told[1]} it, and newest keys with sinks "
+        f"{told[2]} it. The leak (one choice of keys for all queries, which sees the future) lowers the loss of a "
+        f"model trained with it by {leak} nats, which exact selection then loses."
+    )
+    alt = "loss above dense attention against window over context; loss of a small model by window, exact and leaky"
+    picture = save_small(figure, folder / "loss-window.svg")
+    exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
+    command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
+    names = (
+        "scratch",
+        "scratch-rates",
+        "scratch-tables",
+        "scratch-tables-10M",
+        "scaling-small",
+        "locality-chinchilla",
+        leaks,
+    )
+    size = leaks.removeprefix("ablation-")
+    more = f"dynamask experiment locality --size chinchilla; dynamask experiment ablation --size {size}"
+    return exhibit, rows_of(sweeps, *names), f"{command}; {more}"
+
+
+def _at_half_the_rate(sweeps: Sweeps) -> str:
+    """What is left of the gap at w = N where dense attention has the rate of the paper's form, in words."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in sweeps.get("scratch-rates", ()):
+        losses[without_window(run)][run.seed] = run.result["test"]
+    gap = paired_difference(losses.get("dense, half rate", {}), losses.get("paper", {}))
+    if math.isnan(gap.low):
+        return ""
+    return f" ({above(gap)} it at one rate for both, with half the tokens of a step)"
+
+
+_HALVED = {
+    "paper": ("the paper's form", SKY),
+    "sliding + sinks, half rate": ("newest keys and sinks", RED),
+    "learned, half rate, slopes, even": ("learned ranks with slopes", PINK),
+    "sliding + sinks, half rate, one wide layer": ("newest keys, one layer wide", ORANGE),
+    "scored, half rate, one wide layer": ("0.1's form with scores, one layer wide", GREEN),
+    "learned, half rate, slopes, one wide layer": ("learned ranks with slopes, one layer wide", BLUE),
+}
+"""Forms of size `4M-tables` that exhibits show -> name and colour."""
+
+
+def _draw_half_rate(runs: Sequence[Record], axes: Any, marker: str = "o") -> None:
+    """Draw the gap to dense attention against window over context, all at half the rate."""
+    losses: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        if run.result.get("test") is not None:
+            losses[scratch_name(run.config)][run.seed] = run.result["test"]
+    shown = set()
+    for whole, ours in sorted(losses.items()):
+        form, _, at = whole.rpartition(", w = ")
+        gap = paired_difference(losses.get("dense, half rate", {}), ours)
+        if form not in _HALVED or math.isnan(gap.mean):
+            continue
+        label, colour = _HALVED[form]
+        share = 1 / int(at.partition("/")[2]) if "/" in at else 1.0
+        margins = None if math.isnan(gap.low) else [[gap.mean - gap.low], [gap.high - gap.mean]]
+        name = None if form in shown or marker != "o" else label
+        axes.errorbar(share, gap.mean, yerr=margins, fmt=marker, color=colour, capsize=3, label=name)
+        shown.add(form)
+    axes.set(title="4.4M parameters, fresh tokens, one rate")
+    axes.legend(fontsize=7)
+
+
+def _windows_of_sweeps(sweeps: Sweeps) -> dict[tuple[str, float], list[Record]]:
+    """The runs at 4.4M parameters by corpus and window over context, with the dense runs of each sweep."""
+    found: dict[tuple[str, float], list[Record]] = {}
+    for name in ("scaling-small", "locality-chinchilla"):
+        runs = [run for run in sweeps.get(name, ()) if run.config["width"] == 256]
+        for corpus in sorted({run.config["corpus"] for run in runs}):
+            own = [run for run in runs if run.config["corpus"] == corpus]
+            shares = {run.config["window"] / run.config["length"] for run in own if run.config["window"]}
+            if shares and any(run.config["attention"] == "mha" for run in own):
+                found[corpus, min(shares)] = own
+    return found
+
+
+def _leak(runs: Sequence[Record], axes: Any) -> str:
+    """Draw the ablation's losses by window; return how much the leak flatters the model that is trained with it."""
+    seeds: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    both: dict[float, list[tuple[float, float]]] = defaultdict(list)
+    for run in runs:
+        name, share = ablation_name(run.config), run.config["window"] / run.config["length"]
+        seeds[name][share].append(run.result["loss"])
+        if run.config["attention"] == LEAKY:
+            both[share].append((run.result["exact_loss"], run.result["leaky_loss"]))
+    for share, losses in both.items():
+        exact, leaky = (float(np.mean(side)) for side in zip(*losses, strict=True))
+        axes.plot([share, share], [exact, leaky], color=PINK, linewidth=1)
+        axes.plot(share, exact, "D", color=PINK, label="the paper's form, trained with the leak: exact")
+        axes.plot(share, leaky, "D", color=PINK, markerfacecolor="none", label="the same, read with the leak")
+    for name, label, colour in (("dma", "0.1's default", BLUE), ("sliding window", "newest keys", RED)):
+        points = sorted((share, float(np.mean(losses))) for share, losses in seeds[name].items())
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
+    for share, own in seeds["dma, paper's form"].items():
+        axes.plot(share, float(np.mean(own)), "D", color=SKY, label="the paper's form")
+    millions = language_settings(runs[0].config).parameters / 1e6
+    counts = sorted({len(own) for by_share in seeds.values() for own in by_share.values()})
+    told = (
+        f"{counts[0]} seed{'s' if counts[0] > 1 else ''}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="window / context", ylabel="loss, nats per token", title=f"{millions:.1f}M parameters, {told}")
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))
+    axes.legend(once.values(), once.keys(), fontsize=7)
+    gains = sorted(float(np.mean([exact - leaky for exact, leaky in losses])) for losses in both.values())
+    return " to ".join(dict.fromkeys(f"{gain:.2f}" for gain in (gains[0], gains[-1])))
