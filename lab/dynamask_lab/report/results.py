@@ -21,6 +21,7 @@ from dynamask_lab.report.exhibits import exhibits
 from dynamask_lab.report.pictures import pictures
 from dynamask_lab.report.scoreboard import Placed, board, details
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
+from dynamask_lab.studies.needle.data import same_mixture
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.registry import REPORTS
 from dynamask_lab.sweeps.section import Exhibit, Row, Section
@@ -184,7 +185,7 @@ def _collect(results: Path, output: Path) -> tuple[list[_Page], list[_Part]]:
             # Runs are numbered by their settings: a second one of the same key is the same run repeated, unless it read
             # another build of its corpus.
             earlier = records.setdefault(record.key, (_shown(file), record))[1]
-            if earlier.corpus != record.corpus:
+            if _build(earlier) != _build(record):
                 key = f"{record.key}{_BUILD}{record.corpus[1][:8]}"
                 records.setdefault(key, (_shown(file), replace(record, key=key)))
     pages = [_experiment_page(EXPERIMENTS[name], records, results, output) for name in sorted(EXPERIMENTS)]
@@ -232,14 +233,20 @@ def _by_build(runs: _Runs) -> list[_Runs]:
     """Runs apart whose corpora have one name and different contents, those of the build with the most runs first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for _, record in runs.values():
-        corpus, content = record.corpus
+        corpus, content = _build(record)
         counts[corpus][content] += 1
     ranked = {corpus: [content for content, _ in found.most_common()] for corpus, found in counts.items()}
     builds: dict[int, _Runs] = defaultdict(dict)
     for key, found in runs.items():
-        corpus, content = found[1].corpus
+        corpus, content = _build(found[1])
         builds[ranked[corpus].index(content)][key] = found
     return [builds[number] for number in sorted(builds)]
+
+
+def _build(record: Record) -> tuple[str, str]:
+    """Name and digest of what a run read, one digest for corpora of the same texts."""
+    corpus, content = record.corpus
+    return corpus, same_mixture(content)
 
 
 def _experiment_part(

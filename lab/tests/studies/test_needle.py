@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,18 @@ def test_the_mixture_is_made_once_and_holds_examples(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("dynamask_lab.studies.needle.data.prepare", lambda *_, **__: pytest.fail("prepared again"))
     assert prepare_mixture(settings) == name
     assert dataclasses.replace(settings, seed=1).name != name
+
+
+def test_the_folder_of_a_mixture_does_not_choose_what_is_held_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(NeedleConfig.of(_smoke("mha")).mixture, tokens=5000)
+    found = []
+    for folder in ("one", "another"):
+        monkeypatch.setenv(CORPORA_FOLDER, str(tmp_path / folder))
+        found.append(token_streams(prepare_mixture(settings)))
+    assert found[0].content == found[1].content
+    np.testing.assert_array_equal(found[0].validation, found[1].validation)
 
 
 def test_an_upcycled_model_starts_as_the_dense_one() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR, Judged, layer_windows, pairs_of, window_share
+from dynamask_lab.studies.needle.data import same_mixture
 from dynamask_lab.studies.needle.levers import LEVERS
 from dynamask_lab.studies.needle.study import FROM_WIDE, NeedleConfig, mean_scores, needle_summary
 from dynamask_lab.sweeps.registry import reports
@@ -57,7 +58,7 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
             draw_small(lambda file: draw_scores(scores, file, trained_on=trained_on), folder / "needle.png"),
             "heat maps of exact match, depth against length, one row per task and one column per model",
         ),
-        Exhibit("training", "Loss on the mixture", keys, table=training),
+        Exhibit("training", "Loss on the mixture", keys, _loss_means(records), training),
     ]
     trained_at = {
         model: NeedleConfig.of(record.config).context for record in records for model in record.result["loss"]
@@ -89,6 +90,22 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
                     findings += _against_control(form, rival, scores, keys, context, edge, setting, seeds)
     findings += _levers(records, scores, edges)
     return Section("", exhibits, findings)
+
+
+def _loss_means(records: Sequence[Record]) -> str:
+    """What to know of the losses: which forms had something else held out."""
+    other = {name for record in records if _held_out_otherwise(record) for name in record.result["loss"]}
+    if not other:
+        return ""
+    return (
+        f"Of what is held out of the mixture. Another twentieth of it is held out for {', '.join(sorted(other))}: "
+        "these losses do not compare with the others."
+    )
+
+
+def _held_out_otherwise(record: Record) -> bool:
+    content = record.corpus[1]
+    return same_mixture(content) != content[:16]
 
 
 _WINDOW_MEANS = (
