@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import math
 import time
 import warnings
@@ -29,6 +28,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.training.loss import output_head
 from dynamask.training.optimizer import adamw
+from dynamask.training.recorded_gradients import clear_gradients, free_recordings
 from dynamask.training.schedule import learning_rate_share
 
 _WORTH_COMPILING = 50
@@ -302,10 +302,8 @@ def _recording(student: Any, losses_of: Any, tokens: Tensor, *, wanted: bool) ->
             raise
         reason = " ".join(str(error).split())[:300]
     warnings.warn(f"the step is not recorded as a CUDA graph, and slower: {reason}", stacklevel=3)
-    for parameter in student.parameters():
-        parameter.grad = None
-    gc.collect()
-    torch.cuda.empty_cache()
+    clear_gradients(student.parameters())
+    free_recordings()
     return None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from dynamask.training.recorded_gradients import RecordedGradients, check_replay, clear_gradients, loss_and_norm
+from dynamask.training.recorded_gradients import record_checked
 
 Losses = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """(B, N) token ids -> the loss, and the ranks' loss or None."""
@@ -35,7 +35,6 @@ class RecordedStep:
         tokens: Tensor,
     ) -> None:
         self._loss = torch.zeros((), device=tokens.device)
-        parameters = list(parameters)
         self._shape = tokens.shape
 
         def total(tokens: Tensor) -> Tensor:
@@ -43,13 +42,7 @@ class RecordedStep:
             self._loss.copy_(loss.detach())
             return loss if ranks is None else loss + ranks
 
-        total(tokens).backward()  # type: ignore[no-untyped-call]
-        expected = loss_and_norm(self._loss, parameters)
-        clear_gradients(parameters)  # before recording: what a pass keeps is as much memory as the graph's
-        self._recorded = RecordedGradients(total, parameters, tokens)
-        found = loss_and_norm(self(tokens), parameters)
-        clear_gradients(parameters)
-        check_replay(found, expected, ": distil with recorded=False")
+        self._recorded = record_checked(total, parameters, tokens, advice=": distil with recorded=False")
 
     def serves(self, tokens: Tensor) -> bool:
         """Return whether tokens have the recorded shape."""

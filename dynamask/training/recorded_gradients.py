@@ -135,6 +135,46 @@ def loss_and_norm(loss: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
     return torch.stack([loss.float(), torch.nn.utils.get_total_norm(gradients)])
 
 
+def record_checked(
+    loss_of: Callable[..., Any],
+    parameters: Iterable[nn.Parameter],
+    *inputs: Tensor,
+    backward: bool = True,
+    compare: bool = True,
+    advice: str = "",
+) -> RecordedGradients:
+    """Record a step, and compare its first replay with the step as it is.
+
+    Args:
+        loss_of, parameters, inputs, backward: see `RecordedGradients`; `loss_of` returns a scalar.
+        compare: False where a step depends on random numbers.
+        advice: see `check_replay`.
+
+    Raises:
+        InvalidInputError, RuntimeError: as `RecordedGradients` and `check_replay`.
+    """
+    parameters = list(parameters)
+    loss = loss_of(*inputs)
+    if backward:
+        loss.backward()
+    expected = loss_and_norm(loss.detach(), parameters)
+    del loss  # before recording: what a pass keeps is as much memory as the graph's
+    clear_gradients(parameters)
+    recorded = RecordedGradients(loss_of, parameters, *inputs, backward=backward)
+    found = loss_and_norm(recorded(*inputs), parameters)
+    clear_gradients(parameters)
+    if compare:
+        check_replay(found, expected, advice)
+    return recorded
+
+
+def free_recordings() -> None:
+    """Give back the memory that recordings which are gone have kept to themselves."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def check_replay(found: Tensor, expected: Tensor, advice: str = "") -> None:
     """Refuse a recorded step whose first replay differs from the step as it is.
 
@@ -209,4 +249,12 @@ def check_recordable(parameters: list[nn.Parameter], inputs: tuple[Tensor, ...])
         raise InvalidInputError(_GRADIENTS_LEFT)
 
 
-__all__ = ["RecordedGradients", "check_recordable", "check_replay", "clear_gradients", "loss_and_norm"]
+__all__ = [
+    "RecordedGradients",
+    "check_recordable",
+    "check_replay",
+    "clear_gradients",
+    "free_recordings",
+    "loss_and_norm",
+    "record_checked",
+]

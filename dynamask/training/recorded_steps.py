@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import warnings
 from collections.abc import Callable
@@ -14,7 +13,12 @@ from torch import Tensor, nn
 
 from dynamask.errors import InvalidInputError
 from dynamask.models.cuda_graph import reason_against
-from dynamask.training.recorded_gradients import RecordedGradients, check_replay, clear_gradients, loss_and_norm
+from dynamask.training.recorded_gradients import (
+    RecordedGradients,
+    clear_gradients,
+    free_recordings,
+    record_checked,
+)
 
 _MOST_RECORDINGS = 3
 """Graphs of one training: for shapes of batches, or rules of a model that change. Each keeps its memory."""
@@ -89,13 +93,8 @@ class RecordedSteps:
         run = functools.partial(self._run, model, list(tensors))
         try:
             clear_gradients(parameters)
-            expected = loss_and_norm(run(*tensors.values()), parameters)
-            clear_gradients(parameters)
-            recorded = RecordedGradients(run, parameters, *tensors.values(), backward=False)
-            found = loss_and_norm(recorded(*tensors.values()), parameters)
-            if not _drops(model):
-                check_replay(found, expected)
-            self._recorded[kind] = recorded
+            options: dict[str, Any] = {"backward": False, "compare": not _drops(model)}
+            self._recorded[kind] = record_checked(run, parameters, *tensors.values(), **options)
         except (InvalidInputError, RuntimeError) as error:
             self.reason = " ".join(str(error).split())[:300]
             self._recorded.clear()
@@ -103,9 +102,8 @@ class RecordedSteps:
         finally:
             for parameter, gradient in zip(parameters, held, strict=True):
                 parameter.grad = gradient
-        if self.reason is not None and torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.empty_cache()  # what the recording has kept to itself
+        if self.reason is not None:
+            free_recordings()
 
     def _replay(self, parameters: list[nn.Parameter], kind: Any, tensors: list[Tensor]) -> Tensor:
         recorded = self._recorded[kind]

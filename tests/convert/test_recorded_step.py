@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dynamask import InvalidInputError
-from dynamask.convert import recorded_step
 from dynamask.convert.recorded_step import RecordedStep
+from dynamask.training import recorded_gradients
 
 
 class _Replayed:
@@ -18,7 +18,10 @@ class _Replayed:
 
     factor = 1.0
 
-    def __init__(self, loss_of: Callable[..., Tensor], parameters: Iterable[nn.Parameter], tokens: Tensor) -> None:
+    def __init__(
+        self, loss_of: Callable[..., Tensor], parameters: Iterable[nn.Parameter], tokens: Tensor, backward: bool
+    ) -> None:
+        assert backward
         self.loss_of, self.parameters = loss_of, list(parameters)
 
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def test_replay_equals_the_pass_on_a_gpu() -> None:
 
 
 def test_loss_is_the_first_and_gradients_are_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded_step, "RecordedGradients", _Replayed)
+    monkeypatch.setattr(recorded_gradients, "RecordedGradients", _Replayed)
     layer, tokens = nn.Linear(4, 4), torch.randint(9, (2, 4))
     step = RecordedStep(_losses(layer), layer.parameters(), tokens)
     assert layer.weight.grad is None, "the comparison leaves none"
@@ -57,7 +60,7 @@ def test_loss_is_the_first_and_gradients_are_of_both(monkeypatch: pytest.MonkeyP
 
 
 def test_a_replay_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorded_step, "RecordedGradients", _Replayed)
+    monkeypatch.setattr(recorded_gradients, "RecordedGradients", _Replayed)
     monkeypatch.setattr(_Replayed, "factor", 1.5)
     layer = nn.Linear(4, 4)
     with pytest.raises(InvalidInputError, match="distil with recorded=False"):

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from dynamask import DynamaskForCausalLM, InvalidInputError, convert
 from dynamask.ops.looks import looks_allowed, without_looks
-from dynamask.training import AtomicTrainer, record_steps, recorded_steps
+from dynamask.training import AtomicTrainer, record_steps, recorded_gradients, recorded_steps
 from tests.conftest import tiny_config
 
 GPU = torch.cuda.is_available()
@@ -47,7 +47,7 @@ class Replayed:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> type[Replayed]:
     """Lets steps be "recorded" on a CPU."""
     if not GPU:
-        monkeypatch.setattr(recorded_steps, "RecordedGradients", Replayed)
+        monkeypatch.setattr(recorded_gradients, "RecordedGradients", Replayed)
         monkeypatch.setattr(recorded_steps, "reason_against_recording", lambda trainer, model: None)
     monkeypatch.setattr(Replayed, "factor", 1.0)
     monkeypatch.setattr(Replayed, "made", 0)
