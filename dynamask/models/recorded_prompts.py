@@ -56,12 +56,13 @@ class RecordedPrompts:
             )
         if shapes < 1 or shortest < 1:
             raise InvalidInputError(f"shapes and shortest must be at least 1; got {shapes} and {shortest}")
-        self._model, self._shapes, self._shortest = model, shapes, shortest
+        self._model: Any = model
+        self._shapes, self._shortest = shapes, shortest
         self._graphs: OrderedDict[_Kind, _PromptGraph | None] = OrderedDict()  # None: seen once
-        self.reason, self._failed = reason_against(model), False
-        forward = model.forward
+        self.reason, self._failed = reason_against(self._model), False
+        forward = self._model.forward
         self._names = [name for name in inspect.signature(forward).parameters if name != "self"]
-        self._before = model.__dict__.get("forward")
+        self._before = self._model.__dict__.get("forward")
 
         @functools.wraps(forward)
         def read_or_run(*args: Any, **kwargs: Any) -> Any:
@@ -69,7 +70,7 @@ class RecordedPrompts:
             return forward(*args, **kwargs) if output is None else output
 
         self._forward = forward
-        model.forward = read_or_run
+        self._model.forward = read_or_run
 
     def __enter__(self) -> RecordedPrompts:
         return self

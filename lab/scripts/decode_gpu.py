@@ -472,8 +472,8 @@ def prefill(name: str, length: int, budget: int) -> Iterator[dict[str, Any]]:
                 if graph is not None:
                     figures["ms_on_device"] = 1e3 * seconds_of(graph.graph.replay, 3)
             figures["failure"] = None if layers is None else layers.failure
-        error = float((found - expected).norm() / expected.norm())
-        yield row | {"form": form, "ms": 1e3 * taken, "host_ms": 1e3 * host, "error": error} | figures
+        apart = float((found - expected).norm() / expected.norm())
+        yield row | {"form": form, "ms": 1e3 * taken, "host_ms": 1e3 * host, "error": apart} | figures
         free()
 
 

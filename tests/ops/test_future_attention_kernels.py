@@ -53,7 +53,7 @@ def test_head_ratios(heads: int, groups: int) -> None:
     check(batch=2, heads=heads, groups=groups, length=200 if GPU else 36)
 
 
-@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 192, 256] if GPU else [48])
+@pytest.mark.parametrize("dim", [8, 32, 64, 80, 96, 128, 192, 256] if GPU else [48])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float16])
 def test_head_dims_and_dtypes(dim: int, dtype: torch.dtype) -> None:
     check(dim=dim, dtype=dtype, heads=2, length=500 if GPU else 40)

@@ -60,6 +60,7 @@ def test_shapes() -> None:
     check((0, 300), heads=1, batch=1)
     check((0, 0, 300, 300), heads=9, queries=3)
     check((0, 64, 200), heads=2, dim=48, value_dim=20, bias=True)
+    check((0, 64, 200), heads=2, dim=8, value_dim=4, dtype=torch.float16)
     check((0, 1, 2), heads=2, live=None)
     check((0, 10, 150), heads=10, queries=15)  # more rows than a program takes
     check((0, 200, 210), heads=2, live=0.0)

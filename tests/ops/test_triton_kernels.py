@@ -131,6 +131,14 @@ def test_head_dims(dim: int, dtype: torch.dtype) -> None:
     check(dim=dim, length=300 if GPU else 60, dtype=dtype)
 
 
+@pytest.mark.parametrize(("dim", "value_dim"), [slow(8, 8), slow(1, 4), slow(4, 40)])
+@pytest.mark.parametrize("dtype", DTYPES if GPU else [torch.float16])
+def test_heads_narrower_than_a_product_on_tensor_cores(dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    check(dim=dim, value_dim=value_dim, length=300 if GPU else 40, dtype=dtype)
+    if GPU:
+        check(dim=dim, value_dim=value_dim, queries=3, dtype=dtype)
+
+
 @pytest.mark.parametrize(("packed", "padded"), [slow(True, False), slow(False, True), (True, True)])
 def test_packed_padded_and_both(packed: bool, padded: bool) -> None:
     both = {"local": 7, "known": False} if packed and padded else {}

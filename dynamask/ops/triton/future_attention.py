@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynamask.ops.positions import segment_bounds
+from dynamask.ops.triton.inputs import tile_width
 
 LOG2E = 1.4426950408889634
 _NAN = tl.constexpr(0x7FC00000)
@@ -151,7 +152,7 @@ def log_sum_exp_launch(
     groups = key.shape[1]
     tiles = tiles or sum_tiles_of(dim, query.dtype, query.device)
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=query.device)
-    width = max(16, triton.next_power_of_2(dim))
+    width = tile_width(dim)
     items = (triton.cdiv(length, tiles.queries) - first // tiles.queries) * batch * heads
     tma = tiles.tma and _fits_tma(key)
     _log_sum_exp[(items,)](
@@ -197,7 +198,7 @@ def largest_launch(
     tiles = tiles or max_tiles_of(dim, query.dtype, query.device)
     # Weights are not negative, and such floats compare as their bits do.
     largest = torch.zeros(batch, groups, length, dtype=torch.float32, device=query.device)
-    width = max(16, triton.next_power_of_2(dim))
+    width = tile_width(dim)
     tma = tiles.tma and _fits_tma(query)
     items = triton.cdiv(length - local, tiles.keys) * batch * heads
     _largest[(items,)](

@@ -107,7 +107,12 @@ class AttentionInputs(NamedTuple):
         """Arguments that the portable kernels are compiled for: widths of tiles and the products' precision."""
         return {
             **self.constants,
-            "DIM_PAD": triton.next_power_of_2(self.dim),
-            "VALUE_PAD": triton.next_power_of_2(self.value_dim),
+            "DIM_PAD": tile_width(self.dim),
+            "VALUE_PAD": tile_width(self.value_dim),
             "PRECISION": "tf32" if self.narrow else "ieee",
         }
+
+
+def tile_width(dim: int) -> int:
+    """Return the width of tiles of `dim` numbers: a power of two that a product on tensor cores takes."""
+    return max(16, triton.next_power_of_2(dim))

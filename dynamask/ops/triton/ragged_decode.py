@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dynamask.ops.triton.forward import LOG2E
+from dynamask.ops.triton.inputs import tile_width
 from dynamask.ops.triton.tables import device_table
 
 _SLOTS = 64
@@ -99,7 +100,7 @@ def ragged_decode_launch(
         counters = torch.zeros(batch * groups, dtype=torch.int32, device=query.device)
     # Of each split the mean of the values, then the sum of its weights, then its largest logit.
     scratch = torch.empty(batch * splits.total * rows * (value_dim + 2), dtype=torch.float32, device=query.device)
-    value_pad = triton.next_power_of_2(value_dim)
+    value_pad = tile_width(value_dim)
     _decode[(splits.total, batch, triton.cdiv(rows, tile))](
         query,
         keys,
@@ -119,7 +120,7 @@ def ragged_decode_launch(
         ROWS=tile,
         N=_SLOTS,
         DIM=dim,
-        DIM_PAD=triton.next_power_of_2(dim),
+        DIM_PAD=tile_width(dim),
         VALUE_DIM=value_dim,
         VALUE_PAD=value_pad,
         HAS_LIVE=live is not None,
