@@ -50,14 +50,10 @@ class RecordedPrompts:
     """
 
     def __init__(self, model: Any, *, shapes: int = 1, shortest: int = 256) -> None:
-        if not isinstance(model, OwnCacheGeneration):
-            raise InvalidInputError(
-                f"recorded_prompts takes a dynamask or converted causal LM; got {type(model).__name__}"
-            )
+        _check_model(model)
         if shapes < 1 or shortest < 1:
             raise InvalidInputError(f"shapes and shortest must be at least 1; got {shapes} and {shortest}")
-        self._model: Any = model
-        self._shapes, self._shortest = shapes, shortest
+        self._model, self._shapes, self._shortest = model, shapes, shortest
         self._graphs: OrderedDict[_Kind, _PromptGraph | None] = OrderedDict()  # None: seen once
         self.reason, self._failed = reason_against(self._model), False
         forward = self._model.forward
@@ -192,6 +188,11 @@ def recorded_prompts(model: Any, *, shapes: int = 1, shortest: int = 256) -> Rec
         model.generate(prompt, max_new_tokens=64)
     """
     return RecordedPrompts(model, shapes=shapes, shortest=shortest)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, OwnCacheGeneration):
+        raise InvalidInputError(f"recorded_prompts takes a dynamask or converted causal LM; got {type(model).__name__}")
 
 
 def _on_gpu(tensor: Tensor) -> bool:
