@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dynamask.errors import InvalidInputError
-from dynamask_lab.studies import MQAR, Record
+from dynamask_lab.studies import MQAR, Record, run_key
 from dynamask_lab.studies.mqar.data import mqar_examples
 from dynamask_lab.studies.mqar.study import (
     LEARNING_RATES,
@@ -105,7 +105,7 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
         sharp = "from dense, ranked by attention^4"
         forms = {"dma", "dma, paper", "dma, ranked by attention", f"dma, {sharp}", f"dma, uneven windows, {sharp}"}
         forms.add("swa, uneven windows")
-        if size not in ("probe", "published", "decide"):
+        if size not in ("probe", "published", "decide", "widths", "patient"):
             assert {mixer_name(config) for config in configs} == {"mha", "mla", "swa", "nsa", *forms}
         assert len({json.dumps(config) for config in configs}) == len(configs)
         for config in configs:
@@ -119,6 +119,9 @@ def test_the_named_sweeps_are_the_published_ones() -> None:
     assert {pairs for _, pairs, _ in published[0]["test"]} == {512}
     assert {config["window"] for config in published} == {None, 512}
     assert {config["width"] for config in published} == {32, 64, 128, 256}
+    keys = {run_key("mqar", config) for config in published}
+    assert all(run_key("mqar", config) in keys for config in MQAR.configs("widths"))
+    assert {config["epochs"] for config in MQAR.configs("patient")} == {16}
     paper = MQAR.configs("paper")
     assert {config["width"] for config in paper} == {64, 128, 256, 512}
     assert [4096, 256, 20_000] in paper[0]["train"]

@@ -29,6 +29,8 @@ RIVALS = ("mha", "swa", "mla", "nsa")
 _SINKS = "swa, sinks"
 """Stands for sliding windows where it ran instead of them; for a form that starts dense, with the same start."""
 _FROM_DENSE = ", from dense"
+_EPOCHS = 8
+"""Of most sweeps."""
 
 
 @reports("mqar")
@@ -58,7 +60,8 @@ def report_mqar(records: Sequence[Record], folder: Path) -> Section:
     findings = [
         finding
         for form in (*MQAR, *MQAR_PUBLISHED)
-        for finding in (_recall(form, found), _goal(form, found), _efficiency(form, found))
+        for ours in _own(form, found)
+        for finding in (_recall(form, ours, found), _goal(form, ours, found), _efficiency(form, ours, found))
         if finding is not None
     ]
     return Section(
@@ -94,43 +97,48 @@ def _row(best: BestRuns) -> Row:
     return cells | {"rate": f"{best.rate:.1e} of {rates}"} | ({"ms/step": f"{1e3 * step:.1f}"} if alone else {})
 
 
-def _rivals(form: Judged, found: Sequence[BestRuns]) -> tuple[BestRuns, list[BestRuns]] | None:
-    """The form where most seeds of it ran (of several widths the greatest), and the rivals of that width and window
-    that ran the same rates and seeds."""
+def _own(form: Judged, found: Sequence[BestRuns]) -> list[BestRuns]:
+    """The form at every width, at the window of the first: where most seeds of it ran, of those the greatest width."""
     own = [best for best in found if best.mixer == form.name]
-    if not own:
-        return None
-    ours = max(own, key=lambda best: (len({seed for _, seed in best.tried}), best.width))
+    own.sort(key=lambda best: (len({seed for _, seed in best.tried}), best.width), reverse=True)
+    return [best for best in own if best.window == own[0].window]
+
+
+def _rivals(ours: BestRuns, found: Sequence[BestRuns]) -> list[BestRuns]:
+    """The rivals of a form's width and window that ran the same rates, and enough of its seeds for an interval."""
     alike = [
         best
         for best in found
-        if best.width == ours.width and best.window in (0, ours.window) and best.tried == ours.tried
+        if best.width == ours.width and best.window in (0, ours.window) and _comparable(ours, best)
     ]
-    own_start = form.name.endswith(_FROM_DENSE) and any(best.mixer == _SINKS + _FROM_DENSE for best in alike)
+    own_start = ours.mixer.endswith(_FROM_DENSE) and any(best.mixer == _SINKS + _FROM_DENSE for best in alike)
     sinks = _SINKS + _FROM_DENSE if own_start else _SINKS
-    return ours, [best for best in alike if best.mixer in (*RIVALS, sinks) and best.mixer != form.name]
+    return [best for best in alike if best.mixer in (*RIVALS, sinks) and best.mixer != ours.mixer]
+
+
+def _comparable(ours: BestRuns, rival: BestRuns) -> bool:
+    rates, seeds = ({place[i] for place in ours.tried} for i in (0, 1))
+    both = seeds & {seed for _, seed in rival.tried}
+    return rates == {rate for rate, _ in rival.tried} and len(both) >= min(2, len(seeds))
 
 
 def _setting(ours: BestRuns) -> Row:
     config = ours.runs[0].config
-    longest = max(length for length, *_ in config["test"])
+    longest, epochs = max(length for length, *_ in config["test"]), config["epochs"]
     return {
         "w/N": share(ours.window, longest),
-        "size": f"width {ours.width}",
+        "size": f"width {ours.width}" + ("" if epochs == _EPOCHS else f", {epochs} epochs"),
         "seeds": str(len(ours.runs)),
         "pairs": f"{100 * share_of_pairs({**config, 'length': longest}):.0f}% at {longest} tokens",
     }
 
 
-def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
+def _recall(form: Judged, ours: BestRuns, found: Sequence[BestRuns]) -> Finding:
     """The form's accuracy against every rival's, seed by seed, which share their data.
 
     Training stops at 99 % accuracy, so two that reached it are equal.
     """
-    pair = _rivals(form, found)
-    if pair is None:
-        return None
-    ours, rivals = pair
+    rivals = _rivals(ours, found)
     told, verdicts, difference = [], [], ""
     for rival in rivals:
         done = min(ours.accuracy, rival.accuracy) >= 0.99
@@ -153,14 +161,10 @@ def _recall(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
     return Finding("recall", form.name, measured, verdict, keys, form.role, _setting(ours), interest, difference)
 
 
-def _goal(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
+def _goal(form: Judged, ours: BestRuns, found: Sequence[BestRuns]) -> Finding | None:
     """A form with learned ranks against dense attention, which it should be no worse than."""
-    pair = _rivals(form, found)
-    if pair is None or form.role != "best" or "learned" not in form.name:
-        return None
-    ours, rivals = pair
-    dense = next((best for best in rivals if best.mixer == "mha"), None)
-    if dense is None:
+    dense = next((best for best in _rivals(ours, found) if best.mixer == "mha"), None)
+    if dense is None or form.role != "best" or "learned" not in form.name:
         return None
     gain = _above(ours, dense)
     if min(ours.accuracy, dense.accuracy) >= 0.99:
@@ -177,12 +181,9 @@ def _above(ours: BestRuns, rival: BestRuns) -> Interval:
     return paired_difference(*errors)
 
 
-def _efficiency(form: Judged, found: Sequence[BestRuns]) -> Finding | None:
+def _efficiency(form: Judged, ours: BestRuns, found: Sequence[BestRuns]) -> Finding:
     """Seconds per step against every rival's, where every run had one and the same device to itself."""
-    pair = _rivals(form, found)
-    if pair is None:
-        return None
-    ours, rivals = pair
+    rivals = _rivals(ours, found)
     runs = [run for best in (ours, *rivals) for run in best.runs]
     keys = [run.key for run in runs]
 
