@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from dynamask.convert.attention import Projected, call_facts
 from dynamask.convert.learn_ranks import run_decoder
-from dynamask.convert.models import check_converted, set_slopes, set_windows
+from dynamask.convert.measured_rules import Rules, measured_divergences
+from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, checked_block
 from dynamask.convert.window_errors import candidate_windows, cheapest_slopes, cheapest_windows, window_errors
 from dynamask.errors import InvalidInputError
@@ -24,6 +25,11 @@ METHODS = ("loss", "threshold")
 
 SLOPES = tuple(steps / 8192 for steps in (0, 1, 2, 4, 6, 8, 12, 16, 32, 128, 8192))
 """Slopes that method "loss" tries, in nats per token: from none to the newest keys alone."""
+
+_LIMITS = (math.inf, 16 / 8192, 4 / 8192, 0.0)
+"""Highest slopes of the alternatives that are measured."""
+
+_MEASURED_BLOCKS = 4
 
 
 def allocate_windows(
@@ -42,7 +48,9 @@ def allocate_windows(
     (`dynamask.convert.window_errors`), for windows of many sizes and several slopes, and gives the budget to where it
     saves most. The slope of a head is how much its ranks rise per token, so that keys lose against newer ones as they
     age (`dynamask.mixers.rank_predictor.sloped_ranks`). It takes a backward pass of the model over each batch of
-    blocks, and its memory: few blocks in a batch need less.
+    blocks, and its memory: few blocks in a batch need less. The estimate adds up heads that act together, and a steep
+    slope gives up most of what a head chose. So the divergence is then measured on the first blocks, with the chosen
+    slopes, with none above a few low limits, and without slopes, each in windows of their own: the lowest is kept.
 
     Method "threshold" needs no gradients. Ranks of all heads and layers predict one quantity, the largest attention
     that a key gets later. One threshold on it, over all heads, says how many keys each head needs at the end of a
@@ -91,21 +99,48 @@ def allocate_windows(
         candidates = candidate_windows(max(least, 1), context)
         tried = [slope_on_grid(slope) for slope in slopes]
         errors = _errors(model, batches, candidates, tried, progress)
-        wanted = cheapest_windows(errors.amin(1), candidates, window * heads_in_all)
-        spare = exact_sum(wanted - least, (window - least) * heads_in_all, context - least)
-        chosen = [least + n for n in spare]
-        steep = [tried[index] for index in cheapest_slopes(errors, candidates, chosen)]
+        rules = _alternatives(errors, candidates, tried, window)
+        if len(rules) > 1:
+            rules = [_least_divergent(model, batches[:_MEASURED_BLOCKS], rules)]
+        chosen, steep = list(rules[0].windows), list(rules[0].slopes)
     else:
         ranks = _ranks(model, batches, progress)
         chosen = [least + n for n in counts_above_threshold(ranks, window - least)]
-    windows: list[Any] = [None if entry is None else list(entry) for entry in config.head_windows]
-    rising: list[list[float] | None] = [None] * len(windows)
-    for number, layer in enumerate(layers):
-        part = slice(number * groups, (number + 1) * groups)
-        windows[layer], rising[layer] = chosen[part], steep[part]
-    set_windows(model, windows)
-    set_slopes(model, rising)
-    return windows
+    Rules(tuple(chosen), tuple(steep)).set(model)
+    return [None if entry is None else list(entry) for entry in config.head_windows]
+
+
+def _alternatives(errors: Tensor, candidates: list[int], slopes: list[float], window: int) -> list[Rules]:
+    """Choose windows and slopes by their errors (heads, slopes, candidates), below one limit of slopes after another.
+
+    The first are those without a limit. Equal ones are left out.
+    """
+    heads, least = errors.shape[0], candidates[0]
+    found: dict[Rules, None] = {}
+    for limit in _LIMITS:
+        kept = [index for index, slope in enumerate(slopes) if slope <= limit]
+        if not kept:
+            continue
+        part = errors[:, kept]
+        wanted = cheapest_windows(part.amin(1), candidates, window * heads)
+        spare = exact_sum(wanted - least, (window - least) * heads, candidates[-1] - least)
+        windows = tuple(least + number for number in spare)
+        steep = tuple(slopes[kept[index]] for index in cheapest_slopes(part, candidates, windows))
+        found.setdefault(Rules(windows, steep))
+    return list(found)
+
+
+def _least_divergent(model: Any, batches: list[Tensor], rules: list[Rules]) -> Rules:
+    """Return the rules with the lowest measured divergence, the first of equal ones."""
+    training = model.training
+    config, before = model.config, (model.config.windows, model.config.slopes)
+    model.eval()
+    try:
+        found = measured_divergences(model, batches, rules).mean(0)
+    finally:
+        config.windows, config.slopes = before
+        model.train(training)
+    return rules[int(found.argmin())]
 
 
 def _errors(

@@ -32,13 +32,24 @@ class CalibrationBlocks:
         repeat_share: share of the blocks whose second half is a copy of their first half, 0 to 1. They are spread
             evenly: with 0.5 every other block is one.
         seed: of the order of the blocks and of where the stream is cut.
+        opening: token ids that every block begins with, in place of its first tokens: those that the tokenizer puts
+            before a text. A model that was trained with a token of beginning has its attention sink there.
 
     Raises:
         InvalidInputError: fewer tokens than one block holds, token ids that are not a vector of integers, or a number
             out of its range.
     """
 
-    def __init__(self, tokens: Any, block: int, *, batch: int = 1, repeat_share: float = 0.5, seed: int = 0) -> None:
+    def __init__(
+        self,
+        tokens: Any,
+        block: int,
+        *,
+        batch: int = 1,
+        repeat_share: float = 0.5,
+        seed: int = 0,
+        opening: Sequence[int] = (),
+    ) -> None:
         self.tokens = _vector(tokens)
         if block < 2 or batch < 1:
             raise InvalidInputError(f"block must be at least 2 and batch at least 1; got {block} and {batch}")
@@ -50,6 +61,7 @@ class CalibrationBlocks:
                 "smaller block"
             )
         self.block, self.batch, self.repeat_share, self.seed = block, batch, repeat_share, seed
+        self.opening = torch.tensor(list(opening)[:block], dtype=torch.long)
         self._blocks = len(self.tokens) // block
 
     def __len__(self) -> int:
@@ -70,8 +82,13 @@ class CalibrationBlocks:
             yield self._stack(range(step * self.batch, (step + 1) * self.batch))
             step += 1
 
+    def opened(self, batch: Tensor) -> Tensor:
+        """Write the opening into each block of a batch (B, N), in place."""
+        batch[:, : len(self.opening)] = self.opening.to(batch)
+        return batch
+
     def _stack(self, indices: range) -> Tensor:
-        return torch.from_numpy(np.stack([self._cut(index) for index in indices]))
+        return self.opened(torch.from_numpy(np.stack([self._cut(index) for index in indices])))
 
     def _cut(self, index: int) -> np.ndarray:
         """The block of that index: blocks are counted on from pass to pass."""
@@ -102,8 +119,9 @@ def calibration_blocks(
 
     Args:
         source: texts, or the token ids (T,) of texts that stand end to end. Texts are joined by the tokenizer's
-            end-of-text token, where it has one, and begin with the special tokens that it puts before a text.
-        tokenizer: a transformers tokenizer; needed for texts only.
+            end-of-text token, where it has one, and begin with the special tokens that it puts before a text, as every
+            block does.
+        tokenizer: a transformers tokenizer; needed for texts. With one, blocks of token ids begin as it begins a text.
         block: tokens of a block.
         batch: blocks of a batch.
         repeat_share: share of the blocks whose second half repeats their first half.
@@ -124,7 +142,8 @@ def calibration_blocks(
         raise InvalidInputError("texts need a tokenizer: give the model's, or give token ids instead of texts")
     else:
         tokens = _encode(source, tokenizer, max_tokens)
-    return CalibrationBlocks(tokens, block, batch=batch, repeat_share=repeat_share, seed=seed)
+    opening = [] if tokenizer is None else opening_tokens(tokenizer, "a")
+    return CalibrationBlocks(tokens, block, batch=batch, repeat_share=repeat_share, seed=seed, opening=opening)
 
 
 def _are_numbers(source: Sequence[Any]) -> bool:

@@ -26,6 +26,7 @@ from dynamask.convert.progress import Report
 from dynamask.convert.report import ConversionReport, Figures, figures_from, measure, plain_card
 from dynamask.convert.upcycle import upcycle
 from dynamask.data import documents
+from dynamask.data.tokenizer import opening_tokens
 from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
 from dynamask.lock import locked
@@ -146,7 +147,8 @@ def _calibration(
     settings: Conversion, tokens: Any, tokenizer: Any, block: int, batch: int, seed: int
 ) -> CalibrationBlocks | PlantedFacts:
     share = 0.5 if settings.calibration == "repeats" else 0.0
-    blocks = CalibrationBlocks(tokens, block, batch=batch, repeat_share=share, seed=seed)
+    opening = opening_tokens(tokenizer, "a")
+    blocks = CalibrationBlocks(tokens, block, batch=batch, repeat_share=share, seed=seed, opening=opening)
     if settings.calibration != "facts":
         return blocks
     return PlantedFacts(blocks, tokenizer, facts=max(1, min(12, block // (2 * LEAST_ROOM))))
@@ -374,7 +376,10 @@ def _tokens(settings: Conversion, tokenizer: Any, block: int, say: Say) -> tuple
         np.save(partial, tokens)
         os.replace(partial, file)
     count = max(1, min(_HELD_OUT_BLOCKS, len(tokens) // block // 8))
-    held_out = torch.from_numpy(np.asarray(tokens[len(tokens) - count * block :], dtype=np.int64)).view(count, block)
+    last = np.array(tokens[len(tokens) - count * block :], dtype=np.int64)
+    held_out = torch.from_numpy(last).view(count, block)
+    opening = torch.tensor(opening_tokens(tokenizer, "a"), dtype=torch.long)
+    held_out[:, : len(opening)] = opening  # a model that was trained with it has its attention sink there
     return tokens[: len(tokens) - count * block], held_out
 
 

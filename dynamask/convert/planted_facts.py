@@ -59,12 +59,16 @@ class PlantedFacts:
     def __iter__(self) -> Iterator[Tensor]:
         """Yield int64 (<= batch, block): every block of the texts once."""
         for step, batch in enumerate(self.blocks):
-            yield plant_facts(batch, self.tokenizer, seed=self.blocks.seed, step=step, facts=self.facts)
+            yield self._planted(batch, step)
 
     def from_step(self, step: int = 0) -> Iterator[Tensor]:
         """Yield int64 (batch, block) without end, beginning with the batch of that step."""
         for number, batch in enumerate(self.blocks.from_step(step), step):
-            yield plant_facts(batch, self.tokenizer, seed=self.blocks.seed, step=number, facts=self.facts)
+            yield self._planted(batch, number)
+
+    def _planted(self, batch: Tensor, step: int) -> Tensor:
+        made = plant_facts(batch, self.tokenizer, seed=self.blocks.seed, step=step, facts=self.facts)
+        return self.blocks.opened(made)  # a fact may have been written over it
 
 
 def plant_facts(batch: Tensor, tokenizer: Any, *, seed: int = 0, step: int = 0, facts: int = 12) -> Tensor:

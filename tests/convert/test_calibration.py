@@ -72,6 +72,14 @@ def test_texts_begin_as_the_tokenizer_begins_them() -> None:
     assert next(iter(blocks)).tolist() == [[1, 97, 98, 99, 0, 1, 100, 101, 0]]
 
 
+def test_every_block_begins_as_the_tokenizer_begins_a_text() -> None:
+    blocks = calibration_blocks(["abcdefgh"], OpeningTokenizer(), block=5, repeat_share=0.5)
+    assert [block.tolist() for block in islice(blocks.from_step(), 20) if block[0, 0] != 1] == []
+    assert CalibrationBlocks(np.arange(9), 4, opening=[7, 8]).opened(torch.zeros(1, 4).long()).tolist() == [
+        [7, 8, 0, 0]
+    ]
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="4 tokens, fewer than one block of 8"):
         calibration_blocks(["abc"], CharacterTokenizer(), block=8)
