@@ -40,6 +40,7 @@ go() { # study, size, workers, runs to leave out, runs, from, to: one sweep, in 
     esac
     # Whatever was prepared meanwhile: the GPU belongs to others until then.
     while ((SECONDS < from)); do sleep 1; done
+    ((to - SECONDS > 20)) || return 0
     case $1 in
     scratch)
         python3 lab/scripts/scratch_gpu.py --corpora corpora --more ./*.jsonl.xz --characters 150e6 --state state \
@@ -63,7 +64,7 @@ go() { # study, size, workers, runs to leave out, runs, from, to: one sweep, in 
     *)
         known=(lab/results/"$1"*.jsonl)
         [ "$1" = reading ] && known=() # lines of another build do not stand for those of this one
-        python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$O/$1-$2.jsonl" --seconds "$((to - SECONDS))" \
+        timeout $((to - SECONDS + 20)) python3 lab/scripts/sweep_gpu.py "$1" "$2" --out "$O/$1-$2.jsonl" --seconds "$((to - SECONDS))" \
             --workers "$3" --skip "$4" --count "$5" --known "${known[@]}"
         ;;
     esac

@@ -214,7 +214,8 @@ def _run(settings: MqarConfig, progress: Progress) -> dict[str, Any]:
             loss = F.cross_entropy(logits.flatten(0, 1), answers.flatten())
             return loss if aux_loss is None else loss + AUXILIARY_WEIGHT * aux_loss
 
-    gradients = ReplayedGradients(model, loss_of)
+    own = settings.attention == "mha" or settings.ranking == "learned" or bool(settings.sinks)
+    gradients = ReplayedGradients(model, loss_of, record=own)  # those of 0.1 were never recorded
     for epoch in range(settings.epochs):
         model.train()
         total = torch.zeros((), device=device)
