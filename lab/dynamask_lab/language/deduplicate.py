@@ -60,13 +60,20 @@ class Deduplicator:
 
     def is_new(self, text: str) -> bool:
         """Whether nothing like the text was given before; if so it is remembered."""
+        return self.admits(*self.look(text))
+
+    def look(self, text: str) -> tuple[bytes, np.ndarray]:
+        """What a text is compared by: a digest of its words, and its signature. Other processes may compute it."""
         words = _WORD.findall(text)
         digest = hashlib.blake2b(" ".join(words).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        return digest, self.signature(words)
+
+    def admits(self, digest: bytes, signature: np.ndarray) -> bool:
+        """Whether nothing like the text of these (see `look`) was given before; if so it is remembered."""
         if digest in self._texts:
             self.exact += 1
             return False
         self._texts.add(digest)
-        signature = self.signature(words)
         keys = [signature[i * self.rows : (i + 1) * self.rows].tobytes() for i in range(self.bands)]
         candidates = {table[key] for table, key in zip(self._bands, keys, strict=True) if key in table}
         if any(np.mean(signature == self._signatures[other]) >= self.threshold for other in candidates):

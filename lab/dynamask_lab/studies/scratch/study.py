@@ -54,6 +54,14 @@ attention's pairs) is the form that is judged. It is to lie at most 0.01 nats ab
 and `sliding + sinks, one wide layer`. `learned, slopes, one wide layer` is judged by the same rule. Against `dense,
 slopes` the difference says what an eighth of the pairs costs once logits have slopes. Even `sliding + sinks` and `mla`
 lose far more at 4M, so they run last or not at all.
+
+Size `20M-tables`, named before its runs, every form at half its rate, 20 fresh tokens a parameter: the judged form is
+`scored, one wide layer` (12.1% of dense attention's pairs). It is to lie at most 0.01 nats above `dense`, and below
+`sliding + sinks, one wide layer`, the newest keys in the same windows, which is judged against `dense` by the same
+rule. The smallest difference of interest is 0.02 nats. Other forms of that size run only where time is left.
+
+Size `10M-more`, named before its runs: seeds 3 to 5 of `scored, one wide layer` and of `sliding + sinks, one wide
+layer` of `10M-tables`, whose difference three seeds left undecided. All six seeds are judged together, once.
 """
 
 from __future__ import annotations
@@ -395,8 +403,16 @@ def _reading(seeds: Sequence[int]) -> list[Config]:
     return _runs(made, "1M", length, seeds, corpus="long", by_last_use=True)
 
 
-def _judged(shape: str, made: Mapping[str, Config], tokens: float, **more: Any) -> list[Config]:
-    return _runs(made, shape, 4096, (0, 1, 2), tokens_per_parameter=tokens, batch_tokens=32_768, **more)
+def _judged(
+    shape: str, made: Mapping[str, Config], tokens: float, seeds: Sequence[int] = (0, 1, 2), **more: Any
+) -> list[Config]:
+    return _runs(made, shape, 4096, seeds, tokens_per_parameter=tokens, batch_tokens=32_768, **more)
+
+
+def _one_wide(length: int, groups: int) -> dict[str, Config]:
+    """Of `larger` the form that is judged and the newest keys in its windows."""
+    made = larger(length, groups)
+    return {name: form for name, form in made.items() if name.startswith(("scored", "sliding")) and "wide" in name}
 
 
 SIZES = {
@@ -411,6 +427,7 @@ SIZES = {
     # On a corpus of carried tables alone, the same on every machine: runs of several days pair.
     "4M-tables": lambda: _judged("4M", tables(4096), 10.0, corpus="tables"),
     "10M-tables": lambda: _judged("10M", larger(4096, 3), 20.0, corpus="tables"),
+    "10M-more": lambda: _judged("10M", _one_wide(4096, 3), 20.0, (3, 4, 5), corpus="tables"),
     "20M-tables": lambda: _judged("20M-wide", larger(4096, 4), 20.0, corpus="tables-400M"),
     "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
     "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
