@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dynamask.convert.attention import call_facts
-from dynamask.convert.chunked_kl import chunked_kl
 from dynamask.convert.compiled_layers import check_compilable, compiled_layers, is_compilable
-from dynamask.convert.learn_ranks import run_decoder
+from dynamask.convert.distillation_loss import distillation_losses
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, check_training, load_state, save_state, token_blocks
 from dynamask.convert.recorded_step import RecordedStep
+from dynamask.convert.teacher import check_teacher, separate_teacher
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.rank_loss import RankLosses
-from dynamask.training.loss import output_head
 from dynamask.training.optimizer import adamw
 from dynamask.training.recorded_gradients import clear_gradients, free_recordings
 from dynamask.training.schedule import learning_rate_share
@@ -116,6 +111,99 @@ def distill(
     """
     check_converted(model, "distill")
     steps = check_training("distill", steps, learning_rate=learning_rate, temperature=temperature)
+    _check_numbers(rank_learning_rate, chunk, label_share, beginning_share, average_share, start_windows, shrink_share)
+    if train_embeddings is None:
+        train_embeddings = label_share > 0
+    recordable = start_windows == 1 and not gradient_checkpointing and _on_one_gpu(model)
+    if recorded and not recordable:
+        raise InvalidInputError(
+            "distill: recorded=True needs a model on one GPU, start_windows=1 and gradient_checkpointing=False; got a "
+            f"model on {next(model.parameters()).device}, {start_windows} and {gradient_checkpointing}"
+        )
+    check_teacher(model, teacher)
+    checkpoint = None if checkpoint is None else Path(checkpoint)
+    teacher = separate_teacher(model, teacher)
+    student: Any = model
+    identity = {
+        "stage": "distill",
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "label_share": label_share,
+        "beginning_share": beginning_share,
+        "train_embeddings": train_embeddings,
+        "average_share": average_share,
+        "start_windows": start_windows,
+        "shrink_share": shrink_share,
+    }
+    state = load_state(checkpoint, identity)
+    device = next(student.parameters()).device
+    if compiled is None:
+        compiled = device.type == "cuda" and steps >= _WORTH_COMPILING
+    elif compiled:
+        check_compilable(teacher)
+    learns_ranks = rank_learning_rate > 0
+    losses_of = functools.partial(
+        distillation_losses,
+        student,
+        teacher,
+        temperature=temperature,
+        chunk=chunk,
+        ranks=learns_ranks,
+        label_share=label_share,
+        beginning_share=beginning_share,
+    )
+    windows = student.config.windows
+    with ExitStack() as running:
+        for each in (student, teacher):
+            if compiled and is_compilable(each):
+                running.callback(compiled_layers(each).remove)
+        running.enter_context(_trainable(student, learns_ranks, train_embeddings, gradient_checkpointing))
+        optimizer = adamw(
+            student, learning_rate=learning_rate, weight_decay=0.0, rank_rate=rank_learning_rate / learning_rate
+        )
+        mean = _Mean(p for p in student.parameters() if p.requires_grad)
+        run = _Run(student, optimizer, mean, identity, steps, checkpoint, save_every, progress)
+        start = run.resume(state)
+        warmup = min(20, steps // 20) if warmup is None else warmup
+        rates = [group["lr"] for group in adamw_rates(optimizer, learning_rate)]
+        recording: RecordedStep | None = None
+        source = token_blocks(blocks, start, "distill", model.config.vocab_size)
+        for step in range(start, steps):
+            tokens = next(source).to(device, non_blocking=True)
+            if start_windows > 1:
+                _widen_windows(student, windows, start_windows, step / (steps * shrink_share), tokens.shape[1])
+            now = learning_rate_share("cosine", step, steps, warmup)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * now
+            if step == start and (recordable and compiled if recorded is None else recorded):
+                recording = _recording(student, losses_of, tokens, wanted=bool(recorded))
+            if recording is not None and recording.serves(tokens):
+                loss = recording(tokens)
+            else:
+                loss, ranks = losses_of(tokens)
+                (loss if ranks is None else loss + ranks).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step >= steps - round(average_share * steps):
+                mean.add()
+            run.took(step, loss.detach(), tokens.numel())
+        mean.put()
+    if learns_ranks:
+        student.config.trained_ranks = True
+    return run.history.tolist()  # type: ignore[no-any-return]
+
+
+def _check_numbers(
+    rank_learning_rate: float,
+    chunk: int,
+    label_share: float,
+    beginning_share: float,
+    average_share: float,
+    start_windows: float,
+    shrink_share: float,
+) -> None:
+    """Raise `InvalidInputError` for an option of `distill` out of its range."""
     if not 0 <= rank_learning_rate < math.inf or chunk < 1:
         raise InvalidInputError(
             "distill: rank_learning_rate must be a finite number of at least 0, chunk at least 1; got "
@@ -131,119 +219,28 @@ def distill(
             "distill: beginning_share and average_share must be at least 0 and below 1; "
             f"got {beginning_share} and {average_share}"
         )
-    if train_embeddings is None:
-        train_embeddings = label_share > 0
-    recordable = start_windows == 1 and not gradient_checkpointing and _on_one_gpu(model)
-    if recorded and not recordable:
-        raise InvalidInputError(
-            "distill: recorded=True needs a model on one GPU, start_windows=1 and gradient_checkpointing=False; got a "
-            f"model on {next(model.parameters()).device}, {start_windows} and {gradient_checkpointing}"
-        )
-    check_teacher(model, teacher)
-    checkpoint = None if checkpoint is None else Path(checkpoint)
-    teacher = separate_teacher(model, teacher)
-    student: Any = model
-    config = student.config
-    training, wanted_grad = student.training, [parameter.requires_grad for parameter in student.parameters()]
-    dtypes = [tensor.dtype for tensor in student.parameters()]
-    checkpointed = bool(getattr(student, "is_gradient_checkpointing", False))
-    identity = {
-        "stage": "distill",
-        "steps": steps,
-        "learning_rate": learning_rate,
-        "label_share": label_share,
-        "beginning_share": beginning_share,
-        "train_embeddings": train_embeddings,
-        "average_share": average_share,
-        "start_windows": start_windows,
-        "shrink_share": shrink_share,
-    }
+
+
+@contextmanager
+def _trainable(student: Any, ranks: bool, embeddings: bool, gradient_checkpointing: bool) -> Iterator[None]:
+    """Make a model trainable in float32 with what learns; put back its dtypes, flags, windows and mode afterwards."""
+    config, training = student.config, student.training
     windows = config.windows
-    state = load_state(checkpoint, identity)
-    device = next(student.parameters()).device
-    served = [each for each in (student, teacher) if is_compilable(each)]
-    if compiled is None:
-        compiled = device.type == "cuda" and steps >= _WORTH_COMPILING
-    elif compiled:
-        check_compilable(teacher)
-    wanted_recording = recordable and compiled if recorded is None else recorded
-    layers = [compiled_layers(each) for each in served] if compiled else []
+    wanted_grad = [parameter.requires_grad for parameter in student.parameters()]
+    dtypes = [parameter.dtype for parameter in student.parameters()]
+    checkpointed = bool(getattr(student, "is_gradient_checkpointing", False))
     try:
         _widen(student)
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(rank_learning_rate > 0 or "rank_predictor" not in name)
-        if not train_embeddings:
+            parameter.requires_grad_(ranks or "rank_predictor" not in name)
+        if not embeddings:
             for module in (student.get_input_embeddings(), student.get_output_embeddings()):
                 module.requires_grad_(False)
         if gradient_checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": False})
         student.train()
-        share = rank_learning_rate / learning_rate
-        optimizer = adamw(student, learning_rate=learning_rate, weight_decay=0.0, rank_rate=share)
-        start, history = 0, torch.zeros(steps)
-        mean = _Mean(p for p in student.parameters() if p.requires_grad)
-        if state is not None:
-            student.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            start, history = state["step"], state["losses"]
-            mean.load(state["mean"])
-        warmup = min(20, steps // 20) if warmup is None else warmup
-        rates = [group["lr"] for group in adamw_rates(optimizer, learning_rate)]
-        clock, saved = Clock("distill", steps, start), time.perf_counter()
-        losses: list[Tensor] = []
-        losses_of = functools.partial(
-            distillation_losses,
-            student,
-            teacher,
-            temperature=temperature,
-            chunk=chunk,
-            ranks=rank_learning_rate > 0,
-            label_share=label_share,
-            beginning_share=beginning_share,
-        )
-        recording: RecordedStep | None = None
-        source = token_blocks(blocks, start, "distill", model.config.vocab_size)
-        for step in range(start, steps):
-            tokens = next(source).to(device, non_blocking=True)
-            if start_windows > 1:
-                _widen_windows(student, windows, start_windows, step / (steps * shrink_share), tokens.shape[1])
-            now = learning_rate_share("cosine", step, steps, warmup)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * now
-            if wanted_recording and step == start:
-                recording = _recording(student, losses_of, tokens, wanted=bool(recorded))
-            if recording is not None and recording.serves(tokens):
-                loss = recording(tokens)
-            else:
-                loss, ranks = losses_of(tokens)
-                (loss if ranks is None else loss + ranks).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step >= steps - round(average_share * steps):
-                mean.add()
-            losses.append(loss.detach())
-            clock.tokens += tokens.numel()
-            last = step + 1 == steps
-            if last or step == start or (step + 1) % _REPORT_EVERY == 0:
-                history[step + 1 - len(losses) : step + 1] = torch.stack(losses).cpu()
-                losses.clear()
-                if not math.isfinite(float(history[step])):
-                    raise InvalidInputError(
-                        f"distill: the {'loss' if label_share else 'divergence'} is {float(history[step])} at step "
-                        f"{step + 1}: the student or the teacher computes NaN or infinity. Check both on this text, or "
-                        "lower learning_rate"
-                    )
-                if progress is not None:
-                    progress(clock.progress(step + 1, float(history[step])))
-                if checkpoint is not None and (last or time.perf_counter() - saved > save_every):
-                    weights = {"model": student.state_dict(), "optimizer": optimizer.state_dict(), "mean": mean.state()}
-                    save_state({"identity": identity, "step": step + 1, "losses": history, **weights}, checkpoint)
-                    saved = time.perf_counter()
-        mean.put()
+        yield
     finally:
-        for each in layers:
-            each.remove()
         config.windows = windows
         if gradient_checkpointing and not checkpointed:
             student.gradient_checkpointing_disable()
@@ -252,9 +249,77 @@ def distill(
             parameter.requires_grad_(wanted)
             parameter.grad = None
         student.train(training)
-    if rank_learning_rate > 0:
-        config.trained_ranks = True
-    return history.tolist()  # type: ignore[no-any-return]
+
+
+class _Run:
+    """What a training has done so far: its losses, its reports and its checkpoints.
+
+    Args:
+        student, optimizer, mean: what is saved.
+        identity: of the training; a checkpoint of another one is refused.
+        steps: of the training.
+        checkpoint: file, or None.
+        save_every: seconds between two writes.
+        progress: called every few steps, or None.
+
+    Attributes:
+        history: the loss of every step.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        optimizer: torch.optim.Optimizer,
+        mean: _Mean,
+        identity: dict[str, Any],
+        steps: int,
+        checkpoint: Path | None,
+        save_every: float,
+        progress: Report | None,
+    ) -> None:
+        self._student, self._optimizer, self._mean, self._identity = student, optimizer, mean, identity
+        self._steps, self._checkpoint, self._save_every, self._progress = steps, checkpoint, save_every, progress
+        self.history = torch.zeros(steps)
+        self._losses: list[Tensor] = []  # on the device: each look at one waits for it
+
+    def resume(self, state: dict[str, Any] | None) -> int:
+        """Continue from what a checkpoint holds, or begin; return the first step."""
+        self._start = 0
+        if state is not None:
+            self._student.load_state_dict(state["model"])
+            self._optimizer.load_state_dict(state["optimizer"])
+            self._start, self.history = state["step"], state["losses"]
+            self._mean.load(state["mean"])
+        self._clock, self._saved = Clock("distill", self._steps, self._start), time.perf_counter()
+        return self._start
+
+    def took(self, step: int, loss: Tensor, tokens: int) -> None:
+        """Take in the loss of a step; every few steps look at it, report and save.
+
+        Raises:
+            InvalidInputError: a loss that is not finite.
+        """
+        self._losses.append(loss)
+        self._clock.tokens += tokens
+        done = step + 1
+        last = done == self._steps
+        if not last and step != self._start and done % _REPORT_EVERY:
+            return
+        self.history[done - len(self._losses) : done] = torch.stack(self._losses).cpu()
+        self._losses.clear()
+        now = float(self.history[step])
+        if not math.isfinite(now):
+            raise InvalidInputError(
+                f"distill: the {'loss' if self._identity['label_share'] else 'divergence'} is {now} at step {done}: "
+                "the student or the teacher computes NaN or infinity. Check both on this text, or lower learning_rate"
+            )
+        if self._progress is not None:
+            self._progress(self._clock.progress(done, now))
+        if self._checkpoint is not None and (last or time.perf_counter() - self._saved > self._save_every):
+            kept = {"model": self._student.state_dict(), "optimizer": self._optimizer.state_dict()}
+            kept["mean"] = self._mean.state()
+            save_state({"identity": self._identity, "step": done, "losses": self.history, **kept}, self._checkpoint)
+            self._saved = time.perf_counter()
 
 
 class _Mean:
@@ -330,148 +395,6 @@ def _widen_windows(model: Any, windows: Any, factor: float, share: float, length
 def adamw_rates(optimizer: torch.optim.Optimizer, learning_rate: float) -> list[dict[str, float]]:
     """Return the highest rate of every group of an optimizer that `adamw` built."""
     return [{"lr": learning_rate * float(group["factor"])} for group in optimizer.param_groups]
-
-
-def distillation_losses(
-    student: Any,
-    teacher: Any,
-    tokens: Tensor,
-    *,
-    attention_mask: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk: int = 1024,
-    ranks: bool = True,
-    label_share: float = 0.0,
-    beginning_share: float = 0.0,
-) -> tuple[Tensor, Tensor | None]:
-    """Compute the losses of one batch of distillation.
-
-    Args:
-        student: a converted model.
-        teacher: a causal LM with the same vocabulary.
-        tokens: (B, N) token ids.
-        attention_mask: (B, N), 1 for a real token, or None.
-        temperature, chunk: see `chunked_kl`.
-        ranks: whether the ranks' loss is computed, too.
-        label_share, beginning_share: see `distill`.
-
-    Returns:
-        The mean divergence in nats per real token, or its mixture with the cross-entropy, and the mean loss of the
-        ranks, or None.
-    """
-    teacher_hidden = teacher_states(teacher, tokens, attention_mask) if label_share < 1 else None
-    facts = call_facts(tokens.shape[0], tokens.shape[1], attention_mask, None, 0, tokens.device)
-    facts.losses = RankLosses() if ranks else None
-    embeddings, embedded = student.get_input_embeddings(), None
-    if torch.is_grad_enabled() and not any(parameter.requires_grad for parameter in embeddings.parameters()):
-        # The first layer then computes a gradient like the others, and runs in their graph.
-        embedded = embeddings(tokens).detach().requires_grad_()
-    hidden = run_decoder(student, None if embedded is not None else tokens, facts, embedded)
-    return losses_of_hidden(
-        student,
-        teacher,
-        hidden,
-        hidden if teacher_hidden is None else teacher_hidden,
-        facts.losses,
-        attention_mask,
-        temperature=temperature,
-        chunk=chunk,
-        labels=next_tokens(tokens, attention_mask) if label_share else None,
-        label_share=label_share,
-        weights=_position_weights(student.config, tokens.shape[1], beginning_share, tokens.device),
-    )
-
-
-def _position_weights(config: Any, length: int, share: float, device: torch.device) -> Tensor | None:
-    """(N,) weights that give the first positions, as many as the mean window, this share of their sum, or None."""
-    windows = [window for entry in config.head_windows if entry is not None for window in entry]
-    first = round(sum(windows) / max(1, len(windows)))
-    if not share or not 0 < first < length or share <= first / length:
-        return None
-    weights = torch.ones(length, device=device)
-    weights[:first] = share / (1 - share) * (length - first) / first
-    return weights
-
-
-def next_tokens(tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Return the token that follows each of (B, N), -1 where there is none or it is padding."""
-    labels = F.pad(tokens[:, 1:], (0, 1), value=-1)
-    if attention_mask is None:
-        return labels
-    return labels.masked_fill(F.pad(attention_mask[:, 1:], (0, 1)) == 0, -1)
-
-
-def losses_of_hidden(
-    student: Any,
-    teacher: Any,
-    hidden: Tensor,
-    teacher_hidden: Tensor,
-    rank_losses: RankLosses | None,
-    attention_mask: Tensor | None,
-    *,
-    temperature: float,
-    chunk: int,
-    labels: Tensor | None = None,
-    label_share: float = 0.0,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """`distillation_losses` from the last hidden states (B, N, hidden) of both models."""
-    with _narrow(student):
-        loss = chunked_kl(
-            hidden,
-            teacher_hidden,
-            output_head(student),
-            output_head(teacher),
-            list(student.get_output_embeddings().parameters()),
-            mask=None if attention_mask is None else attention_mask.bool(),
-            temperature=temperature,
-            chunk=chunk,
-            labels=labels,
-            label_share=label_share,
-            weights=weights,
-        )
-    aux = torch.stack([each.to(loss.device) for each in rank_losses]).mean() if rank_losses else None
-    return loss, aux
-
-
-@torch.no_grad()
-def teacher_states(teacher: Any, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Run a causal LM without its output layer: (B, N) token ids to (B, N, hidden)."""
-    with _narrow(teacher):
-        decoder = teacher.get_decoder() if hasattr(teacher, "get_decoder") else teacher.model
-        outputs = decoder(input_ids=tokens, attention_mask=attention_mask, use_cache=False)
-    return outputs.last_hidden_state  # type: ignore[no-any-return]
-
-
-def _narrow(model: Any) -> Any:
-    """Autocast to bfloat16 where float32 weights lie on a GPU."""
-    weight = next(model.parameters())
-    return torch.autocast("cuda", torch.bfloat16) if weight.is_cuda and weight.dtype == torch.float32 else nullcontext()
-
-
-def check_teacher(model: Any, teacher: Any) -> None:
-    """Raise `InvalidInputError` unless both models have one vocabulary."""
-    check_vocabularies(*(getattr(each, "config", None) for each in (model, teacher)))
-
-
-def check_vocabularies(student: Any, teacher: Any) -> None:
-    """Raise `InvalidInputError` unless both configurations name one vocabulary."""
-    sizes = [getattr(each, "vocab_size", None) for each in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise InvalidInputError(
-            f"the teacher has a vocabulary of {sizes[1]} tokens, the model one of {sizes[0]}: distillation compares "
-            "their distributions token by token"
-        )
-
-
-def separate_teacher(model: Any, teacher: Any) -> Any:
-    """Return the teacher, frozen for evaluation: a copy of it if it shares weights with the model, or trains."""
-    mine = {parameter.data_ptr() for parameter in model.parameters() if parameter.numel()}
-    shares = any(parameter.data_ptr() in mine for parameter in teacher.parameters() if parameter.numel())
-    if shares:
-        teacher = copy.deepcopy(teacher)
-        teacher.requires_grad_(False)
-    return teacher.eval()
 
 
 def _widen(model: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dynamask.convert.architectures import PREFIX
-from dynamask.convert.distill import check_vocabularies
 from dynamask.convert.distillation_trainer import DistillationTrainer
+from dynamask.convert.teacher import check_vocabularies
 from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
 from dynamask.training import AtomicTrainer, TrainConfig, TrainResult, open_run, train

@@ -11,8 +11,9 @@ from transformers import Trainer
 
 from dynamask.convert.attention import CallFacts
 from dynamask.convert.compiled_layers import check_compilable, compiled_layers, is_compilable
-from dynamask.convert.distill import check_teacher, losses_of_hidden, next_tokens, separate_teacher, teacher_states
+from dynamask.convert.distillation_loss import losses_of_hidden, next_tokens
 from dynamask.convert.models import check_converted
+from dynamask.convert.teacher import check_teacher, separate_teacher, teacher_states
 from dynamask.errors import InvalidInputError
 from dynamask.training.optimizer import adamw
 from dynamask.training.recorded_steps import record_steps

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dynamask.cache import cache_bytes
-from dynamask.convert.distill import teacher_states
+from dynamask.convert.teacher import teacher_states
 from dynamask.evaluation.retrieval import evaluate_retrieval, least_length
 from dynamask.training.loss import output_head
 from dynamask.training.model_card import USE

@@ -43,7 +43,8 @@ from transformers.utils import logging
 from dynamask import BoundedCache, convert
 from dynamask.cache import BoundedLayer, cache_bytes
 from dynamask.convert import models as converted
-from dynamask.convert.distill import losses_of_hidden, teacher_states
+from dynamask.convert.distillation_loss import losses_of_hidden
+from dynamask.convert.teacher import teacher_states
 from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.ops.ragged_decode import ragged_decode_reference

@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.utils import logging
 
 from dynamask.convert import compiled_layers
-from dynamask.convert.distill import teacher_states
+from dynamask.convert.teacher import teacher_states
 from dynamask.models import cuda_graph
 from dynamask.models.cuda_graph import StepGraph
 from dynamask.training.loss import use_chunked_loss

@@ -24,7 +24,7 @@ from decode_gpu import COUNTED, DEVICE, GPU, models, seconds_of, synchronize
 from torch.profiler import ProfilerActivity, profile
 
 from dynamask.convert import compiled_layers
-from dynamask.convert.distill import distillation_losses
+from dynamask.convert.distillation_loss import distillation_losses
 from dynamask.training.optimizer import adamw
 
 _BEGAN = time.perf_counter()

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from dynamask import InvalidInputError, convert
-from dynamask.convert.distill import distillation_losses, next_tokens
+from dynamask.convert.distillation_loss import distillation_losses, next_tokens
 
 
 def blocks(count: int = 3, rows: int = 2) -> list[torch.Tensor]:

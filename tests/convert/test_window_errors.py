@@ -10,7 +10,7 @@ import dynamask
 from dynamask import convert
 from dynamask.convert import window_errors as window_errors_module
 from dynamask.convert.attention import call_facts
-from dynamask.convert.distill import distillation_losses
+from dynamask.convert.distillation_loss import distillation_losses
 from dynamask.convert.learn_ranks import run_decoder
 from dynamask.convert.window_errors import candidate_windows, cheapest_slopes, cheapest_windows, window_errors
 from dynamask.mixers.rank_predictor import sloped_ranks
