@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.report.conversion import read_conversion, sources
-from dynamask_lab.report.conversion_goals import GOAL_LENGTHS, SMOLLM2
+from dynamask_lab.report.conversion_figures import GOAL_LENGTHS
+from dynamask_lab.report.conversion_goals import SMOLLM2
 from dynamask_lab.report.page_tables import NOT_MEASURED, table_with_note
 from dynamask_lab.studies.conversion import close, final, settle
 from dynamask_lab.studies.conversion.forms import Spec

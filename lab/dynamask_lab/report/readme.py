@@ -56,6 +56,20 @@ def conversion_goals(results: Path) -> str:
     return table_with_note(goal_rows(lines, timed), f"{note} {sources(lines)}.") if lines else NOT_MEASURED
 
 
+def conversion_verdicts(results: Path) -> str:
+    """The goals of the conversion study, one row each."""
+    # Only here: the study's module draws pictures, and takes long to import.
+    from dynamask_lab.report.conversion_verdicts import verdict_rows
+
+    lines = read_conversion(results)
+    note = (
+        "smollm2-135m-instruct unless Gemma is named; 95% bootstrap intervals over documents, examples or questions, "
+        "paired; of several seeds the mean counts. Cache: share of the keys of 8,192 tokens; pairs: share of the pairs "
+        "of query and key that the windows let through. Distilled: the default."
+    )
+    return table_with_note(verdict_rows(lines, read_runs(results)), note) if lines else NOT_MEASURED
+
+
 def conversion_long(results: Path) -> str:
     """Losses beyond the context that the model was trained for, dense and converted."""
     lines = read_conversion(results)
@@ -101,6 +115,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "quality": quality_table,
     "conversion": conversion_summary,
     "conversion-forms": conversion_forms,
+    "conversion-verdicts": conversion_verdicts,
     "conversion-goals": conversion_goals,
     "conversion-long": conversion_long,
     "gemma-bound": gemma_bound,

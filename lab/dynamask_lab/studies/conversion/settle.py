@@ -66,6 +66,9 @@ DEFAULT = {seed: replace(spec, average=0.25) for seed, spec in LAST.items()}
 _BUDGETS = {budget: converted(budget, rate=BEST, embeddings=False) for budget in (256, 1024)}
 _NEWEST = converted(rate=BEST, slopes=False, ranks="newest", embeddings=False)
 NARROW, WIDE, NEWEST = (replace(spec, average=0.25) for spec in (*_BUDGETS.values(), _NEWEST))
+_NARROW_LAST = {seed: converted(256, rate=BEST, seed=seed, embeddings=False) for seed in (0, 1, 2)}
+NARROWS = tuple(replace(spec, average=0.25) for spec in _NARROW_LAST.values())
+"""1/32 by seed."""
 _RIVALS = tuple(Spec("peer", 512, peer=peer) for peer in PEERS)
 MIXED = tuple(replace(DEFAULT[0], mixed=share) for share in (0.75, 0.5))
 """Three parts, and one, of the default's weights with one part of the dense model's."""

@@ -1,0 +1,137 @@
+"""The goals of a conversion, one row each: what decides it, over how many seeds, at which cache, and what bounds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dynamask_lab.report import conversion_figures as figures
+from dynamask_lab.report.conversion_figures import BLOCK, Measured
+from dynamask_lab.report.conversion_goals import GEMMA, SMOLLM2, TOKENS_PER_SECOND
+from dynamask_lab.studies.conversion import close, settle
+from dynamask_lab.studies.conversion import gemma as gemma_list
+from dynamask_lab.studies.conversion.forms import Spec
+from dynamask_lab.studies.conversion.levers import DENSE, FROZEN, converted
+from dynamask_lab.studies.conversion.report import GROUPS, Study
+from dynamask_lab.sweeps.section import Row
+
+BOUNDS = {
+    "adapted": "the converted model's next tokens; train the dense model first, then convert",
+    "tracking": "imitates the dense model, which copies the worked example's names; frozen it is ahead",
+    "pairs": "the dense model, which answers hardly any",
+    "multi-key 3": "the dense model, which answers hardly any",
+    "gemma": "its three global heads choose keys before the queries are known; the best keys per query lose 0.005",
+    "narrow": "the budget: 256 keys per KV head",
+}
+"""What bounds a goal where it is missed."""
+_BEST_OF_GEMMA = 2048
+
+
+def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, Any]] = ()) -> list[Row]:
+    """Judge each goal once.
+
+    Args:
+        lines: of the study, all models.
+        timed: lines of `decode_gpu.py`.
+
+    Returns:
+        One row per goal: what, its bar, the figure with its 95% interval, seeds, the cache and the share of the pairs
+        of query and key, and whether it is met.
+    """
+    own: list[dict[str, Any]] = [dict(line) for line in lines]
+    study, gemma = (Study(line for line in own if line["model"] == name) for name in (SMOLLM2, GEMMA))
+    rows: list[Row] = []
+
+    def add(
+        what: str, bar: str, found: Measured, met: bool | None, specs: Sequence[Spec] = (), bound: str = ""
+    ) -> None:
+        word = "" if met is None else "met" if met else f"**missed**: {BOUNDS[bound]}" if bound else "**missed**"
+        row = {"what": what, "goal": bar, "measured": found.text, "seeds": "", "cache": "", "pairs": "", "": word}
+        if found.value is None:
+            row |= {"measured": "not run", "": ""}
+        if specs:
+            row["seeds"] = str(len(specs)) if specs[0].trained or len(specs) > 1 else ""
+            row["cache"] = f"1/{BLOCK // specs[0].budget}" if specs[0].budget else "all"
+            pairs = figures.share_of_pairs(gemma if what.startswith("Gemma") else study, specs[0])
+            row["pairs"] = f"{pairs:.0%}" if pairs is not None else ""
+        rows.append(row)
+
+    def below(what: str, found: Measured, bar: float, specs: Sequence[Spec], bound: str = "") -> None:
+        add(what, f"<= {bar:+.3f}", found, found.value is not None and found.value <= bar, specs, bound)
+
+    def at_least(what: str, found: Measured, bar: float, specs: Sequence[Spec], bound: str = "") -> None:
+        met = found.value is not None and round(found.value, 3) >= bar
+        add(what, f">= {bar:.2f}", found, met, specs, bound)
+
+    def measured(specs: Sequence[Spec]) -> list[Spec]:
+        return [spec for spec in specs if study.losses(spec.name, "text")] or [*specs][:1]
+
+    def answered(specs: Sequence[Spec]) -> list[Spec]:
+        return [spec for spec in specs if figures.scores(study, spec)] or [*specs][:1]
+
+    frozen = measured([FROZEN, *(converted(steps=0, seed=seed) for seed in (1, 2))])
+    below("text loss above dense, frozen", figures.text_loss(study, frozen, DENSE), 0.040, frozen)
+    default = measured([*settle.DEFAULT.values()])
+    below("text loss above dense, distilled", figures.text_loss(study, default, DENSE), 0.005, default)
+    name = "text loss above dense trained on the same tokens, converted from it"
+    for title, form, base in (
+        (f"{name} (its best rate)", settle.FROM_BEST, settle.BEST_ADAPTED),
+        (f"{name} (in the same loop)", close.FROM_ADAPTED, close.ADAPTED),
+    ):
+        below(title, figures.text_loss(study, [form], base), 0.010, [form])
+    name = "text loss above dense trained on the same tokens, next tokens as the loss"
+    found = figures.text_loss(study, [settle.LABELLED], close.ADAPTED)
+    below(name, found, 0.010, [settle.LABELLED], "adapted")
+
+    for title, bar, specs, bound in (
+        ("1/16", 0.98, [*settle.DEFAULT.values()], ""),
+        ("1/8", 1.0, [settle.WIDE], ""),
+        ("1/32", 0.85, [*settle.NARROWS], "narrow"),
+    ):
+        forms = answered(specs)
+        at_least(
+            f"needles at 1K to 4K, share of dense, {title}", figures.needles(study, forms, DENSE), bar, forms, bound
+        )
+    for group, tasks in GROUPS.items():
+        peer, found = figures.ahead(study, settle.DEFAULT[0], tasks)
+        met = found.value is not None and found.value > 0
+        what = f"{group}: score above the best peer's ({peer or 'none'}), distilled"
+        add(what, "interval above 0", found, met, [settle.DEFAULT[0]], group if group in BOUNDS else "")
+    peer, found = figures.ahead(study, FROZEN, GROUPS["tracking"])
+    add(f"tracking: the same ({peer or 'none'}), frozen", "interval above 0", found, (found.value or 0) > 0, [FROZEN])
+
+    what = "learned ranks above newest keys in windows of their own"
+    pair = [settle.DEFAULT[0]]
+    add(f"{what}: text loss", "shown", figures.text_loss(study, pair, settle.NEWEST), None, pair)
+    add(f"{what}: needles, ratio", "shown", figures.needles(study, pair, settle.NEWEST), None, pair)
+    judged = [spec for spec in default if study.of(spec.name, "benchmark")]
+    add("benchmarks above dense", "within noise", *figures.benchmarks(study, judged), judged)
+
+    found = figures.seconds(study, None)
+    add("seconds from dense to converted, frozen", "<= 60", found, (found.value or 0) <= 60, [FROZEN])
+    found = figures.seconds(study, settle.LAST[1])
+    add("seconds from dense to converted, distilled", "<= 300", found, (found.value or 0) <= 300, [settle.LAST[1]])
+    rates = [rate for (_, recorded), rate in figures.timed(timed).items() if recorded]
+    found = Measured(f"{max(rates):,.0f}", max(rates)) if rates else figures.NOTHING
+    met = (found.value or 0) >= TOKENS_PER_SECOND
+    add("distillation, tokens/s on one GPU", f">= {TOKENS_PER_SECOND:,}", found, met)
+    for batch in (1, 16):
+        speeds = [figures.speed(study, spec, batch) for spec in (FROZEN, DENSE)]
+        if speeds[0] and speeds[1]:
+            (kept, fast), (whole, slow) = speeds[0], speeds[1]
+            text = f"{kept / 2**20:.1f} MiB of {whole / 2**20:.1f}; {fast:,.0f} tokens/s against {slow:,.0f}"
+            add(f"cache of a sequence and decoding at 8K, batch {batch}", "shown", Measured(text, fast), None, [FROZEN])
+
+    wide = next(spec for spec in gemma_list.WIDER if spec.budget == _BEST_OF_GEMMA)
+    for title, spec in (("frozen", FROZEN), ("distilled", gemma_list.averaged(gemma_list.GENTLE[0])), ("frozen", wide)):
+        bar = 0.005 if spec.distilled else 0.040
+        below(
+            f"Gemma 3 270M: text loss above dense, {title}",
+            figures.text_loss(gemma, [spec], DENSE),
+            bar,
+            [spec],
+            "gemma",
+        )
+        found = figures.needles(gemma, [spec], DENSE)
+        at_least(f"Gemma 3 270M: needles, share of dense, {title}", found, 0.98, [spec], "gemma")
+    return rows
