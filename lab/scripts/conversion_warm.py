@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -19,7 +20,7 @@ from dynamask.convert import distill
 from dynamask_lab.studies.conversion.forms import upcycled
 from dynamask_lab.studies.conversion.measure import Form, token_losses
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 49152,
     "hidden_size": 576,
     "intermediate_size": 1536,
