@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from dynamask_lab.report.conversion import long_table
+from dynamask_lab.report.conversion_figures import Measured, ahead
 from dynamask_lab.report.conversion_goals import SMOLLM2, goal_rows
+from dynamask_lab.report.conversion_verdicts import verdict_rows
 from dynamask_lab.studies.conversion import settle
 from dynamask_lab.studies.conversion.final import LONGER
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.conversion.jobs import key_of
 from dynamask_lab.studies.conversion.levers import DENSE
+from dynamask_lab.studies.conversion.report import Study
 
 
 def _line(spec: Spec, measure: str, settings: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +77,26 @@ def test_benchmarks_are_judged_by_the_mean_of_the_seeds() -> None:
     mean = _row(rows, what, "distilled, mean of the seeds (2)")
     assert mean["measured"].startswith("+0.0000 ")
     assert mean[""] == "met"
+
+
+def test_a_goal_has_one_verdict_over_its_seeds() -> None:
+    lines = [_losses(DENSE, 0.0), _losses(settle.DEFAULT[0], 0.02), _losses(settle.DEFAULT[2], -0.02)]
+    row = next(row for row in verdict_rows(lines) if row["what"] == "text loss above dense, distilled")
+    assert row["measured"].startswith("+0.000 ")
+    assert (row["seeds"], row["cache"], row[""]) == ("2", "1/16", "met")
+
+
+def test_further_examples_count_that_every_peer_answered() -> None:
+    def pairs(spec: Spec, first: int, right: float) -> dict[str, Any]:
+        settings = {"task": "pairs", "length": 1024, "haystack": "essays", "first": first, "count": 2}
+        return _line(spec, "tasks", settings, {"scores": [[right], [right]]})
+
+    form, peers = settle.DEFAULT[0], [Spec("peer", 512, peer=peer) for peer in ("snapkv", "tova")]
+    lines = [pairs(form, 0, 1.0), pairs(peers[0], 0, 0.0), pairs(peers[1], 0, 0.5)]
+    lines += [pairs(form, 100, 0.0), pairs(peers[0], 100, 1.0)]
+    assert ahead(Study(lines), form, ["pairs"]) == ("tova", Measured("+0.50 (+0.50 to +0.50)", 0.5))
+    lines.append(pairs(peers[1], 100, 0.0))
+    assert ahead(Study(lines), form, ["pairs"])[0] == "snapkv"
 
 
 def test_needles_at_16k_stand_beside_long_losses() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynamask_lab.studies.conversion import close, final, gemma, settle
-from dynamask_lab.studies.conversion.forms import Spec
+from dynamask_lab.studies.conversion.forms import Spec, Turn
 from dynamask_lab.studies.conversion.jobs import Job
 
 TRAINED = Spec("converted", 512, distilled=True)
@@ -61,6 +61,32 @@ def test_a_claim_of_a_process_that_runs_holds_and_one_of_a_dead_process_does_not
 @pytest.mark.parametrize("role", final.ROLES)
 def test_nothing_begins_when_the_time_is_up(role: str, tmp_path: Path) -> None:
     assert _take(role, tmp_path, over=True) == []
+
+
+def test_an_idle_entry_waits_while_something_trains(tmp_path: Path) -> None:
+    listed = [final.Entry((Job(Spec("dense"), "long"),), idle=True), final.Entry((Job(Spec("dense"), "loss"),))]
+    made = final.claimed(
+        "evaluator",
+        tmp_path,
+        done=lambda job: False,
+        ready=lambda spec: True,
+        fits=lambda spec: True,
+        over=lambda: False,
+        listed=listed,
+        patience=0.0,
+        free=iter((False, False, True)).__next__,
+    )
+    assert [job.measure for job in made] == ["loss", "long"]
+
+
+def test_one_process_at_a_time_has_the_turn(tmp_path: Path) -> None:
+    mine, other = Turn(tmp_path / "turn"), Turn(tmp_path / "turn")
+    with mine:
+        assert other.free()
+        mine.take()
+        mine.take()
+        assert not other.free()
+    assert other.free()
 
 
 def test_no_job_is_listed_twice_and_every_comparison_is_measured() -> None:
