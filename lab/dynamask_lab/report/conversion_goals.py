@@ -88,6 +88,10 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
     again = "dense trained, then converted"
     below(against, f"{again}; both at 4e-4", figures.text_loss(study, [close.FROM_ADAPTED], close.ADAPTED), 0.010)
 
+    name = f"{again} at 4e-4; dense trained at 2e-4, its rate falling to zero"
+    best = figures.text_loss(study, [settle.FROM_BEST], settle.BEST_ADAPTED)
+    below(against, name, best, 0.010)
+
     share_of = "needle tasks at 1K to 4K, share of dense"
     add(share_of, "frozen", "shown", figures.needles(study, [FROZEN], DENSE), None)
     for seed, spec in settle.DEFAULT.items():
@@ -105,7 +109,9 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
         distilled = (("distilled", settle.DEFAULT[0]), _LOST)
         longest = 4096 if group == "needles" else 8192
         ready = (each for each in distilled if study.scores(each[1].name, tasks, length=longest))
-        for name, spec in (next(ready, distilled[0]), ("frozen", FROZEN)):
+        mixed = [each for each in _TRIED if each[1] in settle.MIXED and study.scores(each[1].name, tasks)]
+        mixed = mixed if group == "tracking" else []
+        for name, spec in (next(ready, distilled[0]), ("frozen", FROZEN), *mixed):
             peer, found = figures.ahead(study, spec, tasks)
             met = found.value is not None and found.value > 0
             what = f"{group}: score above the best peer's"
@@ -141,6 +147,8 @@ def goal_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str, A
         add("distillation, tokens/s", name, goal if recorded else "shown", found, met if recorded else None)
     steady = figures.steady_rate(study, turns=False)
     add("distillation, tokens/s", "each of two trainings at once on a GPU", "shown", steady, None)
+    steady = figures.steady_rate(study, turns=True)
+    add("distillation, tokens/s", "alone but for evaluations, the steps behind the first", "shown", steady, None)
 
     gemma = Study(line for line in own if line["model"] == GEMMA)
     for name, spec in GEMMA_JUDGED:
@@ -160,6 +168,7 @@ _TRIED = (
     ("embeddings learning, last weights, 800 steps", LONGER),
     ("embeddings fixed, last weights, seed 1", settle.LAST[1]),
     ("a quarter of the loss at the beginning, last weights, seed 1", settle.BEGINNING),
+    *((f"distilled, {1 - spec.mixed:.0%} dense weights", spec) for spec in settle.MIXED),
 )
 """What was tried before the default was settled, or beside it."""
 _CHOICES = (

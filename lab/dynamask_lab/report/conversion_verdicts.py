@@ -52,8 +52,8 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
         if specs:
             row["seeds"] = str(len(specs)) if specs[0].trained or len(specs) > 1 else ""
             row["cache"] = f"1/{BLOCK // specs[0].budget}" if specs[0].budget else "all"
-            pairs = figures.share_of_pairs(gemma if what.startswith("Gemma") else study, specs[0])
-            row["pairs"] = f"{pairs:.0%}" if pairs is not None else ""
+            share = figures.share_of_pairs(gemma if what.startswith("Gemma") else study, specs[0])
+            row["pairs"] = f"{share:.0%}" if share is not None else ""
         rows.append(row)
 
     def below(what: str, found: Measured, bar: float, specs: Sequence[Spec], bound: str = "") -> None:
@@ -115,12 +115,15 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
     found = Measured(f"{max(rates):,.0f}", max(rates)) if rates else figures.NOTHING
     met = (found.value or 0) >= TOKENS_PER_SECOND
     add("distillation, tokens/s on one GPU", f">= {TOKENS_PER_SECOND:,}", found, met)
+    kept, whole = figures.speed(study, FROZEN, 16), figures.speed(study, DENSE, 16)
+    if kept and whole:
+        text = f"{kept[0] / 2**20:.1f} of {whole[0] / 2**20:.1f}"
+        add("cache of a sequence at 8K, MiB", "shown", Measured(text, kept[0]), None, [FROZEN])
     for batch in (1, 16):
-        speeds = [figures.speed(study, spec, batch) for spec in (FROZEN, DENSE)]
-        if speeds[0] and speeds[1]:
-            (kept, fast), (whole, slow) = speeds[0], speeds[1]
-            text = f"{kept / 2**20:.1f} MiB of {whole / 2**20:.1f}; {fast:,.0f} tokens/s against {slow:,.0f}"
-            add(f"cache of a sequence and decoding at 8K, batch {batch}", "shown", Measured(text, fast), None, [FROZEN])
+        found = figures.speed(study, FROZEN, batch)
+        if found:
+            name = f"decoded tokens/s at 8K, windows with slopes, batch {batch}"
+            add(name, "shown", Measured(f"{found[1]:,.0f}", found[1]), None, [FROZEN])
 
     wide = next(spec for spec in gemma_list.WIDER if spec.budget == _BEST_OF_GEMMA)
     for title, spec in (("frozen", FROZEN), ("distilled", gemma_list.averaged(gemma_list.GENTLE[0])), ("frozen", wide)):

@@ -388,7 +388,7 @@ class Workshop:
         if _ranks(spec) and not self._ranks_file(spec).exists():
             seconds += 0.16 * (spec.rank_steps or self.schedule.rank_steps)
         if spec.trained and not self._file(spec).exists():
-            seconds += 40 + 0.2 * spec.steps
+            seconds += 25 + 0.2 * spec.steps
         if spec.origin and not self._file(_origin(spec)).exists():
             seconds += 15 + 0.3 * spec.steps
         return seconds
