@@ -138,14 +138,17 @@ def _pack(
     to = b * slots + slot
     tl.store(kept_ranks + to, tl.load(ranks + at, mask=full, other=0.0), mask=there)
     tl.store(positions + to, tl.load(position + at, mask=full, other=-1).to(tl.int32), mask=there)
-    d = tl.arange(0, DIM_PAD)
-    source = key + b * key_b + (g * key_g + n * key_n)[:, None] + (d * key_d)[None, :]
-    rows = tl.load(source, mask=full[:, None] & (d < DIM)[None, :], other=0.0)
-    tl.store(keys + to[:, None] * DIM + d[None, :], rows, mask=there[:, None] & (d < DIM)[None, :])
-    d = tl.arange(0, VALUE_PAD)
-    source = value + b * value_b + (g * value_g + n * value_n)[:, None] + (d * value_d)[None, :]
-    rows = tl.load(source, mask=full[:, None] & (d < VALUE_DIM)[None, :], other=0.0)
-    tl.store(values + to[:, None] * VALUE_DIM + d[None, :], rows, mask=there[:, None] & (d < VALUE_DIM)[None, :])
+    at_key, at_value = b * key_b + g * key_g + n * key_n, b * value_b + g * value_g + n * value_n
+    _copy_rows(key + at_key, key_d, keys + to * DIM, full, there, DIM, DIM_PAD)
+    _copy_rows(value + at_value, value_d, values + to * VALUE_DIM, full, there, VALUE_DIM, VALUE_PAD)
+
+
+@triton.jit
+def _copy_rows(sources, stride, targets, full, there, DIM: tl.constexpr, DIM_PAD: tl.constexpr):
+    """Copy rows from pointers to pointers; zeros where there is nothing to copy."""
+    d = tl.arange(0, DIM_PAD)[None, :]
+    rows = tl.load(sources[:, None] + d * stride, mask=full[:, None] & (d < DIM), other=0.0)
+    tl.store(targets[:, None] + d, rows, mask=there[:, None] & (d < DIM))
 
 
 __all__ = ["keep_launch"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -162,7 +162,6 @@ def norm_and_project(
         device_table((pools.offsets, starts), rows.device),
         max(stop - start for start, stop in itertools.pairwise(starts)),
     )
-    tile, chunk = _tiles(batch, hidden)
     biases = (rows,) * 3 if weights.biases is None else weights.biases
     _norm_project[(projecting + batch * starts[-1],)](
         (*residual, norm, epsilon),
@@ -184,15 +183,10 @@ def norm_and_project(
         HIDDEN=hidden,
         SQUARES=_square_parts(hidden),
         HAS_BIAS=weights.biases is not None,
-        TILE=tile,
-        CHUNK=chunk,
-        N=_ROWS,
         GROUPS_PAD=triton.next_power_of_2(groups + 1),
         SCANNED=_SCANNED,
-        PRECISION=_precision(rows),
         RANK_PRECISION=_precision(rows if weights.rank_up is None else weights.rank_up),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        **_of_products(rows),
     )
     return projected, active if width else None, contest
 
@@ -211,7 +205,6 @@ def norm_and_gate(residual: Residual, norm: Tensor, epsilon: float, gate: Tensor
     batch, hidden = rows.shape
     inner = gate.shape[0]
     gated = rows.new_empty(batch, inner)
-    tile, chunk = _tiles(batch, hidden)
     _norm_gate[(triton.cdiv(inner, _ROWS),)](
         (*residual, norm, epsilon),
         gate,
@@ -222,12 +215,7 @@ def norm_and_gate(residual: Residual, norm: Tensor, epsilon: float, gate: Tensor
         inner,
         HIDDEN=hidden,
         SQUARES=_square_parts(hidden),
-        TILE=tile,
-        CHUNK=chunk,
-        N=_ROWS,
-        PRECISION=_precision(rows),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        **_of_products(rows),
     )
     return gated
 
@@ -246,7 +234,6 @@ def project_and_add(inputs: Tensor, weight: Tensor, bias: Tensor | None, residua
     total = torch.empty_like(residual.rows)
     parts = triton.cdiv(hidden, _ROWS)
     squares = torch.empty(parts, batch, dtype=torch.float32, device=inputs.device)
-    tile, chunk = _tiles(batch, depth)
     _project_add[(parts,)](
         inputs,
         weight,
@@ -258,12 +245,7 @@ def project_and_add(inputs: Tensor, weight: Tensor, bias: Tensor | None, residua
         hidden,
         DEPTH=depth,
         HAS_BIAS=bias is not None,
-        TILE=tile,
-        CHUNK=chunk,
-        N=_ROWS,
-        PRECISION=_precision(inputs),
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        **_of_products(inputs),
     )
     return Residual(total, squares)
 
@@ -341,11 +323,19 @@ def _parts(offsets: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     return part, tuple(starts)
 
 
-def _tiles(batch: int, hidden: int) -> tuple[int, int]:
-    """Rows of the input's tile, and numbers of the hidden state taken at a time."""
+def _of_products(rows: Tensor) -> dict[str, Any]:
+    """What kernels that multiply rows (B, K) by weights are compiled for: tiles, precision and sizes of programs."""
+    batch, depth = rows.shape
     tile = max(16, triton.next_power_of_2(batch))
     chunk = _CHUNK or (256 if tile == 16 else 128 if tile == 32 else 64)
-    return tile, min(chunk, max(16, triton.next_power_of_2(hidden)))
+    return {
+        "TILE": tile,
+        "CHUNK": min(chunk, max(16, triton.next_power_of_2(depth))),
+        "N": _ROWS,
+        "PRECISION": _precision(rows),
+        "num_warps": _WARPS,
+        "num_stages": _STAGES,
+    }
 
 
 def _square_parts(hidden: int) -> int:
