@@ -601,9 +601,11 @@ def recorded_steps(
         name = f"{form}{', ranks learn too' if ranks else ''}, recorded"
         try:
             with flash():
+                began = time.perf_counter()
                 loss = loss_of(model, tokens)
                 loss.backward()
                 expected = (loss.item(), norm().item())
+                first = time.perf_counter() - began
                 model.zero_grad(set_to_none=True)
                 del loss
 
@@ -623,7 +625,7 @@ def recorded_steps(
 
                 taken, host = seconds_of(run, 2 * repeats + 1, warm=0), host_seconds(run)
             figures = {"ms": 1e3 * taken, "tokens_per_s": tokens.numel() / taken, "host_ms": 1e3 * host}
-            figures["ms_unrecorded"] = 1e3 * unrecorded
+            figures |= {"ms_unrecorded": 1e3 * unrecorded, "first_s": first}
             yield {"form": name} | figures | {"loss_and_norm": found, "expected": expected}
         except (RuntimeError, ValueError) as error:
             yield {"form": name, "error": f"{type(error).__name__}: {error}"[:400]}
@@ -744,6 +746,22 @@ def trainer(name: str, batch: int, length: int, budget: int, steps: int) -> Iter
             free()
 
 
+_KERNELS: dict[str, list[float]] = {}
+"""Name -> how often a kernel was compiled here, how often it was found compiled, seconds of both."""
+
+
+def count_kernels() -> None:
+    """Let Triton report what it compiles into `_KERNELS`."""
+    from triton import knobs
+
+    def listener(*, src: Any, times: Any, cache_hit: bool, **facts: Any) -> None:
+        row = _KERNELS.setdefault(getattr(src, "name", "?"), [0, 0, 0.0])
+        row[int(cache_hit)] += 1
+        row[2] += times.total / 1e6
+
+    knobs.compilation.listener = listener
+
+
 def free() -> None:
     gc.collect()
     if GPU:
@@ -751,13 +769,14 @@ def free() -> None:
 
 
 _OUT: list[Path] = []
+_BEGAN = time.perf_counter()
 _FACTS: dict[str, Any] = {}
 
 
 def report(row: dict[str, Any]) -> None:
     """Write a row and print it."""
     with (_OUT[0] / "decode-rows.jsonl").open("a") as file:
-        file.write(json.dumps(row | _FACTS) + "\n")
+        file.write(json.dumps(row | {"at_s": round(time.perf_counter() - _BEGAN, 1)} | _FACTS) + "\n")
     shown = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k != "part"]
     print(f"{row['part']}: " + " | ".join(shown), flush=True)
 
@@ -782,7 +801,7 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "decode-graph", functools.partial(decode, small, 1, 32768, 2048, 32, "graph")
     yield "decode-graph", functools.partial(decode, medium, 1, 32768, 2048, 32, "graph")
     yield "prefill", functools.partial(prefill, small, 32768, 2048)
-    yield "prefill", functools.partial(prefill, medium, 32768, 2048)
+    yield "prefill-medium", functools.partial(prefill, medium, 32768, 2048)
     yield "recorded-long", functools.partial(train, small, 32768, 2048, 1, True, recorded=True)
     yield "recorded-batch", functools.partial(train, small, 8192, 512, 2, True, True, 4, True)
     yield "medium", functools.partial(train, medium, 8192, 512, 2, False, recorded=True)
@@ -791,7 +810,7 @@ def jobs() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "large", functools.partial(train, large, 8192, 512, 1, False, recorded=True)
     yield "large", functools.partial(train, large, 32768, 2048, 0, False, recorded=True)
     yield "trainer", functools.partial(trainer, small, 1, 8192, 512, 20)
-    yield "long", functools.partial(train, medium, 65536, 4096, 0, False, recorded=True)
+    yield "long-medium", functools.partial(train, medium, 65536, 4096, 0, False, recorded=True)
     yield "decode", functools.partial(decode, small, 32, 32768, 2048, 16)
     yield "decode", functools.partial(decode, small, 1, 32768, 2048, 32)
     yield "train", functools.partial(train, small, 8192, 512, 2, False, True, 4)
@@ -869,6 +888,8 @@ def main() -> int:
     _FACTS.update(device=device, torch=torch.__version__, transformers=transformers.__version__)
     _FACTS.update(commit=arguments.commit or found)
     print(_FACTS, flush=True)
+    if GPU:
+        count_kernels()
     if arguments.parts != ["decode-compiled"] and not arguments.unchecked:
         check(bool({"train", "distillation"} & {*arguments.parts}))
     while arguments.wait_for and not arguments.wait_for.exists() and time.perf_counter() - began < 90:
@@ -888,6 +909,11 @@ def main() -> int:
         except Exception as error:
             report({"part": part, "error": f"{type(error).__name__}: {error}"[:300]})
         free()
+        made, found, seconds = (sum(row[index] for row in _KERNELS.values()) for index in range(3))
+        now = time.perf_counter() - began
+        print(f"after {now:.0f} s: {made} kernels compiled, {found} found, {seconds:.1f} s", flush=True)
+    for name, row in sorted(_KERNELS.items(), key=lambda each: -each[1][2])[:25]:
+        print(f"  {name}: {row[0]} compiled, {row[1]} found, {row[2]:.1f} s")
     print(f"{time.perf_counter() - began:.0f} s; {left_out} jobs left out", flush=True)
     return 0
 

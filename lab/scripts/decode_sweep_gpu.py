@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_gpu import DEVICE, GPU, free, models, seconds_of
+from decode_gpu import DEVICE, GPU, SHAPES, free, models, seconds_of
 from torch import Tensor
 from transformers.utils import logging
 
@@ -88,7 +88,10 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m" if GPU else "tiny")
     parser.add_argument("--batch", type=int, default=32 if GPU else 2)
     parser.add_argument("--context", type=int, default=32768 if GPU else 300)
+    parser.add_argument("--one-layer", action="store_true", help="to fill the compilers' caches")
     arguments = parser.parse_args()
+    if arguments.one_layer:
+        SHAPES[arguments.model] = SHAPES[arguments.model]._replace(layers=1)
     arguments.out.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore")

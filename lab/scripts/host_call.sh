@@ -4,9 +4,14 @@
 # Parts: warm (one-layer models of the parts ARGUMENTS, all at once, to fill the compilers' caches), tests (GPU cases of
 # decoding and recorded steps, by the wheels in .whl where there are any), sweep (sizes of the decoding step's kernels),
 # profile (step_profile_gpu.py --parts ARGUMENTS), rows (decode_gpu.py --parts ARGUMENTS).
+# cache-in and cache-out read and write the compilers' caches: pieces of an archive in .host-cache and OUT. Parts that
+# + joins in warm are one process, one after the other. some-tests: the tests ARGUMENTS, in one process.
 # Everything is written as it comes into OUT.
 out=$1
 shift
+export TRITON_CACHE_DIR=/tmp/host-cache/triton TORCHINDUCTOR_CACHE_DIR=/tmp/host-cache/inductor
+export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-4}
+mkdir -p /tmp/host-cache
 export PYTHONPATH="$PWD:$PWD/lab:/tmp/host-wheels" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=8
 mkdir -p "$out"
 for part in "$@"; do
@@ -17,12 +22,19 @@ for part in "$@"; do
     case $name in
         warm)
             for each in $arguments; do
+                # shellcheck disable=SC2046
                 timeout "$seconds" python3 lab/scripts/decode_gpu.py --one-layer --unchecked --out "$out/warm-$each" \
-                    --seconds "$seconds" --parts "$each" >"$out/warm-$each.txt" 2>&1 &
+                    --seconds "$seconds" --parts $(echo "$each" | tr + " ") >"$out/warm-$each.txt" 2>&1 &
             done
-            timeout "$seconds" python3 lab/scripts/decode_gpu.py --out "$out/warm-check" --parts none \
-                >"$out/warm-check.txt" 2>&1 &
             wait
+            ;;
+        cache-in)
+            cat .host-cache/cache-*.pt | tar -C /tmp/host-cache -xzf - 2>"$out/cache-in.txt"
+            ;;
+        cache-out)
+            tar -C /tmp/host-cache -cf - . | timeout "$seconds" gzip -7 | split -b 5500000 - "$out/cache-"
+            for each in "$out"/cache-??; do mv "$each" "$each.pt"; done
+            du -s /tmp/host-cache/* >"$out/cache-out.txt"
             ;;
         tests)
             python3 -m pip install -q --no-index --no-deps --target /tmp/host-wheels .whl/pytest*.whl .whl/plug*.whl \
@@ -32,7 +44,12 @@ for part in "$@"; do
                 tests/models/test_cuda_graph.py tests/ops/test_cache_insert_kernels.py \
                 tests/ops/test_ragged_decode_kernels.py tests/convert/test_decode_by_graph.py \
                 tests/convert/test_recorded_step.py tests/training/test_recorded_steps.py \
-                tests/ops/test_cache_keep_kernels.py tests/test_cache.py tests/convert/test_recorded_prompts.py >"$out/tests.txt" 2>&1
+                tests/ops/test_cache_keep_kernels.py tests/test_cache.py tests/convert/test_recorded_prompts.py \
+                >"$out/tests.txt" 2>&1
+            ;;
+        some-tests)
+            # shellcheck disable=SC2086
+            timeout "$seconds" python3 -m pytest -p no:cacheprovider --tb=short -v $arguments >>"$out/some-tests.txt" 2>&1
             ;;
         sweep)
             # shellcheck disable=SC2086
