@@ -8,7 +8,7 @@
 #   scratch_call.sh tables FOLDER NAMES SECONDS [arguments]              # `start`, once the tables of "NAMES" are there
 #   scratch_call.sh pilot FOLDER SECONDS OUT [arguments]                  # `start`, after a pilot of size 10M-tables
 #   scratch_call.sh cards FOLDER NAMES SECONDS OUT SIZE                   # a seed per GPU, once the tables of NAMES are there
-#   scratch_call.sh seeds FOLDER NAMES SECONDS LATER OUT                   # 10M-more, and what 4M-tables lacks
+#   scratch_call.sh seeds FOLDER NAMES SECONDS LATER OUT                   # seeds 3 to 5 of 10M, and what 4M-tables lacks
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
@@ -65,7 +65,7 @@ pilot)
         >"${SCRATCH_LOG:-log-scratch.txt}" 2>&1 </dev/null &
     ;;
 seeds)
-    # More seeds of 10M-tables on GPU 1, what 4M-tables lacks on GPU 0 after LATER seconds, then on GPU 1.
+    # Seeds 3 to 5 of 10M-tables on GPU 1, what 4M-tables lacks on GPU 0 after LATER seconds, then on GPU 1.
     folder=$2 names=$3 seconds=$4 later=$5 out=$6
     set_up "$folder"
     mkdir -p "$out"
@@ -73,12 +73,12 @@ seeds)
     # shellcheck disable=SC2016
     setsid nohup bash -c 'names=$0 began=$(date +%s) end=$(($(date +%s) + $1)) later=$2 out=$3
         left() { echo $((end - $(date +%s))); }
-        sweep() { # CARD JOB CORPORA SIZE WORKERS FORMS...
-            card=$1 job=$2 corpora=$3 size=$4 workers=$5
-            shift 5
+        sweep() { # CARD JOB CORPORA SIZE SEEDS WORKERS FORMS...
+            card=$1 job=$2 corpora=$3 size=$4 seeds=$5 workers=$6
+            shift 6
             CUDA_VISIBLE_DEVICES=$card python3 lab/scripts/scratch_gpu.py --corpora "$corpora" --size "$size" \
                 --state "state-$job" --out "$job.jsonl" --copy "$out/$size-$job.jsonl" --workers "$workers" --first 3 \
-                --seeds 0 1 2 3 4 5 --seconds "$(left)" --only "$@" >"$out/log-$job.txt" 2>&1
+                --seeds $seeds --seconds "$(left)" --only "$@" >"$out/log-$job.txt" 2>&1
         }
         for name in $names; do while [ ! -e "filled-$name" ]; do sleep 0.5; done; done
         echo "$(date +%X) tables are there"
@@ -90,18 +90,18 @@ seeds)
             --more ./*.jsonl.xz --characters 700e6 --parts 56 --held-out 0.02 --state state --out none.jsonl \
             --seconds 300 --corpus-only --size 10M-tables
         echo "$(date +%X) the corpus is there"
-        sweep 1 more corpora 10M-more 6 "" &
+        sweep 1 more corpora 10M-tables "3 4 5" 6 "" &
         more=$!
         CUDA_VISIBLE_DEVICES= nice -n 19 taskset -c 0-11 python3 lab/scripts/scratch_gpu.py --corpora corpora-4M \
             --more others-0.jsonl.xz others-1.jsonl.xz linux-0.jsonl.xz --state state --out none.jsonl --seconds 300 \
             --corpus-only --size 4M-tables
         echo "$(date +%X) the small corpus is there"
         (while [ $(($(date +%s) - began)) -lt "$later" ]; do sleep 1; done
-            sweep 0 nsa corpora-4M 4M-tables 3 "=nsa, 5 free" &
-            sweep 0 rows corpora-4M 4M-tables 2 "=paper, w = N/2=" "=random," "=dense, slopes and scores"
+            sweep 0 nsa corpora-4M 4M-tables "0 1 2" 3 "=nsa, 5 free" &
+            sweep 0 rows corpora-4M 4M-tables "0 1 2" 2 "=paper, w = N/2=" "=random," "=dense, slopes and scores"
             wait) &
         wait $more
-        [ "$(left)" -gt 70 ] && sweep 1 rates corpora-4M 4M-tables 6 "=mla, quarter rate=" "=mla="
+        [ "$(left)" -gt 70 ] && sweep 1 rates corpora-4M 4M-tables "0 1 2" 6 "=mla, quarter rate=" "=mla="
         wait' "$names" "$seconds" "$later" "$out" >"$out/log-seeds.txt" 2>&1 </dev/null &
     ;;
 cards)

@@ -49,8 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of every run instead of the sweep's: a trial")
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
-    carried = any(part in arguments.size[0] for part in ("tables", "more"))
-    name = "long" if "reading" in arguments.size else "tables" if carried else "local"
+    name = "long" if "reading" in arguments.size else "tables" if "tables" in arguments.size[0] else "local"
     name = "tables-400M" if "20M-tables" in arguments.size else name
     if not (arguments.corpora / name / "index.json").exists():
         tokens = build(

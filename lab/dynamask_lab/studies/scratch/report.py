@@ -131,6 +131,8 @@ _CAUSES = (
     ("pairs, with scores and slopes, half rate", _SCORED_HALF, "dense, slopes, half rate"),
     ("dense attention's rate, a quarter", "dense, quarter rate", "dense, half rate"),
     ("latent attention, half rate", "mla, half rate", "dense, half rate"),
+    ("latent attention, a quarter of its rate", "mla, quarter rate", "dense, half rate"),
+    ("latent attention, its whole rate", "mla", "dense, half rate"),
     ("native sparse attention, half rate", "nsa, 5 free blocks, half rate", "dense, half rate"),
     ("scores on the logits of dense attention", "dense, slopes and scores, half rate", "dense, slopes, half rate"),
     ("the choice, gentle slopes, half rate", _LEARNED_HALF, "sliding + sinks, half rate, one wide layer"),

@@ -60,8 +60,8 @@ Size `20M-tables`, named before its runs, every form at half its rate, 20 fresh 
 `sliding + sinks, one wide layer`, the newest keys in the same windows, which is judged against `dense` by the same
 rule. The smallest difference of interest is 0.02 nats. Other forms of that size run only where time is left.
 
-Size `10M-more`, named before its runs: seeds 3 to 5 of `scored, one wide layer` and of `sliding + sinks, one wide
-layer` of `10M-tables`, whose difference three seeds left undecided. All six seeds are judged together, once.
+Seeds 3 to 5 of `10M-tables`, named before their runs: `scored, one wide layer` and `sliding + sinks, one wide layer`,
+whose difference three seeds left undecided. All six seeds are judged together, once.
 """
 
 from __future__ import annotations
@@ -426,8 +426,10 @@ SIZES = {
     "4M-rates": lambda: _judged("4M", rates(4096), 10.0),
     # On a corpus of carried tables alone, the same on every machine: runs of several days pair.
     "4M-tables": lambda: _judged("4M", tables(4096), 10.0, corpus="tables"),
-    "10M-tables": lambda: _judged("10M", larger(4096, 3), 20.0, corpus="tables"),
-    "10M-more": lambda: _judged("10M", _one_wide(4096, 3), 20.0, (3, 4, 5), corpus="tables"),
+    "10M-tables": lambda: [
+        *_judged("10M", larger(4096, 3), 20.0, corpus="tables"),
+        *_judged("10M", _one_wide(4096, 3), 20.0, (3, 4, 5), corpus="tables"),
+    ],
     "20M-tables": lambda: _judged("20M-wide", larger(4096, 4), 20.0, corpus="tables-400M"),
     "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
     "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
