@@ -46,8 +46,8 @@ class RecordedGradients:
         parameters: those whose gradients are wanted; their `grad` must be None.
         inputs: tensors on the GPU, of the shapes and dtypes of all later calls. They are used for warming up.
         backward: whether the backward pass of the scalar is run here; otherwise `loss_of` runs it.
-        pool: memory that it shares with other recordings of the same stream, `torch.cuda.graph_pool_handle()`; None:
-            memory of its own.
+        pool: memory that it shares with other recordings, `torch.cuda.graph_pool_handle()`, each of which overwrites
+            the gradients of the others; None: memory of its own.
 
     Raises:
         InvalidInputError: inputs that are not on a GPU, or parameters with gradients.

@@ -57,6 +57,29 @@ def test_same_gradients_as_the_step(ranks_learn: bool) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+def test_recordings_of_several_shapes_share_their_memory() -> None:
+    model = converted().cuda()
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=ids, labels=ids, use_cache=False).loss  # type: ignore[no-any-return]
+
+    pool = torch.cuda.graph_pool_handle()
+    texts = [torch.randint(0, 64, (1, length), device="cuda") for length in (300, 500, 120)]
+    steps = [RecordedGradients(loss_of, model.parameters(), ids, pool=pool) for ids in texts]
+    for number in (0, 1, 2, 1, 0, 2):
+        ids = torch.randint_like(texts[number], 64)
+        loss = steps[number](ids)
+        found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+        model.zero_grad(set_to_none=True)
+        expected = loss_of(ids)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach())
+        own = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        torch.testing.assert_close(found, own, rtol=1e-3, atol=1e-5)
+        model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
 def test_a_loss_that_is_held_does_not_end_the_recording() -> None:
     layer = nn.Linear(8, 8, device="cuda")
     inputs = torch.randn(4, 8, device="cuda")
