@@ -71,6 +71,49 @@ def bound_rows(lines: list[dict[str, Any]], ranked: tuple[int, ...] = (5, 11, 17
     return [row | {column: row.get(column, "") for column in columns} for _, row in ordered]
 
 
+_SEARCHED = {
+    "estimated": "as the estimate chose them",
+    "no slopes": "the same windows, no slopes",
+    "slopes <= 4/8192": "the same windows, no slope above 4/8192",
+    "found": "searched by the loss on validation blocks",
+}
+
+
+def search_rows(lines: list[dict[str, Any]]) -> list[Row]:
+    """One row per set of windows and slopes on test blocks: the loss above dense, with its interval.
+
+    Args:
+        lines: of `search`, one model. Of an oracle's tries, the one with the lowest loss counts.
+    """
+    tested = [line for line in lines if line["part"] == "test"]
+    base = np.array(next(line["losses"] for line in tested if line["rule"] == "dense")).mean(1)
+    rows: list[Row] = []
+    for budget in sorted({line["budget"] for line in tested if line.get("budget")}):
+        own = [line for line in tested if line.get("budget") == budget]
+        shown = [line for line in own if line["rule"] in _SEARCHED]
+        for rule in sorted({line["rule"] for line in own if line["rule"].startswith("oracle")}):
+            tries = [line for line in own if line["rule"] == rule]
+            shown.append(min(tries, key=lambda line: float(np.mean(line["losses"]))))
+        for line in shown:
+            above = np.array(line["losses"]).mean(1) - base
+            low, high = interval(above)
+            steps = (f"{slope * 8192:g}" for slope in line["slopes"])
+            oracle = line["rule"].removesuffix(", tried")
+            rows.append(
+                {
+                    "frozen; windows and slopes": _SEARCHED.get(
+                        line["rule"], f"{_RULES.get(oracle, oracle)}, searched by the loss on these blocks"
+                    ),
+                    "keys per head": f"{budget:,}",
+                    "newest keys": str(line.get("local", 128)),
+                    "windows": ", ".join(map(str, line["windows"])),
+                    "slopes, 1/8192": ", ".join(steps),
+                    "text loss above dense": f"{above.mean():+.3f} ({low:+.3f} to {high:+.3f})",
+                }
+            )
+    return rows
+
+
 def _name(line: Mapping[str, Any], ranked: tuple[int, ...]) -> str:
     rule = line["rule"]
     if rule not in _RULES and rule.startswith("oracle"):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynamask_lab.report.conversion_bound import bound_rows, cache_rows, read_bound
+from dynamask_lab.report.conversion_bound import bound_rows, cache_rows, read_bound, search_rows
 
 
 def _line(rule: str, losses: list[list[float]], **facts: Any) -> dict[str, Any]:
@@ -38,3 +38,18 @@ def test_shares_are_of_the_dense_cache_as_long() -> None:
     assert rows[0]["share at 8K"] == "50.0%"
     assert rows[0]["share at 32K"] == "12.5%"
     assert rows[0]["of it global heads"] == "0.5"
+
+
+def test_searched_rules_stand_beside_estimated_ones() -> None:
+    def line(rule: str, loss: float, part: str = "test", **more: Any) -> dict[str, Any]:
+        rules = {} if rule == "dense" else {"budget": 512, "windows": [700, 324], "slopes": [0.0, 4 / 8192]}
+        return {"rule": rule, "part": part, "losses": [[loss, loss], [loss + 1, loss + 1]], **rules, **more}
+
+    lines = [line("dense", 2.0), line("dense", 9.0, "validation"), line("tried", 1.0, "validation", local=128)]
+    lines += [line("estimated", 2.2, local=128), line("found", 2.1, local=32)]
+    lines += [line("oracle, max, tried", 2.4), line("oracle, max, tried", 2.05)]
+    rows = search_rows(lines)
+    assert [row["text loss above dense"][:6] for row in rows] == ["+0.200", "+0.100", "+0.050"]
+    assert [row["newest keys"] for row in rows] == ["128", "32", "128"]
+    assert {row["slopes, 1/8192"] for row in rows} == {"0, 4"}
+    assert "largest later attention" in rows[2]["frozen; windows and slopes"]
