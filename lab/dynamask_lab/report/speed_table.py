@@ -21,10 +21,11 @@ KERNEL_RUNS = (
     "h200-kernels-night.json",
     "h200-kernels-morning.json",
     "h200-kernels-forenoon.json",
+    "h200-kernels-afternoon.json",
 )
 """Files of `lab/scripts/kernel_times.py`, the oldest first; files that are not named here are newer."""
 _SHAPE = {"D": 128, "H": 16, "G": 4}
-_PEERS = {"cudnn": "cuDNN", "flash": "FlashAttention 2", "fa3": "FlashAttention 3"}
+_PEERS = {"cudnn": "cuDNN", "flash": "FlashAttention 2", "fa3": "FlashAttention 3 (forward alone)"}
 
 
 @dataclass(frozen=True)
