@@ -82,10 +82,14 @@ seeds)
         }
         for name in $names; do while [ ! -e "filled-$name" ]; do sleep 0.5; done; done
         echo "$(date +%X) tables are there"
-        CUDA_VISIBLE_DEVICES=1 taskset -c 20-31 timeout 110 python3 lab/scripts/scratch_pilot.py --more linux-3.jsonl.xz \
-            --out "$out/pilot.jsonl" --most 3 --size 20M-tables 4M-tables --only "20M-tables=dense, half rate=" \
-            "20M-tables=scored, half rate," "20M-tables=sliding + sinks, half rate, one wide" "4M-tables=nsa, 5 free" \
-            >"$out/log-pilot.txt" 2>&1 &
+        pilot() { # NAME SIZE FORMS...
+            job=$1 size=$2
+            shift 2
+            CUDA_VISIBLE_DEVICES=1 taskset -c 20-31 timeout 150 python3 lab/scripts/scratch_pilot.py --most 3 --size "$size" \
+                --more linux-3.jsonl.xz --folder "$job" --out "$out/$job.jsonl" --only "$@" >"$out/log-$job.txt" 2>&1 &
+        }
+        pilot pilot-20M 20M-tables "=dense, half rate=" "=scored, half rate," "=sliding + sinks, half rate, one wide"
+        pilot pilot-nsa 4M-tables "=nsa, 5 free"
         OMP_NUM_THREADS=16 CUDA_VISIBLE_DEVICES= taskset -c 0-19 python3 lab/scripts/scratch_gpu.py --corpora corpora \
             --more ./*.jsonl.xz --characters 700e6 --parts 56 --held-out 0.02 --state state --out none.jsonl \
             --seconds 300 --corpus-only --size 10M-tables

@@ -72,7 +72,7 @@ def _timed(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: B
     from dynamask_lab.language.engine import LanguageConfig, _Batches, _Run, compile_training
     from dynamask_lab.studies.scratch.study import scratch_name
 
-    run = _Run(LanguageConfig.of(config), out.parent / "pilot-state")
+    run = _Run(LanguageConfig.of(config), out.parent / f"{out.stem}-state")
     if run.device.type == "cuda":
         run.token_losses = compile_training(run.model)
     batches = _Batches(run.settings, run.streams.train, run.device)
@@ -110,7 +110,7 @@ def _timed(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: B
             barrier.wait(300)
             if turn == place and not fails and run.device.type == "cuda":
                 with contextlib.suppress(Exception):  # a look, not the measurement
-                    _profile(run, batches, out.with_name(f"pilot-profile-{place}.txt"))
+                    _profile(run, batches, out.with_name(f"{out.stem}-profile-{place}.txt"))
 
 
 def _profile(run: Any, batches: Any, out: Path) -> None:
