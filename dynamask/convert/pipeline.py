@@ -199,9 +199,11 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
     except Exception as error:  # a dozen kinds, all of which mean that there is none
         tokenizer = None
         if settings.data:
+            reason = _line(error).rstrip()
+            told = "" if reason.endswith(":") else f" ({reason})"  # transformers' list of files may be empty
             raise UsageError(
                 f"{settings.source} has no tokenizer, which --data needs: put the model's tokenizer files into its "
-                f"folder ({_line(error)})"
+                f"folder{told}"
             ) from error
     _check_disk(settings)
     return tokenizer, block

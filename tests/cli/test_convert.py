@@ -173,6 +173,7 @@ def test_bad_input_leaves_nothing(
     assert done.returncode == 2, done.stderr
     assert message in done.said
     assert "Traceback" not in done.stderr
+    assert not done.said.endswith(": )"), "a cause that names nothing"
     assert sorted(tmp_path.iterdir()) == before
 
 

@@ -19,6 +19,7 @@ from dynamask_lab.report.claims import CLAIMS
 from dynamask_lab.report.conversion_bound import PATTERN as BOUND
 from dynamask_lab.report.exhibits import exhibits
 from dynamask_lab.report.pictures import pictures
+from dynamask_lab.report.recipe_names import NOTE, by_recipe
 from dynamask_lab.report.scoreboard import Placed, board, details
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
 from dynamask_lab.studies.needle.data import same_mixture
@@ -337,11 +338,11 @@ def digest(keys: Sequence[str], rows: Mapping[str, tuple[str, Any]]) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """A table in markdown; the columns are those of any row, in order of appearance."""
+    """A table in markdown; the columns are those of any row, in order of appearance. Forms are named by recipe."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
-        cells = [str(row.get(column, "")).replace("|", "\\|").replace("\n", " ") for column in columns]
+        cells = [by_recipe(str(row.get(column, ""))).replace("|", "\\|").replace("\n", " ") for column in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -417,9 +418,9 @@ def _index(
         "## Scoreboard",
         "",
         "The paper's claims ([arXiv 2508.02124](https://arxiv.org/abs/2508.02124)) at the sizes that were run here. "
-        "*Plain form*: the paper's own; *best form*: dynamask 0.1's form for the task, with ranks learned from "
-        "attention, and on fresh tokens learned ranks with windows per head; *control*: newest keys in the same "
-        "windows. *Reproduced* or *refuted*: the 95% interval "
+        "*Plain form*: the paper's own (recipe `paper`); *best form*: learned ranks (recipe `recall`, with slopes or "
+        "with windows per head), or dynamask 0.1's form for the task; *control*: the newest keys in the same windows "
+        "(recipe `sliding`). *Reproduced* or *refuted*: the 95% interval "
         "excludes zero and the difference is at least the smallest of interest. *No difference*: the interval lies "
         f"within it. *Not tested*: the runs do not decide; differences of losses below {FEW_SEEDS_INTEREST} nats "
         f"decide nothing with fewer than {FEW_SEEDS} seeds. In brackets: the difference to dense attention with its "
@@ -448,7 +449,7 @@ def _verdicts_page(placed: Sequence[Placed]) -> str:
     about = (
         "The paper's claims first, this library's goals behind them. Differences are in the form's favour where they "
         "are positive. `of interest`: the smallest difference of interest, fixed for all sweeps. `pairs`: query-key "
-        "pairs as a share of dense attention's."
+        f"pairs as a share of dense attention's. {NOTE}"
     )
     lines = ["# Every verdict", "", f"Drawn by `{COMMAND}`. {about}", "", markdown_table(details(placed)), ""]
     return "\n".join(lines)

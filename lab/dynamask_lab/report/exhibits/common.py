@@ -25,7 +25,7 @@ Drawn = tuple[Exhibit, dict[str, tuple[str, Any]], str]
 PLAIN, BEST, CONTROL = (form.name for form in SCALING)
 COLOURS = {PLAIN: SKY, BEST: BLUE, CONTROL: ORANGE, "mha": BLACK, "swa": RED, "mla": GREEN}
 NAMES = {
-    PLAIN: "the paper's form",
+    PLAIN: "paper",
     BEST: "0.1's ranks, few layers wide",
     CONTROL: "newest keys, few layers wide",
     "mha": "dense",
@@ -58,11 +58,11 @@ def best_losses(runs: Sequence[Record], named: Callable[[Record], str]) -> dict[
 
 FRESH = {
     "dense": ("dense", BLACK),
-    "paper": ("the paper's form", SKY),
-    "sliding + sinks": ("newest keys and sinks", RED),
-    "learned, even": ("learned ranks", BLUE),
-    "sliding + sinks, one wide layer": ("newest keys, one layer wide", ORANGE),
-    "learned, slopes, one wide layer": ("learned ranks with slopes, one layer wide", PINK),
+    "paper": ("paper", SKY),
+    "sliding + sinks": ("sliding, even windows", RED),
+    "learned, even": ("even", BLUE),
+    "sliding + sinks, one wide layer": ("sliding", ORANGE),
+    "learned, slopes, one wide layer": ("recall, slopes", PINK),
 }
 """Forms of study `scratch` that exhibits show -> name and colour."""
 

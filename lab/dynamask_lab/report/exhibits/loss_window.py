@@ -122,12 +122,12 @@ def _at_half_the_rate(sweeps: Sweeps) -> str:
 
 
 _HALVED = {
-    "paper": ("the paper's form", SKY),
-    "sliding + sinks, half rate": ("newest keys and sinks", RED),
-    "learned, half rate, slopes, even": ("learned ranks with slopes", PINK),
-    "sliding + sinks, half rate, one wide layer": ("newest keys, one layer wide", ORANGE),
-    "scored, half rate, one wide layer": ("0.1's form with scores, one layer wide", GREEN),
-    "learned, half rate, slopes, one wide layer": ("learned ranks with slopes, one layer wide", BLUE),
+    "paper": ("paper", SKY),
+    "sliding + sinks, half rate": ("sliding, even windows", RED),
+    "learned, half rate, slopes, even": ("even, slopes", PINK),
+    "sliding + sinks, half rate, one wide layer": ("sliding", ORANGE),
+    "scored, half rate, one wide layer": ("scored, one layer wide (0.1)", GREEN),
+    "learned, half rate, slopes, one wide layer": ("recall, slopes", BLUE),
 }
 """Forms of size `4M-tables` that exhibits show -> name and colour."""
 
@@ -179,14 +179,14 @@ def _leak(runs: Sequence[Record], axes: Any) -> str:
     for share, losses in both.items():
         exact, leaky = (float(np.mean(side)) for side in zip(*losses, strict=True))
         axes.plot([share, share], [exact, leaky], color=PINK, linewidth=1)
-        axes.plot(share, exact, "D", color=PINK, label="the paper's form, trained with the leak: exact")
+        axes.plot(share, exact, "D", color=PINK, label="paper, trained with the leak: exact")
         axes.plot(share, leaky, "D", color=PINK, markerfacecolor="none", label="the same, read with the leak")
     for name, label, colour in (("dma", "0.1's default", BLUE), ("sliding window", "newest keys", RED)):
         points = sorted((share, float(np.mean(losses))) for share, losses in seeds[name].items())
         if points:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=label)
     for share, own in seeds["dma, paper's form"].items():
-        axes.plot(share, float(np.mean(own)), "D", color=SKY, label="the paper's form")
+        axes.plot(share, float(np.mean(own)), "D", color=SKY, label="paper")
     millions = language_settings(runs[0].config).parameters / 1e6
     counts = sorted({len(own) for by_share in seeds.values() for own in by_share.values()})
     told = (

@@ -32,7 +32,7 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
         "dma, from dense, ranked by attention^4": ("0.1's ranks, even windows", GREEN),
         "dma, upcycled, ranked by attention^4": ("0.1's ranks, upcycled", PINK),
         control: ("newest keys, two layers wide", ORANGE),
-        plain: ("the paper's form", SKY),
+        plain: ("paper", SKY),
     }
     cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in mean_scores(runs):
@@ -85,7 +85,7 @@ def _distance_over_seeds(runs: Sequence[Record], axes: Any) -> tuple[str, list[s
     shown = {
         "mha": ("dense", BLACK),
         "dma, learned, head windows": ("learned ranks, windows per head", BLUE),
-        "swa, sinks": ("newest keys and sinks", RED),
+        "swa, sinks": ("sliding, even windows", RED),
     }
     cells: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in mean_scores(runs):

@@ -1,0 +1,31 @@
+"""Names of forms in the report: recipes where there is one."""
+
+from __future__ import annotations
+
+import pytest
+
+from dynamask import recipes
+from dynamask_lab.report.recipe_names import by_recipe
+
+
+@pytest.mark.parametrize(
+    ("study", "shown"),
+    [
+        ("sliding + sinks, half rate, one wide layer, w = N/16", "sliding, half rate, w = N/16"),
+        ("learned, half rate, slopes, one wide layer, w = N/16", "recall, half rate, slopes, w = N/16"),
+        ("learned, one wide layer, w = N/16", "recall, w = N/16"),
+        ("learned, slopes, even, w = N/16", "even, slopes, w = N/16"),
+        ("learned, even, w = N/8", "even, w = N/8"),
+        ("dma, paper", "paper"),
+        ("mha", "dense"),
+    ],
+)
+def test_a_form_with_a_recipe_has_its_name(study: str, shown: str) -> None:
+    assert by_recipe(study) == shown
+    assert shown.partition(",")[0] in recipes.RECIPES
+    assert by_recipe(f"test loss, nats below {study} +0.1") == f"test loss, nats below {shown} +0.1"
+
+
+@pytest.mark.parametrize("text", ["learned, head windows, w = N/16", "`attention=mha`", "sliding + sinks, wide start"])
+def test_what_has_no_recipe_and_code_stay(text: str) -> None:
+    assert by_recipe(text) == text
