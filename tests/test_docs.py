@@ -11,6 +11,7 @@ import typer.main
 import yaml
 
 import dynamask
+import dynamask.training
 from dynamask.cli.main import LAB_COMMANDS, app
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,9 @@ def test_the_api_page_names_what_exists() -> None:
     modules = [name for name in named if name in ("dynamask.errors", "dynamask.recipes")]
     shown |= {member for module in modules for member in vars(importlib.import_module(module))}
     assert set(dynamask.__all__) - shown <= {"convert"}
+    assert set(dynamask.convert.__all__) - shown <= {"CompiledLayers", "RecordedPrompts"}  # what functions return
+    helpers = {"TrainResult", "adamw", "checkpoints", "model_folder", "open_corpus", "open_run", "parameter_groups"}
+    assert set(dynamask.training.__all__) - shown <= helpers  # of training loops of one's own
 
 
 def test_every_command_is_on_the_commands_page() -> None:
