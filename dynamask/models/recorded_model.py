@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,39 +25,32 @@ class RecordedModel:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._rules = copy.deepcopy(_rules(model))
-        # A replay checks all of this while the device waits, so it is laid out flat.
-        self._modules: list[dict[str, Any]] = []
-        self._children: list[tuple[dict[str, Any], list[nn.Module | None]]] = []
-        self._held: list[dict[str, Tensor | None]] = []
-        self._tensors: list[Tensor] = []
-        for module in model.modules():
-            own = module.__dict__
-            if module is not model:
-                self._modules.append(own)
-            if own["_modules"]:
-                self._children.append((own, list(own["_modules"].values())))
-            for name in ("_parameters", "_buffers"):
-                if own[name]:
-                    self._held.append(own[name])
-                    self._tensors.extend(tensor for tensor in own[name].values() if tensor is not None)
-        self._known = self._identities()
+        # A replay checks all of this while the device waits: flat lists, walked without a loop in Python.
+        self._modules = [module.__dict__ for module in model.modules() if module is not model]
+        nodes = [module.__dict__ for module in model.modules()]
+        self._nodes = [own for own in nodes if own["_modules"]]
+        self._held: list[dict[str, Any]] = [own[name] for own in nodes for name in ("_parameters", "_buffers")]
+        self._held = [held for held in self._held if held]
+        self._tensors: list[Tensor] = [each for held in self._held for each in held.values() if each is not None]
         self._places = list(map(Tensor.data_ptr, self._tensors))
+        self._parts = [*itertools.chain.from_iterable(map(dict.values, self._registries()))]  # keeps them alive
+        self._identities = list(map(id, self._parts))
 
     def is_still(self, model: nn.Module) -> bool:
         """Whether a replay would do what the model would: same model, modules, rules and weights in place, no hooks."""
-        if self._model() is not model or self._rules != _rules(model):
-            return False
-        for own in self._modules:
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own:
-                return False
-        for own, children in self._children:
-            if list(own["_modules"].values()) != children:
-                return False
-        return self._known == self._identities() and self._places == list(map(Tensor.data_ptr, self._tensors))
+        return (
+            self._model() is model
+            and self._rules == _rules(model)
+            and not any(map(operator.itemgetter("_forward_hooks"), self._modules))
+            and not any(map(operator.itemgetter("_forward_pre_hooks"), self._modules))
+            and not any(map(dict.__contains__, self._modules, itertools.repeat("_hf_hook")))
+            and self._identities == list(map(id, itertools.chain.from_iterable(map(dict.values, self._registries()))))
+            and self._places == list(map(Tensor.data_ptr, self._tensors))
+        )
 
-    def _identities(self) -> list[int]:
-        """Which tensors the modules hold now, by identity."""
-        return list(map(id, itertools.chain.from_iterable(map(dict.values, self._held))))
+    def _registries(self) -> Iterator[dict[str, Any]]:
+        """The dictionaries of children, then of tensors, that modules hold now."""
+        return itertools.chain(map(operator.itemgetter("_modules"), self._nodes), self._held)
 
 
 def listened_to(module: nn.Module) -> bool:
