@@ -14,7 +14,7 @@ LAYERS = (
     ("errors", "registration"),
     ("hub", "lock"),
     ("ops",),
-    ("packed_ranks", "cache", "attention_function"),
+    ("packed_ranks", "cache_layer", "cache", "attention_function"),
     ("mixers",),
     ("models",),
     ("recipes", "data", "layers"),

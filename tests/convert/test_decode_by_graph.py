@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dynamask import BoundedCache, convert
-from dynamask import cache as cache_module
+from dynamask import BoundedCache, cache_layer, convert
 from dynamask.cache import BoundedLayer
 from dynamask.convert import models as converted_models
 from dynamask.errors import InvalidInputError
@@ -153,7 +152,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
     monkeypatch.setattr(cuda_graph, "_capturing", lambda: bool(current))
     monkeypatch.setattr(BoundedLayer, "_on_gpu", lambda self: True)
     # The kernels are tested by themselves; here each is one step, computed by its definition.
-    monkeypatch.setattr(cache_module, "insert_key", launching(insert))
+    monkeypatch.setattr(cache_layer, "insert_key", launching(insert))
     monkeypatch.setattr(BoundedLayer, "_decode", launching(decode))
     return made
 
