@@ -16,7 +16,7 @@ from dynamask_lab.studies.conversion.report import GROUPS, RESAMPLES, Study, Val
 
 GOAL_LENGTHS = (1024, 2048, 4096)
 BLOCK = 8192
-_FIRST = 25
+FIRST = 25
 """Examples of each task and length that every form answers."""
 
 
@@ -73,7 +73,7 @@ def ahead(study: Study, spec: Spec, tasks: Sequence[str]) -> tuple[str, Measured
     """
     scored = {peer: study.scores(f"{peer}-{spec.budget}", tasks) for peer in PEERS}
     values = study.scores(spec.name, tasks)
-    first = {key for key in values if key[3] < _FIRST}
+    first = {key for key in values if key[3] < FIRST}
     scored = {peer: found for peer, found in scored.items() if found and set(found) >= first}
     common = [key for key in values if all(key in found for found in scored.values())]
     if not common or not scored:

@@ -108,7 +108,9 @@ def _scores(study: Study, form: str) -> Values:
 
 
 def _answers(study: Study, form: str) -> Values:
-    return {key: value for name in BENCHMARKS for key, value in study.answers(form, name, "acc").items()}
+    """The answers to all benchmarks; nothing if one of them was not measured."""
+    found = [study.answers(form, name, "acc") for name in BENCHMARKS]
+    return {key: value for answers in found for key, value in answers.items()} if all(found) else {}
 
 
 def _over_seeds(found: Sequence[Values]) -> tuple[Values, int]:

@@ -70,6 +70,20 @@ def conversion_verdicts(results: Path) -> str:
     return table_with_note(verdict_rows(lines, read_runs(results)), note) if lines else NOT_MEASURED
 
 
+def conversion_tasks(results: Path) -> str:
+    """The generated tasks by group, beside every peer."""
+    # Only here: the study's module draws pictures, and takes long to import.
+    from dynamask_lab.report.conversion_tasks import task_rows
+
+    lines = read_conversion(results)
+    note = (
+        "smollm2-135m-instruct, 512 keys per KV head but for dense; answers right, %, of 25 examples of each task and "
+        "length, 1K to 8K where none stands, generated from the bounded cache; a press compresses the cache before "
+        "the question is known. Pairs: two questions on the same cache. Empty: not measured, or not at every length."
+    )
+    return table_with_note(task_rows(lines), note) if lines else NOT_MEASURED
+
+
 def conversion_long(results: Path) -> str:
     """Losses beyond the context that the model was trained for, dense and converted."""
     lines = read_conversion(results)
@@ -126,6 +140,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "conversion": conversion_summary,
     "conversion-forms": conversion_forms,
     "conversion-verdicts": conversion_verdicts,
+    "conversion-tasks": conversion_tasks,
     "conversion-goals": conversion_goals,
     "conversion-long": conversion_long,
     "gemma-bound": gemma_bound,

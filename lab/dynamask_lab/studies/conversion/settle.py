@@ -41,7 +41,10 @@ fourth, for which seed 0 of the default is trained again:
 12. The best dense model trained on the same tokens, at 2e-4 with a rate that falls to zero, seed 1, then converted at
     the default. Goal: text loss at most 0.010 above it.
 
-The fourth run measured 1/32 of 5, 6 and 9.
+The fourth run measured 1/32 of 5, 6 and 9. Named before the fifth, reported without a bar:
+
+13. Needles among documents instead of essays: the default, frozen, dense and the best peer. Needles of a window with
+    sinks, frozen.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ from dynamask_lab.studies.conversion.close import ADAPTED, LABELLED, tracking
 from dynamask_lab.studies.conversion.final import RATE, Entry, needles, other_tasks
 from dynamask_lab.studies.conversion.final import benchmarks as benchmarks_of
 from dynamask_lab.studies.conversion.forms import Spec
-from dynamask_lab.studies.conversion.jobs import Job, losses_of
+from dynamask_lab.studies.conversion.jobs import Job, losses_of, tasks_of
 from dynamask_lab.studies.conversion.levers import DENSE, FROZEN, LONG, converted
 from dynamask_lab.studies.conversion.peers import PEERS
 
@@ -71,6 +74,9 @@ NARROW, WIDE, NEWEST = (replace(spec, average=0.25) for spec in (*_BUDGETS.value
 _NARROW_LAST = {seed: converted(256, rate=BEST, seed=seed, embeddings=False) for seed in (0, 1, 2)}
 NARROWS = tuple(replace(spec, average=0.25) for spec in _NARROW_LAST.values())
 """1/32 by seed."""
+KEYDIFF = Spec("peer", 512, peer="keydiff")
+SINKS = Spec("converted", 512, windows="equal", ranks="newest")
+"""A window and sinks, frozen."""
 _RIVALS = tuple(Spec("peer", 512, peer=peer) for peer in PEERS)
 MIXED = tuple(replace(DEFAULT[0], mixed=share) for share in (0.75, 0.5))
 """Three parts, and one, of the default's weights with one part of the dense model's."""
@@ -118,7 +124,9 @@ def entries() -> list[Entry]:
         needles(FROM_BEST),
     ]
     made += [needles(MIXED[0]), benchmarks_of(MIXED[0])]
+    made += [replace(_documents(spec), idle=True) for spec in (DENSE, FROZEN)]
     made += [replace(_more(spec), idle=True) for spec in (DENSE, *_RIVALS)]
+    made += [replace(entry, idle=True) for entry in (_documents(KEYDIFF), needles(SINKS))]
     made += [needles(MIXED[1]), benchmarks_of(MIXED[1])]
     made += [Entry(tuple(Job(DEFAULT[0], "tasks", {"length": length, **PAIRS}) for length in (1024, 2048)))]
     made += [needles(LABELLED), benchmarks_of(WIDE), benchmarks_of(FROM_BEST)]
@@ -170,6 +178,11 @@ def jobs() -> list[Job]:
     """The jobs of all entries."""
     order = [job for entry in (*entries(), *settled(), *named(), *tried()) for job in entry.jobs]
     return list({job.key: job for job in order}.values())
+
+
+def _documents(spec: Spec) -> Entry:
+    """The needle tasks among documents."""
+    return Entry(tuple(tasks_of(spec, range(25), "documents")))
 
 
 def _more(spec: Spec) -> Entry:
