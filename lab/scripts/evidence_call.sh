@@ -35,7 +35,7 @@ go() { # study, size, workers, runs to leave out, runs, from, to: one sweep, in 
         grep -q "$content" lab/results/reading.jsonl || set -- reading 4M-equal "$3" 0 1000
         echo "$content: $*"
         ;;
-    recurrent | ablation) local_corpus ;;
+    recurrent | ablation) [[ $2 == *smoke ]] || local_corpus ;;
     again) if [ "$2" = leak ]; then local_corpus; else larger_corpus; fi ;;
     esac
     # Whatever was prepared meanwhile: the GPU belongs to others until then.

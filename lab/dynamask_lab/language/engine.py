@@ -39,6 +39,7 @@ from dynamask.training.sampler import ShuffledBlocks
 from dynamask.training.schedule import learning_rate_share
 from dynamask_lab.language.data import token_streams
 from dynamask_lab.language.kept_models import keep
+from dynamask_lab.language.replayed import ReplayedGradients
 from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.sweeps.registry import Config, Progress
 from dynamask_lab.sweeps.results import run_key
@@ -481,6 +482,7 @@ class _Run:
         self.timed_steps, self.timed_seconds = 0, 0.0
         self.peak = 0
         self.token_losses: TokenLosses = plain_losses
+        self.gradients = ReplayedGradients(self.model, self._loss, record=False)
 
     @property
     def state_file(self) -> Path:
@@ -538,7 +540,7 @@ class _Run:
 
     def close(self) -> None:
         """Free the device: the next run of a sweep needs it."""
-        del self.model, self.optimizer, self.losses, self.token_losses
+        del self.model, self.optimizer, self.losses, self.token_losses, self.gradients
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -548,6 +550,7 @@ class _Run:
         compiled = settings.compile and self.device.type == "cuda"
         if compiled:
             self.token_losses = compile_training(self.model)
+        self.gradients = ReplayedGradients(self.model, self._loss, record=not compiled)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         batches = _Batches(settings, self.streams.train, self.device)
@@ -592,14 +595,16 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         tokens = batches(step)
-        with self._autocast():
-            loss = training_loss(self.model, tokens, self.token_losses)
-        loss.backward()
+        loss = self.gradients(tokens)
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.losses[step] = loss.detach()
+        self.losses[step] = loss
         self.step += 1
+
+    def _loss(self, tokens: Tensor) -> Tensor:
+        with self._autocast():
+            return training_loss(self.model, tokens, self.token_losses)
 
     def _calibrate(self) -> None:
         """Set windows per key/value head of the same mean, by the ranks of validation text."""

@@ -217,6 +217,11 @@ def _leak_at(*shares: int) -> list[Config]:
     return sorted(chosen, key=lambda config: (shares.index(2048 // config["window"]), config["seed"]))
 
 
+def _leak_smoke() -> list[Config]:
+    """Both selections of "leak" for a few steps on bytes, which need no corpus: shows on a GPU that they run."""
+    return [{**config, "corpus": "bytes", "steps": 60, "validation_tokens": 65_536} for config in _leak()[:2]]
+
+
 def _leak_decide() -> list[Config]:
     """A sixteenth and a quarter of the context."""
     return _leak_at(16, 4)
@@ -247,6 +252,7 @@ ABLATION = Experiment(
         "smoke": _smoke,
         "probe": _probe,
         "quick": _quick,
+        "leak-smoke": _leak_smoke,
         "leak-decide": _leak_decide,
         "leak-rest": _leak_rest,
         "leak": _leak,

@@ -32,10 +32,10 @@ from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask.models.window_schedule import check_window_schedule
 from dynamask.training.loss import AUXILIARY_WEIGHT
 from dynamask_lab.language.engine import windows_by_rank
+from dynamask_lab.language.replayed import ReplayedGradients
 from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
 from dynamask_lab.studies.locality.study import wide_with_dense
 from dynamask_lab.studies.mqar.data import MqarExamples, mqar_examples
-from dynamask_lab.studies.mqar.replay import ReplayedGradients
 from dynamask_lab.studies.mqar.whole_texts import whole_texts
 from dynamask_lab.sweeps.registry import Config, Experiment, Progress, register
 from dynamask_lab.sweeps.results import Record

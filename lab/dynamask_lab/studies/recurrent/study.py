@@ -66,6 +66,12 @@ def _tiny() -> list[Config]:
     return _runs("1M", 3e-3, (0, 1, 2))
 
 
+def _smoke() -> list[Config]:
+    """Every form of "tiny" for a few steps on bytes, which need no corpus: shows on a GPU that it runs."""
+    few = {"corpus": "bytes", "steps": 60, "validation_tokens": 65_536}
+    return [{**settings, **few} for settings in _runs("1M", 3e-3, (0,))]
+
+
 def _runs(shape: str, rate: float, seeds: Sequence[int], **more: Any) -> list[Config]:
     with recurrent_mixer():
         return [
@@ -105,7 +111,7 @@ RECURRENT = Experiment(
     name="recurrent",
     description="a Gated DeltaNet with one layer of six that attends: dense, sliding, or the best learned ranks",
     run=run_recurrent,
-    sizes={"tiny": _tiny, "4M": _probe},
+    sizes={"smoke": _smoke, "tiny": _tiny, "4M": _probe},
     cost=_cost,
     kind=_kind,
     summary=recurrent_summary,

@@ -1,4 +1,4 @@
-"""Gradients of batches of few shapes, replayed as CUDA graphs: a model of two layers waits for the host otherwise."""
+"""Gradients of batches of few shapes, replayed as CUDA graphs: small models wait for the host otherwise."""
 
 from __future__ import annotations
 
