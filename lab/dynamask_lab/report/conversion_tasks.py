@@ -47,7 +47,7 @@ def task_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
     """
     study = Study(dict(line) for line in lines if line["model"] == SMOLLM2)
     forms = FORMS | {f"kvpress {peer}": settle.Spec("peer", 512, peer=peer) for peer in PEERS}
-    rows: list[Row] = [{"form": name} for name in forms]
+    rows: list[dict[str, str]] = [{"form": name} for name in forms]
     for title, (tasks, lengths, haystack, question) in _COLUMNS.items():
         scored = [
             {

@@ -120,10 +120,10 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
         text = f"{kept[0] / 2**20:.1f} of {whole[0] / 2**20:.1f}"
         add("cache of a sequence at 8K, MiB", "shown", Measured(text, kept[0]), None, [FROZEN])
     for batch in (1, 16):
-        found = figures.speed(study, FROZEN, batch)
-        if found:
+        decoded = figures.speed(study, FROZEN, batch)
+        if decoded:
             name = f"decoded tokens/s at 8K, windows with slopes, batch {batch}"
-            add(name, "shown", Measured(f"{found[1]:,.0f}", found[1]), None, [FROZEN])
+            add(name, "shown", Measured(f"{decoded[1]:,.0f}", decoded[1]), None, [FROZEN])
 
     wide = next(spec for spec in gemma_list.WIDER if spec.budget == _BEST_OF_GEMMA)
     for title, spec in (("frozen", FROZEN), ("distilled", gemma_list.averaged(gemma_list.GENTLE[0])), ("frozen", wide)):
