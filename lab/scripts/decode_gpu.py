@@ -918,9 +918,9 @@ def main() -> int:
         except Exception as error:
             report({"part": part, "error": f"{type(error).__name__}: {error}"[:300]})
         free()
-        made, found, seconds = (sum(row[index] for row in _KERNELS.values()) for index in range(3))
+        made, known, seconds = (sum(row[index] for row in _KERNELS.values()) for index in range(3))
         now = time.perf_counter() - began
-        print(f"after {now:.0f} s: {made} kernels compiled, {found} found, {seconds:.1f} s", flush=True)
+        print(f"after {now:.0f} s: {made} kernels compiled, {known} found, {seconds:.1f} s", flush=True)
     for name, row in sorted(_KERNELS.items(), key=lambda each: -each[1][2])[:25]:
         print(f"  {name}: {row[0]} compiled, {row[1]} found, {row[2]:.1f} s")
     print(f"{time.perf_counter() - began:.0f} s; {left_out} jobs left out", flush=True)
