@@ -15,6 +15,7 @@ from dynamask.cli.main import app
 from dynamask.models import preset
 from dynamask.ops import key_expiry
 from dynamask_lab.benchmarks import model as bench
+from dynamask_lab.benchmarks.model import generation, run, training
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 1000])
@@ -82,17 +83,17 @@ def test_a_filled_cache_is_as_the_context_leaves_it(attention: str, cache: str, 
 def test_decoding_goes_through_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     fill = bench.filled_cache
-    monkeypatch.setattr(bench, "filled_cache", lambda *args: made.append(fill(*args)) or made[-1])
+    monkeypatch.setattr(generation, "filled_cache", lambda *args: made.append(fill(*args)) or made[-1])
     for attention, cache in bench.CACHES:
         row = bench.time_generation("tiny", attention, cache, 80, 2, steps=3)
         assert row["tokens_per_s"] == pytest.approx(2e3 / row["ms_per_token"])
-        grown = 79 if cache == "fixed" else 80 + 3 + bench._DECODE_WARMUP
+        grown = 79 if cache == "fixed" else 80 + 3 + generation._DECODE_WARMUP
         assert int(made[-1].get_seq_length()) == grown
         assert row["cache_mib"] * 2**20 == cache_bytes(made[-1])
 
 
 def test_a_cache_that_does_not_fit_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "build", lambda *args, **kwargs: pytest.fail("built a model that cannot be used"))
+    monkeypatch.setattr(generation, "build", lambda *args, **kwargs: pytest.fail("built a model that cannot be used"))
     row = bench.time_generation("1.7b", "mha", "dynamic", 131072, 8, memory=80 * 2**30)
     assert row["skipped"] == "the cache takes 112 GiB, the device has 80 GiB"
 
@@ -137,7 +138,7 @@ def test_longest_ends_at_cap_budget_and_other_errors() -> None:
 
 def test_longest_does_not_begin_what_the_budget_cannot_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
 
     def measure(length: int) -> dict:
         clock[0] += length**2 / 1000
@@ -150,8 +151,8 @@ def test_longest_does_not_begin_what_the_budget_cannot_hold(monkeypatch: pytest.
 
 def test_the_most_important_comes_first_and_every_row_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("time_training", "time_generation", "time_prefill"):
-        monkeypatch.setattr(bench, name, lambda *args, **kwargs: {"attention": args[1], "N": 1})
-    parts = [(part, *identity.values()) for part, identity, _ in bench._plan(bench.Settings())]
+        monkeypatch.setattr(run, name, lambda *args, **kwargs: {"attention": args[1], "N": 1})
+    parts = [(part, *identity.values()) for part, identity, _ in run._plan(bench.Settings())]
     assert parts[:4] == [("training", a, n) for n in (32768, 8192) for a in ("dma", "mha")]
     assert parts[6:8] == [("generation", "dma", "bounded", 32768, 1), ("generation", "dma", "bounded-eager", 32768, 1)]
     assert [p[0] for p in parts].index("prefill") < parts.index(("generation", "dma", "bounded", 32768, 8))
@@ -168,13 +169,13 @@ def test_the_most_important_comes_first_and_every_row_is_saved(monkeypatch: pyte
 
 def test_on_a_gpu_the_fastest_dense_backend_follows_the_first_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    parts = [(part, *identity.values()) for part, identity, _ in bench._plan(bench.Settings())]
+    parts = [(part, *identity.values()) for part, identity, _ in run._plan(bench.Settings())]
     cudnn = [("training", "mha-cudnn", n) for n in bench.LENGTHS]
     assert [part for part in parts if part[1] == "mha-cudnn"] == cudnn
     assert parts.index(cudnn[0]) == parts.index(("generation", "dma", "bounded", 32768, 8)) - 1
-    only = [(part, *i.values()) for part, i, _ in bench._plan(bench.Settings(only="training"))]
+    only = [(part, *i.values()) for part, i, _ in run._plan(bench.Settings(only="training"))]
     assert only[-3:] == cudnn
-    assert not [1 for part, *_ in bench._plan(bench.Settings(only="generation")) if part == "training"]
+    assert not [1 for part, *_ in run._plan(bench.Settings(only="generation")) if part == "training"]
 
 
 def test_what_cannot_be_compiled_runs_eagerly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_what_cannot_be_compiled_runs_eagerly_and_says_so(monkeypatch: pytest.Mo
             raise failure
         return {"attention": "dma", "N": 96, "compiled": False}
 
-    monkeypatch.setattr(bench, "time_training", timed)
+    monkeypatch.setattr(run, "time_training", timed)
     failure: Exception = ValueError("no code\nfor this")
     row = bench.train_as_set(bench.Settings("tiny"), "dma", 96)
     assert not row["compiled"]
@@ -204,13 +205,13 @@ def test_kernels_are_checked_at_the_models_heads(worst: float, wrong: bool, monk
         assert sizes == {"dim": 128, "heads": 16, "groups": 8, "window": 2048}
         return [{"result": [{"worst": worst}]}]
 
-    monkeypatch.setattr(bench, "run_apart", done)
+    monkeypatch.setattr(run, "run_apart", done)
     if wrong:
         with pytest.raises(AssertionError, match="wrong results"):
             bench.check_kernels("1.7b", 9.0)
     else:
         assert bench.check_kernels("1.7b", 9.0) == [{"worst": worst}]
-    monkeypatch.setattr(bench, "run_apart", lambda tasks, **limits: [{"error": "crashed"}])
+    monkeypatch.setattr(run, "run_apart", lambda tasks, **limits: [{"error": "crashed"}])
     assert bench.check_kernels("1.7b", 9.0)[0]["error"] == "crashed"
 
 
