@@ -96,9 +96,13 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
         peer, found = figures.ahead(study, settle.DEFAULT[0], tasks)
         met = found.value is not None and found.value > 0
         what = f"{group}: score above the best peer's ({peer or 'none'}), distilled"
-        add(what, "interval above 0", found, met, [settle.DEFAULT[0]], group if group in BOUNDS else "")
-    peer, found = figures.ahead(study, FROZEN, GROUPS["tracking"])
-    add(f"tracking: the same ({peer or 'none'}), frozen", "interval above 0", found, (found.value or 0) > 0, [FROZEN])
+        add(what, "interval above 0", found, met, [settle.DEFAULT[0]], _bound(group))
+        if found.value is None or not met:
+            for title, spec in (("frozen", FROZEN), ("dense trained, then converted", _adapted(study, tasks))):
+                peer, found = figures.ahead(study, spec, tasks)
+                if found.value is not None:
+                    met = found.value > 0
+                    add(f"{group}: the same ({peer}), {title}", "interval above 0", found, met, [spec], _bound(group))
 
     what = "learned ranks above newest keys in windows of their own"
     pair = [settle.DEFAULT[0]]
@@ -138,3 +142,13 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
         found = figures.needles(gemma, [spec], DENSE)
         at_least(f"Gemma 3 270M: needles, share of dense, {title}", found, 0.98, [spec], "gemma")
     return rows
+
+
+def _bound(group: str) -> str:
+    return group if group in BOUNDS else ""
+
+
+def _adapted(study: Study, tasks: Sequence[str]) -> Spec:
+    """The conversion of a trained dense model that answered the tasks at every length, the best dense model's first."""
+    found = (spec for spec in (settle.FROM_BEST, close.FROM_ADAPTED) if study.scores(spec.name, tasks, length=8192))
+    return next(found, settle.FROM_BEST)

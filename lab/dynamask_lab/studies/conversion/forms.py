@@ -131,7 +131,7 @@ class Spec:
     def name(self) -> str:
         """What the form is called in file names and tables."""
         if self.kind == "peer":
-            return f"{self.peer}-{self.budget}"
+            return f"{self.peer}-{self.budget}" + (f"-of-{_origin(self).name}" if self.origin else "")
         parts = [self.kind.replace(" ", "-")]
         if self.kind == "converted":
             parts += [str(self.budget), self.windows, self.ranks]
@@ -367,7 +367,7 @@ class Workshop:
         if spec.kind == "dense":
             return Form(spec.name, self.dense(spec.rope), settings=spec.facts())
         if spec.kind == "peer":
-            model = self.dense(spec.rope)
+            model = self._source(spec)
             assert spec.budget is not None
             return Form(spec.name, model, peers.compressing(model, spec.peer, spec.budget), spec.facts())
         if self._kept is None or self._kept[0] != spec:
@@ -393,11 +393,15 @@ class Workshop:
             seconds += 15 + 0.3 * spec.steps
         return seconds
 
+    def founded(self, spec: Spec) -> bool:
+        """Whether what the form is converted from is there."""
+        return not spec.origin or self._file(_origin(spec)).exists()
+
     def ready(self, spec: Spec) -> bool:
         """Whether nothing has to be trained for the form."""
         needed = [self._file(spec)] if spec.trained else []
         needed += [self._ranks_file(spec)] if _ranks(spec) else []
-        return all(file.exists() for file in needed)
+        return self.founded(spec) and all(file.exists() for file in needed)
 
     def _file(self, spec: Spec) -> Path:
         """What was trained at the model's own positions also serves where they are scaled."""

@@ -287,7 +287,9 @@ def main() -> int:
             arguments.state / "claims",
             done=lambda job: job.key in results.keys or job.key not in keys,
             ready=workshop.ready,
-            fits=lambda spec: time.monotonic() + workshop.seconds_to_make(spec) < workshop.deadline,
+            fits=lambda spec: (
+                workshop.founded(spec) and time.monotonic() + workshop.seconds_to_make(spec) < workshop.deadline
+            ),
             over=lambda: time.monotonic() - start > arguments.seconds,
             listed=SHARED[arguments.plan].entries(),
             free=workshop.turn().free,
