@@ -16,8 +16,8 @@ MODELS = {"smollm2-135m": "SmolLM2-135M", "qwen3-0.6b": "Qwen3-0.6B"}
 DECODE_RUNS = ("h200-decode.jsonl", "h200-graph.jsonl", "h200-compiled.jsonl", "h200-step.jsonl", "h200-recorded.jsonl")
 """Files of `lab/scripts/decode_gpu.py`, the oldest first; files that are not named here are newer than all of them."""
 _COMPILED = "compiled norms and MLP"
-_HOW = ("", ", recorded", ", compiled")
-"""How a form may run: as it is, as a CUDA graph, or with compiled layers."""
+_HOW = ("", ", recorded", ", compiled", ", compiled, recorded")
+"""How a form may run: as it is, as a CUDA graph, with compiled layers, or both."""
 
 
 @dataclass(frozen=True)
