@@ -591,7 +591,7 @@ class BoundedLayer(CacheLayerMixin):
         tensors = [self.keys, self.values, self.ranks, self.positions, self.clock]
         if self._counters is not None:
             tensors.append(self._counters)
-        return (*(tensor.data_ptr() for tensor in tensors), int(self._least >= self._widest))
+        return (*map(Tensor.data_ptr, tensors), int(self._least >= self._widest))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Refuse: a layer that does not know the ranks cannot know what to keep.
