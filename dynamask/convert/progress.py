@@ -148,7 +148,10 @@ def save_state(state: dict[str, Any], path: Path) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise InvalidInputError(f"cannot write {path}: {error}") from error
+        reason = str(error)
+        if "inline_container" in reason:  # how torch reports a write that came back short
+            reason = "not all of it could be written; free some disk space and continue"
+        raise InvalidInputError(f"cannot write {path}: {reason}") from error
 
 
 def load_state(path: Path | None, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dynamask import InvalidInputError, convert
-from dynamask.convert.progress import Progress
+from dynamask.convert.progress import Progress, save_state
 
 
 def planted_blocks(count: int, length: int = 96) -> list[torch.Tensor]:
@@ -127,3 +127,11 @@ def test_bad_input(llama: Any) -> None:
         model.model.layers[1].self_attn.k_proj.weight[0, 0] = math.nan
     with pytest.raises(InvalidInputError, match="layer 1 is not finite at step 1"):
         convert.learn_ranks(model, planted_blocks(1), steps=5)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full is Linux's")
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "state.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(InvalidInputError, match=r"cannot write .*state\.pt: .*(disk space|No space left)"):
+        save_state({"weights": torch.zeros(1000)}, tmp_path / "state.pt")
+    assert not (tmp_path / "state.pt").exists()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dynamask_lab.report.markdown import markdown_table
 from dynamask_lab.sweeps.provenance import short_commit
 from dynamask_lab.sweeps.section import Row
 
@@ -15,9 +16,6 @@ NOT_MEASURED = "Not measured yet."
 
 def table_with_note(rows: Sequence[Row], note: str) -> str:
     """Return a table in markdown and the text below it; `NOT_MEASURED` without rows."""
-    # Only here: the report's module imports this one's users.
-    from dynamask_lab.report.results import markdown_table
-
     return f"{markdown_table(rows)}\n\n{note}" if rows else NOT_MEASURED
 
 

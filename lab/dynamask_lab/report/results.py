@@ -18,8 +18,9 @@ from dynamask_lab.report.benchmarks import BENCHMARKS
 from dynamask_lab.report.claims import CLAIMS
 from dynamask_lab.report.conversion_bound import PATTERN as BOUND
 from dynamask_lab.report.exhibits import exhibits
+from dynamask_lab.report.markdown import markdown_table
 from dynamask_lab.report.pictures import pictures
-from dynamask_lab.report.recipe_names import NOTE, by_recipe
+from dynamask_lab.report.recipe_names import NOTE
 from dynamask_lab.report.scoreboard import Placed, board, details
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
 from dynamask_lab.studies.needle.data import same_mixture
@@ -335,16 +336,6 @@ def digest(keys: Sequence[str], rows: Mapping[str, tuple[str, Any]]) -> str:
     """12 hexadecimal digits that stand for an exhibit's raw rows."""
     text = json.dumps([[key, rows[key][1]] for key in keys], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """A table in markdown; the columns are those of any row, in order of appearance. Forms are named by recipe."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        cells = [by_recipe(str(row.get(column, ""))).replace("|", "\\|").replace("\n", " ") for column in columns]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def _render(page: _Page, here: Path, output: Path) -> str:
