@@ -34,8 +34,9 @@ class RecordedPrompts:
 
     Served are calls without gradients that read a whole prompt of at least `shortest` tokens, without padding, into an
     empty `BoundedCache` (or none, where the model makes one): those of `generate()`, too. The first call with a shape
-    runs as before, the second is recorded, further ones are replayed. All other calls run as before. What a recording
-    computes with stays reserved for it: about as much memory as the call takes.
+    runs as before, the second is recorded, further ones are replayed; where weights, windows or modules change, it
+    starts over. All other calls run as before. What a recording computes with stays reserved for it: about as much
+    memory as the call takes.
 
     Args:
         model: a dynamask or converted causal LM on one GPU.
@@ -98,8 +99,10 @@ class RecordedPrompts:
             return None
         self._graphs.move_to_end(kind)
         graph = self._graphs[kind]
-        if graph is None or not graph.recorded.is_still(self._model):
-            self._graphs[kind] = graph = None
+        if graph is not None and not graph.recorded.is_still(self._model):
+            self._graphs[kind] = None  # this call runs as before, as the first did, and fills the tables anew
+            return None
+        if graph is None:
             self.reason = reason_against(self._model)
             if self.reason is not None:
                 return None
@@ -137,6 +140,8 @@ class RecordedPrompts:
             return False
         config, kept = model.config, arguments.get("logits_to_keep")
         if config.output_hidden_states or config.output_attentions or not config.use_cache:
+            return False
+        if getattr(config, "return_dict", True) is False:
             return False
         if arguments.get("use_cache") is False or arguments.get("return_dict") is False:
             return False

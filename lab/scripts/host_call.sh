@@ -32,14 +32,14 @@ for part in "$@"; do
             cat .host-cache/cache-*.pt | tar -C /tmp/host-cache -xzf - 2>"$out/cache-in.txt"
             ;;
         cache-out)
-            tar -C /tmp/host-cache -cf - . | timeout "$seconds" gzip -7 | split -b 5500000 - "$out/cache-"
+            tar -C /tmp/host-cache -cf - . | timeout "$seconds" gzip -7 | split -b 4800000 - "$out/cache-"
             for each in "$out"/cache-??; do mv "$each" "$each.pt"; done
             du -s /tmp/host-cache/* >"$out/cache-out.txt"
             ;;
         tests)
             python3 -m pip install -q --no-index --no-deps --target /tmp/host-wheels .whl/pytest*.whl .whl/plug*.whl \
                 .whl/ini*.whl .whl/pack*.whl .whl/pyg*.whl .whl/hyp*.whl .whl/sort*.whl >"$out/pip.txt" 2>&1
-            timeout "$seconds" python3 lab/scripts/gpu_tests.py --all --processes 6 --seconds $((seconds - 5)) \
+            timeout "$seconds" python3 lab/scripts/gpu_tests.py --all --processes "${arguments:-6}" --seconds $((seconds - 5)) \
                 tests/convert/test_decode_step.py tests/training/test_recorded_gradients.py \
                 tests/models/test_cuda_graph.py tests/ops/test_cache_insert_kernels.py \
                 tests/ops/test_ragged_decode_kernels.py tests/convert/test_decode_by_graph.py \

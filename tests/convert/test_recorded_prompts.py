@@ -102,6 +102,7 @@ def test_what_a_recording_does_not_serve(recorded: list[Any]) -> None:
         model(text), model(text)
         assert len(recorded) == 1, prompts.reason
         convert.set_windows(model, [[22, 30], [21, 19]])
+        model(text), model(text)
         output = model(text)
         assert len(recorded) == 2  # windows have changed
         assert output.past_key_values.layers[0].windows == (22, 30)
@@ -110,7 +111,8 @@ def test_what_a_recording_does_not_serve(recorded: list[Any]) -> None:
             model(text, past_key_values=wrong)
         model.model.norm.weight = torch.nn.Parameter(2 * model.model.norm.weight)
         expected = model.__class__.forward(model, text).logits
-        close(model(text).logits, expected)
+        for _ in range(3):
+            close(model(text).logits, expected)
         assert len(recorded) == 3  # weights have been replaced
         model(text, output_hidden_states=True)  # transformers leaves hooks in the layers
         close(model(text).logits, expected)
