@@ -7,9 +7,9 @@
 #   evidence_call.sh collect FOLDER                               # copies lines and log to FOLDER
 #
 # Jobs run side by side, from EVIDENCE_WAIT (or FROM) seconds after the call to SECONDS (or TO), without the runs that
-# lab/results has, and write lines and logs into EVIDENCE_OUT. `again:cells:2`
-# repeats all cells of the exhibits, `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion`
-# has set its model up. Corpora are made of the tables and the sources of the machine.
+# lab/results has, and write lines and logs into EVIDENCE_OUT. `again:cells:2` repeats all cells of the exhibits,
+# `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion` has set its model up, and
+# `corpus:local:1` makes the corpus of the leak alone. Corpora are made of the tables and the sources of the machine.
 set -u
 W=${EVIDENCE_WORK:-/tmp/evidence} O=${EVIDENCE_OUT:-${EVIDENCE_WORK:-/tmp/evidence}}
 local_corpus() { # the corpus `local` of size `4M-rates` and of the leak's first runs, of whoever makes it first
@@ -35,6 +35,7 @@ go() { # study, size, workers, runs to leave out, runs, from, to: one sweep, in 
         grep -q "$content" lab/results/reading.jsonl || set -- reading 4M-equal "$3" 0 1000
         echo "$content: $*"
         ;;
+    corpus) local_corpus && return 0 ;;
     recurrent | ablation) [[ $2 == *smoke ]] || local_corpus ;;
     again) if [ "$2" = leak ]; then local_corpus; else larger_corpus; fi ;;
     esac

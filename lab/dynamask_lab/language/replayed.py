@@ -64,6 +64,7 @@ class ReplayedGradients:
         try:
             expected = loss_and_norm(self._as_it_is(*batch), self._parameters)
             clear_gradients(self._parameters)
+            torch.cuda.empty_cache()  # the recording has memory of its own
             recorded = RecordedGradients(self._loss_of, self._parameters, *batch, pool=self._pool)
             check_replay(loss_and_norm(recorded(*batch), self._parameters), expected)
             self._recorded[kind] = recorded
@@ -72,7 +73,7 @@ class ReplayedGradients:
             self._recorded.clear()
             warnings.warn(f"batches are not recorded: {' '.join(str(error).split())[:300]}", stacklevel=3)
             clear_gradients(self._parameters)
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # what warming up has left
 
     def _forget(self, batch: tuple[Tensor, ...], kept: Any) -> None:
         """Let go of recordings of the same shape under other windows, which do not come back."""

@@ -211,10 +211,10 @@ def _leak() -> list[Config]:
         ]
 
 
-def _leak_at(*shares: int) -> list[Config]:
-    """The runs of "leak" at windows of these shares of the context, window by window."""
-    chosen = [config for config in _leak() if 2048 // config["window"] in shares]
-    return sorted(chosen, key=lambda config: (shares.index(2048 // config["window"]), config["seed"]))
+def _leak_part(mixer: str) -> list[Config]:
+    """The runs of "leak" that are trained so, the narrowest windows first."""
+    runs = [config for config in _leak() if config["attention"] == mixer]
+    return sorted(runs, key=lambda config: (config["window"], config["seed"]))
 
 
 def _leak_smoke() -> list[Config]:
@@ -223,13 +223,13 @@ def _leak_smoke() -> list[Config]:
 
 
 def _leak_decide() -> list[Config]:
-    """A sixteenth and a quarter of the context."""
-    return _leak_at(16, 4)
+    """Trained with the leak: by how much it lowers their own loss decides the claim."""
+    return _leak_part(LEAKY)
 
 
 def _leak_rest() -> list[Config]:
-    """An eighth and a half of the context."""
-    return _leak_at(8, 2)
+    """Trained exactly."""
+    return _leak_part("dma")
 
 
 def _small() -> list[Config]:
