@@ -9,6 +9,7 @@
 #   scratch_call.sh pilot FOLDER SECONDS OUT [arguments]                  # `start`, after a pilot of size 10M-tables
 #   scratch_call.sh cards FOLDER NAMES SECONDS OUT SIZE                   # a seed per GPU, once the tables of NAMES are there
 #   scratch_call.sh seeds FOLDER NAMES SECONDS LATER OUT                   # seeds 3 to 5 of 10M, and what 4M-tables lacks
+#   scratch_call.sh last FOLDER SECONDS ROWS OUT                          # what 4M-tables still lacks
 #   scratch_call.sh collect                                              # copies lines and log to $OUT
 #
 # The job outlives the call and runs from a copy of the tree, which later calls do not change.
@@ -107,6 +108,31 @@ seeds)
         wait $more
         [ "$(left)" -gt 70 ] && sweep 1 rates corpora-4M 4M-tables "0 1 2" 6 "=mla, quarter rate=" "=mla="
         wait' "$names" "$seconds" "$later" "$out" >"$out/log-seeds.txt" 2>&1 </dev/null &
+    ;;
+last)
+    # What 4M-tables still lacks, on GPU 1: nsa at once, other rows after ROWS seconds.
+    folder=$2 seconds=$3 rows=$4 out=$5
+    set_up "$folder"
+    mkdir -p "$out"
+    export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=4
+    # shellcheck disable=SC2016
+    setsid nohup bash -c 'began=$(date +%s) end=$(($(date +%s) + $0)) rows=$1 out=$2
+        sweep() { # JOB SEEDS WORKERS FURTHER ARGUMENTS
+            job=$1 seeds=$2 workers=$3
+            shift 3
+            CUDA_VISIBLE_DEVICES=1 taskset -c 0-19 python3 lab/scripts/scratch_gpu.py --corpora corpora --size 4M-tables \
+                --state "state-$job" --out "$job.jsonl" --copy "$out/4M-tables-$job.jsonl" --workers "$workers" \
+                --first 3 --seeds $seeds --seconds $((end - $(date +%s))) "$@" >"$out/log-$job.txt" 2>&1
+        }
+        CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=8 taskset -c 0-19 python3 lab/scripts/scratch_gpu.py --corpora corpora \
+            --more ./*.jsonl.xz --state state --out none.jsonl --seconds 200 --corpus-only --size 4M-tables >"$out/log-corpus.txt" 2>&1
+        sweep nsa "0 1 2" 3 --late late --only "=nsa, 5 free" &
+        nsa=$!
+        (wait_for=$((began + rows - $(date +%s))); [ "$wait_for" -gt 0 ] && sleep "$wait_for"
+            sweep pairs "1 2" 4 --late late --only "=random," "=paper, w = N/2=") &
+        wait $nsa
+        [ $((end - $(date +%s))) -gt 135 ] && sweep scores "0 1 2" 3 --until late --only "=dense, slopes and scores"
+        wait' "$seconds" "$rows" "$out" >"$out/log-last.txt" 2>&1 </dev/null &
     ;;
 cards)
     folder=$2 names=$3 seconds=$4 out=$5 size=$6
