@@ -115,7 +115,8 @@ def test_what_a_recording_does_not_serve(recorded: list[Any]) -> None:
             close(model(text).logits, expected)
         assert len(recorded) == 3  # weights have been replaced
         model(text, output_hidden_states=True)  # transformers leaves hooks in the layers
-        close(model(text).logits, expected)
+        for _ in range(2):
+            close(model(text).logits, expected)
         assert "has hooks" in str(prompts.reason)
     with pytest.raises(InvalidInputError, match="at least 1"):
         convert.recorded_prompts(model, shapes=0)
