@@ -555,7 +555,7 @@ def train(
 
     if recorded:
         losses = [("train", training_loss), ("distil", distillation_loss)][: 2 if distil else 1]
-        for ranks, (kind, loss_of) in itertools.product((False, True) if length < 65536 else (False,), losses):
+        for ranks, (kind, loss_of) in itertools.product((False, True) if repeats else (False,), losses):
             for found in recorded_steps(dense, sparse, tokens, repeats, loss_of, ranks):
                 yield row | {"kind": kind} | found
         return
@@ -628,8 +628,10 @@ def recorded_steps(
                     recorded(tokens)
                     model.zero_grad(set_to_none=True)
 
-                taken, host = seconds_of(run, 2 * repeats + 1, warm=0), host_seconds(run)
-            figures = {"ms": 1e3 * taken, "tokens_per_s": tokens.numel() / taken, "host_ms": 1e3 * host}
+                taken = seconds_of(run, 2 * repeats + 1, warm=0)
+                host = host_seconds(run) if repeats else None
+            figures = {"ms": 1e3 * taken, "tokens_per_s": tokens.numel() / taken}
+            figures |= {} if host is None else {"host_ms": 1e3 * host}
             figures |= {"ms_unrecorded": 1e3 * unrecorded, "first_s": first}
             yield {"form": name} | figures | {"loss_and_norm": found, "expected": expected}
         except (RuntimeError, ValueError) as error:
