@@ -6,13 +6,13 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dynamask.inspect.style import BLACK, BLUE
-from dynamask_lab.language.engine import LanguageConfig
+from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE
 from dynamask_lab.report.conversion import PATTERN, form_name, of_main_model, read_conversion
 from dynamask_lab.report.exhibits.common import (
     BEST,
@@ -21,7 +21,7 @@ from dynamask_lab.report.exhibits.common import (
     Sweeps,
     any_depth,
     best_losses,
-    panels_of,
+    millions,
     rows_of,
     without_window,
 )
@@ -36,63 +36,110 @@ from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_
 from dynamask_lab.sweeps.section import Exhibit
 from dynamask_lab.sweeps.verdicts import Interval, SeedSpread, mean_interval, paired_difference
 
+_FRESH_PAIRS = (
+    ("scratch", "learned, even", "sliding + sinks", "even against newest keys"),
+    ("scratch-added", "learned, slopes, even", "sliding + sinks", "even with slopes"),
+    ("scratch-added", "learned, slopes, one wide layer", "sliding + sinks, one wide layer", "recall with slopes"),
+    (
+        "scratch-judged",
+        "learned, steep slopes, one wide layer",
+        "sliding + sinks, one wide layer",
+        "recall with steep slopes",
+    ),
+    (
+        "scratch-rates",
+        "scored, half rate, one wide layer",
+        "scored, no choice, half rate, one wide layer",
+        "scores on the logits, one layer wide",
+    ),
+    (
+        "scratch-tables",
+        "learned, half rate, slopes, one wide layer",
+        "sliding + sinks, half rate, one wide layer",
+        "recall with slopes, half rate",
+    ),
+    ("scratch-reading", "learned, head windows", "newest, head windows", "windows per head, documents of 16K"),
+)
+"""Sweep of study `scratch`, a form that chooses keys, as many newest keys, and a label."""
+_LARGER_PAIRS = (
+    (
+        "learned, half rate, slopes, one wide layer",
+        "sliding + sinks, half rate, one wide layer",
+        "recall with slopes, 20 tokens a parameter",
+    ),
+    (
+        "scored, half rate, one wide layer",
+        "sliding + sinks, half rate, one wide layer",
+        "scores on the logits, 20 tokens a parameter",
+    ),
+)
+"""The same in every sweep `scratch-tables-SIZE`."""
+_GROUPS = {"language modelling": BLUE, "conversion": GREEN, "needles": ORANGE, "recall": BLACK}
+"""Kind of comparison -> its colour."""
+_WIDEST = 0.5
+"""Nats: intervals that reach further are cut off in the picture, their figures stand beside it."""
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """One comparison of a form that chooses keys with one that does not: its group, label and gain."""
+
+    group: str
+    label: str
+    found: Interval
+
+
+_Rows = dict[str, tuple[str, Any]]
+
 
 def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
     """A forest plot: what choosing keys gives over as many keys without a choice that is learned."""
-    losses: list[tuple[str, Interval]] = []
-    shares: list[tuple[str, Interval]] = []
-    rows: dict[str, tuple[str, Any]] = {}
+    rows: _Rows = {}
+    losses = [*_gains_from_scratch(sweeps, rows), *_gains_of_conversion(results, rows)]
+    shares = _gains_in_retrieval(sweeps, rows)
+    if not losses or not shares:
+        return None
+    better = sum(gain.found.low > 0 for gain in losses)
+    found_more = sum(gain.found.low > 0 for gain in shares)
+    text = (
+        f"Choosing keys lowers the loss in {better} of {len(losses)} comparisons with as many keys without a learned "
+        f"choice, and finds more in {found_more} of {len(shares)} (95% intervals that exclude zero). Intervals of "
+        "models from scratch cover seeds, those of converted models documents, and those of needles the examples of "
+        "one training seed, where no seeds are named."
+    )
+    alt = "forest plot of the gain from choosing keys, in loss and in right answers, each with its interval"
+    picture = save_small(_forest(losses, shares), folder / "choosing.svg")
+    exhibit = Exhibit("choosing", "Effect of choosing", list(rows), text, picture=picture, alt=alt)
+    return exhibit, rows, "dynamask experiment locality | scaling | needle | mqar; lab/scripts/conversion_gpu.sh"
+
+
+def _gains_from_scratch(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:
+    """Loss saved by learned ranks in models trained from scratch."""
+    group, gains = "language modelling", []
     locality = sweeps.get("locality-chinchilla", ())
     for form, name in ((LOCALITY_EVEN[1].name, "even windows"), (LOCALITY[1].name, "few layers wide")):
         pairs = _paired(locality, form, scores_without_choice(form))
         if pairs:
-            losses.append((f"from scratch, 4.4M, {name}", mean_interval([b - a for a, b in pairs])))
+            gain = mean_interval([without - chosen for chosen, without in pairs])
+            gains.append(_Gain(group, f"4.4M, 0.1's ranks, {name}", gain))
     scaling = [run for run in sweeps.get("scaling-small", ()) if run.config["width"] == 256]
     own = best_losses(scaling, any_depth)
     if BEST in own and CONTROL in own:
         spread = SeedSpread.pooled(list(own.values()))
-        losses.append(("from scratch, 4.4M, code + text, w/N 1/8", spread.difference(own[BEST], own[CONTROL])))
+        gain = spread.difference(own[BEST], own[CONTROL])
+        gains.append(_Gain(group, "4.4M, 0.1's ranks, code and text", gain))
     rows |= rows_of(sweeps, "locality-chinchilla", "scaling-small")
-    for name, learned, newest, label in (
-        ("scratch", "learned, even", "sliding + sinks", "fresh tokens, w/N 1/16"),
-        ("scratch-added", "learned, slopes, even", "sliding + sinks", "fresh tokens, slopes, w/N 1/16"),
-        (
-            "scratch-added",
-            "learned, slopes, one wide layer",
-            "sliding + sinks, one wide layer",
-            "fresh tokens, slopes, one layer wide",
-        ),
-        (
-            "scratch-judged",
-            "learned, steep slopes, one wide layer",
-            "sliding + sinks, one wide layer",
-            "fresh tokens, steep slopes, one layer wide",
-        ),
-        (
-            "scratch-rates",
-            "scored, half rate, one wide layer",
-            "scored, no choice, half rate, one wide layer",
-            "fresh tokens, scores on the logits, one layer wide",
-        ),
-        (
-            "scratch-tables",
-            "learned, half rate, slopes, one wide layer",
-            "sliding + sinks, half rate, one wide layer",
-            "fresh tokens, slopes, one layer wide, half rate",
-        ),
-        (
-            "scratch-tables-10M",
-            "learned, half rate, slopes, one wide layer",
-            "sliding + sinks, half rate, one wide layer",
-            "20 fresh tokens a parameter, slopes, one layer wide",
-        ),
-        ("scratch-reading", "learned, head windows", "newest, head windows", "documents of 16K, windows per head"),
-    ):
-        gain = _fresh_gain(sweeps.get(name, ()), learned, newest)
-        if gain is not None:
-            size = LanguageConfig.of(sweeps[name][0].config).parameters / 1e6
-            losses.append((f"from scratch, {size:.1f}M, {label}", gain))
+    larger = [name for name in sweeps if name.startswith("scratch-tables-")]
+    for name, learned, newest, label in (*_FRESH_PAIRS, *((size, *pair) for size in larger for pair in _LARGER_PAIRS)):
+        found = _fresh_gain(sweeps.get(name, ()), learned, newest)
+        if found is not None:
+            gains.append(_Gain(group, f"{millions(sweeps[name]):.1f}M, {label}", found))
             rows |= rows_of(sweeps, name)
+    return gains
+
+
+def _gains_of_conversion(results: Path, rows: _Rows) -> list[_Gain]:
+    """Loss saved by learned ranks in a converted model."""
     lines = of_main_model(read_conversion(results))
     model = lines[0]["model"] if lines else ""
     files = {
@@ -101,12 +148,19 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
         for line in _json_lines(file)
         if line.get("model") == model
     }
+    gains = []
     for state in ("frozen", "distilled"):
         for corpus in ("text", "code"):
             gain, used = _converted(lines, state, corpus)
             if gain is not None:
-                losses.append((f"converted 135M, {state}, {corpus}", gain))
+                gains.append(_Gain("conversion", f"135M, {state}, {corpus}", gain))
                 rows |= {line["key"]: (f"lab/results/{files[line['key']]}", line) for line in used}
+    return gains
+
+
+def _gains_in_retrieval(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:
+    """Right answers gained by chosen keys."""
+    gains = []
     for name, learned, newest in (
         ("needle-seeds", "dma, learned, head windows", "swa, sinks"),
         ("needle-far", "dma, learned, slopes, windows 16/352", "swa, sinks, windows 16/352"),
@@ -114,47 +168,52 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
     ):
         seeds = _needle_seeds(sweeps.get(name, ()), learned, newest)
         if seeds is not None:
-            shares.append(seeds)
+            gains.append(_Gain("needles", *seeds))
             rows |= rows_of(sweeps, name)
     for name in ("needle-long", "needle-quick"):
-        for where, gain in _needles(sweeps.get(name, ())):
-            shares.append((where, gain))
+        gains += [_Gain("needles", where, gain) for where, gain in _needles(sweeps.get(name, ()))]
     rows |= rows_of(sweeps, "needle-long", "needle-quick")
-    recall = _recall(sweeps.get("mqar-quick", ()), MQAR[1].name, MQAR[2].name)
-    if recall is not None:
-        shares.append(("associative recall, width 128, w/N 1/16", recall))
-        rows |= rows_of(sweeps, "mqar-quick")
     start = f"{MQAR_PUBLISHED[-1].name}, from dense"
-    recall = _recall(sweeps.get("mqar-published", ()), MQAR_PUBLISHED[3].name, start)
-    if recall is not None:
-        shares.append(("associative recall, 512 pairs, width 128, w/N 1/16", recall))
-        rows |= rows_of(sweeps, "mqar-published")
-    if not losses or not shares:
-        return None
-    figure, (left, right) = panels_of(10.5, 0.9 + 0.33 * max(len(losses), len(shares)), 2)
-    for axes, points, scale, label in (
-        (left, losses, 1.0, "nats saved by choosing keys"),
-        (right, shares, 100.0, "points of right answers gained"),
+    for name, best, control, label in (
+        ("mqar-quick", MQAR[1].name, MQAR[2].name, "width 128, w/N 1/16"),
+        ("mqar-published", MQAR_PUBLISHED[3].name, start, "512 pairs, width 128, w/N 1/16"),
     ):
-        for place, (_, found) in enumerate(reversed(points)):
+        recall = _recall(sweeps.get(name, ()), best, control)
+        if recall is not None:
+            gains.append(_Gain("recall", label, recall))
+            rows |= rows_of(sweeps, name)
+    return gains
+
+
+def _forest(losses: Sequence[_Gain], shares: Sequence[_Gain]) -> Any:
+    """Draw both lists below each other: every gain with its interval, and its figures beside it."""
+    from matplotlib.figure import Figure
+
+    lines = len(losses) + len(shares)
+    figure = Figure(figsize=(9, 1.6 + 0.24 * lines), layout="constrained")
+    panels = figure.subplots(2, 1, height_ratios=(len(losses), len(shares)))
+    for axes, gains, scale, digits, label in (
+        (panels[0], losses, 1.0, 3, "nats saved by choosing keys"),
+        (panels[1], shares, 100.0, 0, "points of right answers gained"),
+    ):
+        for place, gain in enumerate(reversed(gains)):
+            found = gain.found
             low, high = scale * (found.mean - found.low), scale * (found.high - found.mean)
-            axes.errorbar(scale * found.mean, place, xerr=[[low], [high]], fmt="o", color=BLUE, capsize=3)
-        axes.set_yticks(range(len(points)), [name for name, _ in reversed(points)], fontsize=7.5)
+            colour = _GROUPS[gain.group]
+            axes.errorbar(scale * found.mean, place, xerr=[[low], [high]], fmt="o", color=colour, capsize=3)
+            axes.text(
+                1.01, place, found.shown(scale, digits), transform=axes.get_yaxis_transform(), fontsize=7, va="center"
+            )
+        axes.set_yticks(range(len(gains)), [f"{gain.group}: {gain.label}" for gain in reversed(gains)], fontsize=7)
         axes.axvline(0, color=BLACK, linewidth=1)
-        axes.set(xlabel=label, ylim=(-0.6, len(points) - 0.4))
+        axes.set_xlabel(label, fontsize=8)
+        axes.set_ylim(-0.6, len(gains) - 0.4)
+        axes.tick_params(axis="x", labelsize=7)
         axes.grid(alpha=0.3, axis="x")
-    better = sum(found.low > 0 for _, found in losses)
-    found_more = sum(found.low > 0 for _, found in shares)
-    text = (
-        f"Choosing keys lowers the loss in {better} of {len(losses)} comparisons with as many keys without a learned "
-        f"choice, and finds more in {found_more} of {len(shares)} (95% intervals that exclude zero). Intervals of "
-        "models from scratch cover seeds, those of converted models documents, and those of needles the examples of "
-        "one training seed, where no seeds are named."
-    )
-    alt = "forest plot of the gain from choosing keys, in loss and in right answers, each with its interval"
-    picture = save_small(figure, folder / "choosing.svg")
-    exhibit = Exhibit("choosing", "Effect of choosing", list(rows), text, picture=picture, alt=alt)
-    return exhibit, rows, "dynamask experiment locality | scaling | needle | mqar; lab/scripts/conversion_gpu.sh"
+    reach = max(abs(bound) for gain in losses for bound in (gain.found.low, gain.found.high))
+    if reach > _WIDEST:
+        panels[0].set_xlim(-_WIDEST / 2, _WIDEST / 2)
+    return figure
 
 
 def _fresh_gain(runs: Sequence[Record], learned: str, newest: str) -> Interval | None:
@@ -180,7 +239,7 @@ def _needle_seeds(runs: Sequence[Record], learned: str, newest: str) -> tuple[st
         return None
     form = "" if "head windows" in learned else ", one wide layer" + (", slopes" if "slopes" in learned else "")
     count = len(ours.keys() & theirs.keys())
-    return f"needles, w/N 1/16{form}, within the examples' length, {count} seeds", gain
+    return f"w/N 1/16{form}, within the examples' length, {count} seeds", gain
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
@@ -259,7 +318,7 @@ def _needles(runs: Sequence[Record]) -> list[tuple[str, Interval]]:
                 )
                 margin = 1.96 * variance**0.5 / len(both)
                 gain = means[0] - means[1]
-                where = f"needles, trained at {context}, {'inside' if inside else 'beyond'} the window"
+                where = f"trained at {context}, {'inside' if inside else 'beyond'} the window"
                 made.append((where, Interval(gain, gain - margin, gain + margin)))
     return made
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
+from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.studies import Record
 from dynamask_lab.studies.judged import SCALING
 from dynamask_lab.studies.locality.study import variant_name
@@ -100,3 +101,18 @@ def without_window(run: Record) -> str:
     """The form of a run of study `scratch`, its window left out."""
     name = scratch_name(run.config)
     return name.rpartition(", w = ")[0] or name
+
+
+def largest_sweep(sweeps: Sweeps) -> str:
+    """The sweep of the largest models on fresh tokens in which dense attention ran; "" without one."""
+    found = {
+        name: millions(runs)
+        for name, runs in sweeps.items()
+        if name.startswith("scratch-tables-") and any(without_window(run) == "dense, half rate" for run in runs)
+    }
+    return max(found, key=lambda name: found[name], default="")
+
+
+def millions(runs: Sequence[Record]) -> float:
+    """Parameters of the models of a sweep of one size, in millions."""
+    return LanguageConfig.of(runs[0].config).parameters / 1e6

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dynamask.inspect.style import BLACK
-from dynamask_lab.language.engine import LanguageConfig
+from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE
 from dynamask_lab.report.exhibits.common import (
     BEST,
     COLOURS,
@@ -21,6 +20,8 @@ from dynamask_lab.report.exhibits.common import (
     Sweeps,
     any_depth,
     fresh_runs,
+    largest_sweep,
+    millions,
     rows_of,
     without_window,
 )
@@ -43,8 +44,11 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     dense = loss_by_step(by_name["mha"])
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.0), layout="constrained")
-    below, (left, middle, right) = figure.subplots(2, 3)
+    larger = largest_sweep(sweeps)
+    lines = 3 if larger else 2
+    figure = Figure(figsize=(12, 3.5 * lines), layout="constrained")
+    panels_by_line = figure.subplots(lines, 3)
+    below, (left, middle, right) = panels_by_line[0], panels_by_line[-1]
     keys = [run.key for run in by_name["mha"]]
     left.plot(list(dense), list(dense.values()), "s--", color=BLACK, label="dense", markersize=4)
     gaps: dict[str, dict[int, float]] = {}
@@ -60,9 +64,12 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
             places = _by_position(by_name[name])
             right.plot(list(places), [positions[place] - loss for place, loss in places.items()], "o-", **style)
     fresh_text, fresh_keys = _fresh_by_step(sweeps, below)
-    larger_text, larger = _larger_by_step(sweeps)
-    keys += fresh_keys + [run.key for run in sweeps.get(larger, ())]
-    for panels in (below, (left, middle, right)):
+    keys += fresh_keys
+    larger_text = ""
+    if larger:
+        keys += [run.key for run in sweeps[larger]]
+        larger_text = _draw_larger(sweeps[larger], panels_by_line[1])
+    for panels in panels_by_line:
         for axes in panels[1:]:
             axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
             axes.set_ylabel("nats below dense attention")
@@ -115,40 +122,41 @@ def _fresh_by_step(sweeps: Sweeps, panels: Any) -> tuple[str, list[str]]:
     return text, [run.key for runs in fresh.values() for run in runs]
 
 
-def _larger_by_step(sweeps: Sweeps) -> tuple[str, str]:
-    """The leads over dense attention by step in the largest models on fresh tokens: a clause, and their sweep."""
-    larger = {name: runs for name, runs in sweeps.items() if name.startswith("scratch-tables-") and runs}
-    for name, runs in sorted(larger.items(), key=lambda item: _parameters(item[1]), reverse=True):
-        forms: dict[str, list[Record]] = defaultdict(list)
-        for run in runs:
-            forms[without_window(run)].append(run)
-        told = _leads(forms)
-        if told:
-            size = _parameters(runs) / 1e6
-            return f"at {size:.1f}M with one layer wide, {told}; ", name
-    return "", ""
+_LARGER = {
+    "dense, half rate": ("dense", BLACK),
+    "scored, half rate, one wide layer": ("scored, one layer wide (0.1)", GREEN),
+    "sliding + sinks, half rate, one wide layer": ("sliding", ORANGE),
+    "learned, half rate, slopes, one wide layer": ("recall, slopes", BLUE),
+}
+"""Forms of the largest models on fresh tokens -> name and colour."""
 
 
-def _parameters(runs: Sequence[Record]) -> int:
-    return LanguageConfig.of(runs[0].config).parameters
-
-
-def _leads(forms: Mapping[str, Sequence[Record]]) -> str:
-    """Lead over dense attention at its largest and at the end, of the form that is judged and of its control."""
-    if "dense, half rate" not in forms:
-        return ""
-    dense = loss_by_step(forms["dense, half rate"])
+def _draw_larger(runs: Sequence[Record], panels: Any) -> str:
+    """Draw loss and gap to dense attention of the largest models on fresh tokens; a clause about their leads."""
+    forms: dict[str, list[Record]] = defaultdict(list)
+    for run in runs:
+        forms[without_window(run)].append(run)
+    dense, positions = loss_by_step(forms["dense, half rate"]), _by_position(forms["dense, half rate"])
     told = []
-    for name, label in (
-        ("scored, half rate, one wide layer", "0.1's form with scores leads"),
-        ("sliding + sinks, half rate, one wide layer", "newest keys"),
-    ):
-        if name in forms:
-            own = loss_by_step(forms[name])
-            gaps = {step: dense[step] - own[step] for step in own if step in dense}
-            most, last = max(gaps, key=lambda step: gaps[step]), max(gaps)
-            told.append(f"{label} by {gaps[most]:.2f} nats after {most} steps and {gaps[last]:+.3f} at the end")
-    return " and ".join(told)
+    for name, (label, colour) in _LARGER.items():
+        if name not in forms:
+            continue
+        own, places = loss_by_step(forms[name]), _by_position(forms[name])
+        style = {"color": colour, "label": label, "markersize": 4}
+        panels[0].plot(list(own), list(own.values()), "s--" if label == "dense" else "o-", **style)
+        if label == "dense":
+            continue
+        gaps = {step: dense[step] - own[step] for step in own if step in dense}
+        panels[1].plot(list(gaps), list(gaps.values()), "o-", **style)
+        panels[2].plot(list(places), [positions[place] - loss for place, loss in places.items()], "o-", **style)
+        most, last = max(gaps, key=lambda step: gaps[step]), max(gaps)
+        if label != "recall, slopes":
+            form = "newest keys" if label == "sliding" else "0.1's form with scores leads"
+            told.append(f"{form} by {gaps[most]:.2f} nats after {most} steps and {gaps[last]:+.3f} at the end")
+    size = millions(runs)
+    seeds = max(len(own) for own in forms.values())
+    panels[0].set_title(f"{size:.1f}M parameters, 20 fresh tokens a parameter, {seeds} seeds", fontsize=9)
+    return f"at {size:.1f}M with one layer wide, {' and '.join(told)}; " if told else ""
 
 
 def _by_position(runs: Sequence[Record]) -> dict[float, float]:

@@ -24,6 +24,8 @@ from dynamask_lab.report.exhibits.common import (
     any_depth,
     best_losses,
     fresh_runs,
+    largest_sweep,
+    millions,
     panels_of,
     rows_of,
     test_gap,
@@ -70,18 +72,20 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         left.plot([], [], "o", color=COLOURS[name], label=NAMES[name])
     left.set(title="4.4M parameters, tokens read repeatedly")
     left.legend(fontsize=7)
-    larger = sweeps.get("scratch-tables-10M", ())
+    largest = largest_sweep(sweeps)
+    larger = sweeps.get(largest, ())
     if tables:
         _draw_half_rate(tables, second[0])
     if second and larger:
         _draw_half_rate(larger, second[0], "s")
-        second[0].set(title="fresh tokens, one rate: 4.4M (dots), 10.0M (squares)")
+        second[0].set(title=f"one rate: 4.4M (dots), {millions(larger):.1f}M (squares)")
     keys += [run.key for run in (*tables, *larger, *sweeps.get("scratch-rates", ()))]
     for axes in (first, *second, left):
         axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="window / context", ylabel="nats above dense attention", xlim=(1 / 24, 1.5))
         axes.set_yscale("symlog", linthresh=0.5 if axes is left else 0.2)
+        axes.set_ylim(top=4)
     leak = _leak(ablation, right)
     keys += [run.key for run in ablation]
     narrow = min(share for _, share in fresh)
@@ -138,7 +142,7 @@ def _draw_half_rate(runs: Sequence[Record], axes: Any, marker: str = "o") -> Non
     for run in runs:
         if run.result.get("test") is not None:
             losses[scratch_name(run.config)][run.seed] = run.result["test"]
-    shown = set()
+    shown = set(axes.get_legend_handles_labels()[1])
     for whole, ours in sorted(losses.items()):
         form, _, at = whole.rpartition(", w = ")
         gap = paired_difference(losses.get("dense, half rate", {}), ours)
@@ -147,9 +151,9 @@ def _draw_half_rate(runs: Sequence[Record], axes: Any, marker: str = "o") -> Non
         label, colour = _HALVED[form]
         share = 1 / int(at.partition("/")[2]) if "/" in at else 1.0
         margins = None if math.isnan(gap.low) else [[gap.mean - gap.low], [gap.high - gap.mean]]
-        name = None if form in shown or marker != "o" else label
+        name = None if label in shown else label
         axes.errorbar(share, gap.mean, yerr=margins, fmt=marker, color=colour, capsize=3, label=name)
-        shown.add(form)
+        shown.add(label)
     axes.set(title="4.4M parameters, fresh tokens, one rate")
     axes.legend(fontsize=7)
 

@@ -47,7 +47,7 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     edges = {512: "even window", 1280: "widest layer", context // 2: "longest example trained on"}
     for edge, label in edges.items():
         axes.axvline(edge, color=GREY, linestyle=":")
-        axes.annotate(f"{label} {edge}", (edge, 28), fontsize=7, rotation=90, va="bottom", ha="right")
+        _name_edge(axes, edge, label)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens from the needle to the question", ylabel="exact match, %", ylim=(-3, 103))
     axes.set_title("12.9M parameters, trained at 4,096 tokens, one seed", fontsize=9)
@@ -75,6 +75,13 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     return exhibit, rows_of(sweeps, "needle-long", "needle-seeds"), command
 
 
+def _name_edge(axes: Any, edge: int, label: str) -> None:
+    """Write what a vertical line stands for beside it, legible over the curves."""
+    behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.5}
+    place = {"rotation": 90, "va": "bottom", "ha": "right", "bbox": behind, "zorder": 1}
+    axes.annotate(f"{label} {edge}", (edge, 4), textcoords="offset points", xytext=(-2, 0), fontsize=7, **place)
+
+
 def _distance_over_seeds(runs: Sequence[Record], axes: Any) -> tuple[str, list[str]]:
     """Draw exact match against distance of forms with several training seeds; a clause, and the keys of the runs."""
     if not runs:
@@ -98,7 +105,7 @@ def _distance_over_seeds(runs: Sequence[Record], axes: Any) -> tuple[str, list[s
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=f"{label}, {count} seeds", markersize=4)
     for edge, label in ((window, "window"), (settings.context // 2, "longest example"), (settings.context, "context")):
         axes.axvline(edge, color=GREY, linestyle=":")
-        axes.annotate(f"{label} {edge}", (edge, 28), fontsize=7, rotation=90, va="bottom", ha="right")
+        _name_edge(axes, edge, label)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens from the needle to the question", ylabel="exact match, %", ylim=(-3, 103))
     axes.set_title(f"12.9M parameters, trained at {settings.context:,} tokens, w/N 1/16", fontsize=9)
