@@ -691,8 +691,13 @@ def _patient() -> list[Config]:
     the best form of three, named after their interval had included both zero and a loss of interest.
     """
     slopes, level, newest, _ = _JUDGED
-    five = [_named_run(name, 128, seed, 16) for seed in range(5) for name in ("mha", level)]
-    return [*five, *(_named_run(name, 128, seed, 16) for name in (slopes, newest) for seed in (0, 1, 2))]
+    places = [(level, range(5)), (slopes, range(3)), (newest, range(3))]
+    return [*(_named_run(name, 128, seed, 16) for name, seeds in places for seed in seeds), *_patient_dense()]
+
+
+def _patient_dense() -> list[Config]:
+    """Dense attention of "patient"."""
+    return [_named_run("mha", 128, seed, 16) for seed in range(5)]
 
 
 def _paper() -> list[Config]:
@@ -715,6 +720,7 @@ MQAR = Experiment(
         "long": _long,
         "decide": _decide,
         "widths": _widths,
+        "patient-dense": _patient_dense,
         "patient": _patient,
         "published": _published,
         "paper": _paper,
