@@ -49,8 +49,9 @@ def allocate_windows(
     saves most. The slope of a head is how much its ranks rise per token, so that keys lose against newer ones as they
     age (`dynamask.mixers.rank_predictor.sloped_ranks`). It takes a backward pass of the model over each batch of
     blocks, and its memory: few blocks in a batch need less. The estimate adds up heads that act together, and a steep
-    slope gives up most of what a head chose. So the divergence is then measured on the first blocks, with the chosen
-    slopes, with none above a few low limits, and without slopes, each in windows of their own: the lowest is kept.
+    slope gives up most of what a head chose. So the divergence is then measured with the chosen slopes, with none above
+    a few low limits, and without slopes, each in windows of their own: the lowest is kept. Blocks that repeat
+    their first half are left out, where there are others: what cannot be copied would outweigh the text.
 
     Method "threshold" needs no gradients. Ranks of all heads and layers predict one quantity, the largest attention
     that a key gets later. One threshold on it, over all heads, says how many keys each head needs at the end of a
@@ -101,7 +102,8 @@ def allocate_windows(
         errors = _errors(model, batches, candidates, tried, progress)
         rules = _alternatives(errors, candidates, tried, window)
         if len(rules) > 1:
-            rules = [_least_divergent(model, batches[:_MEASURED_BLOCKS], rules)]
+            plain = [block for block in batches if not _repeats(block)] or batches
+            rules = [_least_divergent(model, plain[:_MEASURED_BLOCKS], rules)]
         chosen, steep = list(rules[0].windows), list(rules[0].slopes)
     else:
         ranks = _ranks(model, batches, progress)
@@ -128,6 +130,13 @@ def _alternatives(errors: Tensor, candidates: list[int], slopes: list[float], wi
         steep = tuple(slopes[kept[index]] for index in cheapest_slopes(part, candidates, windows))
         found.setdefault(Rules(windows, steep))
     return list(found)
+
+
+def _repeats(block: Tensor) -> bool:
+    """Whether any row repeats its first half, but for some tokens that a block begins with."""
+    half = block.shape[1] // 2
+    same = (block[:, :half] == block[:, half : 2 * half]).float().mean(1)
+    return bool((same > 0.9).any())
 
 
 def _least_divergent(model: Any, batches: list[Tensor], rules: list[Rules]) -> Rules:

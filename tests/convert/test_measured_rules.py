@@ -54,6 +54,26 @@ def test_slopes_that_an_estimate_praises_wrongly_are_left(llama: Any, monkeypatc
     assert not model.config.slopes or not any(any(layer) for layer in model.config.slopes)
 
 
+def test_blocks_that_repeat_do_not_decide(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    allocation = sys.modules["dynamask.convert.allocate_windows"]
+    measured: list[Tensor] = []
+
+    def measure(model: Any, blocks: list[Tensor], rules: list[Rules]) -> Tensor:
+        measured.extend(blocks)
+        return torch.arange(len(rules))[None].double()
+
+    monkeypatch.setattr(allocation, "measured_divergences", measure)
+    monkeypatch.setattr(allocation, "_alternatives", lambda *_: [Rules((24,) * 4, (s,) * 4) for s in (1.0, 0.0)])
+    plain = torch.randint(3, 300, (1, 64))
+    copied = torch.cat([plain[:, :32]] * 2, 1)
+    copied[0, 0] = 1
+    convert.allocate_windows(trained(llama), [copied, plain], 24)
+    assert len(measured) == 1
+    assert measured[0].equal(plain)
+    convert.allocate_windows(trained(llama), [copied], 24)
+    assert measured[1].equal(copied)
+
+
 def test_a_model_that_computes_nan_is_refused(llama: Any) -> None:
     model = trained(llama)
     with torch.no_grad():
