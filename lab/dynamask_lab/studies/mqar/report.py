@@ -169,7 +169,8 @@ def _goal(form: Judged, ours: BestRuns, found: Sequence[BestRuns]) -> Finding | 
     gain = _above(ours, dense)
     if min(ours.accuracy, dense.accuracy) >= 0.99:
         gain = Interval(0.0, 0.0, 0.0)
-    measured = f"accuracy {ours.accuracy:.3f}, above mha {gain}"
+    by_length = (f"{length} tokens {found}" for length, found in _above_by_length(ours, dense).items())
+    measured = f"accuracy {ours.accuracy:.3f}, above mha {gain}; {', '.join(by_length)}"
     keys = [run.key for best in (ours, dense) for run in best.runs]
     interest, verdict = f"{SHARE_INTEREST} accuracy", judge_no_worse(gain, SHARE_INTEREST)
     return Finding("recall-goal", form.name, measured, verdict, keys, form.role, _setting(ours), interest)
@@ -179,6 +180,19 @@ def _above(ours: BestRuns, rival: BestRuns) -> Interval:
     """How far the form's accuracy lies above the rival's."""
     errors = ({run.seed: -run.result["accuracy"] for run in best.runs} for best in (ours, rival))
     return paired_difference(*errors)
+
+
+def _above_by_length(ours: BestRuns, rival: BestRuns) -> dict[int, Interval]:
+    """The same by the length of the test texts."""
+
+    def errors(best: BestRuns, length: int) -> dict[int, float]:
+        return {
+            run.seed: -float(np.mean([part["accuracy"] for part in run.result["slices"] if part["length"] == length]))
+            for run in best.runs
+        }
+
+    lengths = sorted({length for length, _ in ours.slices()})
+    return {length: paired_difference(errors(ours, length), errors(rival, length)) for length in lengths}
 
 
 def _efficiency(form: Judged, ours: BestRuns, found: Sequence[BestRuns]) -> Finding:
