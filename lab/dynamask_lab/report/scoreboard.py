@@ -134,7 +134,7 @@ def _place(placed: Placed) -> tuple[str | None, str | None]:
 
 
 def _seeds(placed: Placed) -> int:
-    return int(placed.finding.setting.get("seeds") or 0)
+    return int((placed.finding.setting.get("seeds") or "0").partition(" ")[0])  # "3 to 6" counts as 3
 
 
 def _millions(placed: Placed) -> float:

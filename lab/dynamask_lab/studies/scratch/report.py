@@ -235,7 +235,9 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             verdict = all_of(verdicts) if denses else NOT_TESTED
             subject = f"{name}, {setting['size']}, fresh tokens"
             interest = f"{GOAL_INTEREST if role == 'best' else LOSS_INTEREST} nats"
+            setting = setting | {"seeds": _shared_seeds(runs, [found[rival] for rival in rivals])}
             findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest))
+            setting = setting | {"seeds": _shared_seeds(runs, [found[dense] for dense in denses])}
             if role in ("best", "control") and denses and at != "w = N":
                 findings.append(_no_worse_than_dense(subject, name, found, setting, role))
             if role in ("plain", "best", "control"):
@@ -271,6 +273,13 @@ def _no_worse_than_dense(
     keys = [run.key for each in (name, *gaps) for run in found[each]]
     measured = f"test loss, nats below {', '.join(f'{dense} {gap}' for dense, gap in gaps.items())}"
     return Finding("scratch-dense", subject, measured, verdict, keys, role, setting, f"{GOAL_INTEREST} nats")
+
+
+def _shared_seeds(runs: Sequence[Record], rivals: Sequence[Sequence[Record]]) -> str:
+    """Seeds that a form has in common with its rivals: "3", or "3 to 6" where rivals differ in that; alone, its own."""
+    own = {run.seed for run in runs}
+    counts = [len(own & {run.seed for run in rival}) for rival in rivals] or [len(own)]
+    return str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
 
 
 def _denses(found: Mapping[str, Any]) -> list[str]:
