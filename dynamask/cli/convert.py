@@ -63,8 +63,9 @@ def convert_upcycle(
         str, typer.Option(help="loss: choose windows and slopes by the loss that they cause; threshold: by the ranks.")
     ] = "loss",
     distill_rate: Annotated[
-        float, typer.Option(help="Highest learning rate of the distillation. Larger models want a lower one.")
-    ] = 4e-4,
+        float | None,
+        typer.Option(help="Highest learning rate of the distillation; default: a share of the size of the weights."),
+    ] = None,
     label_share: Annotated[
         float, typer.Option(help="Share of the texts' own next tokens in the distillation's loss, 0 to 1.")
     ] = 0.0,

@@ -56,7 +56,7 @@ class Conversion:
         block: tokens of a block; None: 8192, or what the model is made for if that is less.
         batch: blocks of a step.
         rank_steps, distill_steps: steps of the two trainings; no distillation with 0.
-        distill_rate: highest learning rate of the model in the distillation.
+        distill_rate: highest learning rate of the model in the distillation; None: see `distill`.
         allocation: how windows are set, see `allocate_windows`.
         label_share, start_windows: of the distillation, see `distill`.
         calibration: what is done to the texts: "repeats" (half of the blocks repeat their first half), "facts" (facts
@@ -78,7 +78,7 @@ class Conversion:
     batch: int = 4
     rank_steps: int = 300
     distill_steps: int = 0
-    distill_rate: float = 4e-4
+    distill_rate: float | None = None
     allocation: str = "loss"
     label_share: float = 0.0
     start_windows: float = 1.0
@@ -161,7 +161,7 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
     for name, least in (("batch", 1), ("rank_steps", 1), ("distill_steps", 0), ("needles", 0), ("max_tokens", 1)):
         if getattr(settings, name) < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(settings, name)}")
-    if not settings.distill_rate > 0:
+    if settings.distill_rate is not None and not settings.distill_rate > 0:
         raise UsageError(f"--distill-rate must be above 0; got {settings.distill_rate}")
     if not 0 <= settings.label_share <= 1:
         raise UsageError(f"--label-share must be from 0 to 1; got {settings.label_share}")
