@@ -11,6 +11,7 @@ from dynamask_lab.report.conversion_goals import GEMMA, SMOLLM2, TOKENS_PER_SECO
 from dynamask_lab.studies.conversion import close, settle
 from dynamask_lab.studies.conversion import gemma as gemma_list
 from dynamask_lab.studies.conversion.forms import Spec
+from dynamask_lab.studies.conversion.jobs import LENGTHS
 from dynamask_lab.studies.conversion.levers import DENSE, FROZEN, converted
 from dynamask_lab.studies.conversion.report import GROUPS, Study
 from dynamask_lab.sweeps.section import Row
@@ -94,7 +95,7 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
     for group, tasks in GROUPS.items():
         peer, found = figures.ahead(study, settle.DEFAULT[0], tasks)
         met = found.value is not None and found.value > 0
-        what = f"{group}: score above the best peer's ({peer or 'none'}), distilled"
+        what = f"{group}: score above the best peer's ({peer or 'none'}), distilled{_lengths(study, tasks)}"
         add(what, "interval above 0", found, met, [settle.DEFAULT[0]], _bound(group))
         if found.value is None or not met:
             for title, spec in (("frozen", FROZEN), ("dense trained, then converted", _adapted(study, tasks))):
@@ -146,6 +147,12 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
             f"Gemma 3 270M, ranks on planted facts: needles, share of dense, {title}", found, 0.98, [spec], "gemma"
         )
     return rows
+
+
+def _lengths(study: Study, tasks: Sequence[str]) -> str:
+    """At which lengths the default answered the tasks, where not at all of them."""
+    found = {key[1] for key in study.scores(settle.DEFAULT[0].name, tasks)}
+    return "" if not found or found == {*LENGTHS} else f", {' and '.join(f'{n // 1024}K' for n in sorted(found))}"
 
 
 def _bound(group: str) -> str:

@@ -181,7 +181,7 @@ def _distillation(runs: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _stages(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds of each stage of the default conversion, means over the seeds that ran them all."""
+    """Seconds of each stage of the default conversion, compilation included, means over the seeds that ran them all."""
     # Only here: the study's modules take long to import.
     from dynamask_lab.studies.conversion.levers import converted
     from dynamask_lab.studies.conversion.settle import LAST
@@ -194,7 +194,11 @@ def _stages(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
             "distillation": (trained.name, "train"),
         }
         own = {
-            stage: [line["result"]["seconds"] for line in lines if (line["form"], line["measure"]) == wanted]
+            stage: [
+                line["result"]["seconds"]
+                for line in lines
+                if (line["form"], line["measure"]) == wanted and not line["result"].get("warm")
+            ]
             for stage, wanted in forms.items()
         }
         if all(own.values()):
