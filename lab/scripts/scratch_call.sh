@@ -126,10 +126,11 @@ last)
         }
         CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=8 taskset -c 0-19 python3 lab/scripts/scratch_gpu.py --corpora corpora \
             --more ./*.jsonl.xz --state state --out none.jsonl --seconds 200 --corpus-only --size 4M-tables >"$out/log-corpus.txt" 2>&1
-        sweep nsa "0 1 2" 3 --late late --only "=nsa, 5 free" &
+        until_second() { rest=$((began + $1 - $(date +%s))); [ "$rest" -gt 0 ] && sleep "$rest"; }
+        sweep nsa 0 1 --late late --only "=nsa, 5 free" &
         nsa=$!
-        (wait_for=$((began + rows - $(date +%s))); [ "$wait_for" -gt 0 ] && sleep "$wait_for"
-            sweep pairs "1 2" 4 --late late --only "=random," "=paper, w = N/2=") &
+        (until_second $((rows - 95)); sweep random "1 2" 2 --late late --only "=random,") &
+        (until_second "$rows"; sweep half "1 2" 2 --late late --only "=paper, w = N/2=") &
         wait $nsa
         [ $((end - $(date +%s))) -gt 135 ] && sweep scores "0 1 2" 3 --until late --only "=dense, slopes and scores"
         wait' "$seconds" "$rows" "$out" >"$out/log-last.txt" 2>&1 </dev/null &
