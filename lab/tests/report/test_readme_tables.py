@@ -167,7 +167,7 @@ def test_differences_are_of_the_largest_models_that_ran_both_forms() -> None:
             mean = float(own.split()[0]) - float(other.split()[0])
             assert float(row["above `default`"].split()[0]) == pytest.approx(mean, abs=1.5e-3)
             compared += 1
-    assert compared >= 3
+    assert compared >= 1
 
 
 def test_every_quality_row_has_runs_and_every_recipe_a_row() -> None:
