@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.studies.conversion.forms import Spec
-from dynamask_lab.studies.conversion.levers import DENSE, FROZEN
+from dynamask_lab.studies.conversion.levers import DENSE, converted
 from dynamask_lab.studies.conversion.measure import BENCHMARKS
 from dynamask_lab.studies.conversion.peers import PEERS
 from dynamask_lab.studies.conversion.report import GROUPS, RESAMPLES, Study, Values, difference, interval
@@ -97,18 +97,34 @@ def benchmarks(study: Study, specs: Sequence[Spec]) -> tuple[Measured, bool]:
     return Measured(f"{figures.mean():+.4f} ({low:+.4f} to {high:+.4f})", float(figures.mean())), low <= 0 <= high
 
 
-def seconds(study: Study, spec: Spec | None) -> Measured:
-    """Seconds of ranks, windows and, for a spec, its distillation, from a compiler's cache that held nothing."""
-    names = {"learn_ranks": Spec("converted", None).name, "allocate_windows": FROZEN.name}
-    if spec is not None:
-        names["train"] = spec.name
-    parts = []
-    for stage, name in names.items():
-        cold = [row["result"]["seconds"] for row in study.of(name, stage) if not row["result"].get("warm")]
-        if not cold:
-            return NOTHING
-        parts.append(float(min(cold)))
-    return Measured(f"{sum(parts):.0f} ({' + '.join(f'{part:.0f}' for part in parts)})", sum(parts))
+def seconds(study: Study, seeds: Sequence[int], trained: Mapping[int, Spec] | None = None) -> Measured:
+    """Seconds of ranks, windows and distillation, from a compiler's cache that held nothing.
+
+    Args:
+        study: with the stages; of several runs of a stage the last counts.
+        seeds: whose mean counts; those that ran all stages.
+        trained: the distillation of each seed; None: the model stays frozen.
+
+    Returns:
+        The mean, with the fastest and the slowest seed where there are several, and the mean of each stage.
+    """
+    found = []
+    for seed in seeds:
+        names = {"learn_ranks": Spec("converted", None, seed=seed), "allocate_windows": converted(steps=0, seed=seed)}
+        if trained is not None:
+            names["train"] = trained[seed]
+        cold = [
+            [row["result"]["seconds"] for row in study.of(spec.name, stage) if not row["result"].get("warm")]
+            for stage, spec in names.items()
+        ]
+        if all(cold):
+            found.append([float(each[-1]) for each in cold])
+    if not found:
+        return NOTHING
+    totals = [sum(stages) for stages in found]
+    parts = " + ".join(f"{each:.0f}" for each in np.mean(found, axis=0))
+    reach = f"{min(totals):.0f} to {max(totals):.0f}; " if len(totals) > 1 else ""
+    return Measured(f"{np.mean(totals):.0f} ({reach}{parts})", float(np.mean(totals)))
 
 
 def timed(lines: Iterable[Mapping[str, Any]]) -> dict[tuple[int, bool], float]:

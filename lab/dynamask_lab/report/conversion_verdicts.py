@@ -22,6 +22,7 @@ BOUNDS = {
     "pairs": "the dense model, which answers hardly any",
     "multi-key 3": "the dense model, which answers hardly any",
     "gemma": "its three global heads choose keys before the queries are known; the best keys per query lose 0.005",
+    "shared": "two runs or more shared the card",
     "narrow": "the budget: 256 keys per KV head",
 }
 """What bounds a goal where it is missed."""
@@ -111,10 +112,15 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
     judged = [spec for spec in default if study.of(spec.name, "benchmark")]
     add("benchmarks above dense", "within noise", *figures.benchmarks(study, judged), judged)
 
-    found = figures.seconds(study, None)
-    add("seconds from dense to converted, frozen", "<= 60", found, (found.value or 0) <= 60, [FROZEN])
-    found = figures.seconds(study, settle.LAST[1])
-    add("seconds from dense to converted, distilled", "<= 300", found, (found.value or 0) <= 300, [settle.LAST[1]])
+    took = "seconds from dense to converted"
+    seeds = [seed for seed in settle.LAST if figures.seconds(study, [seed]).value is not None]
+    found = figures.seconds(study, seeds)
+    forms = [converted(steps=0, seed=seed) for seed in seeds] or [FROZEN]
+    add(f"{took}, frozen", "<= 60", found, (found.value or 0) <= 60, forms, "shared")
+    seeds = [seed for seed in seeds if figures.seconds(study, [seed], settle.LAST).value is not None]
+    found = figures.seconds(study, seeds, settle.LAST)
+    forms = [settle.LAST[seed] for seed in seeds] or [settle.LAST[0]]
+    add(f"{took}, distilled", "<= 300", found, (found.value or 0) <= 300, forms, "shared")
     rates = [rate for (_, recorded), rate in figures.timed(timed).items() if recorded]
     found = Measured(f"{max(rates):,.0f}", max(rates)) if rates else figures.NOTHING
     met = (found.value or 0) >= TOKENS_PER_SECOND

@@ -64,8 +64,10 @@ def conversion_verdicts(results: Path) -> str:
     lines = read_conversion(results)
     note = (
         "smollm2-135m-instruct unless Gemma is named; 95% bootstrap intervals over documents, examples or questions, "
-        "paired; of several seeds the mean counts. Cache: share of the keys of 8,192 tokens; pairs: share of the pairs "
-        "of query and key that the windows let through. Distilled: the default."
+        "paired; the mean decides, over several seeds where there are some, whether or not the interval holds the bar. "
+        "Seconds: in brackets the fastest and the slowest seed, and the mean of each stage. Cache: share of the keys "
+        "of 8,192 tokens; pairs: share of the pairs of query and key that the windows let through. Distilled: the "
+        "default."
     )
     return table_with_note(verdict_rows(lines, read_runs(results)), note) if lines else NOT_MEASURED
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from dynamask_lab.report.conversion import long_table
-from dynamask_lab.report.conversion_figures import Measured, ahead
+from dynamask_lab.report.conversion_figures import Measured, ahead, seconds
 from dynamask_lab.report.conversion_goals import SMOLLM2, goal_rows
 from dynamask_lab.report.conversion_verdicts import verdict_rows
 from dynamask_lab.studies.conversion import settle
 from dynamask_lab.studies.conversion.final import LONGER
 from dynamask_lab.studies.conversion.forms import Spec
 from dynamask_lab.studies.conversion.jobs import key_of
-from dynamask_lab.studies.conversion.levers import DENSE
+from dynamask_lab.studies.conversion.levers import DENSE, converted
 from dynamask_lab.studies.conversion.report import Study
 
 
@@ -111,3 +111,29 @@ def test_long_losses_show_the_last_eighth() -> None:
     losses = [[float("nan"), *[2.0] * 14, 4.0, 4.0]]
     line = _line(Spec("dense", rope=2), "long", {"corpus": "text", "length": 16384}, {"losses": losses})
     assert long_table([line]) == [{"form": "dense", "keys per head": "all", "16K text": "2.250 (4.000)"}]
+
+
+def test_seconds_are_the_mean_of_the_seeds_not_the_fastest_one() -> None:
+    def lines(seed: int, ranks: float, trained: float) -> list[dict[str, Any]]:
+        stages = {
+            "learn_ranks": (Spec("converted", None, seed=seed), ranks),
+            "allocate_windows": (converted(steps=0, seed=seed), 10.0),
+            "train": (settle.LAST[seed], trained),
+        }
+        return [_line(spec, stage, {}, {"seconds": took, "windows": [[512]]}) for stage, (spec, took) in stages.items()]
+
+    study = Study([*lines(0, 40.0, 200.0), *lines(1, 60.0, 400.0)])
+    assert seconds(study, (0, 1, 2)) == Measured("60 (50 to 70; 50 + 10)", 60.0)
+    assert seconds(study, (0, 1, 2), settle.LAST) == Measured("360 (250 to 470; 50 + 10 + 300)", 360.0)
+    assert seconds(study, (1,), settle.LAST).value == 470.0
+    assert seconds(study, (2,)).value is None
+    row = next(row for row in verdict_rows(study.rows) if row["what"].endswith("converted, distilled"))
+    assert row["seeds"] == "2"
+    assert row[""].startswith("**missed**")
+
+
+def test_seconds_leave_out_runs_that_found_compiled_kernels() -> None:
+    spec = Spec("converted", None)
+    rows = [_line(spec, "learn_ranks", {}, {"seconds": 5.0, "warm": True})]
+    rows.append(_line(converted(steps=0), "allocate_windows", {}, {"seconds": 10.0}))
+    assert seconds(Study(rows), (0,)).value is None
