@@ -76,5 +76,8 @@ def train(
             f"left out {len(result.skipped)} unreadable files, lines or rows, such as: {escape(result.skipped[0])}",
             soft_wrap=True,
         )
-    console.print(f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+    if settings.teacher is None:
+        console.print(f"validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}")
+    else:
+        console.print(f"divergence from the teacher {result.loss:.4f} nats per token, on held-out text")
     console.print(f"model: {result.model_dir}", soft_wrap=True)

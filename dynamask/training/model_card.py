@@ -31,7 +31,7 @@ def trained_card(settings: TrainConfig, model: Any, loss: float) -> str:
     Args:
         settings: of the run.
         model: the trained model.
-        loss: on held-out text, in nats per token.
+        loss: on held-out text, in nats per token; with a teacher, the divergence from it.
     """
     config = model.config
     sparse = hasattr(config, "head_windows")  # a dense model of transformers can be trained as well
@@ -46,7 +46,10 @@ def trained_card(settings: TrainConfig, model: Any, loss: float) -> str:
         ("data", ", ".join(_data(settings.data))),
         ("context", f"{settings.context} tokens"),
         ("training", f"{settings.steps} steps, about {tokens / 1e6:.1f} M tokens of one process"),
-        ("loss on held-out text", f"{loss:.3f} nats per token"),
+        (
+            "loss on held-out text" if settings.teacher is None else "divergence from the teacher on held-out text",
+            f"{loss:.3f} nats per token",
+        ),
     ]
     start = settings.init
     base = [f"base_model: {start}"] if start is not None and is_hub_name(start) else []

@@ -64,8 +64,8 @@ class TrainResult:
 
     Attributes:
         model_dir: folder of the final model and tokenizer.
-        loss: mean validation cross-entropy, nats per token.
-        perplexity: its exponential.
+        loss: mean validation cross-entropy, nats per token; with a teacher, the divergence from it.
+        perplexity: exponential of the cross-entropy; NaN with a teacher.
         history: the Trainer's log, one dictionary per entry.
         skipped: what errors="skip" left out of the corpus, and why.
         trained: optimizer steps that this call ran; 0 for a run that was finished before.
@@ -148,7 +148,7 @@ def _train(
 ) -> TrainResult:
     assert config.context is not None
     _check_same_run(config, output)
-    if (finished := _finished(output)) is not None:
+    if (finished := _finished(config, output)) is not None:
         tell(f"this run is finished: {output} holds the model of step {config.steps}; nothing was trained")
         return finished
     _check_context_parallel(config, start)
@@ -189,7 +189,7 @@ def _train(
             *callbacks,
             *([ScheduledWindow(config.window_schedule)] if config.window_schedule else []),
             stop,
-            _Lines(tell, config.context),
+            _Lines(tell, config.context, "loss" if config.teacher is None else "divergence from the teacher"),
         ],
         keep=config.keep,
         schedule=config.schedule,
@@ -245,7 +245,7 @@ def _train(
             ) from error
         raise
     history, skipped = trainer.state.log_history, corpus.index["skipped"]
-    return TrainResult(final, loss, _perplexity(loss), history, skipped, trainer.state.global_step - begun)
+    return TrainResult(final, loss, _perplexity(loss, config), history, skipped, trainer.state.global_step - begun)
 
 
 _ATTENTION = frozenset({"attention", "windows", "local", "sinks", "ranking", "mla", "nsa"})
@@ -301,8 +301,9 @@ def _model(start: DynamaskConfig | str, tokenizer: Any) -> Any:
     return DynamaskForCausalLM(start)
 
 
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
+def _perplexity(loss: float, config: TrainConfig) -> float:
+    """Exponential of a cross-entropy; NaN with a teacher, whose divergence has none."""
+    return math.exp(min(loss, 700.0)) if config.teacher is None else math.nan
 
 
 def _context(config: TrainConfig, longest: int) -> int:
@@ -317,7 +318,7 @@ def _context(config: TrainConfig, longest: int) -> int:
     return config.context
 
 
-def _finished(output: Path) -> TrainResult | None:
+def _finished(config: TrainConfig, output: Path) -> TrainResult | None:
     """The result of a run whose model is saved."""
     model = output / "model"
     if not model.exists():
@@ -330,7 +331,7 @@ def _finished(output: Path) -> TrainResult | None:
             f"{model} holds a model whose training log cannot be read ({type(error).__name__}: {error}): choose "
             "another output, or delete that folder to save the model again from the newest checkpoint"
         ) from error
-    return TrainResult(model, loss, _perplexity(loss), history, [])
+    return TrainResult(model, loss, _perplexity(loss, config), history, [])
 
 
 def _newest_readable(output: Path, tell: Report) -> Path | None:
@@ -427,8 +428,8 @@ def _bytes(number: float) -> str:
 class _Lines(TrainerCallback):
     """A line per log entry: step, losses, tokens per second."""
 
-    def __init__(self, tell: Report, context: int) -> None:
-        self.tell, self.context = tell, context
+    def __init__(self, tell: Report, context: int, measured: str = "loss") -> None:
+        self.tell, self.context, self.measured = tell, context, measured
         self.began: tuple[int, float] = (0, 0.0)
         self.said = ""
 
@@ -442,7 +443,7 @@ class _Lines(TrainerCallback):
         logs = logs or {}
         place = f"step {state.global_step} of {state.max_steps}"
         if "eval_loss" in logs:
-            line = f"{place}: validation loss {logs['eval_loss']:.4f}"
+            line = f"{place}: validation {self.measured} {logs['eval_loss']:.4f}"
             if line != self.said:  # the end of a run is evaluated once more
                 self.tell(line)
             self.said = line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from dataclasses import replace
@@ -162,6 +163,10 @@ def test_a_converted_model_is_trained_towards_its_teacher(text: Path, converted:
     result = train_towards(config, quiet=True)
     divergences = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     assert 0 < result.loss < divergences[0]
+    assert math.isnan(result.perplexity)  # of a divergence there is none
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| divergence from the teacher on held-out text | {result.loss:.3f} nats per token |" in card
+    assert "loss on held-out text" not in card
     state = json.loads((tmp_path / "run" / "model" / "trainer_state.json").read_text())
     assert state["global_step"] == 8
     assert train_towards(config, quiet=True).trained == 0
