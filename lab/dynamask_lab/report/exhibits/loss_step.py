@@ -134,8 +134,10 @@ _LARGER = {
 def _draw_larger(runs: Sequence[Record], panels: Any) -> str:
     """Draw loss and gap to dense attention of the largest models on fresh tokens; a clause about their leads."""
     forms: dict[str, list[Record]] = defaultdict(list)
+    shared = {run.seed for run in runs if without_window(run) == "dense, half rate"}
     for run in runs:
-        forms[without_window(run)].append(run)
+        if run.seed in shared:  # means of other seeds do not compare
+            forms[without_window(run)].append(run)
     dense, positions = loss_by_step(forms["dense, half rate"]), _by_position(forms["dense, half rate"])
     told = []
     for name, (label, colour) in _LARGER.items():
