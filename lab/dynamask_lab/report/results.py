@@ -45,6 +45,8 @@ _APPENDIX_NAMES = re.compile(
     r"^masks-over-training-tiny|^h100-more"
 )
 """Sections of small trials, earlier builds of a corpus, other settings and tiny models."""
+_PAIRED = ("ablation-leak", "recurrent-tiny")
+"""Sweeps whose runs of one seed read one build of the corpus, and are compared with no others."""
 _MAIN_NAMES = ("mqar-quick",)
 """Of those the one sweep with three seeds."""
 
@@ -214,6 +216,10 @@ def _experiment_page(experiment: Experiment, records: _Runs, results: Path, outp
         groups.append((f"Size `{size}`", f" of {len(keys)}", f"{experiment.name}-{size}", chosen))
     groups.append(("Other settings", "", f"{experiment.name}-other", left))
     for what, of, name, chosen in groups:
+        if name in _PAIRED and len(_by_build(chosen)) > 1:
+            what += ", seeds from several builds of the corpus (differences within a seed compare, means do not)"
+            parts.append(_experiment_part(experiment, name, f"{what}: {len(chosen)}{of} runs", chosen, output))
+            continue
         for number, runs in enumerate(_by_build(chosen)):
             # Corpora built anew hold other versions of their packages, so losses of two builds do not compare.
             build = "" if number == 0 else ", an earlier build of the corpora" if number == 1 else f", build {number}"
