@@ -45,7 +45,7 @@ searched by measured loss (`search`).
 
 That run measured the frozen forms; 260 steps did not end beside other jobs of the card. With slopes of 4/8192 in place
 of 16/8192 the frozen form with 512 keys found .95 of dense instead of .82, and its loss was lower. Named for the last
-run: 120 steps, as many as `GENTLE`, with 512 keys, then with 1024.
+run: 120 steps, as many as `GENTLE`, with 512 keys, then with 1024. It did not end in the time that others left either.
 
 The form of the lowest text loss among those of 1 and 2 whose needles are not below the frozen form's, with whatever of
 3 lowers the frozen loss, is trained for 400 steps and judged by the bars above.
