@@ -38,6 +38,9 @@ _ROWS: dict[str, tuple[tuple[str, int, dict[str, int]], ...]] = {
         ("16-bit", 64, {"N": 64, "STAGES": 8, "PRODUCER_REGISTERS": 72, "CONSUMER_REGISTERS": 216}),
         ("16-bit", 128, {"N": 64, "STAGES": 3, "PRODUCER_REGISTERS": 72, "CONSUMER_REGISTERS": 216}),
     ),
+    "Hopper dQ, heads apart": (
+        ("16-bit", 64, {"N": 64, "STAGES": 6, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 152}),
+    ),
     "Hopper walk": (  # narrow heads leave the producer registers enough to spill nothing
         ("16-bit", 64, {"STAGES": 6, "PART": 8, "PRODUCER_REGISTERS": 56, "CONSUMER_REGISTERS": 224}),
         ("16-bit", 128, {"STAGES": 4, "PART": 16, "PRODUCER_REGISTERS": 24, "CONSUMER_REGISTERS": 240}),

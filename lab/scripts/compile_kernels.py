@@ -144,7 +144,7 @@ def hopper() -> None:
             forward.forward_kernel_launch(inputs, build_lists(mask, length, forward.block_of(ratio), [512] * 2))
             sums = torch.zeros(1, 2 * ratio, length)
             rows = RowSums(sums, sums if biased else None, sums)
-            found, spans = build_lists_and_spans(mask, length, backward_dq.block_of(ratio), [512] * 2)
+            found, spans = build_lists_and_spans(mask, length, backward_dq.block_of(ratio, dim), [512] * 2)
             backward_dq.query_kernel_launch(inputs, query, rows, (sums, sums), found)
             backward_dkv.walk_kernel_launch(inputs, query, rows, spans)
 

@@ -138,7 +138,9 @@ def our_parts(inputs: tuple[Tensor, ...], expiry: Tensor, limits: Any, scale: fl
     output, *parts = forward.forward_kernel_launch(all_inputs, lists)
     sums = prepare(grad, output, *parts, parted=bias is not None)
     yield "prepare", lambda: prepare(grad, output, *parts, parted=bias is not None)
-    dq_lists, spans = build_lists_and_spans(expiry, query.shape[2], backward_dq.block_of(ratio), limits)
+    dq_lists, spans = build_lists_and_spans(
+        expiry, query.shape[2], backward_dq.block_of(ratio, all_inputs.widest), limits
+    )
     yield (
         "dq kernel",
         lambda: backward_dq.query_kernel_launch(all_inputs, grad, sums, tuple(parts), dq_lists),

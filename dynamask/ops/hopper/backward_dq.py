@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import produce, store_rows, take
+from dynamask.ops.hopper.producer import heads_of_a_consumer, produce, store_rows, take
 from dynamask.ops.hopper.redo import redo_dq, tickets_and_flags
 from dynamask.ops.hopper.row_sums import RowSums
 from dynamask.ops.triton.inputs import AttentionInputs
@@ -32,6 +32,9 @@ _ROWS = 64
 
 _CONSUMERS = 2
 """Consumers of a program; a third would leave too few registers for two tiles of scores."""
+
+APART = 64
+"""Widest head up to which three consumers take a head each where a tile of all heads would have empty rows."""
 
 WHOLE_ROWS = True
 """Write dQ in whole rows, by way of the shared memory in which the queries were."""
@@ -49,9 +52,10 @@ def query_kernel_launch(
         lists: of blocks of `block_of` queries.
     """
     d_query = torch.empty_like(inputs.query)
+    consumers, heads = _consumers_and_heads(inputs.ratio, inputs.widest)
     items = lists.blocks * inputs.batch * inputs.groups
     programs = min(items, torch.cuda.get_device_properties(d_query.device).multi_processor_count)
-    tickets, flags = tickets_and_flags(items * _CONSUMERS, d_query.device)
+    tickets, flags = tickets_and_flags(items * consumers, d_query.device)
     _backward_query[(programs,)](
         grad_output,
         *inputs.tensors,
@@ -73,19 +77,26 @@ def query_kernel_launch(
         lists.entries,
         ROWS=_ROWS,
         SLOTS=4,
-        CONSUMERS=_CONSUMERS,
+        CONSUMERS=consumers,
         WHOLE_ROWS=WHOLE_ROWS,
-        **inputs.constants,
+        **{**inputs.constants, "RATIO_PAD": heads},
         num_warps=4,
-        **tuning("Hopper dQ", inputs.widest),
+        **tuning("Hopper dQ" if consumers == _CONSUMERS else "Hopper dQ, heads apart", inputs.widest),
     )
-    redo_dq(inputs, grad_output, parts, sums.delta, lists, flags, _CONSUMERS, d_query)
+    redo_dq(inputs, grad_output, parts, sums.delta, lists, flags, consumers, heads, d_query)
     return d_query
 
 
-def block_of(ratio: int) -> int:
-    """Queries per block for H / G query heads on one key/value head."""
-    return _CONSUMERS * _ROWS // next_power_of_2(ratio)
+def block_of(ratio: int, widest: int) -> int:
+    """Queries per block for H / G query heads, the widest of so many numbers, on one key/value head."""
+    consumers, heads = _consumers_and_heads(ratio, widest)
+    return (consumers if heads >= ratio else 1) * _ROWS // heads
+
+
+def _consumers_and_heads(ratio: int, widest: int) -> tuple[int, int]:
+    """Consumers of a program, and query heads that each has rows for."""
+    apart = heads_of_a_consumer(ratio, 3) if widest <= APART else 0
+    return (3, apart) if apart else (_CONSUMERS, next_power_of_2(ratio))
 
 
 @gluon.jit
@@ -151,7 +162,10 @@ def _consume(
     p_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     QUERIES: gl.constexpr = ROWS // RATIO_PAD
-    M: gl.constexpr = QUERIES * CONSUMERS
+    # Where RATIO_PAD is below RATIO, the consumers share the heads of a block, else its queries.
+    M: gl.constexpr = QUERIES * (1 if RATIO > RATIO_PAD else CONSUMERS)
+    PLACES_ON: gl.constexpr = 0 if RATIO > RATIO_PAD else QUERIES
+    HEADS_ON: gl.constexpr = RATIO_PAD if RATIO > RATIO_PAD else 0
     s_tile = gl.arange(0, ROWS, s_rows)
     d_tile = gl.arange(0, ROWS, gl.SliceLayout(1, d_layout))
     d_columns = gl.arange(0, DIM, gl.SliceLayout(0, d_layout))
@@ -160,8 +174,8 @@ def _consume(
     turn = 0
     row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
     while row >= 0:
-        first_head = row // GROUPS * heads + row % GROUPS * RATIO
-        first_place = block * M + CONSUMER * QUERIES
+        first_head = row // GROUPS * heads + row % GROUPS * RATIO + CONSUMER * HEADS_ON
+        first_place = block * M + CONSUMER * PLACES_ON
         buffer = turn % 2 * CONSUMERS + CONSUMER
         queries, grads = all_queries.index(buffer), all_grads.index(buffer)
         s_place = first_place + s_tile % QUERIES
@@ -311,36 +325,82 @@ def _backward_query(
         mbarrier.init(told.index(slot), count=1)
         mbarrier.init(taken.index(slot), count=CONSUMERS)
     fence_async_shared()
-    gl.warp_specialize(
-        [
-            (
-                _consume,
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
                 (
-                    top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries, grads,
-                    keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
-                    0,
+                    _consume,
+                    (
+                        top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries,
+                        grads, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS,
+                        WHOLE_ROWS, 0,
+                    ),
                 ),
-            ),
-            (
-                _consume,
                 (
-                    top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries, grads,
-                    keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
-                    GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS, WHOLE_ROWS,
-                    1,
+                    _consume,
+                    (
+                        top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries,
+                        grads, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS,
+                        WHOLE_ROWS, 1,
+                    ),
                 ),
-            ),
-            (
-                produce,
                 (
-                    query, grad_output, key, value, expiry, bias, index, whole, partial, table, tickets, items,
-                    batch_size, heads, num_queries, length, blocks, entries, queries, grads, keys, values, biases,
-                    deaths, places, work, told, taken, key_full, value_full, empty,
-                    1, 0, GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, True, HAS_BIAS,
+                    _consume,
+                    (
+                        top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries,
+                        grads, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS,
+                        WHOLE_ROWS, 2,
+                    ),
                 ),
-            ),
-        ],
-        [4, 4],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-    )  # fmt: skip
+                (
+                    produce,
+                    (
+                        query, grad_output, key, value, expiry, bias, index, whole, partial, table, tickets, items,
+                        batch_size, heads, num_queries, length, blocks, entries, queries, grads, keys, values, biases,
+                        deaths, places, work, told, taken, key_full, value_full, empty,
+                        1, 0, GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, True,
+                        HAS_BIAS,
+                    ),
+                ),
+            ],
+            [4, 4, 4],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _consume,
+                    (
+                        top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries,
+                        grads, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS,
+                        WHOLE_ROWS, 0,
+                    ),
+                ),
+                (
+                    _consume,
+                    (
+                        top, lse, delta, flags, d_query, heads, num_queries, length, blocks, factor, scale, queries,
+                        grads, keys, values, biases, deaths, places, work, told, taken, key_full, value_full, empty,
+                        GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, HAS_BIAS,
+                        WHOLE_ROWS, 1,
+                    ),
+                ),
+                (
+                    produce,
+                    (
+                        query, grad_output, key, value, expiry, bias, index, whole, partial, table, tickets, items,
+                        batch_size, heads, num_queries, length, blocks, entries, queries, grads, keys, values, biases,
+                        deaths, places, work, told, taken, key_full, value_full, empty,
+                        1, 0, GROUPS, RATIO, RATIO_PAD, DIM, VALUE_DIM, ROWS, N, STAGES, SLOTS, CONSUMERS, True,
+                        HAS_BIAS,
+                    ),
+                ),
+            ],
+            [4, 4],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from dynamask.ops.hopper.producer import by_lane, hold, produce, store_rows, take
+from dynamask.ops.hopper.producer import by_lane, heads_of_a_consumer, hold, produce, store_rows, take
 from dynamask.ops.hopper.redo import redo_forward, tickets_and_flags
 from dynamask.ops.triton.forward import empty_results
 from dynamask.ops.triton.inputs import AttentionInputs
@@ -66,17 +66,22 @@ def forward_kernel_launch(inputs: AttentionInputs, lists: KeyLists) -> tuple[Ten
         SLOTS=4,
         CONSUMERS=_CONSUMERS,
         WHOLE_ROWS=WHOLE_ROWS and inputs.dim == inputs.value_dim,
-        **inputs.constants,
+        **{**inputs.constants, "RATIO_PAD": _heads(inputs.ratio)},
         num_warps=4,
         **tuning("Hopper forward with a bias" if biased else "Hopper forward", inputs.widest),
     )
-    redo_forward(inputs, lists, flags, _CONSUMERS, results)
+    redo_forward(inputs, lists, flags, _CONSUMERS, _heads(inputs.ratio), results)
     return results
 
 
 def block_of(ratio: int) -> int:
     """Queries per block for H / G query heads on one key/value head."""
-    return _CONSUMERS * _ROWS // next_power_of_2(ratio)
+    return (_CONSUMERS if _heads(ratio) >= ratio else 1) * _ROWS // _heads(ratio)
+
+
+def _heads(ratio: int) -> int:
+    """Query heads that a consumer has rows for."""
+    return heads_of_a_consumer(ratio, _CONSUMERS) or next_power_of_2(ratio)
 
 
 @gluon.jit
@@ -148,7 +153,10 @@ def _consume(
     s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
     o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
     QUERIES: gl.constexpr = ROWS // RATIO_PAD
-    M: gl.constexpr = QUERIES * CONSUMERS
+    # Where RATIO_PAD is below RATIO, the consumers share the heads of a block, else its queries.
+    M: gl.constexpr = QUERIES * (1 if RATIO > RATIO_PAD else CONSUMERS)
+    PLACES_ON: gl.constexpr = 0 if RATIO > RATIO_PAD else QUERIES
+    HEADS_ON: gl.constexpr = RATIO_PAD if RATIO > RATIO_PAD else 0
     s_tile = gl.arange(0, ROWS, s_rows)
     o_tile = gl.arange(0, ROWS, o_rows)
     o_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, o_layout))
@@ -157,8 +165,8 @@ def _consume(
     turn = 0
     row, block, num_whole, listed = take(work, told, taken, turn, SLOTS)
     while row >= 0:
-        first_head = row // GROUPS * heads + row % GROUPS * RATIO
-        first_place = block * M + CONSUMER * QUERIES
+        first_head = row // GROUPS * heads + row % GROUPS * RATIO + CONSUMER * HEADS_ON
+        first_place = block * M + CONSUMER * PLACES_ON
         queries = all_queries.index(turn % 2 * CONSUMERS + CONSUMER)
         position = length - num_queries + first_place + s_tile % QUERIES
         top = gl.full([ROWS], float("-inf"), gl.float32, s_rows)

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from triton import next_power_of_2
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
+
+
+def heads_of_a_consumer(ratio: int, consumers: int) -> int:
+    """Query heads of one consumer, as many as of each other, where that leaves no row of a tile empty; else 0.
+
+    A tile of all `ratio` heads has rows for the next power of 2. Of three heads a quarter of them would be empty, and
+    three consumers take a head each.
+    """
+    each, left = divmod(ratio, consumers)
+    return each if ratio != next_power_of_2(ratio) and left == 0 and each == next_power_of_2(each) else 0
 
 
 @gluon.jit
@@ -49,16 +60,21 @@ def copy_queries(
     RATIO: gl.constexpr,
     RATIO_PAD: gl.constexpr,
 ):
-    """Copy a block's rows of `source` (B, H, Nq, WIDTH) to the consumers' tiles of a buffer; zeros where are none."""
+    """Copy a block's rows of `source` (B, H, Nq, WIDTH) to the consumers' tiles of a buffer; zeros where are none.
+
+    Consumers share the queries of a block; where RATIO_PAD is below RATIO, they share the heads.
+    """
     PART: gl.constexpr = 16
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     QUERIES: gl.constexpr = ROWS // RATIO_PAD
+    PLACES_ON: gl.constexpr = 0 if RATIO > RATIO_PAD else QUERIES
+    HEADS_ON: gl.constexpr = RATIO_PAD if RATIO > RATIO_PAD else 0
     columns = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     for consumer in gl.static_range(CONSUMERS):
         for part in gl.static_range(0, ROWS, PART):
             r = part + gl.arange(0, PART, gl.SliceLayout(1, layout))
-            place = first_place + consumer * QUERIES + r % QUERIES
-            at = (first_head + r // QUERIES).to(gl.int64) * num_queries + place
+            place = first_place + consumer * PLACES_ON + r % QUERIES
+            at = (first_head + consumer * HEADS_ON + r // QUERIES).to(gl.int64) * num_queries + place
             async_copy.async_copy_global_to_shared(
                 target.index(buffer * CONSUMERS + consumer).slice(part, PART),
                 source + (at * WIDTH)[:, None] + columns[None, :],
@@ -130,6 +146,7 @@ def produce(
     k_rows = gl.arange(0, N, gl.SliceLayout(1, k_layout))
     k_columns = gl.arange(0, DIM, gl.SliceLayout(0, k_layout))
     v_columns = gl.arange(0, VALUE_DIM, gl.SliceLayout(0, v_layout))
+    M: gl.constexpr = (1 if RATIO > RATIO_PAD else CONSUMERS) * (ROWS // RATIO_PAD)
     n = gl.arange(0, N, flat)
     thread = gl.arange(0, 128, flat)
     one = gl.full([128], 1, gl.int32, flat)
@@ -153,7 +170,7 @@ def produce(
         past = turn + SLOTS - 1
         mbarrier.wait(taken.index(past % SLOTS), (past // SLOTS - 1) & 1)
         first_head = batch * heads + group * RATIO
-        first_place = block * (CONSUMERS * (ROWS // RATIO_PAD))
+        first_place = block * M
         # A block that sees nothing waits for no key, hence for no query: none must be on its way.
         if total > 0:
             copy_queries(

@@ -29,13 +29,19 @@ def tickets_and_flags(flags: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def redo_forward(
-    inputs: AttentionInputs, lists: KeyLists, flags: Tensor, consumers: int, results: tuple[Tensor, Tensor, Tensor]
+    inputs: AttentionInputs,
+    lists: KeyLists,
+    flags: Tensor,
+    consumers: int,
+    heads: int,
+    results: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Write again what the flagged tiles of the forward pass gave; arguments as in `hopper.forward`.
 
     Args:
         flags: (B·G · blocks · consumers,) int32, not 0 for a tile to compute again.
         consumers: tiles of a block.
+        heads: that a tile has rows for: all of a key/value head, or an equal part of them.
         results: of the forward pass.
     """
     _redo_forward[(triton.cdiv(flags.numel(), _FLAGS),)](
@@ -44,7 +50,7 @@ def redo_forward(
         flags,
         *results,
         *_sizes(inputs, lists, flags),
-        **_constants(inputs, lists, consumers),
+        **_constants(inputs, lists, consumers, heads),
     )
 
 
@@ -56,12 +62,13 @@ def redo_dq(
     lists: KeyLists,
     flags: Tensor,
     consumers: int,
+    heads: int,
     d_query: Tensor,
 ) -> None:
     """Write again what the flagged tiles of the pass for dQ gave; arguments as in `hopper.backward_dq`.
 
     Args:
-        flags, consumers: as in `redo_forward`.
+        flags, consumers, heads: as in `redo_forward`.
     """
     _redo_dq[(triton.cdiv(flags.numel(), _FLAGS),)](
         grad_output,
@@ -72,7 +79,7 @@ def redo_dq(
         flags,
         d_query,
         *_sizes(inputs, lists, flags),
-        **_constants(inputs, lists, consumers),
+        **_constants(inputs, lists, consumers, heads),
     )
 
 
@@ -82,11 +89,12 @@ def _sizes(inputs: AttentionInputs, lists: KeyLists, flags: Tensor) -> tuple[flo
     return inputs.scale, flags.numel(), *sizes
 
 
-def _constants(inputs: AttentionInputs, lists: KeyLists, consumers: int) -> dict[str, Any]:
+def _constants(inputs: AttentionInputs, lists: KeyLists, consumers: int, heads: int) -> dict[str, Any]:
     """What both kernels are compiled for."""
     return {
         **inputs.constants,
-        "M": lists.block // consumers,
+        "RATIO_PAD": heads,
+        "M": lists.block if heads < inputs.ratio else lists.block // consumers,
         "CONSUMERS": consumers,
         "FLAGS": _FLAGS,
         "num_warps": 4,
@@ -143,9 +151,15 @@ def _tile_of(
     block = number // CONSUMERS % blocks
     batch, group = row // GROUPS, row % GROUPS
     tile = tl.arange(0, RATIO_PAD * M)
-    place = (block * CONSUMERS + number % CONSUMERS) * M + tile % M
-    q_row = (batch * heads + group * RATIO + tile // M).to(tl.int64) * num_queries + place
-    return batch, group, block, q_row, place, (tile // M < RATIO) & (place < num_queries)
+    consumer = number % CONSUMERS
+    if RATIO > RATIO_PAD:  # consumers share the heads
+        place = block * M + tile % M
+        head = consumer * RATIO_PAD + tile // M
+    else:
+        place = (block * CONSUMERS + consumer) * M + tile % M
+        head = tile // M
+    q_row = (batch * heads + group * RATIO + head).to(tl.int64) * num_queries + place
+    return batch, group, block, q_row, place, (head < RATIO) & (place < num_queries)
 
 
 @triton.jit

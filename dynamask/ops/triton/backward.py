@@ -50,7 +50,7 @@ def backward_kernel_launch(
     if query_hopper is None:
         block = block_of(inputs.ratio, rows_of(inputs.widest, query.element_size()))
     else:
-        block = query_hopper.block_of(inputs.ratio)
+        block = query_hopper.block_of(inputs.ratio, inputs.widest)
     lists, spans = build_lists_and_spans(expiry, inputs.num_queries, block, max_live)
     if deterministic:
         d_key, d_value, d_bias = walk_kernel_launch(inputs, grad_output, parts, sums.delta)
