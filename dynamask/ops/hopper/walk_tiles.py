@@ -267,12 +267,13 @@ def _fill_spans(
         key = tl.load(source + capacity - 1 - begin - t, mask=there, other=0)
         dies = tl.load(expiry + row * length + key, mask=there, other=0)
         kept = there & (few | (dies - key >= SHORT))
-        born = key - start
-        rank = tl.where(born <= 0, stop - dies, tl.where(dies >= stop, SPAN + born, 2 * SPAN + born))
-        value = tl.sort(tl.where(kept, rank, 4 * SPAN) * PART + t)
         number = tl.sum(kept.to(tl.int32), 0)
-        key = tl.load(source + capacity - 1 - begin - (value & (PART - 1)), mask=t < number, other=0)
-        tl.store(out + placed + t, key, mask=t < number)
+        if number > 0:  # of narrow windows hardly a part holds a key that lives long
+            born = key - start
+            rank = tl.where(born <= 0, stop - dies, tl.where(dies >= stop, SPAN + born, 2 * SPAN + born))
+            value = tl.sort(tl.where(kept, rank, 4 * SPAN) * PART + t)
+            key = tl.load(source + capacity - 1 - begin - (value & (PART - 1)), mask=t < number, other=0)
+            tl.store(out + placed + t, key, mask=t < number)
         placed += number
     for begin in range(placed, per_span * KEYS, PART):
         tl.store(out + begin + t, tl.full([PART], -1, tl.int32), mask=begin + t < per_span * KEYS)

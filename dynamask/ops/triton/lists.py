@@ -41,6 +41,9 @@ _DIRECT_WARPS = 2
 _LARGE = ((1 << 14, 512), (1 << 62, 1024))
 """Up to this many keys: queries of a large block, at most."""
 
+NARROW = 256
+"""Up to this many keys that a query sees, the large blocks of every row are those of short rows."""
+
 _RUNS = ((1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
 """Up to this many keys: keys of a run."""
 
@@ -265,7 +268,8 @@ def build_lists_and_spans(
     """
     batch, groups, length = expiry.shape
     rows = batch * groups
-    large = next(large for longest, large in _LARGE if length <= longest) // block * block  # no block lies in two
+    narrow = max(max_live, default=length) <= NARROW
+    large = next(large for longest, large in _LARGE if length <= longest or narrow) // block * block  # none lies in two
     blocks, large_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_queries, large)
 
     def empty(*shape: int) -> Tensor:
