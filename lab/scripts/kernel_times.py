@@ -92,7 +92,7 @@ SHORT = [Case(f"short {n} w {w}", (w,) * 4, length=n) for n, w in ((8192, 512), 
 LONG = [Case(f"long {n} w 2048", (2048,) * 4, length=n) for n in (32768, 131072)]
 TABLE = [("times", CASES[:8]), ("dense", BREAK_EVEN[:2] + LONG + SHORT), ("times", CASES[8:12]), ("mask", MASKS)]
 TABLE += [("times", CASES[12:]), ("dense", BREAK_EVEN[2:])]
-PROFILED = ("narrow sliding 136 d64", "narrow sliding 136 g16")
+PROFILED = ("narrow sliding 136 d64", "narrow sliding 136 g16", "break-even 1024 at 3w", "equal 1024")
 """Cases whose kernels the profiler times one by one, too."""
 
 FLEX = ("narrow sliding 136",)

@@ -33,6 +33,9 @@ _SLAB = 1024
 _PART = 1024
 """Entries of a list ordered at a time."""
 
+FILL_WARPS = 4
+"""Warps of a program that orders them: there are few of these programs, and each sorts by itself."""
+
 
 class WalkTiles(NamedTuple):
     """Tiles of one pass; every row (batch · G + head) has as many slots for tiles.
@@ -102,7 +105,7 @@ def walk_tiles(expiry: Tensor, spans: SpanLists, num_queries: int, keys: int, st
         PART=_PART,
         SHORT=_SHORT,
         SLABS_PAD=slabs_pad,
-        num_warps=4,
+        num_warps=FILL_WARPS,
     )
     _bound_tiles[(slots, rows)](
         expiry,
