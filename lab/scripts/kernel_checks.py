@@ -10,6 +10,8 @@ code 1 if any is wrong.
 from __future__ import annotations
 
 import argparse
+import ast
+import itertools
 import sys
 import time
 import warnings
@@ -132,14 +134,14 @@ def main() -> int:
     """Check what the options choose."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100, help="of deterministic mode; 0: none")
-    parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, an integer")
+    parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, a literal")
     parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th check, from the K-th on (K from 0)")
     parser.add_argument("--prepare", action="store_true", help="compile, launch nothing and check nothing")
     parser.add_argument("--small", action="store_true", help="short rows and few runs, on any device")
     arguments = parser.parse_args()
     for setting in arguments.set:
         name, _, chosen = setting.partition("=")
-        set_constant(name, int(chosen))
+        set_constant(name, ast.literal_eval(chosen))
     device, backend = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "torch")
     warnings.simplefilter("error", UserWarning)  # kernels that give way to others warn
     torch.manual_seed(time.time_ns() % (1 << 31))
@@ -151,33 +153,35 @@ def main() -> int:
         bad += not good
         print(f"{'ok   ' if good else 'WRONG'} {name}: {detail}", flush=True)
 
-    mixes = ((16, (1, n, 136, 700)), (9, (150, n, 1)), (6, (136, 1, 90, 300, 136, 200)))
-    shapes = [(dim, heads, windows) for dim in (128, 64) for heads, windows in mixes]
+    mixes = [
+        (16, (1, n, 136, 700), n),
+        (9, (150, n, 1), n),
+        (6, (136, 1, 90, 300, 136, 200), n),
+        (12, (150, n), n),
+        (3, (136, 200, 3), 90 if arguments.small else 17000),
+    ]
+    shapes = [(dim, *mix, bias) for bias in (False, True) for dim in (128, 64) for mix in mixes]
     ahead = compile_only() if arguments.prepare else nullcontext()
     if arguments.prepare:
         arguments.runs = min(arguments.runs, 1)
     part, parts = (int(number) for number in arguments.part.split("/"))
     with ahead:
-        for dim, heads, windows in shapes[part::parts]:
-            windows = tuple(min(window, n) for window in windows)
-            for bias in (False, True):
-                for queries in (1, 1 << 30):
-                    for local in (0, 1 if n in windows else 120):
-                        inputs, grad, expiry, live = problem(n, windows, heads, dim, device, local)
-                        poison(device)
-                        with walk_from(queries):
-                            try:
-                                found = run(inputs, grad, expiry, live, bias, backend)
-                            except Exception as error:
-                                report(
-                                    f"D {dim} H {heads} bias {bias}", False, f"{type(error).__name__}: {error}"[:300]
-                                )
-                                continue
-                        if arguments.prepare:
-                            continue
-                        off = errors(inputs, grad, expiry, found, bias)
-                        name = f"D {dim} H {heads} bias {bias} walk {queries == 1} local {local}"
-                        report(name, all(e < TOLERANCE for e in off), " ".join(f"{e:.4f}" for e in off))
+        cases = itertools.product(shapes[part::parts], (1, 1 << 30), (False, True))
+        for (dim, heads, windows, length, bias), queries, newest in cases:
+            windows = tuple(min(window, length) for window in windows)
+            local = (1 if length in windows else 120) if newest else 0
+            inputs, grad, expiry, live = problem(length, windows, heads, dim, device, local)
+            poison(device)
+            name = f"N {length} D {dim} H {heads} G {len(windows)} bias {bias} walk {queries == 1} local {local}"
+            with walk_from(queries):
+                try:
+                    found = run(inputs, grad, expiry, live, bias, backend)
+                except Exception as error:
+                    report(name, False, f"{type(error).__name__}: {error}"[:300])
+                    continue
+            if not arguments.prepare:
+                off = errors(inputs, grad, expiry, found, bias)
+                report(name, all(e < TOLERANCE for e in off), " ".join(f"{e:.4f}" for e in off))
         for length in (n, 2 * n) if arguments.runs else ():
             inputs, grad, expiry, live = problem(length, (1, length, 136, 700), 16, 128, device)
             with deterministic():

@@ -3,13 +3,15 @@
 #   bash lab/scripts/kernel_final.sh OUT [COMPILE] [CHECKS] [TIMES]
 # For COMPILE seconds kernels are compiled by many processes, which launch next to nothing, on GPU $SPARE (default: the
 # same); then CHECKS seconds of checks and TIMES seconds of times on GPU $CARD. Wheels lie in .whl/, FlashAttention 3
-# unpacked in .fa3/ (its library by xz). Rows are written as they come; what does not fit is left out, from the end.
+# unpacked in .fa3/ (its library by xz). With TABLE=1 all rows are timed, else those whose names hold one of $ONLY.
+# Rows are written as they come; what does not fit is left out, from the end.
 set -u
 out=$1
 compile=$((SECONDS + ${2:-80}))
 checks=${3:-30}
 times=${4:-140}
 card=${CARD:-0}
+only=${ONLY:-}
 logs=$out/logs
 mkdir -p "$logs"
 export PYTHONPATH=.:lab PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/tmp/triton-cache-final OMP_NUM_THREADS=1
@@ -20,42 +22,58 @@ import lzma, shutil
 with lzma.open('.fa3/fa3_fwd/_C.abi3.so.xz') as packed, open('.fa3/fa3_fwd/_C.abi3.so', 'wb') as library:
     shutil.copyfileobj(packed, library, 1 << 22)" && export PYTHONPATH=.:lab:.fa3
 fi
-table="python3 lab/scripts/kernel_times.py --table --no-flex --commit ${COMMIT:-unknown}"
-left() { echo $((compile - SECONDS > 2 ? compile - SECONDS : 2)); }
-ahead() { # name command...
+table="python3 lab/scripts/kernel_times.py --no-flex --commit ${COMMIT:-unknown}"
+until=$compile
+begin() { # name command..., in the background, ended at $until
     local name=$1
     shift
-    CUDA_VISIBLE_DEVICES=${SPARE:-$card} timeout "$(left)" nice -n 10 "$@" > "$logs/$name.txt" 2>&1 &
+    timeout $((until - SECONDS > 2 ? until - SECONDS : 2)) "$@" > "$logs/$(echo "$name" | tr -dc 'a-zA-Z0-9-').txt" 2>&1 &
 }
-for part in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do ahead "ahead-table-$part" $table --prepare $part/16; done
-for part in 0 1 2 3 4 5; do ahead "ahead-checks-$part" python3 lab/scripts/kernel_checks.py --prepare --part $part/6; done
-for stage in "H/G = 1" "D = 64, H/G = 4" "masks" "decoding"; do
-    ahead "ahead-sanitize-${stage// /}" python3 lab/scripts/sanitize.py --prepare --only "$stage"
-done
-ahead ahead-future python3 lab/scripts/future_attention_gpu.py --dim 128 --no-variants --prepare
-sleep "$(left)"
-wait
+tests=("test_lists" "keeps_nan and 3" "keeps_nan and 6" "hopper_backward and 6-2-64-dtype1" "hopper_backward and 12-2-64-dtype1"
+    "hopper_backward and 6-2-32-dtype0" "hopper_backward and 6-2-128-dtype1" "hopper_forward and 6-2" "hopper_forward and 12-2")
+stages=("H/G = 1" "H/G = 3" "masks" "decoding")
+(
+    export CUDA_VISIBLE_DEVICES=${SPARE:-$card}
+    for part in ${PARTS:-0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19}; do
+        begin "ahead-checks-$part" nice -n 10 python3 lab/scripts/kernel_checks.py --prepare --runs 0 --part "$part/20"
+    done
+    for part in 0 1 2 3 4 5; do begin "ahead-table-$part" nice -n 10 $table --table --only "$only" --prepare $part/6; done
+    for part in 0 1 2 3; do begin "ahead-variants-$part" nice -n 10 $table --variants --prepare $part/4; done
+    begin ahead-deterministic nice -n 10 python3 lab/scripts/kernel_checks.py --prepare --part 20/20
+    for stage in "${stages[@]}"; do
+        begin "ahead-sanitize-$stage" nice -n 10 python3 lab/scripts/sanitize.py --prepare --only "$stage"
+    done
+    for chosen in "${tests[@]}"; do # these launch
+        begin "tests-$chosen" nice -n 5 python3 -m pytest -q --tb=short -p no:cacheprovider \
+            tests/ops/test_triton_kernels.py -k "$chosen"
+    done
+    wait
+)
+[ "$SECONDS" -lt "$compile" ] && [ "${SPARE:-$card}" != "$card" ] && sleep $((compile - SECONDS))
 echo "== compiled ($SECONDS s)"
 export CUDA_VISIBLE_DEVICES=$card
 until=$((SECONDS + checks))
-start() { # name command...
-    local name=$1
-    shift
-    timeout $((until - SECONDS)) "$@" > "$logs/$name.txt" 2>&1 &
-}
-start deterministic python3 lab/scripts/kernel_checks.py --runs 100 --part 9/6
-for part in 0 1 2 3 4 5; do start "checks-$part" python3 lab/scripts/kernel_checks.py --runs 0 --part $part/6; done
-for stage in "H/G = 1" "D = 64, H/G = 4" "masks" "decoding"; do
-    start "memcheck-${stage// /}" compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py --only "$stage"
+begin deterministic python3 lab/scripts/kernel_checks.py --runs 100 --part 20/20
+for part in ${PARTS:-0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19}; do
+    begin "checks-$part" python3 lab/scripts/kernel_checks.py --runs 0 --part "$part/20"
+done
+for stage in "${stages[@]}"; do
+    begin "memcheck-$stage" compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py --only "$stage"
 done
 wait
 echo "float64 and deterministic ok: $(cat "$logs"/checks-*.txt "$logs/deterministic.txt" | grep -ac ^ok)"
-grep -ah "^WRONG\|runs\|gave way" "$logs"/checks-*.txt "$logs/deterministic.txt" | cut -c1-200
+grep -ah "^WRONG\|runs" "$logs"/checks-*.txt "$logs/deterministic.txt" | cut -c1-200
 tail -qn 3 "$logs"/memcheck*.txt | cut -c1-140
+tail -n 2 "$logs"/tests-*.txt | cut -c1-200
 echo "== times ($SECONDS s)"
 until=$((SECONDS + times))
-timeout 20 python3 lab/scripts/future_attention_gpu.py --dim 128 --no-variants > "$out/future.txt" 2>&1
-grep -a "|\|fa3" "$out/future.txt" | cut -c1-200
-timeout $((until - SECONDS)) $table --seconds $((until - SECONDS - 6)) --out "$out/table.json" 2>&1 | grep -av Warn | cut -c1-420
+left() { echo $((until - SECONDS > 4 ? until - SECONDS : 4)); }
+timeout "$(left)" $table --table --only "$only" --seconds $(($(left) - 6)) --out "$out/table.json" 2>&1 | grep -av Warn | cut -c1-420
+echo "== variants ($SECONDS s)"
+timeout "$(left)" $table --variants --seconds $(($(left) - 4)) --out "$out/variants.json" 2>&1 | grep -av Warn | cut -c1-420
+if [ "${TABLE:-0}" = 1 ]; then
+    timeout "$(left)" python3 lab/scripts/future_attention_gpu.py --dim 128 --no-variants > "$out/future.txt" 2>&1
+    grep -a "|\|fa3" "$out/future.txt" | cut -c1-200
+fi
 echo "== goals ($SECONDS s)"
 python3 lab/scripts/kernel_goals.py "$out/table.json" | tee "$out/goals.txt"

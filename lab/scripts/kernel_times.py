@@ -13,6 +13,7 @@ decides most first; with --prepare K/N every N-th of them is compiled, from the 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import subprocess
 import time
@@ -29,7 +30,7 @@ from dynamask import key_expiry
 from dynamask.ops import attend
 from dynamask.ops import triton as kernels
 from dynamask_lab.benchmarks.gpu.compile_ahead import compile_only
-from dynamask_lab.benchmarks.gpu.constants import set_constant
+from dynamask_lab.benchmarks.gpu.constants import constants, set_constant
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, kernel_microseconds, milliseconds
 
 
@@ -94,6 +95,23 @@ TABLE = [("times", CASES[:8]), ("dense", BREAK_EVEN[:2] + LONG + SHORT), ("times
 TABLE += [("times", CASES[12:]), ("dense", BREAK_EVEN[2:])]
 PROFILED = ("narrow sliding 136 d64", "narrow sliding 136 g16", "break-even 1024 at 3w", "equal 1024")
 """Cases whose kernels the profiler times one by one, too."""
+
+_THIRDS = ("narrow sliding 136 d64", "equal 1024 d64")
+_WALKS = ("break-even 1024 at 3w", "equal 1024", "narrow sliding 136 d64")
+_SMALL_RUNS = ((1 << 15, 256), (1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
+_LISTS = ("mask g4 w 512 N 8192", "mask g4 w 512 N 32768", "mask g16 w 512 N 32768", "mask g4 w 1024 N 32768")
+VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
+    ("4 warps", {"hopper.walk_tiles.FILL_WARPS": 4}, _WALKS),
+    ("8 warps", {"hopper.walk_tiles.FILL_WARPS": 8}, _WALKS),
+    ("dQ of all heads", {"hopper.backward_dq.APART": 0}, _THIRDS),
+    ("large blocks of 1024", {"triton.lists.NARROW": 0}, ("narrow sliding 136 d64", "narrow local 136")),
+    ("runs of 256", {"triton.lists._RUNS": _SMALL_RUNS}, _LISTS),
+    ("runs of 256, 1 warp", {"triton.lists._RUNS": _SMALL_RUNS, "triton.lists._DIRECT_WARPS": 1}, _LISTS),
+    ("runs of 256, steps of 128", {"triton.lists._RUNS": _SMALL_RUNS, "triton.lists._DIRECT_STEP": 128}, _LISTS),
+    ("steps of 128, 1 warp", {"triton.lists._DIRECT_STEP": 128, "triton.lists._DIRECT_WARPS": 1}, _LISTS),
+    ("large blocks of 1024", {"triton.lists.NARROW": 0}, ("narrow random 136", "narrow sliding 136 g16")),
+)
+"""Name, constants and cases of what --variants times, without peers."""
 
 FLEX = ("narrow sliding 136",)
 """Cases in which FlexAttention, which takes long to compile, is timed too."""
@@ -404,11 +422,11 @@ def time_case(kind: str, case: Case, arguments: argparse.Namespace, flex: tuple[
     return row | dense_times(case) if kind == "dense" and not arguments.prepare else row
 
 
-def settings(given: list[str]) -> Iterator[tuple[str, int]]:
+def settings(given: list[str]) -> Iterator[tuple[str, Any]]:
     """`module.NAME=value` -> name, value."""
     for setting in given:
         name, _, value = setting.partition("=")
-        yield name, int(value)
+        yield name, ast.literal_eval(value)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -432,9 +450,10 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--mask", action="store_true", help="time expiry and lists beside the forward pass instead")
     parser.add_argument("--table", action="store_true", help="every row, what decides most first")
+    parser.add_argument("--variants", action="store_true", help="other constants of some rows instead")
     parser.add_argument("--prepare", metavar="K/N", help="compile every N-th row, from the K-th on, and launch none")
     parser.add_argument("--dense", action="store_true", help="time short rows beside dense attention instead")
-    parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, an integer")
+    parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, a literal")
     parser.add_argument("--no-flex", action="store_true")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no case after this long")
     arguments = parser.parse_args()
@@ -450,20 +469,31 @@ def main() -> None:
     chosen = [("mask", MASKS)] if arguments.mask else [("times", CASES)]
     if arguments.dense:
         chosen = [("dense", [*BREAK_EVEN, *SHORT, *LONG])]
-    todo = [(kind, case) for kind, cases in (TABLE if arguments.table else chosen) for case in cases]
+    todo: list[tuple[str, Case, str, dict[str, Any]]] = [
+        (kind, case, case.name, {}) for kind, cases in (TABLE if arguments.table else chosen) for case in cases
+    ]
+    if arguments.variants:
+        known = {case.name: case for case in (*CASES, *BREAK_EVEN, *MASKS)}
+        todo = [
+            ("mask" if name.startswith("mask") else "times", known[name], f"{name}, {variant}", values)
+            for variant, values, names in VARIANTS
+            for name in names
+        ]
+        arguments.no_peers = True
     if arguments.prepare:
         globals().update(milliseconds=_once, graph_milliseconds=_once, kernel_microseconds=_once)
         arguments.no_peers = True
         part, parts = (int(number) for number in arguments.prepare.split("/"))
         todo = todo[part::parts]
     with compile_only() if arguments.prepare else nullcontext():
-        for kind, case in todo:
+        for kind, case, name, values in todo:
             if not any(part in case.name for part in only) or time.perf_counter() - began > arguments.seconds:
                 continue
             try:
-                row = time_case(kind, case, arguments, flex)
+                with constants(values):
+                    row = time_case(kind, case, arguments, flex) | {"name": name}
             except Exception as error:
-                row = {"name": case.name, "error": f"{type(error).__name__}: {error}"[:500]}
+                row = {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
             rows.append(row)
             print(f"{time.perf_counter() - began:.1f} s | {line(row)}", flush=True)
             if arguments.out:

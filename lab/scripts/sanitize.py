@@ -38,23 +38,25 @@ def windows_of(groups: int) -> tuple[int, ...]:
     return ((WINDOW, LENGTH, 1, 70) * groups)[:groups]
 
 
-def inputs(dim: int, groups: int, length: int, device: str) -> tuple[Tensor, ...]:
+def inputs(dim: int, groups: int, length: int, device: str, heads: int = 8) -> tuple[Tensor, ...]:
     """Query, key, value, scores that want a gradient, and a gradient of the output."""
-    query, grad = (torch.randn(1, 8, length, dim, device=device).bfloat16() for _ in range(2))
+    query, grad = (torch.randn(1, heads, length, dim, device=device).bfloat16() for _ in range(2))
     key, value = (torch.randn(1, groups, length, dim, device=device).bfloat16() for _ in range(2))
     scores = torch.randn(1, groups, length, device=device)
     return *(t.requires_grad_() for t in (query, key, value, scores)), grad
 
 
-def forward_and_backward(dim: int, groups: int, device: str, backend: str, *, only: int | None = None) -> float:
+def forward_and_backward(
+    dim: int, groups: int, device: str, backend: str, *, heads: int = 8, only: int | None = None
+) -> float:
     """Largest relative error of the output and the gradients.
 
     Args:
-        dim, groups: D and G.
+        dim, groups, heads: D, G and H.
         device, backend: where it runs.
         only: so many queries, the last ones.
     """
-    query, key, value, scores, grad = inputs(dim, groups, LENGTH, device)
+    query, key, value, scores, grad = inputs(dim, groups, LENGTH, device, heads)
     if only is not None:
         query, grad = (t.detach()[:, :, -only:].contiguous() for t in (query, grad))
         query.requires_grad_()
@@ -162,9 +164,9 @@ def stages(device: str, backend: str) -> Sequence[Stage]:
     """(name, what is switched for it, what it runs, the largest error allowed), the most doubtful first."""
     hopper = device == "cuda" and torch.cuda.get_device_capability()[0] == 9
     found: list[Stage] = []
-    for dim, groups in ((128, 2), (64, 2), (128, 8)):
-        name = f"D = {dim}, H/G = {8 // groups}"
-        run = partial(forward_and_backward, dim, groups, device, backend)
+    for dim, heads, groups in ((128, 8, 2), (64, 8, 2), (128, 8, 8), (64, 9, 3)):
+        name = f"D = {dim}, H/G = {heads // groups}"
+        run = partial(forward_and_backward, dim, groups, device, backend, heads=heads)
         if hopper:
             found.append((f"forward, walk and dQ, {name}", walking(), run, 0.02))
         else:

@@ -33,7 +33,7 @@ _SLAB = 1024
 _PART = 1024
 """Entries of a list ordered at a time."""
 
-FILL_WARPS = 4
+FILL_WARPS = 16
 """Warps of a program that orders them: there are few of these programs, and each sorts by itself."""
 
 
@@ -80,7 +80,8 @@ def walk_tiles(expiry: Tensor, spans: SpanLists, num_queries: int, keys: int, st
         return torch.empty(shape, dtype=torch.int32, device=expiry.device)
 
     short, order = empty(rows, slabs), empty(rows * slots * keys)
-    starts, ends, steps, whole = (empty(rows * slots) for _ in range(4))
+    starts, ends, whole = (empty(rows * slots) for _ in range(3))
+    steps = torch.empty(rows * slots, dtype=torch.int64, device=expiry.device)
     slabs_pad = max(2, triton.next_power_of_2(slabs))
     _count_short[(slabs, rows)](expiry, short, length, slabs, SLAB=_SLAB, SHORT=_SHORT, num_warps=4)
     _fill_spans[(number, rows)](
