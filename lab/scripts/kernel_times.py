@@ -29,6 +29,7 @@ from torch import Tensor
 from dynamask import key_expiry
 from dynamask.ops import attend
 from dynamask.ops import triton as kernels
+from dynamask.ops.triton.lists import KeyLists
 from dynamask_lab.benchmarks.gpu.compile_ahead import compile_only
 from dynamask_lab.benchmarks.gpu.constants import constants, set_constant
 from dynamask_lab.benchmarks.gpu.timing import graph_milliseconds, kernel_microseconds, milliseconds
@@ -332,8 +333,8 @@ def measure(case: Case, with_peers: bool, with_flex: bool) -> dict[str, Any]:
     return row
 
 
-def mask_share(case: Case) -> dict[str, Any]:
-    """Expiry and lists beside the forward kernel."""
+def mask_share(case: Case, values: dict[str, Any]) -> dict[str, Any]:
+    """Expiry and lists beside the forward kernel; lists by other constants are compared with the usual ones."""
     torch.manual_seed(0)
     groups = len(case.windows)
     query = torch.empty(1, case.heads, case.length, case.dim, device="cuda", dtype=torch.bfloat16)
@@ -347,12 +348,31 @@ def mask_share(case: Case) -> dict[str, Any]:
         return attend(query, key, value, expiry, backend="triton", max_live=case.windows)
 
     row: dict[str, Any] = {"name": case.name}
-    with torch.no_grad():
+    usual = kernels.forward_lists(query, value, expiry, case.windows)
+    with torch.no_grad(), constants(values):
+        if values:
+            row["same lists"] = same_lists(kernels.forward_lists(query, value, expiry, case.windows), usual)
         row["expiry"] = graph_milliseconds(lambda: key_expiry(scores, case.windows))
         row["lists"] = graph_milliseconds(lambda: kernels.forward_lists(query, value, expiry, case.windows))
         row["forward"] = graph_milliseconds(call, steps_of(case))
     row["share"] = (row["expiry"] + row["lists"]) / (row["forward"] + row["expiry"])
     return row
+
+
+def same_lists(first: KeyLists, second: KeyLists) -> bool:
+    """Whether two lists of a batch of one hold the same keys; a key that dies as a block ends may be of either kind."""
+    good, begin = True, 0
+    for group, size in enumerate(first.capacities):
+        end = begin + first.blocks * size
+        place = torch.arange(size, device=first.index.device)
+        kept = []
+        for lists in (first, second):
+            keys = lists.index[begin:end].view(-1, size)
+            front, back = place < lists.whole[group, :, None], place >= size - lists.partial[group, :, None]
+            kept.append(torch.where(front | back, keys, -1).sort(-1).values)
+        good = good and torch.equal(*kept)
+        begin = end
+    return good
 
 
 def steps_of(case: Case) -> int:
@@ -411,15 +431,18 @@ def _once(run: Callable[[], Any], _steps: int = 1) -> float:
     return 1.0
 
 
-def time_case(kind: str, case: Case, arguments: argparse.Namespace, flex: tuple[str, ...]) -> dict[str, Any]:
-    """A row of kind "times", "dense" or "mask"."""
-    if arguments.prepare and kind == "mask":
-        compile_mask(case)
-        return {"name": case.name}
-    if kind == "mask":
-        return mask_share(case)
-    row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), case.name in flex)
-    return row | dense_times(case) if kind == "dense" and not arguments.prepare else row
+def time_case(
+    kind: str, case: Case, values: dict[str, Any], arguments: argparse.Namespace, flex: tuple[str, ...]
+) -> dict[str, Any]:
+    """A row of kind "times", "dense" or "mask" with other constants."""
+    if kind == "mask" and not arguments.prepare:
+        return mask_share(case, values)
+    with constants(values):
+        if kind == "mask":
+            compile_mask(case)
+            return {"name": case.name}
+        row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), case.name in flex)
+        return row | dense_times(case) if kind == "dense" and not arguments.prepare else row
 
 
 def settings(given: list[str]) -> Iterator[tuple[str, Any]]:
@@ -490,8 +513,7 @@ def main() -> None:
             if not any(part in case.name for part in only) or time.perf_counter() - began > arguments.seconds:
                 continue
             try:
-                with constants(values):
-                    row = time_case(kind, case, arguments, flex) | {"name": name}
+                row = time_case(kind, case, values, arguments, flex) | {"name": name}
             except Exception as error:
                 row = {"name": name, "error": f"{type(error).__name__}: {error}"[:500]}
             rows.append(row)
