@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Every goal of the attention kernels on one Hopper GPU: compiled first, then checked, then timed on a quiet card.
-#   bash lab/scripts/kernel_final.sh OUT [COMPILE] [CHECKS] [TIMES]
+#   bash lab/scripts/kernel_final.sh OUT [COMPILE] [CHECKS] [END]
 # For COMPILE seconds kernels are compiled by many processes, which launch next to nothing, on GPU $SPARE (default: the
-# same); then CHECKS seconds of checks and TIMES seconds of times on GPU $CARD. Wheels lie in .whl/, FlashAttention 3
-# unpacked in .fa3/ (its library by xz). With TABLE=1 all rows are timed, else those whose names hold one of $ONLY.
-# Rows are written as they come; what does not fit is left out, from the end.
+# same); then CHECKS seconds of checks and, until second END, times on GPU $CARD. Wheels lie in .whl/, FlashAttention 3
+# unpacked in .fa3/ (its library by xz). Rows whose names hold one of $ONLY are timed, all by default. Rows are written
+# as they come; what does not fit is left out, from the end.
 set -u
 out=$1
 compile=$((SECONDS + ${2:-80}))
 checks=${3:-30}
-times=${4:-140}
+end=$((SECONDS + ${4:-250}))
 card=${CARD:-0}
 only=${ONLY:-}
 logs=$out/logs
@@ -20,7 +20,8 @@ if [ -f .fa3/fa3_fwd/_C.abi3.so.xz ]; then
     python3 -c "
 import lzma, shutil
 with lzma.open('.fa3/fa3_fwd/_C.abi3.so.xz') as packed, open('.fa3/fa3_fwd/_C.abi3.so', 'wb') as library:
-    shutil.copyfileobj(packed, library, 1 << 22)" && export PYTHONPATH=.:lab:.fa3
+    shutil.copyfileobj(packed, library, 1 << 22)" &
+    export PYTHONPATH=.:lab:.fa3
 fi
 table="python3 lab/scripts/kernel_times.py --no-flex --commit ${COMMIT:-unknown}"
 until=$compile
@@ -43,8 +44,9 @@ stages=("H/G = 1" "H/G = 3" "masks" "decoding")
     for stage in "${stages[@]}"; do
         begin "ahead-sanitize-$stage" nice -n 10 python3 lab/scripts/sanitize.py --prepare --only "$stage"
     done
+    [ -n "$only" ] || begin ahead-future nice -n 10 python3 lab/scripts/future_attention_gpu.py --dim 128 --no-variants --prepare
     for chosen in "${tests[@]}"; do # these launch
-        begin "tests-$chosen" nice -n 5 python3 -m pytest -q --tb=short -p no:cacheprovider \
+        begin "tests-$chosen" nice -n 5 python3 -m pytest --tb=short -p no:cacheprovider \
             tests/ops/test_triton_kernels.py -k "$chosen"
     done
     wait
@@ -66,12 +68,12 @@ grep -ah "^WRONG\|runs" "$logs"/checks-*.txt "$logs/deterministic.txt" | cut -c1
 tail -qn 3 "$logs"/memcheck*.txt | cut -c1-140
 tail -n 2 "$logs"/tests-*.txt | cut -c1-200
 echo "== times ($SECONDS s)"
-until=$((SECONDS + times))
+until=$end
 left() { echo $((until - SECONDS > 4 ? until - SECONDS : 4)); }
 timeout "$(left)" $table --table --only "$only" --seconds $(($(left) - 6)) --out "$out/table.json" 2>&1 | grep -av Warn | cut -c1-420
 echo "== variants ($SECONDS s)"
 timeout "$(left)" $table --variants --seconds $(($(left) - 4)) --out "$out/variants.json" 2>&1 | grep -av Warn | cut -c1-420
-if [ "${TABLE:-0}" = 1 ]; then
+if [ -z "$only" ]; then
     timeout "$(left)" python3 lab/scripts/future_attention_gpu.py --dim 128 --no-variants > "$out/future.txt" 2>&1
     grep -a "|\|fa3" "$out/future.txt" | cut -c1-200
 fi

@@ -507,7 +507,7 @@ def main() -> None:
         globals().update(milliseconds=_once, graph_milliseconds=_once, kernel_microseconds=_once)
         arguments.no_peers = True
         part, parts = (int(number) for number in arguments.prepare.split("/"))
-        todo = todo[part::parts]
+        todo = [row for row in todo if any(part in row[1].name for part in only)][part::parts]
     with compile_only() if arguments.prepare else nullcontext():
         for kind, case, name, values in todo:
             if not any(part in case.name for part in only) or time.perf_counter() - began > arguments.seconds:
