@@ -101,6 +101,7 @@ _THIRDS = ("narrow sliding 136 d64", "equal 1024 d64")
 _WALKS = ("break-even 1024 at 3w", "equal 1024", "narrow sliding 136 d64")
 _SMALL_RUNS = ((1 << 15, 256), (1 << 17, 512), (1 << 20, 1024), (1 << 62, 2048))
 _LISTS = ("mask g4 w 512 N 8192", "mask g4 w 512 N 32768", "mask g16 w 512 N 32768", "mask g4 w 1024 N 32768")
+_LONG_LISTS = ("mask g4 w 512 N 131072", "mask g16 w 512 N 131072", "mask g16 w 512 N 1048576")
 VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("4 warps", {"hopper.walk_tiles.FILL_WARPS": 4}, _WALKS),
     ("8 warps", {"hopper.walk_tiles.FILL_WARPS": 8}, _WALKS),
@@ -111,6 +112,9 @@ VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("runs of 256, steps of 128", {"triton.lists._RUNS": _SMALL_RUNS, "triton.lists._DIRECT_STEP": 128}, _LISTS),
     ("steps of 128, 1 warp", {"triton.lists._DIRECT_STEP": 128, "triton.lists._DIRECT_WARPS": 1}, _LISTS),
     ("large blocks of 1024", {"triton.lists.NARROW": 0}, ("narrow random 136", "narrow sliding 136 g16")),
+    ("entries 512", {"triton.lists._STEP": 512}, (*_LONG_LISTS, "equal 1024", "narrow sliding 136 d64")),
+    ("entries 256", {"triton.lists._STEP": 256}, (*_LONG_LISTS, "equal 1024")),
+    ("entries 512, large 512", {"triton.lists._STEP": 512, "triton.lists._LARGE": ((1 << 62, 512),)}, _LONG_LISTS),
 )
 """Name, constants and cases of what --variants times, without peers."""
 
