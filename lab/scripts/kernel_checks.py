@@ -136,6 +136,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=100, help="of deterministic mode; 0: none")
     parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, a literal")
     parser.add_argument("--part", default="0/1", metavar="K/N", help="every N-th check, from the K-th on (K from 0)")
+    parser.add_argument("--walks", action="store_true", help="the walk alone, not the backward pass by atomic sums")
     parser.add_argument("--prepare", action="store_true", help="compile, launch nothing and check nothing")
     parser.add_argument("--small", action="store_true", help="short rows and few runs, on any device")
     arguments = parser.parse_args()
@@ -166,7 +167,8 @@ def main() -> int:
         arguments.runs = min(arguments.runs, 1)
     part, parts = (int(number) for number in arguments.part.split("/"))
     with ahead:
-        cases = itertools.product(shapes[part::parts], (1, 1 << 30), (False, True))
+        walks = (1,) if arguments.walks else (1, 1 << 30)
+        cases = itertools.product(shapes[part::parts], walks, (False, True))
         for (dim, heads, windows, length, bias), queries, newest in cases:
             windows = tuple(min(window, length) for window in windows)
             local = (1 if length in windows else 120) if newest else 0

@@ -4,7 +4,8 @@
 # For COMPILE seconds kernels are compiled by many processes, which launch next to nothing, on GPU $SPARE (default: the
 # same); then CHECKS seconds of checks and, until second END, times on GPU $CARD. Wheels lie in .whl/, FlashAttention 3
 # unpacked in .fa3/ (its library by xz). Rows whose names hold one of $ONLY are timed, all by default. Rows are written
-# as they come; what does not fit is left out, from the end.
+# as they come; what does not fit is left out, from the end. $PARTS: of the checks; $CHECK: their options; $RUNS: of
+# deterministic mode; $TESTS, $STAGES: of the tests and of the sanitizer, between bars.
 set -u
 out=$1
 compile=$((SECONDS + ${2:-80}))
@@ -30,17 +31,17 @@ begin() { # name command..., in the background, ended at $until
     shift
     timeout $((until - SECONDS > 2 ? until - SECONDS : 2)) "$@" > "$logs/$(echo "$name" | tr -dc 'a-zA-Z0-9-').txt" 2>&1 &
 }
-tests=("test_lists" "keeps_nan and 3" "keeps_nan and 6" "hopper_backward and 6-2-64-dtype1" "hopper_backward and 12-2-64-dtype1"
-    "hopper_backward and 6-2-32-dtype0" "hopper_backward and 6-2-128-dtype1" "hopper_forward and 6-2" "hopper_forward and 12-2")
-stages=("H/G = 1" "H/G = 3" "masks" "decoding")
+IFS='|' read -ra tests <<< "${TESTS-test_lists|keeps_nan|hopper_backward and 6-2-64|hopper_backward and 12-2-64|hopper_forward and 6-2}"
+IFS='|' read -ra stages <<< "${STAGES-H/G = 1|H/G = 3|masks|decoding}"
+runs=${RUNS:-100}
 (
     export CUDA_VISIBLE_DEVICES=${SPARE:-$card}
     for part in ${PARTS:-0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19}; do
-        begin "ahead-checks-$part" nice -n 10 python3 lab/scripts/kernel_checks.py --prepare --runs 0 --part "$part/20"
+        begin "ahead-checks-$part" nice -n 10 python3 lab/scripts/kernel_checks.py --prepare --runs 0 ${CHECK:-} --part "$part/20"
     done
     for part in 0 1 2 3 4 5; do begin "ahead-table-$part" nice -n 10 $table --table --only "$only" --prepare $part/6; done
     for part in 0 1 2 3; do begin "ahead-variants-$part" nice -n 10 $table --variants --prepare $part/4; done
-    begin ahead-deterministic nice -n 10 python3 lab/scripts/kernel_checks.py --prepare --part 20/20
+    [ "$runs" = 0 ] || begin ahead-deterministic nice -n 10 python3 lab/scripts/kernel_checks.py --prepare --part 20/20
     for stage in "${stages[@]}"; do
         begin "ahead-sanitize-$stage" nice -n 10 python3 lab/scripts/sanitize.py --prepare --only "$stage"
     done
@@ -55,9 +56,9 @@ stages=("H/G = 1" "H/G = 3" "masks" "decoding")
 echo "== compiled ($SECONDS s)"
 export CUDA_VISIBLE_DEVICES=$card
 until=$((SECONDS + checks))
-begin deterministic python3 lab/scripts/kernel_checks.py --runs 100 --part 20/20
+begin deterministic python3 lab/scripts/kernel_checks.py --runs "$runs" --part 20/20
 for part in ${PARTS:-0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19}; do
-    begin "checks-$part" python3 lab/scripts/kernel_checks.py --runs 0 --part "$part/20"
+    begin "checks-$part" python3 lab/scripts/kernel_checks.py --runs 0 ${CHECK:-} --part "$part/20"
 done
 for stage in "${stages[@]}"; do
     begin "memcheck-$stage" compute-sanitizer --tool memcheck --error-exitcode 3 python3 lab/scripts/sanitize.py --only "$stage"
@@ -70,9 +71,7 @@ tail -n 2 "$logs"/tests-*.txt | cut -c1-200
 echo "== times ($SECONDS s)"
 until=$end
 left() { echo $((until - SECONDS > 4 ? until - SECONDS : 4)); }
-timeout "$(left)" $table --table --only "$only" --seconds $(($(left) - 6)) --out "$out/table.json" 2>&1 | grep -av Warn | cut -c1-420
-echo "== variants ($SECONDS s)"
-timeout "$(left)" $table --variants --seconds $(($(left) - 4)) --out "$out/variants.json" 2>&1 | grep -av Warn | cut -c1-420
+timeout "$(left)" $table --table --variants --only "$only" --seconds $(($(left) - 6)) --out "$out/table.json" 2>&1 | grep -av Warn | cut -c1-420
 if [ -z "$only" ]; then
     timeout "$(left)" python3 lab/scripts/future_attention_gpu.py --dim 128 --no-variants > "$out/future.txt" 2>&1
     grep -a "|\|fa3" "$out/future.txt" | cut -c1-200

@@ -104,17 +104,17 @@ _LISTS = ("mask g4 w 512 N 8192", "mask g4 w 512 N 32768", "mask g16 w 512 N 327
 _LONG_LISTS = ("mask g4 w 512 N 131072", "mask g16 w 512 N 131072", "mask g16 w 512 N 1048576")
 VARIANTS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
     ("4 warps", {"hopper.walk_tiles.FILL_WARPS": 4}, _WALKS),
-    ("8 warps", {"hopper.walk_tiles.FILL_WARPS": 8}, _WALKS),
     ("dQ of all heads", {"hopper.backward_dq.APART": 0}, _THIRDS),
-    ("large blocks of 1024", {"triton.lists.NARROW": 0}, ("narrow sliding 136 d64", "narrow local 136")),
-    ("runs of 256", {"triton.lists._RUNS": _SMALL_RUNS}, _LISTS),
-    ("runs of 256, 1 warp", {"triton.lists._RUNS": _SMALL_RUNS, "triton.lists._DIRECT_WARPS": 1}, _LISTS),
-    ("runs of 256, steps of 128", {"triton.lists._RUNS": _SMALL_RUNS, "triton.lists._DIRECT_STEP": 128}, _LISTS),
-    ("steps of 128, 1 warp", {"triton.lists._DIRECT_STEP": 128, "triton.lists._DIRECT_WARPS": 1}, _LISTS),
-    ("large blocks of 1024", {"triton.lists.NARROW": 0}, ("narrow random 136", "narrow sliding 136 g16")),
     ("entries 512", {"triton.lists._STEP": 512}, (*_LONG_LISTS, "equal 1024", "narrow sliding 136 d64")),
-    ("entries 256", {"triton.lists._STEP": 256}, (*_LONG_LISTS, "equal 1024")),
+    ("runs of 256, 1 warp", {"triton.lists._RUNS": _SMALL_RUNS, "triton.lists._DIRECT_WARPS": 1}, _LISTS),
+    ("1 warp", {"triton.lists._DIRECT_WARPS": 1}, _LISTS),
+    ("runs of 256", {"triton.lists._RUNS": _SMALL_RUNS}, _LISTS),
+    ("large blocks of 1024", {"triton.lists.NARROW": 0}, ("narrow sliding 136 d64", "narrow local 136")),
+    ("entries 256", {"triton.lists._STEP": 256}, _LONG_LISTS),
+    ("8 warps", {"hopper.walk_tiles.FILL_WARPS": 8}, _WALKS),
+    ("steps of 128, 1 warp", {"triton.lists._DIRECT_STEP": 128, "triton.lists._DIRECT_WARPS": 1}, _LISTS),
     ("entries 512, large 512", {"triton.lists._STEP": 512, "triton.lists._LARGE": ((1 << 62, 512),)}, _LONG_LISTS),
+    ("large blocks of 1024", {"triton.lists.NARROW": 0}, ("narrow random 136", "narrow sliding 136 g16")),
 )
 """Name, constants and cases of what --variants times, without peers."""
 
@@ -445,7 +445,8 @@ def time_case(
         if kind == "mask":
             compile_mask(case)
             return {"name": case.name}
-        row = measure(case, not arguments.no_peers and case.name.startswith("narrow"), case.name in flex)
+        with_peers = not arguments.no_peers and not values and case.name.startswith("narrow")
+        row = measure(case, with_peers, case.name in flex)
         return row | dense_times(case) if kind == "dense" and not arguments.prepare else row
 
 
@@ -477,7 +478,9 @@ def main() -> None:
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--mask", action="store_true", help="time expiry and lists beside the forward pass instead")
     parser.add_argument("--table", action="store_true", help="every row, what decides most first")
-    parser.add_argument("--variants", action="store_true", help="other constants of some rows instead")
+    parser.add_argument(
+        "--variants", action="store_true", help="other constants of some rows instead, or with --table after it"
+    )
     parser.add_argument("--prepare", metavar="K/N", help="compile every N-th row, from the K-th on, and launch none")
     parser.add_argument("--dense", action="store_true", help="time short rows beside dense attention instead")
     parser.add_argument("--set", nargs="*", default=[], metavar="MODULE.NAME=VALUE", help="of dynamask.ops, a literal")
@@ -501,20 +504,21 @@ def main() -> None:
     ]
     if arguments.variants:
         known = {case.name: case for case in (*CASES, *BREAK_EVEN, *MASKS)}
-        todo = [
+        todo = todo if arguments.table else []
+        todo += [
             ("mask" if name.startswith("mask") else "times", known[name], f"{name}, {variant}", values)
             for variant, values, names in VARIANTS
             for name in names
         ]
-        arguments.no_peers = True
     if arguments.prepare:
         globals().update(milliseconds=_once, graph_milliseconds=_once, kernel_microseconds=_once)
         arguments.no_peers = True
         part, parts = (int(number) for number in arguments.prepare.split("/"))
-        todo = [row for row in todo if any(part in row[1].name for part in only)][part::parts]
+        todo = [row for row in todo if row[3] or any(part in row[1].name for part in only)][part::parts]
     with compile_only() if arguments.prepare else nullcontext():
         for kind, case, name, values in todo:
-            if not any(part in case.name for part in only) or time.perf_counter() - began > arguments.seconds:
+            chosen_row = values or any(part in case.name for part in only)
+            if not chosen_row or time.perf_counter() - began > arguments.seconds:
                 continue
             try:
                 row = time_case(kind, case, values, arguments, flex) | {"name": name}
