@@ -34,8 +34,13 @@ begin() { # name command..., in the background, ended at $until
 IFS='|' read -ra tests <<< "${TESTS-test_lists|keeps_nan|hopper_backward and 6-2-64|hopper_backward and 12-2-64|hopper_forward and 6-2}"
 IFS='|' read -ra stages <<< "${STAGES-H/G = 1|H/G = 3|masks|decoding}"
 runs=${RUNS:-100}
+export CUDA_VISIBLE_DEVICES=${SPARE:-$card}
+until=$((compile + checks - 6))
+for chosen in "${tests[@]}"; do # these launch, and may run beside the checks
+    begin "tests-$chosen" nice -n 5 python3 -m pytest --tb=short -p no:cacheprovider tests/ops/test_triton_kernels.py -k "$chosen"
+done
+until=$compile
 (
-    export CUDA_VISIBLE_DEVICES=${SPARE:-$card}
     for part in ${PARTS:-0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19}; do
         begin "ahead-checks-$part" nice -n 10 python3 lab/scripts/kernel_checks.py --prepare --runs 0 ${CHECK:-} --part "$part/20"
     done
@@ -46,10 +51,6 @@ runs=${RUNS:-100}
         begin "ahead-sanitize-$stage" nice -n 10 python3 lab/scripts/sanitize.py --prepare --only "$stage"
     done
     [ -n "$only" ] || begin ahead-future nice -n 10 python3 lab/scripts/future_attention_gpu.py --dim 128 --no-variants --prepare
-    for chosen in "${tests[@]}"; do # these launch
-        begin "tests-$chosen" nice -n 5 python3 -m pytest --tb=short -p no:cacheprovider \
-            tests/ops/test_triton_kernels.py -k "$chosen"
-    done
     wait
 )
 [ "$SECONDS" -lt "$compile" ] && [ "${SPARE:-$card}" != "$card" ] && sleep $((compile - SECONDS))
