@@ -61,7 +61,10 @@ class CalibrationBlocks:
                 "smaller block"
             )
         self.block, self.batch, self.repeat_share, self.seed = block, batch, repeat_share, seed
-        self.opening = torch.tensor(list(opening)[:block], dtype=torch.long)
+        ids = _vector([*opening][:block]).astype(np.int64)
+        if (ids < 0).any():
+            raise InvalidInputError(f"opening holds token ids, none below 0; got {ids.tolist()}")
+        self.opening = torch.from_numpy(ids)
         self._blocks = len(self.tokens) // block
 
     def __len__(self) -> int:

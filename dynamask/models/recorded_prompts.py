@@ -66,7 +66,7 @@ class RecordedPrompts:
             output = self._read({**dict(zip(self._names, args, strict=False)), **kwargs})
             return forward(*args, **kwargs) if output is None else output
 
-        self._forward = forward
+        self._forward, self._wrapped = forward, read_or_run
         self._model.forward = read_or_run
 
     def __enter__(self) -> RecordedPrompts:
@@ -78,6 +78,9 @@ class RecordedPrompts:
     def remove(self) -> None:
         """Let prompts run as before, and free what was recorded."""
         self._graphs.clear()
+        self._failed = True
+        if self._model.__dict__.get("forward") is not self._wrapped:
+            return  # something else stands before it, and still calls it: it runs the model as before
         if self._before is None:
             self._model.__dict__.pop("forward", None)
         else:

@@ -89,5 +89,9 @@ def test_what_is_refused() -> None:
         calibration_blocks([1, 2, 3], block=2, repeat_share=1.5)
     with pytest.raises(InvalidInputError, match="vector of integers"):
         calibration_blocks(np.zeros((2, 4)), block=2)
+    with pytest.raises(InvalidInputError, match=r"none below 0; got \[-3\]"):
+        CalibrationBlocks([1, 2, 3], 2, opening=[-3])
+    with pytest.raises(InvalidInputError, match="vector of integers"):
+        CalibrationBlocks([1, 2, 3], 2, opening="a")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="must be a string; got int"):
         calibration_blocks(iter([3]), CharacterTokenizer(), block=2)

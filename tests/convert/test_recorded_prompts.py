@@ -124,6 +124,18 @@ def test_what_a_recording_does_not_serve(recorded: list[Any]) -> None:
         convert.recorded_prompts(torch.nn.Linear(2, 2))
 
 
+def test_the_recorder_below_another_may_go_first(recorded: list[Any]) -> None:
+    model, text = converted(), drawn(1, 40)
+    lower = convert.recorded_prompts(model, shortest=32)
+    upper = convert.recorded_prompts(model, shortest=32)
+    lower.remove()
+    assert model.__dict__["forward"] is upper._wrapped
+    upper.remove()
+    for _ in range(3):
+        model(text)
+    assert not recorded
+
+
 @needs_gpu
 @pytest.mark.parametrize("family", ["llama", "qwen3", "compiled", "native"])
 def test_a_cuda_graph_of_a_prompt(family: str, recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
