@@ -53,4 +53,4 @@ def test_wrong_results_are_named_at_the_end(
 def test_no_stage_begins_after_its_time(sanitize: ModuleType, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["sanitize.py", "--seconds", "-1"])
     sanitize.main()
-    assert capsys.readouterr().out.count("not begun") == 9
+    assert capsys.readouterr().out.count("not begun") == 10
