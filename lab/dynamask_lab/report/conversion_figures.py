@@ -66,12 +66,12 @@ def needles(study: Study, specs: Sequence[Spec], base: Spec) -> Measured:
     return Measured(f"{ratio:.3f} ({low:.2f} to {high:.2f})", ratio)
 
 
-def ahead(study: Study, spec: Spec, tasks: Sequence[str]) -> tuple[str, Measured]:
+def ahead(study: Study, spec: Spec, tasks: Sequence[str], peers: Sequence[str] = PEERS) -> tuple[str, Measured]:
     """The best peer of a task group, and the difference; its value is the interval's lower end.
 
     Peers count that answered all of the first examples; further examples count that all of these peers answered.
     """
-    scored = {peer: study.scores(f"{peer}-{spec.budget}", tasks) for peer in PEERS}
+    scored = {peer: study.scores(f"{peer}-{spec.budget}", tasks) for peer in peers}
     values = study.scores(spec.name, tasks)
     first = {key for key in values if key[3] < FIRST}
     scored = {peer: found for peer, found in scored.items() if found and set(found) >= first}

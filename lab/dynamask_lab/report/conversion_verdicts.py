@@ -105,6 +105,12 @@ def verdict_rows(lines: Iterable[Mapping[str, Any]], timed: Iterable[Mapping[str
                     met = found.value > 0
                     add(f"{group}: the same ({peer}), {title}", "interval above 0", found, met, [spec], _bound(group))
 
+    peer, found = figures.ahead(study, settle.DEFAULT[0], GROUPS["pairs"], ["streaming_llm"])
+    count = len(study.scores(settle.DEFAULT[0].name, GROUPS["pairs"]))
+    if found.value is not None:
+        what = f"pairs: above {peer} alone, {count} examples, distilled"
+        add(what, "interval above 0", found, found.value > 0, [settle.DEFAULT[0]], "pairs")
+
     what = "learned ranks above newest keys in windows of their own"
     pair = [settle.DEFAULT[0]]
     add(f"{what}: text loss", "shown", figures.text_loss(study, pair, settle.NEWEST), None, pair)
