@@ -27,10 +27,12 @@ class Measured:
     Attributes:
         text: as the table shows it.
         value: what is compared with the bar; None where nothing was measured.
+        high: the upper end of the interval, where it counts.
     """
 
     text: str
     value: float | None = None
+    high: float | None = None
 
 
 NOTHING = Measured("")
@@ -83,7 +85,7 @@ def ahead(study: Study, spec: Spec, tasks: Sequence[str], peers: Sequence[str] =
     low, high = interval(figures)
     digits = 3 if len(common) > 400 else 2
     text = f"{figures.mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
-    return best, Measured(text, low)
+    return best, Measured(text, low, high)
 
 
 def benchmarks(study: Study, specs: Sequence[Spec]) -> tuple[Measured, bool]:

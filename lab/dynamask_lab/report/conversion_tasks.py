@@ -57,7 +57,7 @@ def task_rows(lines: Iterable[Mapping[str, Any]]) -> list[Row]:
             }
             for spec in forms.values()
         ]
-        wanted = set(scored[0])
+        wanted = set(next((found for found in scored if found), {}))
         for row, found in zip(rows, scored, strict=True):
             row[title] = (
                 f"{100 * np.mean([found[key] for key in wanted]):.0f}" if wanted and set(found) >= wanted else ""

@@ -94,7 +94,7 @@ def test_further_examples_count_that_every_peer_answered() -> None:
     form, peers = settle.DEFAULT[0], [Spec("peer", 512, peer=peer) for peer in ("snapkv", "tova")]
     lines = [pairs(form, 0, 1.0), pairs(peers[0], 0, 0.0), pairs(peers[1], 0, 0.5)]
     lines += [pairs(form, 100, 0.0), pairs(peers[0], 100, 1.0)]
-    assert ahead(Study(lines), form, ["pairs"]) == ("tova", Measured("+0.50 (+0.50 to +0.50)", 0.5))
+    assert ahead(Study(lines), form, ["pairs"]) == ("tova", Measured("+0.50 (+0.50 to +0.50)", 0.5, 0.5))
     lines.append(pairs(peers[1], 100, 0.0))
     assert ahead(Study(lines), form, ["pairs"])[0] == "snapkv"
 
