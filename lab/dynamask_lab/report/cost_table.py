@@ -154,7 +154,8 @@ def cost_table(results: Path) -> str:
     note = (
         "Steps: forward and backward, batch 1. Recorded as a CUDA graph, compiled or neither, whichever is fastest, on "
         "both sides. `ratio`: above one, the converted model is faster or smaller. Dense: in the same run, by flash or "
-        "cuDNN attention; decoding by CUDA graph from a full cache written in place. Windows differ by head, on "
+        "cuDNN attention; prompts not recorded, since the device is busy all the time; decoding by CUDA graph from a "
+        "full cache written in place. Windows differ by head, on "
         f"average a sixteenth of the context. {_distillation(runs)}{', '.join(devices)}, torch {', '.join(versions)}, "
         f"other jobs on the host; {named_commits(line['commit'] for line in used)}."
     )
