@@ -720,9 +720,9 @@ MQAR = Experiment(
         "long": _long,
         "decide": _decide,
         "widths": _widths,
-        "patient-dense": _patient_dense,
-        "patient": _patient,
         "published": _published,
+        "patient-dense": _patient_dense,
+        "patient": _patient,  # before "published" on the page: twice its epochs
         "paper": _paper,
     },
     cost=mqar_cost,
