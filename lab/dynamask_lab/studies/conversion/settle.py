@@ -48,8 +48,9 @@ The fourth run measured 1/32 of 5, 6 and 9. Named before the fifth:
 14. Needles among documents instead of essays: the default, frozen, dense and the best peer. Needles of a window with
     sinks, frozen. Reported, no bar.
 
-The fifth run had the card with two others: one training, not recorded for lack of memory, and most of 8. The sixth has
-the time of one training: the task groups and lengths of 8 that are missing, 11 and 14; 1/8 of 5 if a second one fits.
+The fifth run had the card with two others: one training, not recorded for lack of memory, and the shorter examples of
+8. The sixth began 1/8, which did not end in its time, and answered 14 with the frozen form. Left: 1/8 of 5, 7, the
+longer examples of 8, of 10 all peers but one, 11 to 13, and 14 but for the frozen form.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ COMPARISONS = (
 
 
 def entries() -> list[Entry]:
-    """The entries of the sixth run, which has one training's time, the most telling first."""
+    """What is left that one training allows, the most telling first."""
     made = [Entry(tuple(losses_of(LAST[0])[1:2]), trains=True), Entry((_text(_BUDGETS[1024]),), trains=True)]
     made += [other_tasks(DEFAULT[0])]
     made += [Entry((_text(spec), *tracking(spec).jobs)) for spec in MIXED]
