@@ -108,8 +108,8 @@ def test_a_full_sweep_gets_verdicts_and_a_partial_one_does_not(tmp_path: Path) -
     board, rest = index.read_text().partition("## Exhibits")[0], verdicts.read_text()
     (row,) = [line for line in board.split("\n") if CLAIMS["recall"].text in line]
     # The smoke sweep has one seed; the others count as other settings, of the appendix.
-    assert row.split("|")[2].strip() == "**not tested** (-0.400 accuracy, w/N 1/4, width 32, 1 seed)"
-    assert "accuracy 0.100, above mha -0.400" in rest
+    assert row.split("|")[2].strip() == "**not tested** (-0.400 accuracy, w/N 1/4, width 32, 2 epochs, 1 seed)"
+    assert "accuracy 0.100, above dense -0.400" in rest
     findings = {(f.claim, f.subject): f.verdict for f in _findings(records, tmp_path)}
     assert findings["recall", "dma, paper"] == REFUTED
     assert findings["recall-efficiency", "dma, paper"] == NO_DIFFERENCE  # all took ten seconds: level
@@ -215,6 +215,6 @@ def test_runs_on_another_build_of_a_corpus_stand_apart(tmp_path: Path) -> None:
     second = (tmp_path / "report" / "appendix" / "locality.md").read_text()
     assert ", an earlier build of the corpora: 2 of " in second
     assert "| swa |" in first
-    assert "| mha |" not in first
-    assert "| mha |" in second
+    assert "| dense |" not in first
+    assert "| dense |" in second
     assert "locality-smoke-build-1-loss" in second
