@@ -72,9 +72,11 @@ def ahead(study: Study, spec: Spec, tasks: Sequence[str], peers: Sequence[str] =
     """The best peer of a task group, and the difference; its value is the interval's lower end.
 
     Peers count that answered all of the first examples; further examples count that all of these peers answered.
+    Texts other than essays do not count: not every peer read them.
     """
     scored = {peer: study.scores(f"{peer}-{spec.budget}", tasks) for peer in peers}
     values = study.scores(spec.name, tasks)
+    values = {key: value for key, value in values.items() if key[2] == "essays"}
     first = {key for key in values if key[3] < FIRST}
     scored = {peer: found for peer, found in scored.items() if found and set(found) >= first}
     common = [key for key in values if all(key in found for found in scored.values())]

@@ -137,3 +137,14 @@ def test_seconds_leave_out_runs_that_found_compiled_kernels() -> None:
     rows = [_line(spec, "learn_ranks", {}, {"seconds": 5.0, "warm": True})]
     rows.append(_line(converted(steps=0), "allocate_windows", {}, {"seconds": 10.0}))
     assert seconds(Study(rows), (0,)).value is None
+
+
+def test_needles_in_documents_do_not_hide_the_comparison_with_peers() -> None:
+    def answers(spec: Spec, haystack: str) -> dict[str, Any]:
+        settings = {"task": "single_1", "length": 1024, "haystack": haystack, "first": 0, "count": 2}
+        return _line(spec, "tasks", settings, {"scores": [[1.0], [1.0]] if spec.kind != "peer" else [[0.0], [0.0]]})
+
+    form, peer = converted(steps=0), Spec("peer", 512, peer="keydiff")
+    study = Study([answers(form, "essays"), answers(form, "documents"), answers(peer, "essays")])
+    assert ahead(study, form, ["single_1"])[0] == "keydiff"
+    assert ahead(study, form, ["single_1"])[1].value == 1.0
