@@ -23,6 +23,7 @@ from dynamask.models.decoder import decoder_of
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.recorded_model import RecordedModel
 from dynamask.models.recording import recording
+from dynamask.ops.checks import check_integer
 from dynamask.ops.context_parallel.shards import current_group
 from dynamask.ops.looks import without_looks
 
@@ -47,13 +48,13 @@ class RecordedPrompts:
         reason: why prompts are not recorded, or None where nothing is known to be in the way.
 
     Raises:
-        InvalidInputError: another model, or numbers below 1.
+        InvalidInputError: another model, or numbers that are not integers of at least 1.
     """
 
     def __init__(self, model: Any, *, shapes: int = 1, shortest: int = 256) -> None:
         _check_model(model)
-        if shapes < 1 or shortest < 1:
-            raise InvalidInputError(f"shapes and shortest must be at least 1; got {shapes} and {shortest}")
+        shapes = check_integer(shapes, "shapes", 1, "recordings that are kept")
+        shortest = check_integer(shortest, "shortest", 1, "tokens of a prompt from which on it is recorded")
         self._model, self._shapes, self._shortest = model, shapes, shortest
         self._graphs: OrderedDict[_Kind, _PromptGraph | None] = OrderedDict()  # None: seen once
         self.reason, self._failed = reason_against(self._model), False

@@ -120,6 +120,8 @@ def test_what_a_recording_does_not_serve(recorded: list[Any]) -> None:
         assert "has hooks" in str(prompts.reason)
     with pytest.raises(InvalidInputError, match="at least 1"):
         convert.recorded_prompts(model, shapes=0)
+    with pytest.raises(InvalidInputError, match="shortest must be an integer"):
+        convert.recorded_prompts(model, shortest=2.5)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="Linear"):
         convert.recorded_prompts(torch.nn.Linear(2, 2))
 
