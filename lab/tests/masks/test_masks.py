@@ -144,12 +144,13 @@ def test_the_line_becomes_a_page_with_a_verdict(tmp_path: Path) -> None:
     file = tmp_path / "raw" / "masks" / "mine.jsonl"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(figures) + "\n")
-    index = render_results(tmp_path / "raw", tmp_path / "report")[0].read_text()
+    render_results(tmp_path / "raw", tmp_path / "report")
+    verdicts = (tmp_path / "report" / "verdicts.md").read_text()
     page = (tmp_path / "report" / "masks.md").read_text()
     for picture in ("maps", "lifetimes", "kinds", "distance", "threshold"):
         assert f"masks-mine/{picture}.svg" in page
         assert (tmp_path / "report" / "masks-mine" / f"{picture}.svg").exists()
-    row = next(line for line in index.split("\n") if "taking the choice away" in line)
+    row = next(line for line in verdicts.split("\n") if "taking the choice away" in line)
     found = figures["loss"]["sliding"]
     gain, margin = found["difference"], 2 * found["standard_error"]
     verdict = judge(Interval(gain, gain - margin, gain + margin), LOSS_INTEREST, seeds=1)
