@@ -140,13 +140,14 @@ def record_checked(
     parameters: Iterable[nn.Parameter],
     *inputs: Tensor,
     backward: bool = True,
+    pool: Any = None,
     compare: bool = True,
     advice: str = "",
 ) -> RecordedGradients:
     """Record a step, and compare its first replay with the step as it is.
 
     Args:
-        loss_of, parameters, inputs, backward: see `RecordedGradients`; `loss_of` returns a scalar.
+        loss_of, parameters, inputs, backward, pool: see `RecordedGradients`; `loss_of` returns a scalar.
         compare: False where a step depends on random numbers.
         advice: see `check_replay`.
 
@@ -160,7 +161,8 @@ def record_checked(
     expected = loss_and_norm(loss.detach(), parameters)
     del loss  # before recording: what a pass keeps is as much memory as the graph's
     clear_gradients(parameters)
-    recorded = RecordedGradients(loss_of, parameters, *inputs, backward=backward)
+    torch.cuda.empty_cache()  # the recording has memory of its own
+    recorded = RecordedGradients(loss_of, parameters, *inputs, backward=backward, pool=pool)
     found = loss_and_norm(recorded(*inputs), parameters)
     clear_gradients(parameters)
     if compare:

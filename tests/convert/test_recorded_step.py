@@ -19,7 +19,12 @@ class _Replayed:
     factor = 1.0
 
     def __init__(
-        self, loss_of: Callable[..., Tensor], parameters: Iterable[nn.Parameter], tokens: Tensor, backward: bool
+        self,
+        loss_of: Callable[..., Tensor],
+        parameters: Iterable[nn.Parameter],
+        tokens: Tensor,
+        backward: bool,
+        pool: None,
     ) -> None:
         assert backward
         self.loss_of, self.parameters = loss_of, list(parameters)

@@ -26,7 +26,12 @@ class Replayed:
     made = 0
 
     def __init__(
-        self, run: Callable[..., Tensor], parameters: Iterable[nn.Parameter], *inputs: Tensor, backward: bool
+        self,
+        run: Callable[..., Tensor],
+        parameters: Iterable[nn.Parameter],
+        *inputs: Tensor,
+        backward: bool,
+        pool: None,
     ) -> None:
         assert not backward
         self.run, self.parameters = run, list(parameters)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynamask.training.recorded_gradients import RecordedGradients, check_replay, clear_gradients, loss_and_norm
+from dynamask.training.recorded_gradients import RecordedGradients, clear_gradients, record_checked
 
 _WORTH = 8
 """Batches of a shape after which it is recorded."""
@@ -62,12 +62,7 @@ class ReplayedGradients:
 
     def _record(self, kind: Any, *batch: Tensor) -> None:
         try:
-            expected = loss_and_norm(self._as_it_is(*batch), self._parameters)
-            clear_gradients(self._parameters)
-            torch.cuda.empty_cache()  # the recording has memory of its own
-            recorded = RecordedGradients(self._loss_of, self._parameters, *batch, pool=self._pool)
-            check_replay(loss_and_norm(recorded(*batch), self._parameters), expected)
-            self._recorded[kind] = recorded
+            self._recorded[kind] = record_checked(self._loss_of, self._parameters, *batch, pool=self._pool)
         except Exception as error:  # whatever it is, the run goes on without
             self._able = False
             self._recorded.clear()

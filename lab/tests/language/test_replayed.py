@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynamask_lab.language import replayed
+from dynamask.training import recorded_gradients
 from dynamask_lab.language.replayed import ReplayedGradients
 
 
@@ -25,7 +25,7 @@ class _Recorded:
 
     made = 0
 
-    def __init__(self, loss_of: Any, parameters: Any, *inputs: Tensor, pool: Any) -> None:
+    def __init__(self, loss_of: Any, parameters: Any, *inputs: Tensor, **options: Any) -> None:
         type(self).made += 1
         self._loss_of = loss_of
 
@@ -38,7 +38,7 @@ class _Recorded:
 def _gradients(monkeypatch: pytest.MonkeyPatch, recorded: type) -> tuple[_Model, ReplayedGradients]:
     model = _Model()
     found = ReplayedGradients(model, lambda batch: (model.weight * batch).square().sum())
-    monkeypatch.setattr(replayed, "RecordedGradients", recorded)
+    monkeypatch.setattr(recorded_gradients, "RecordedGradients", recorded)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     found._able = True  # as on a GPU
     return model, found
