@@ -87,8 +87,7 @@ class CalibrationBlocks:
 
     def opened(self, batch: Tensor) -> Tensor:
         """Write the opening into each block of a batch (B, N), in place."""
-        batch[:, : len(self.opening)] = self.opening.to(batch)
-        return batch
+        return open_blocks(batch, self.opening)
 
     def _stack(self, indices: range) -> Tensor:
         return self.opened(torch.from_numpy(np.stack([self._cut(index) for index in indices])))
@@ -106,6 +105,13 @@ class CalibrationBlocks:
             half = self.block // 2
             made = np.concatenate([made[:half], made[:half], made[2 * half :]])
         return made
+
+
+def open_blocks(batch: Tensor, opening: Tensor) -> Tensor:
+    """Write the tokens of an opening over the first of each block of a batch (B, N), in place."""
+    first = opening[: batch.shape[1]]
+    batch[:, : len(first)] = first.to(batch)
+    return batch
 
 
 def calibration_blocks(
@@ -139,13 +145,13 @@ def calibration_blocks(
     """
     if isinstance(source, str):
         source = [source]
+    opening = [] if tokenizer is None else opening_tokens(tokenizer)
     if isinstance(source, (Tensor, np.ndarray)) or (isinstance(source, Sequence) and _are_numbers(source)):
         tokens: Any = source
     elif tokenizer is None:
         raise InvalidInputError("texts need a tokenizer: give the model's, or give token ids instead of texts")
     else:
-        tokens = _encode(source, tokenizer, max_tokens)
-    opening = [] if tokenizer is None else opening_tokens(tokenizer, "a")
+        tokens = _encode(source, tokenizer, max_tokens, opening)
     return CalibrationBlocks(tokens, block, batch=batch, repeat_share=repeat_share, seed=seed, opening=opening)
 
 
@@ -153,8 +159,7 @@ def _are_numbers(source: Sequence[Any]) -> bool:
     return len(source) > 0 and all(isinstance(item, (int, np.integer)) for item in islice(source, 8))
 
 
-def _encode(texts: Iterable[Any], tokenizer: Any, max_tokens: int | None) -> np.ndarray:
-    begin = opening_tokens(tokenizer, "a")
+def _encode(texts: Iterable[Any], tokenizer: Any, max_tokens: int | None, begin: list[int]) -> np.ndarray:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[np.ndarray] = []
     total = 0

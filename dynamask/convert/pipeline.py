@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dynamask.convert.allocate_windows import METHODS, allocate_windows
 from dynamask.convert.architectures import reason_not_convertible
-from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks
+from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks, open_blocks
 from dynamask.convert.distill import distill
 from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import set_slopes, set_windows
@@ -147,7 +147,7 @@ def _calibration(
     settings: Conversion, tokens: Any, tokenizer: Any, block: int, batch: int, seed: int
 ) -> CalibrationBlocks | PlantedFacts:
     share = 0.5 if settings.calibration == "repeats" else 0.0
-    opening = opening_tokens(tokenizer, "a")
+    opening = opening_tokens(tokenizer)
     blocks = CalibrationBlocks(tokens, block, batch=batch, repeat_share=share, seed=seed, opening=opening)
     if settings.calibration != "facts":
         return blocks
@@ -379,9 +379,8 @@ def _tokens(settings: Conversion, tokenizer: Any, block: int, say: Say) -> tuple
         os.replace(partial, file)
     count = max(1, min(_HELD_OUT_BLOCKS, len(tokens) // block // 8))
     last = np.array(tokens[len(tokens) - count * block :], dtype=np.int64)
-    held_out = torch.from_numpy(last).view(count, block)
-    opening = torch.tensor(opening_tokens(tokenizer, "a"), dtype=torch.long)
-    held_out[:, : len(opening)] = opening  # a model that was trained with it has its attention sink there
+    opening = torch.tensor(opening_tokens(tokenizer), dtype=torch.long)
+    held_out = open_blocks(torch.from_numpy(last).view(count, block), opening)
     return tokens[: len(tokens) - count * block], held_out
 
 

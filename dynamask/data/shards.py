@@ -257,7 +257,7 @@ def _write(
     # The first documents wait for the end: some join the held-out ones where the hash of the names chose too few.
     waiting: list[tuple[bool, np.ndarray]] = []
     waiting_tokens = 0
-    begin = opening_tokens(tokenizer, "a")
+    begin = opening_tokens(tokenizer)
     for document in stream:
         tokens = np.asarray([*begin, *encode_text(tokenizer, document.text), tokenizer.eos_token_id], dtype=np.int64)
         name = document.name.encode("utf-8", "surrogateescape")  # file names need not be UTF-8

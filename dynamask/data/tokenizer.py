@@ -73,12 +73,12 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
 
-def opening_tokens(tokenizer: Any, text: str) -> list[int]:
+def opening_tokens(tokenizer: Any, text: str = "a") -> list[int]:
     """Return the special tokens that a tokenizer puts before a text, such as the beginning of a sequence.
 
     Args:
         tokenizer: of transformers.
-        text: the text that begins a sequence.
+        text: the text that begins a sequence. The default serves where any text begins alike.
 
     Returns:
         Token ids before those of the text in `tokenizer(text)`; none where the tokenizer adds none, and none for a
