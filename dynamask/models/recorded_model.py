@@ -29,8 +29,7 @@ class RecordedModel:
         self._modules = [module.__dict__ for module in model.modules() if module is not model]
         nodes = [module.__dict__ for module in model.modules()]
         self._nodes = [own for own in nodes if own["_modules"]]
-        self._held: list[dict[str, Any]] = [own[name] for own in nodes for name in ("_parameters", "_buffers")]
-        self._held = [held for held in self._held if held]
+        self._held = [own[name] for own in nodes for name in ("_parameters", "_buffers") if own[name]]
         self._tensors: list[Tensor] = [each for held in self._held for each in held.values() if each is not None]
         self._places = list(map(Tensor.data_ptr, self._tensors))
         self._parts = [*itertools.chain.from_iterable(map(dict.values, self._registries()))]  # keeps them alive
