@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; Triton reads it when it is imported
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -85,6 +85,18 @@ def tiny_model(attention: str | list[str] = "dma", **fields: object) -> Dynamask
             nn.init.normal_(module.delta.weight, std=1.0)
         if isinstance(module, RankPredictor):
             nn.init.normal_(module.down.weight, std=1.0)
+    return model
+
+
+def random_ranks(model: Any) -> Any:
+    """Let the ranks of a converted model choose by content, in place: untrained ones would be a sliding window."""
+    from torch import nn
+
+    from dynamask.models.decoder import attention_of, decoder_of
+
+    for layer in model.config.ranked_layers:
+        nn.init.normal_(attention_of(decoder_of(model).layers[layer]).rank_predictor.down.weight)
+    model.config.trained_ranks = True
     return model
 
 

@@ -11,14 +11,11 @@ from hypothesis import strategies as st
 
 from dynamask import InvalidInputError, convert
 from dynamask.convert.allocate_windows import counts_above_threshold, exact_sum
+from tests.conftest import random_ranks
 
 
 def trained(llama: Any, **options: Any) -> Any:
-    model = convert.upcycle(llama, 24, **{"local": 4, "sinks": 2, **options})
-    for layer in model.config.ranked_layers:
-        torch.nn.init.normal_(model.model.layers[layer].self_attn.rank_predictor.down.weight)
-    model.config.trained_ranks = True
-    return model
+    return random_ranks(convert.upcycle(llama, 24, **{"local": 4, "sinks": 2, **options}))
 
 
 @pytest.mark.parametrize("method", ["threshold", "loss"])

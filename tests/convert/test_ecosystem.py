@@ -13,16 +13,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from dynamask import InvalidInputError, convert
 from dynamask.registration import _add_lora_targets
-from tests.conftest import tiny_model
+from tests.conftest import random_ranks, tiny_model
 
 
 @pytest.fixture
 def model(llama: Any) -> Any:
-    made = convert.upcycle(llama, 12, local=4, sinks=2)
-    for layer in made.config.ranked_layers:
-        torch.nn.init.normal_(made.model.layers[layer].self_attn.rank_predictor.down.weight)
-    made.config.trained_ranks = True
-    return made
+    return random_ranks(convert.upcycle(llama, 12, local=4, sinks=2))
 
 
 @pytest.fixture

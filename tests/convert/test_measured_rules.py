@@ -11,14 +11,11 @@ from torch import Tensor
 
 from dynamask import InvalidInputError, convert
 from dynamask.convert.measured_rules import Rules, measured_divergences
+from tests.conftest import random_ranks
 
 
 def trained(llama: Any) -> Any:
-    model = convert.upcycle(llama, 24, local=4, sinks=2)
-    for layer in model.config.ranked_layers:
-        torch.nn.init.normal_(model.model.layers[layer].self_attn.rank_predictor.down.weight)
-    model.config.trained_ranks = True
-    return model
+    return random_ranks(convert.upcycle(llama, 24, local=4, sinks=2))
 
 
 @torch.no_grad()

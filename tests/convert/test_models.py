@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from dynamask import DynamaskConfig, InvalidInputError, convert
 from dynamask.convert.architectures import reason_not_convertible
 from dynamask.convert.attention import IMPLEMENTATION
-from dynamask.models.decoder import attention_of, decoder_of
+from tests.conftest import random_ranks
 
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
@@ -46,13 +45,6 @@ DENSE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "olmo2": lambda s: hf.Olmo2ForCausalLM(hf.Olmo2Config(**s)),
 }
 CHOOSING = [name for name in DENSE if name != "mistral-sliding"]
-
-
-def random_ranks(model: Any) -> Any:
-    for layer in model.config.ranked_layers:
-        nn.init.normal_(attention_of(decoder_of(model).layers[layer]).rank_predictor.down.weight)
-    model.config.trained_ranks = True
-    return model
 
 
 def tokens_of(rows: int, length: int) -> torch.Tensor:

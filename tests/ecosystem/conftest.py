@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynamask import DynamaskForCausalLM, convert
-from tests.conftest import tiny_config
+from tests.conftest import random_ranks, tiny_config
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64,
@@ -34,11 +34,7 @@ def dense_model() -> LlamaForCausalLM:
 
 def converted_model(window: int = 8) -> Any:
     """The dense Llama converted, with ranks that choose by content."""
-    model = convert.upcycle(dense_model(), window, local=3, sinks=1)
-    for layer in model.config.ranked_layers:
-        torch.nn.init.normal_(model.model.layers[layer].self_attn.rank_predictor.down.weight)
-    model.config.trained_ranks = True
-    return model
+    return random_ranks(convert.upcycle(dense_model(), window, local=3, sinks=1))
 
 
 def native_model() -> DynamaskForCausalLM:
