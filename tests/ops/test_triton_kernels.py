@@ -484,20 +484,26 @@ def test_walking_order(monkeypatch: pytest.MonkeyPatch, kind: str, local: bool) 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 @pytest.mark.parametrize(("heads", "groups"), [(2, 2), (8, 2), (6, 2), (12, 2), (8, 1)])
+@pytest.mark.parametrize("what", ["patterns", "packed", "no bias", "other values"])
 def test_hopper_backward(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, dim: int, heads: int, groups: int
+    monkeypatch: pytest.MonkeyPatch, what: str, dtype: torch.dtype, dim: int, heads: int, groups: int
 ) -> None:
-    """The walk, which short rows would not take by themselves."""
+    """The walk, which short rows would not take by themselves. Each kind of call compiles kernels of its own."""
     from dynamask.ops.hopper import backward_dkv as backward_hopper
     from dynamask.ops.triton import backward
 
     monkeypatch.setattr(backward, "_walk_kernel", lambda *_: backward_hopper.walk_kernel_launch)
     monkeypatch.setattr(backward_hopper, "_CHUNK", 8)
-    for kind in ("random", "rising", "falling", "large"):
-        check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=700, window=150, kind=kind)
-    check(heads=heads, groups=groups, dim=dim, dtype=dtype, length=300, queries=190, packed=True, padded=True)
-    check(heads=heads, groups=groups, dim=dim, dtype=dtype, bias=False)
-    check(heads=heads, groups=groups, dim=dim, value_dim={32: 128, 64: 32, 128: 64}[dim], dtype=dtype, length=300)
+    shape = {"heads": heads, "groups": groups, "dim": dim, "dtype": dtype}
+    if what == "patterns":
+        for kind in ("random", "rising", "falling", "large"):
+            check(length=700, window=150, kind=kind, **shape)
+    elif what == "packed":
+        check(length=300, queries=190, packed=True, padded=True, **shape)
+    elif what == "no bias":
+        check(bias=False, **shape)
+    else:
+        check(value_dim={32: 128, 64: 32, 128: 64}[dim], length=300, **shape)
 
 
 @pytest.mark.skipif(not GPU or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper GPU")

@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dynamask import DynamaskConfig, DynamaskForCausalLM
 from dynamask.training import recorded_gradients
+from dynamask.training.recorded_gradients import clear_gradients
 from dynamask_lab.language.replayed import ReplayedGradients
+
+_DEVICE = "cuda"
 
 
 class _Model(nn.Module):
@@ -78,3 +82,37 @@ def test_a_failed_recording_leaves_the_passes_as_they_are(monkeypatch: pytest.Mo
     with pytest.warns(UserWarning, match="not recorded: operation not permitted"):
         _check(model, gradients, 12)
     _check(model, gradients, 3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: CUDA graphs")
+def test_replays_are_the_passes_on_a_gpu(recwarn: pytest.WarningsRecorder) -> None:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = DynamaskConfig(num_key_value_heads=2, head_dim=16, vocab_size=64, windows=[[16, 40], 24], sinks=4, **shape)
+    model = DynamaskForCausalLM(config).to(_DEVICE)
+
+    def loss_of(batch: Tensor) -> Tensor:
+        loss: Tensor = model(input_ids=batch, labels=batch, use_cache=False).loss
+        return loss
+
+    gradients = ReplayedGradients(model, loss_of)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for number in range(14):
+        batch = torch.randint(64, (2, 120), device=_DEVICE)
+        clear_gradients(parameters)
+        loss = gradients(batch)
+        found = [None if p.grad is None else p.grad.clone() for p in parameters]
+        clear_gradients(parameters)
+        expected = loss_of(batch)
+        expected.backward()
+        torch.testing.assert_close(loss, expected.detach())
+        for gradient, parameter in zip(found, parameters, strict=True):
+            assert (gradient is None) == (parameter.grad is None)
+            if gradient is not None:
+                torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+        with torch.no_grad():  # as an optimizer's step does: the recording reads the weights of now
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad
+        assert len(gradients._recorded) == (number >= 8)
+    assert not [warning for warning in recwarn if "not recorded" in str(warning.message)]
