@@ -4,7 +4,8 @@
 
 A small corpus is made of the first documents of one table. One process per form compiles; then each form trains alone
 for some steps, then the first two at once, then the first three, then all. Lines: form, runs at a time, tokens per
-second. A file per form tells what the GPU did in a step.
+second. Then loss and norm of the gradients of one batch, as training computes them and as the pass gives them. A file
+per form tells what the GPU did in a step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from local_corpus import build
 
-WARM_UP, TIMED = 6, 40
+WARM_UP, TIMED = 16, 40
 
 
 def main() -> None:
@@ -69,12 +70,11 @@ def _measure(config: dict[str, Any], place: int, runs: tuple[int, int], barrier:
 
 
 def _timed(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: Barrier, out: Path) -> None:
-    from dynamask_lab.language.engine import LanguageConfig, _Batches, _Run, compile_training
+    from dynamask_lab.language.engine import LanguageConfig, _Batches, _Run
     from dynamask_lab.studies.scratch.study import scratch_name
 
     run = _Run(LanguageConfig.of(config), out.parent / f"{out.stem}-state")
-    if run.device.type == "cuda":
-        run.token_losses = compile_training(run.model)
+    run.prepare()
     batches = _Batches(run.settings, run.streams.train, run.device)
 
     def seconds(steps: int) -> float:
@@ -106,11 +106,27 @@ def _timed(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: B
             barrier.wait(300)
             if place < at_a_time and not fails:
                 tell(at_a_time, seconds(2 * TIMED), 2 * TIMED)
+        if not fails:
+            _compare(run, batches, scratch_name(config), out)
         for turn in range(runs[0]):
             barrier.wait(300)
             if turn == place and not fails and run.device.type == "cuda":
                 with contextlib.suppress(Exception):  # a look, not the measurement
                     _profile(run, batches, out.with_name(f"{out.stem}-profile-{place}.txt"))
+
+
+def _compare(run: Any, batches: Any, form: str, out: Path) -> None:
+    """Write loss and norm of the gradients of a batch as training computes them, and as the pass gives them."""
+    from dynamask.training.recorded_gradients import clear_gradients, loss_and_norm
+
+    tokens, parameters = batches(run.step), list(run.model.parameters())
+    line: dict[str, Any] = {"form": form, "step": run.step, "recorded": bool(run.gradients._recorded)}
+    line["losses"] = [round(float(each), 4) for each in run.losses[: run.step : 8]]
+    for name, compute in (("training", run.gradients), ("as it is", run.gradients._as_it_is)):
+        line[name] = loss_and_norm(compute(tokens), parameters).tolist()
+        clear_gradients(parameters)
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def _profile(run: Any, batches: Any, out: Path) -> None:

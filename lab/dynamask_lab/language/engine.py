@@ -4,8 +4,9 @@ Optimizer, schedule, loss, order of the data and operations counted are those of
 `dynamask train` with the same settings have the same losses. This loop is for sweeps of many small models. A run is its
 `LanguageConfig`, plain JSON; two runs that differ in the mixer alone see the same tokens in the same order
 and start from the same seed. The loop is made for throughput on one device: the corpus lies in its memory, layers are
-compiled, and nothing is read back between two looks at the validation split. A run stops whenever its caller raises
-from `progress`, and the next call with the same config continues it from the state it left, to the same numbers.
+compiled, steps are recorded as CUDA graphs, and nothing is read back between two looks at the validation split. A run
+stops whenever its caller raises from `progress`, and the next call with the same config continues it from the state it
+left, to the same numbers.
 
 Documents stand end to end and attention crosses their bounds, for every mixer alike.
 """
@@ -544,13 +545,16 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def prepare(self) -> None:
+        """Compile the layers where the settings say so; on a GPU, steps are recorded."""
+        if self.settings.compile and self.device.type == "cuda":
+            self.token_losses = compile_training(self.model)
+        self.gradients = ReplayedGradients(self.model, self._loss)
+
     def train(self, progress: Progress) -> dict[str, Any]:
         settings = self.settings
         steps, looks = settings.total_steps, settings.looks()
-        compiled = settings.compile and self.device.type == "cuda"
-        if compiled:
-            self.token_losses = compile_training(self.model)
-        self.gradients = ReplayedGradients(self.model, self._loss, record=not compiled)
+        self.prepare()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         batches = _Batches(settings, self.streams.train, self.device)
