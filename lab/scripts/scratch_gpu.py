@@ -34,7 +34,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=10, help="runs at a time")
     parser.add_argument("--size", nargs="+", default=["4M"], help="which sweeps, one after another")
     parser.add_argument(
-        "--only", nargs="*", default=[""], help="parts of the names of the forms to run; =NAME=: the whole name"
+        "--only",
+        nargs="*",
+        default=[""],
+        help="parts of the names of the forms to run, in the order of their worth; =NAME=: the whole name",
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="for a corpus that another process makes; meanwhile the workers compile"
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="seeds to run")
     parser.add_argument(
@@ -51,7 +57,7 @@ def main() -> None:
     deadline = time.monotonic() + arguments.seconds
     name = "long" if "reading" in arguments.size else "tables" if "tables" in arguments.size[0] else "local"
     name = "tables-400M" if "20M-tables" in arguments.size else name
-    if not (arguments.corpora / name / "index.json").exists():
+    if not arguments.wait and not (arguments.corpora / name / "index.json").exists():
         tokens = build(
             arguments.corpora,
             more=arguments.more,
@@ -76,9 +82,30 @@ def main() -> None:
             for config in experiment.configs(size)
             if config["seed"] in arguments.seeds and any(part in f"={_name(config)}=" for part in arguments.only)
         ]
+        worth = {part: place for place, part in reversed([*enumerate(arguments.only)])}
+        configs.sort(key=lambda config: min(worth[part] for part in worth if part in f"={_name(config)}="))
         # A form that fails is tried again without torch.compile.
         for compiled in (True, False) if experiment is SCRATCH else (False,):
             configs = _run(experiment, configs, arguments, deadline, compiled)
+
+
+def run_when_there(config: dict[str, Any], progress: Any) -> dict[str, Any]:
+    """`run_language`, once the corpus is there; until then the form compiles on another one."""
+    from dynamask_lab.language.engine import run_language
+    from dynamask_lab.sweeps.schedule import OutOfBudget
+
+    index = Path(os.environ["DYNAMASK_CORPORA"]) / config["corpus"] / "index.json"
+    if not index.exists():
+        try:
+            run_language(config | {"corpus": "bytes", "steps": 12}, progress)
+        except OutOfBudget:
+            raise
+        except Exception as error:  # the run itself tells what is wrong
+            print(f"{_name(config)} did not compile beforehand: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        while not index.exists():
+            progress(0.0, "waits for the corpus")
+            time.sleep(0.2)
+    return run_language(config, progress)
 
 
 def _name(config: dict[str, Any]) -> str:
@@ -100,10 +127,9 @@ def _run(
 
     def place(config: dict[str, Any]) -> float:
         name = _name(config)
-        decided_by = name.replace("newest", "learned")
         index: float = order.index(name) if name in order else len(order)
-        if name not in order and decided_by in order:
-            index = order.index(decided_by) + 0.5
+        if name.startswith("newest"):  # right behind the form whose windows it has
+            index = next((place + 0.5 for place, other in enumerate(order) if "head windows" in other), index)
         return 1.0 + 1000 * (index // arguments.first) + 100 * config["seed"] + index
 
     def follow_up(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -160,7 +186,8 @@ def _run(
         return []
     configs = [config | {"compile": compiled} for config in configs]
     # Handed out by worth, not by length: the last ones may find no time.
-    ordered = dataclasses.replace(experiment, cost=place, kind=lambda config: "run")
+    run = run_when_there if arguments.wait else experiment.run
+    ordered = dataclasses.replace(experiment, run=run, cost=place, kind=lambda config: "run")
     workers = max(2, arguments.workers)
     try:
         report = run_sweep(

@@ -62,6 +62,12 @@ rule. The smallest difference of interest is 0.02 nats. Other forms of that size
 
 Seeds 3 to 5 of `10M-tables`, named before their runs: `scored, one wide layer` and `sliding + sinks, one wide layer`,
 whose difference three seeds left undecided. All six seeds are judged together, once.
+
+Controls of `10M-tables` and `4M-tables`, named before their runs: `scored, no choice, one wide layer` has the logits and
+the windows of `scored, one wide layer`, and the newest keys. `random` has the windows and the slopes of `learned,
+slopes, one wide layer`. The choice is shown where the form that chooses lies below its control by an interval that
+excludes zero; it makes no difference where that interval lies within 0.02 nats on both sides. `paper, w = N/16` of
+`4M-tables` is judged as that form at the other windows.
 """
 
 from __future__ import annotations
@@ -354,6 +360,8 @@ def tables(length: int) -> dict[str, Config]:
         **at_share(SHARE),
         "mla, quarter rate": {"attention": "mla"},
         "mla": {"attention": "mla"},
+        f"paper, {at}": paper(length // SHARE),
+        f"scored, no choice, half rate, {wide}": control[f"scored, no choice, {wide}"],
     }
 
 
@@ -372,6 +380,8 @@ def larger(length: int, groups: int) -> dict[str, Config]:
         f"sliding + sinks, half rate, {wide}": new[f"sliding + sinks, {wide}"],
         "dense, slopes, half rate": control["dense, slopes"],
         f"learned, half rate, slopes, {wide}": new[f"learned, slopes, {wide}"],
+        f"scored, no choice, half rate, {wide}": control[f"scored, no choice, {wide}"],
+        f"random, half rate, slopes, {wide}": control[f"random, slopes, {wide}"],
         f"sliding + sinks, half rate, {at}": chosen(length, SHARE)[f"sliding + sinks, {at}"],
     }
 
