@@ -78,11 +78,11 @@ rest() { # CARD PROCESSES: once these have ended, where time is left
     [ "$(left)" -gt 50 ] && [ -e corpora-4M/tables/index.json ] || return
     case $card in
     0) set -- "=mla, quarter rate=" "=mla=" ;;
-    1) set -- "=dense, slopes and scores" ;;
-    2) set -- "=random," "late head windows" ;;
+    1) set -- "=dense, slopes and scores" "=dense, slopes, half" ;;
+    2) set -- "=learned, $half slopes, one wide" "late head windows" ;;
     esac
-    CUDA_VISIBLE_DEVICES=$card python3 lab/scripts/scratch_gpu.py --corpora corpora-4M --size 4M-tables --workers 6 \
-        --first 99 --state "state-4M-$card" --out "4M-$card.jsonl" --copy "$OUT_FOLDER/4M-tables-$card.jsonl" \
+    CUDA_VISIBLE_DEVICES=$card python3 lab/scripts/scratch_gpu.py --corpora corpora-4M --size 4M-tables --workers 3 \
+        --first 1 --state "state-4M-$card" --out "4M-$card.jsonl" --copy "$OUT_FOLDER/4M-tables-$card.jsonl" \
         --seconds "$(left)" --only "$@" >"$OUT_FOLDER/log-4M-$card.txt" 2>&1
 }
 

@@ -148,6 +148,7 @@ def test_verdicts_give_the_seeds_that_two_forms_share(tmp_path: Path) -> None:
     further = {scratch_name(config) for config in SCRATCH.configs("10M-tables") if config["seed"] > 2}
     assert further == {
         "scored, half rate, one wide layer, w = N/16",
+        "scored, no choice, half rate, one wide layer, w = N/16",
         "sliding + sinks, half rate, one wide layer, w = N/16",
     }
     records = _records({"dense, half rate": 3.0}, 6, "10M-tables", others=2.9)

@@ -68,6 +68,9 @@ the windows of `scored, one wide layer`, and the newest keys. `random` has the w
 slopes, one wide layer`. The choice is shown where the form that chooses lies below its control by an interval that
 excludes zero; it makes no difference where that interval lies within 0.02 nats on both sides. `paper, w = N/16` of
 `4M-tables` is judged as that form at the other windows.
+
+Where time is left, `scored, no choice, one wide layer` of `10M-tables` runs with seeds 3 to 5, too; all seeds that ended
+are judged together.
 """
 
 from __future__ import annotations
@@ -420,7 +423,7 @@ def _judged(
 
 
 def _one_wide(length: int, groups: int) -> dict[str, Config]:
-    """Of `larger` the form that is judged and the newest keys in its windows."""
+    """Of `larger` the form that is judged, and the newest keys in its windows with its logits and without."""
     made = larger(length, groups)
     return {name: form for name, form in made.items() if name.startswith(("scored", "sliding")) and "wide" in name}
 
