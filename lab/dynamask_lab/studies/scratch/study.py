@@ -63,14 +63,12 @@ rule. The smallest difference of interest is 0.02 nats. Other forms of that size
 Seeds 3 to 5 of `10M-tables`, named before their runs: `scored, one wide layer` and `sliding + sinks, one wide layer`,
 whose difference three seeds left undecided. All six seeds are judged together, once.
 
-Controls of `10M-tables` and `4M-tables`, named before their runs: `scored, no choice, one wide layer` has the logits and
-the windows of `scored, one wide layer`, and the newest keys. `random` has the windows and the slopes of `learned,
+Controls of `10M-tables` and `4M-tables`, named before their runs: `scored, no choice, one wide layer` has the logits
+and the windows of `scored, one wide layer`, and the newest keys. `random` has the windows and the slopes of `learned,
 slopes, one wide layer`. The choice is shown where the form that chooses lies below its control by an interval that
 excludes zero; it makes no difference where that interval lies within 0.02 nats on both sides. `paper, w = N/16` of
-`4M-tables` is judged as that form at the other windows.
-
-Where time is left, `scored, no choice, one wide layer` of `10M-tables` runs with seeds 3 to 5, too; all seeds that ended
-are judged together.
+`4M-tables` is judged as that form at the other windows. Where time is left, `scored, no choice, one wide layer` of
+`10M-tables` runs with seeds 3 to 5, too; all seeds that ended are judged together.
 """
 
 from __future__ import annotations
