@@ -4,13 +4,19 @@
 #   evidence_call.sh start FOLDER SECONDS STUDY:SIZE:WORKERS[:SKIP[:COUNT[:FROM[:TO]]]]...
 #                                                                 # FOLDER: tables of documents; - for none
 #                                                                 # joined by commas: one after the other
+#   evidence_call.sh queues FOLDER SECONDS CARD[:WAIT]...         # the jobs of EVIDENCE_JOBS in one order, see queue_gpu.py
 #   evidence_call.sh collect FOLDER                               # copies lines and log to FOLDER
 #
 # Jobs run side by side, from EVIDENCE_WAIT (or FROM) seconds after the call to SECONDS (or TO), without the runs that
 # lab/results has, and write lines and logs into EVIDENCE_OUT. `again:cells:2` repeats all cells of the exhibits,
 # `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion` has set its model up, and
 # `corpus:local:1` makes the corpus of the leak alone. Corpora are made of the tables and the sources of the machine.
+# Queues keep EVIDENCE_WORKERS processes on each card from WAIT seconds on, and read what EVIDENCE_TABLES holds.
 set -u
+# What decides first: recall, a lever for length at a time with its control, the leak, long reading, a cell again.
+JOBS=${EVIDENCE_JOBS:-mqar:patient@150 needle:levers+:0:9@260 ablation:leak-decide@150 needle:levers+:9:6@260
+    reading:4M:14:1@170 lab/results/scratch-tables.jsonl:cae43da43e956824@150 needle:levers+:15:3@200
+    ablation:leak-rest@150 mqar:widths:0:12@110 needle:levers+:18:12@240 mqar:widths:12:6@110}
 W=${EVIDENCE_WORK:-/tmp/evidence} O=${EVIDENCE_OUT:-${EVIDENCE_WORK:-/tmp/evidence}}
 local_corpus() { # the corpus `local` of size `4M-rates` and of the leak's first runs, of whoever makes it first
     (
@@ -18,6 +24,9 @@ local_corpus() { # the corpus `local` of size `4M-rates` and of the leak's first
         [ -f corpora/local/index.json ] ||
             nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --characters 155e6
     ) 9>local.lock
+}
+long_corpus() { # whole folders as documents
+    nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
 }
 larger_corpus() { # the corpus `local` of the first sweep from scratch, in a folder of its own
     nice -n 10 python3 lab/scripts/local_corpus.py every --more ./*.jsonl.xz --characters 300e6
@@ -29,7 +38,7 @@ go() { # study, size, workers, runs to leave out, runs, from, to: one sweep, in 
     while ((SECONDS < from - 90)); do sleep 1; done
     case $1 in
     reading)
-        nice -n 10 python3 lab/scripts/local_corpus.py corpora --more ./*.jsonl.xz --name long --characters 300e6
+        long_corpus
         content=$(python3 -c "from dynamask_lab.language.data import token_streams; print(token_streams('long', 0.5).content)")
         # Another build than that of the lines there are: dense attention again, to compare with.
         grep -q "$content" lab/results/reading.jsonl || set -- reading 4M-equal "$3" 0 1000
@@ -70,15 +79,45 @@ go() { # study, size, workers, runs to leave out, runs, from, to: one sweep, in 
         ;;
     esac
 }
-case $1 in
-start)
-    folder=$2 seconds=$3 wait=${EVIDENCE_WAIT:-0}
+set_up() { # FOLDER: a copy of the tree, and where things lie
     mkdir -p "$W" "$O" && cp -r dynamask lab pyproject.toml "$W/"
-    [ "$folder" = - ] || cp "$folder"/*.jsonl.xz "$W/"
+    [ "$1" = - ] || cp "$1"/*.jsonl.xz "$W/"
     cd "$W" || exit 1
     export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor OMP_NUM_THREADS=1
     export PYTHONUNBUFFERED=1 DYNAMASK_CORPORA=$W/corpora DYNAMASK_STATE=$W/state HF_HUB_OFFLINE=1
-    export -f go local_corpus larger_corpus
+}
+case $1 in
+queues)
+    folder=$2 seconds=$3
+    shift 3
+    set_up "$folder"
+    mkdir -p corpora
+    export -f local_corpus long_corpus
+    export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-3}
+    if [ "$folder" != - ]; then
+        for corpus in local_corpus long_corpus; do
+            setsid nohup bash -c "CUDA_VISIBLE_DEVICES= timeout $seconds bash -c $corpus" >"$O/log-$corpus.txt" 2>&1 </dev/null &
+        done
+    fi
+    # Tables that another engineer's call makes, once they are whole.
+    # shellcheck disable=SC2016
+    [ -z "${EVIDENCE_TABLES:-}" ] || setsid nohup bash -c 'while ((SECONDS < $0)); do
+        [ -e "$1/index.json" ] && ln -sfn "$1" corpora/tables && break; sleep 2; done' "$seconds" "$EVIDENCE_TABLES" \
+        >/dev/null 2>&1 </dev/null &
+    prepare=${EVIDENCE_PREPARE:-6}
+    for card in "$@"; do
+        IFS=: read -r name wait <<<"$card"
+        # shellcheck disable=SC2086  # several jobs
+        CUDA_VISIBLE_DEVICES=$name setsid nohup python3 lab/scripts/queue_gpu.py --out "$O" --name "$name" \
+            --claims "$W/claims" --seconds "$seconds" --wait "${wait:-0}" --workers "${EVIDENCE_WORKERS:-7}" \
+            --known lab/results/*.jsonl --prepare "$prepare" -- $JOBS >"$O/log-queue-$name.txt" 2>&1 </dev/null &
+        prepare=0
+    done
+    ;;
+start)
+    folder=$2 seconds=$3 wait=${EVIDENCE_WAIT:-0}
+    set_up "$folder"
+    export -f go local_corpus long_corpus larger_corpus
     export W O seconds wait
     for job in "${@:4}"; do
         first=${job%%,*}
@@ -91,7 +130,7 @@ start)
     ;;
 collect)
     mkdir -p "$2"
-    cp "$O"/*-*.jsonl "$2/"
+    cp "$O"/*-*.jsonl "$2/"  # queue-CARD-WORKER.jsonl, or STUDY-SIZE.jsonl
     for log in "$O"/log-*.txt; do
         grep -v -e it/s -e UserWarning -e warnings.warn "$log" | tail -n 200 >"$2/$(basename "$log")"
         echo "== $log" && tail -n 4 "$log"

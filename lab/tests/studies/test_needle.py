@@ -265,7 +265,7 @@ def test_levers_come_one_at_a_time_on_three_seeds() -> None:
     names = {needle_name(config) for config in configs}
     level = "dma, learned, windows 16/352"
     assert names == {
-        f"{level}, from wide",
+        *(level, "mha", f"{level}, from wide"),
         *(f"{form}, {lever}" for form in (level, "mha") for lever in (*LEVERS, "longer examples")),
     }
     for name in names:

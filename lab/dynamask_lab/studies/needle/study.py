@@ -9,7 +9,8 @@ ranks with slopes found hardly more behind the window than newest keys do; lever
 
 The size "levers", named before it ran: `dma, learned, windows 16/352, from wide` sees every key in its wide layer for a
 fifth of the training, after one seed of three without it had found few needles inside the window. It is judged as the
-others are, and against the same form without that start; then each lever on this size's forms, seed by seed.
+others are, and against the same form without that start; then each lever on this size's forms, three seeds of each
+against three seeds of the form without it that read the same mixtures.
 
 Judged in the size "far", named before it ran, over three training seeds: beyond the window and within
 the trained length, and beyond that length, exact match of `dma, learned, slopes, windows 16/352` and `dma, learned,
@@ -563,13 +564,15 @@ def _from_wide() -> Config:
 
 
 def _levers() -> list[Config]:
-    """A start from wide windows, three seeds; then each lever, and longer examples, with one seed before the next."""
+    """The form without slopes, without and with each lever; then dense attention; then a start from wide windows.
+
+    Three training seeds of a form before the next form: what a lever is compared with reads the same mixture.
+    """
     level = far_forms()[3]
-    dense = {"attention": "mha"}
-    alone: list[Config] = [{**level, "lever": lever} for lever in ("drope", "ssmax", "forget")]
-    alone += [{**dense, "lever": "drope"}, {**level, "context": 2048}, {**dense, "context": 2048}]
-    alone += [{**dense, "lever": lever} for lever in ("ssmax", "forget")]
-    return [*_by_form([_from_wide()]), *(run for seed in (0, 1, 2) for run in _runs(alone, [seed], _FAR))]
+    dense: Config = {"attention": "mha"}
+    levers: list[Config] = [{"lever": "forget"}, {"lever": "ssmax"}, {"context": 2048}, {"lever": "drope"}]
+    sparse = [level, *({**level, **lever} for lever in levers)]
+    return _by_form([*sparse, dense, *({**dense, **lever} for lever in levers), _from_wide()])
 
 
 def _levers_smoke() -> list[Config]:
