@@ -4,10 +4,10 @@
         mqar:patient@120 needle:levers+:0:9@250 lab/results/scratch-tables.jsonl:cae43da43e956824@150
 
 A job is STUDY:SIZE[:SKIP[:COUNT]], or FILE:KEY, a raw line whose run is repeated; behind @ the seconds that a run is
-expected to take. Runs that a file of --known has are left out, but for a size with a plus behind it. Several queues
-with one --claims share their jobs. A run waits for its corpus, and lets others pass; --prepare makes the mixtures of
-needles. Every finished run is a line of OUT/queue-NAME-WORKER.jsonl at once. Runs share the GPU: their times do not
-compare.
+expected to take, behind ~ the digest of the build of the corpus without which it is left out. Runs that a file of
+--known has are left out, but for a size with a plus behind it. Several queues with one --claims share their jobs. A run
+waits for its corpus, and lets others pass; --prepare makes the mixtures of needles. Every finished run is a line of
+OUT/queue-NAME-WORKER.jsonl at once. Runs share the GPU: their times do not compare.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ _FITS = 0.85
 """Share of the expected seconds that must be left: runs are quicker when others have ended."""
 _TRIES = 3
 """Starts of a worker whose process ends after an error on the GPU."""
-_JOB = re.compile(r"(?P<study>[a-z]+):(?P<size>[\w-]+)(?P<again>\+?)(:(?P<skip>\d+))?(:(?P<count>\d+))?(@(?P<s>\d+))?")
-_CELL = re.compile(r"(?P<file>.+\.jsonl):(?P<key>[0-9a-f]+)(@(?P<s>\d+))?")
+_END = r"(@(?P<s>\d+))?(~(?P<content>[0-9a-f]+))?"
+_JOB = re.compile(r"(?P<study>[a-z]+):(?P<size>[\w-]+)(?P<again>\+?)(:(?P<skip>\d+))?(:(?P<count>\d+))?" + _END)
+_CELL = re.compile(r"(?P<file>.+\.jsonl):(?P<key>[0-9a-f]+)" + _END)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,14 @@ class Job:
         key: see `run_key`.
         config: the settings.
         seconds: expected.
+        content: first digits of the corpus' digest that it wants, if any.
     """
 
     study: str
     key: str
     config: dict[str, Any]
     seconds: float
+    content: str = ""
 
 
 def jobs_of(texts: list[str], known: list[Path]) -> list[Job]:
@@ -76,10 +79,11 @@ def jobs_of(texts: list[str], known: list[Path]) -> list[Job]:
             runs = runs[start : None if job["count"] is None else start + int(job["count"])]
         else:
             raise SystemExit(f"{text!r} is not a job: write STUDY:SIZE[:SKIP[:COUNT]][@SECONDS] or FILE:KEY[@SECONDS]")
-        seconds = float((cell or job)["s"] or 0)  # type: ignore[index]
+        form: Any = cell or job
+        seconds, content = float(form["s"] or 0), form["content"] or ""
         for study, config in runs:
             key = run_key(study, config)
-            found.setdefault(key, Job(study, key, config, seconds))
+            found.setdefault(key, Job(study, key, config, seconds, content))
     return list(found.values())
 
 
@@ -95,8 +99,19 @@ def corpus_of(job: Job) -> str | None:
 
 def ready(job: Job) -> bool:
     """Whether the corpus of a run is there."""
+    index = _index(job)
+    return index is None or index.exists()
+
+
+def fitting(job: Job) -> bool:
+    """Whether the corpus that is there is of the build that the run wants."""
+    index = _index(job)
+    return index is None or not job.content or json.loads(index.read_text())["content"].startswith(job.content)
+
+
+def _index(job: Job) -> Path | None:
     name = corpus_of(job)
-    return name is None or (Path(os.environ.get("DYNAMASK_CORPORA", "corpora")) / name / "index.json").exists()
+    return None if name is None else Path(os.environ.get("DYNAMASK_CORPORA", "corpora")) / name / "index.json"
 
 
 class Claims:
@@ -135,7 +150,9 @@ class Claims:
         """Take the first run that is ready and ends in the seconds left; None: none is, or may be later."""
         for job in jobs:
             if not self.taken(job) and self.fits(job, left, kinds) and ready(job) and self.take(job):
-                return job
+                if fitting(job):
+                    return job
+                _say(f"{job.study} {job.key} is left out: {_index(job)} is of another build")
         return None
 
     def fits(self, job: Job, left: float, kinds: dict[str, str]) -> bool:

@@ -33,7 +33,7 @@ def test_runs_are_taken_once_in_their_order_if_they_fit_and_their_corpus_is_ther
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DYNAMASK_CORPORA", str(tmp_path))
-    jobs = jobs_of(["ablation:leak-decide:0:1@50", "mqar:smoke:0:2@100", "mqar:smoke:2:1@10"], [])
+    jobs = jobs_of(["ablation:leak-decide:0:1@50~ab", "mqar:smoke:0:2@100", "mqar:smoke:2:1@10"], [])
     kinds = kinds_of(jobs)
     ours, others = Claims(tmp_path / "claims"), Claims(tmp_path / "claims")
     assert not ready(jobs[0])
@@ -41,7 +41,10 @@ def test_runs_are_taken_once_in_their_order_if_they_fit_and_their_corpus_is_ther
     assert others.next(jobs, 200.0, kinds) == jobs[2]
     assert others.next(jobs[:3], 200.0, kinds) is None
     (tmp_path / "local").mkdir()
-    (tmp_path / "local" / "index.json").touch()
+    (tmp_path / "local" / "index.json").write_text('{"content": "abcd"}')
+    assert (
+        ours.next(jobs_of(["ablation:leak-decide:1:1~ff"], []), 999.0, kinds_of(jobs_of(["ablation:leak"], []))) is None
+    )
     assert ours.next(jobs, 45.0, kinds) == jobs[0]
     ours.note(kinds[jobs[3].key], 300.0)
     assert others.next(jobs, 200.0, kinds) is None

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dynamask_lab.studies.judged import pairs_of, window_share
-from dynamask_lab.studies.reading.study import CHOSEN, LEVEL, SLIDING, reading_name, reading_summary, sliced
+from dynamask_lab.studies.reading.study import (
+    CHOSEN,
+    EQUAL,
+    HALF,
+    LEVEL,
+    MORE,
+    SLIDING,
+    reading_name,
+    reading_summary,
+    sliced,
+)
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Section
-from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, judge, paired_difference
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, NOT_TESTED, judge, paired_difference
 
 _FAR = ("256 to 8191", "8192 and more")
 
@@ -27,15 +39,21 @@ def report_reading(records: Sequence[Record], folder: Path) -> Section:
     return Section("", [Exhibit("loss", "Loss by last use", keys, text, reading_summary(records))], _findings(records))
 
 
+def _better_dense(runs: Mapping[str, Sequence[Record]]) -> str:
+    """Dense attention at the rate with the lower mean test loss."""
+    ran = [name for name in ("dense", HALF) if runs.get(name)]
+    return min(ran, key=lambda name: float(np.mean([run.result["test"] for run in runs[name]])), default="dense")
+
+
 def _findings(records: Sequence[Record]) -> list[Finding]:
     """The chosen keys against dense attention and against the newest keys, in the far slices."""
     runs: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         runs[reading_name(record.config)].append(record)
     found = []
-    for name, when in ((name, when) for name in (CHOSEN, LEVEL) for when in ("equal time", "equal tokens")):
+    for name, when in ((name, when) for name in (CHOSEN, LEVEL) for when in (MORE, EQUAL)):
         ours = runs.get(f"{name}, {when}", [])
-        for rival in ("dense", f"{SLIDING}, {when}"):
+        for rival in (_better_dense(runs), f"{SLIDING}, {when}"):
             theirs = runs.get(rival, [])
             if not ours or not theirs:
                 continue
@@ -57,8 +75,10 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                     "pairs": pairs_of(ours),
                 }
                 verdict = judge(gap, LOSS_INTEREST, seeds=min(len(ours), len(theirs)))
-                subject = f"{name}, {when}, against {rival.partition(', equal')[0]}, {part}"
-                role = "best" if when == "equal time" and name == CHOSEN else ""
+                if rival.startswith("dense") and not (runs.get("dense") and runs.get(HALF)):
+                    verdict, measured = NOT_TESTED, f"{measured}; dense attention ran at one rate, perhaps too high"
+                subject = f"{name}, {when}, against {rival.removesuffix(f', {when}')}, {part}"
+                role = "best" if when == MORE and name == CHOSEN else ""
                 keys = [run.key for run in (*ours, *theirs)]
                 found.append(
                     Finding("reading", subject, measured, verdict, keys, role, setting, f"{LOSS_INTEREST} nats")
