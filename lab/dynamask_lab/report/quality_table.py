@@ -52,7 +52,13 @@ QUALITY = (
     Measured("paper", "the paper's scores, even windows", ("paper, w = N/16",)),
 )
 """Rows in order."""
-_SWEEPS = (("scratch-rates", 256, 1), ("scratch-added", 256, 2), ("scratch", 256, 3), ("scratch-tables-10M", 384, 0))
+_SWEEPS = (
+    ("scratch-rates", 256, 2),
+    ("scratch-added", 256, 3),
+    ("scratch", 256, 4),
+    ("scratch-tables-10M", 384, 1),
+    ("scratch-tables-20M", 512, 0),
+)
 """Files and width of the runs of a column; a difference is taken from the column of least third number."""
 _NEEDLE = "needle-far"
 

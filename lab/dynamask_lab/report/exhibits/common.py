@@ -103,14 +103,14 @@ def without_window(run: Record) -> str:
     return name.rpartition(", w = ")[0] or name
 
 
-def largest_sweep(sweeps: Sweeps) -> str:
-    """The sweep of the largest models on fresh tokens in which dense attention ran; "" without one."""
+def larger_sweeps(sweeps: Sweeps) -> list[str]:
+    """The sweeps of larger models on fresh tokens in which dense attention ran, the largest models last."""
     found = {
         name: millions(runs)
         for name, runs in sweeps.items()
         if name.startswith("scratch-tables-") and any(without_window(run) == "dense, half rate" for run in runs)
     }
-    return max(found, key=lambda name: found[name], default="")
+    return sorted(found, key=lambda name: found[name])
 
 
 def millions(runs: Sequence[Record]) -> float:

@@ -20,7 +20,7 @@ from dynamask_lab.report.exhibits.common import (
     Sweeps,
     any_depth,
     fresh_runs,
-    largest_sweep,
+    larger_sweeps,
     millions,
     rows_of,
     without_window,
@@ -44,8 +44,8 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     dense = loss_by_step(by_name["mha"])
     from matplotlib.figure import Figure
 
-    larger = largest_sweep(sweeps)
-    lines = 3 if larger else 2
+    larger = larger_sweeps(sweeps)
+    lines = 2 + len(larger)
     figure = Figure(figsize=(12, 3.5 * lines), layout="constrained")
     panels_by_line = figure.subplots(lines, 3)
     below, (left, middle, right) = panels_by_line[0], panels_by_line[-1]
@@ -66,9 +66,9 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     fresh_text, fresh_keys = _fresh_by_step(sweeps, below)
     keys += fresh_keys
     larger_text = ""
-    if larger:
-        keys += [run.key for run in sweeps[larger]]
-        larger_text = _draw_larger(sweeps[larger], panels_by_line[1])
+    for name, panels in zip(larger, panels_by_line[1:], strict=False):
+        keys += [run.key for run in sweeps[name]]
+        larger_text += _draw_larger(sweeps[name], panels)
     for panels in panels_by_line:
         for axes in panels[1:]:
             axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
@@ -92,7 +92,7 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     picture = save_small(figure, folder / "loss-step.svg")
     exhibit = Exhibit("loss-step", "Loss against step", keys, text, picture=picture, alt=alt)
     command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
-    return exhibit, rows_of(sweeps, "scratch", "scaling-small", larger), command
+    return exhibit, rows_of(sweeps, "scratch", "scaling-small", *larger), command
 
 
 def _fresh_by_step(sweeps: Sweeps, panels: Any) -> tuple[str, list[str]]:

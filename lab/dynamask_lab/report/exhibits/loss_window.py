@@ -24,7 +24,7 @@ from dynamask_lab.report.exhibits.common import (
     any_depth,
     best_losses,
     fresh_runs,
-    largest_sweep,
+    larger_sweeps,
     millions,
     panels_of,
     rows_of,
@@ -72,14 +72,16 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         left.plot([], [], "o", color=COLOURS[name], label=NAMES[name])
     left.set(title="4.4M parameters, tokens read repeatedly")
     left.legend(fontsize=7)
-    largest = largest_sweep(sweeps)
-    larger = sweeps.get(largest, ())
+    larger = larger_sweeps(sweeps) if tables else []
     if tables:
         _draw_half_rate(tables, second[0])
-    if second and larger:
-        _draw_half_rate(larger, second[0], "s")
-        second[0].set(title=f"one rate: 4.4M (dots), {millions(larger):.1f}M (squares)")
-    keys += [run.key for run in (*tables, *larger, *sweeps.get("scratch-rates", ()))]
+        shown = ["4.4M (dots)"]
+        for name, (marker, title) in zip(larger, _MARKERS, strict=False):
+            _draw_half_rate(sweeps[name], second[0], marker)
+            shown.append(f"{millions(sweeps[name]):.1f}M ({title})")
+        second[0].set(title=f"one rate: {', '.join(shown)}")
+    used = [*tables, *(run for name in larger for run in sweeps[name]), *sweeps.get("scratch-rates", ())]
+    keys += [run.key for run in used]
     for axes in (first, *second, left):
         axes.axhline(0, color=BLACK, linestyle="--", linewidth=1)
         axes.set_xscale("log", base=2)
@@ -104,7 +106,7 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         "scratch",
         "scratch-rates",
         "scratch-tables",
-        "scratch-tables-10M",
+        *larger,
         "scaling-small",
         "locality-chinchilla",
         leaks,
@@ -134,6 +136,10 @@ _HALVED = {
     "learned, half rate, slopes, one wide layer": ("recall, slopes", BLUE),
 }
 """Forms of size `4M-tables` that exhibits show -> name and colour."""
+
+
+_MARKERS = (("s", "squares"), ("^", "triangles"), ("D", "diamonds"))
+"""Of the larger models in the panel of one rate, by size."""
 
 
 def _draw_half_rate(runs: Sequence[Record], axes: Any, marker: str = "o") -> None:
