@@ -21,7 +21,7 @@ from dynamask_lab.report.exhibits import exhibits
 from dynamask_lab.report.markdown import markdown_table
 from dynamask_lab.report.pictures import pictures
 from dynamask_lab.report.recipe_names import NOTE
-from dynamask_lab.report.scoreboard import Placed, board, details
+from dynamask_lab.report.scoreboard import Placed, board, details, goals
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
 from dynamask_lab.studies.needle.data import same_mixture
 from dynamask_lab.sweeps.provenance import short_commit
@@ -422,9 +422,14 @@ def _index(
         f"within it. *Not tested*: the runs do not decide; differences of losses below {FEW_SEEDS_INTEREST} nats "
         f"decide nothing with fewer than {FEW_SEEDS} seeds. In brackets: the difference to dense attention with its "
         "95% interval, positive in the form's favour (a verdict may rest on further rivals), window over context "
-        f"(w/N), size and seeds. [Every verdict]({VERDICTS_PAGE}.md) has all of them.",
+        "(w/N) where all layers share it, the share of dense attention's query-key pairs, that of the widest layer "
+        f"where layers differ, size and seeds. [Every verdict]({VERDICTS_PAGE}.md) has all of them.",
         "",
         markdown_table(board(placed)),
+        "",
+        "Goals of this library, each with the form named for it; two forms where they decide otherwise.",
+        "",
+        markdown_table(goals(placed)),
         "",
         "Forms on fresh tokens were named before their runs and are judged on a test split. The others were named "
         "after their sweeps had been run, and judged on the split that the sweeps compare forms on. What did not work, "

@@ -45,7 +45,8 @@ def board(found: Sequence[Placed]) -> list[Row]:
         parts = {part: each.short for part, each in CLAIMS.items() if each.part_of == name}
         for role, title in ROLES.items():
             whole = chosen(own, role)
-            cells = [_cell(each) for each in whole]
+            named = role == "best" and len(whole) > 1
+            cells = [_cell(each, named=named) for each in whole]
             decided = {(*_place(each), each.finding.verdict) for each in whole}
             for part, label in parts.items():
                 of_part = chosen([each for each in found if each.finding.claim == part], role)
@@ -59,6 +60,23 @@ def board(found: Sequence[Placed]) -> list[Row]:
             row["plain form"] = f"**{NOT_TESTED}**"
         rows.append(row)
     return rows
+
+
+def goals(found: Sequence[Placed]) -> list[Row]:
+    """One row per goal of this library that runs decide: the verdict on the form named for it."""
+    rows: list[Row] = []
+    for name in GOALS:
+        own = [each for each in found if each.finding.claim == name]
+        for role in ("best", "plain"):
+            whole = chosen(own, role)
+            if whole:
+                cells = dict.fromkeys(_cell(each, named=True) for each in whole[:_GOAL_CELLS])
+                rows.append({"goal": CLAIMS[name].text, "verdict": "; ".join(cells)})
+                break
+    return rows
+
+
+_GOAL_CELLS = 2
 
 
 def details(found: Sequence[Placed]) -> list[Row]:
@@ -96,9 +114,9 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
     outside the appendix.
 
     Returns:
-        The finding that decides, those of its sweep at other windows, those of other sweeps with as many seeds that
-        decide otherwise at the same window and size, and those on settings that no run had; empty
-        where there is none.
+        The finding that decides, those of its sweep at other windows, or of other forms named as best that decide
+        otherwise in it, those of other sweeps with as many seeds that decide otherwise at the same window and size, and
+        those on settings that no run had; empty where there is none.
     """
     own = [each for each in found if each.finding.role == role or (role == "plain" and not each.finding.role)]
     if all_settings:
@@ -124,6 +142,13 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
             if each.finding.role == role and each.part != first.part and _seeds(each) == _seeds(first)
             if any(_place(each) == _place(own) and each.finding.verdict != own.finding.verdict for own in shown)
         ]
+    if first is not None and role == "best":
+        others += [
+            each
+            for each in tested
+            if each.part == first.part and _seeds(each) == _seeds(first) and _place(each) == _place(first)
+            if each.finding.verdict != first.finding.verdict
+        ]
     shares = {each.finding.setting.get("w/N") for each in tested}
     untested = [each for each in main if each not in tested and each.finding.setting.get("w/N") not in shares]
     return ([first] if first else []) + others + untested
@@ -143,11 +168,17 @@ def _millions(placed: Placed) -> float:
     return float(size[:-1]) if size.endswith("M") else 0.0
 
 
-def _cell(placed: Placed) -> str:
+def _cell(placed: Placed, *, named: bool = False) -> str:
     setting: Mapping[str, str] = placed.finding.setting
-    share = setting.get("w/N", "").partition(" (")[0]
-    facts = [placed.finding.difference, f"w/N {share}" if share else "", setting.get("size", "")]
+    share, _, widest = setting.get("w/N", "").partition(" (")
+    pairs = setting.get("pairs", "")
+    shown = f"w/N {share}" if share and not widest else ""
+    wide = f"widest layer {widest.rpartition(': ')[2].partition(' ')[0]}" if widest else ""
+    seen = f"{pairs} of dense pairs" if pairs and "%" in pairs and pairs != "100%" else ""
+    facts = [placed.finding.difference, shown, seen, wide, setting.get("size", "")]
     if _seeds(placed):
         facts.append(f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}")
     told = ", ".join(fact for fact in facts if fact)
-    return f"**{placed.finding.verdict}**" + (f" ({told})" if told else "")
+    size = f", {setting.get('size')}"
+    form = f"{placed.finding.subject.partition(size)[0]}: " if named else ""
+    return f"{form}**{placed.finding.verdict}**" + (f" ({told})" if told else "")

@@ -102,6 +102,12 @@ def share_of_pairs(config: Mapping[str, Any]) -> float:
     return sum((kept * (kept + 1) / 2 + (length - kept) * kept) / dense for kept in windows) / len(windows)
 
 
+def found_windows(record: Record) -> dict[str, Any]:
+    """A run's settings with the windows per head that its training found, where it did."""
+    found = record.result.get("head_windows")
+    return {**record.config, "layer_windows": found} if found else record.config
+
+
 def window_share(config: Mapping[str, Any]) -> str:
     """Window over context of a run, with the widest layer's where layers differ: "1/8 (widest layer 0.71)"."""
     length = config.get("length") or config["context"]
@@ -118,5 +124,6 @@ def window_share(config: Mapping[str, Any]) -> str:
 def pairs_of(records: list[Record]) -> str:
     """The share of dense attention's pairs in runs, as per cent: "12%", or the range; "" for nsa, which pools keys."""
     records = [r for r in records if "nsa" not in (r.config.get("layer_attention") or [r.config["attention"]])]
-    cells = list(dict.fromkeys(f"{100 * each:.0f}%" for each in sorted(share_of_pairs(r.config) for r in records)))
+    shares = sorted(share_of_pairs(found_windows(record)) for record in records)
+    cells = list(dict.fromkeys(f"{100 * each:.0f}%" for each in shares))
     return "" if not cells else cells[0] if len(cells) == 1 else f"{cells[0]} to {cells[-1]}"

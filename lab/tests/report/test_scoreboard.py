@@ -36,7 +36,9 @@ def test_a_setting_that_no_run_had_is_named_until_one_has() -> None:
     run, missing = _placed(REFUTED, 3), _placed(NOT_TESTED, 0, "1")
     (row,) = [row for row in board([run, missing]) if row["claim"] == CLAIMS["recall"].text]
     told = "+0.100 [+0.050, +0.150] nats"
-    assert row["plain form"] == f"**refuted** ({told}, w/N 1/8, 4.4M, 3 seeds); **not tested** ({told}, w/N 1, 4.4M)"
+    pairs = "23% of dense pairs"
+    first = f"**refuted** ({told}, w/N 1/8, {pairs}, 4.4M, 3 seeds)"
+    assert row["plain form"] == f"{first}; **not tested** ({told}, w/N 1, {pairs}, 4.4M)"
     other = _placed(REPRODUCED, 3, "1")
     assert chosen([run, missing, other], "plain") == [run, other]  # of one sweep, so both windows count
 

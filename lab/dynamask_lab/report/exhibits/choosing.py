@@ -15,12 +15,8 @@ import numpy as np
 from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE
 from dynamask_lab.report.conversion import PATTERN, form_name, of_main_model, read_conversion
 from dynamask_lab.report.exhibits.common import (
-    BEST,
-    CONTROL,
     Drawn,
     Sweeps,
-    any_depth,
-    best_losses,
     millions,
     rows_of,
     without_window,
@@ -33,8 +29,9 @@ from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.studies.mqar.study import mixer_name
 from dynamask_lab.studies.needle.report import distance, without_choice
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_name
+from dynamask_lab.studies.scratch.study import scratch_name
 from dynamask_lab.sweeps.section import Exhibit
-from dynamask_lab.sweeps.verdicts import Interval, SeedSpread, mean_interval, paired_difference
+from dynamask_lab.sweeps.verdicts import Interval, mean_interval, paired_difference
 
 _FRESH_PAIRS = (
     ("scratch", "learned, even", "sliding + sinks", "even against newest keys"),
@@ -58,6 +55,33 @@ _FRESH_PAIRS = (
         "sliding + sinks, half rate, one wide layer",
         "recall with slopes, half rate",
     ),
+    (
+        "scratch-tables",
+        "scored, half rate, one wide layer",
+        "scored, no choice, half rate, one wide layer",
+        "scores on the logits, smaller steps",
+    ),
+    (
+        "scratch-tables",
+        "learned, half rate, slopes, one wide layer",
+        "random, half rate, slopes, one wide layer",
+        "recall with slopes, against random ranks",
+    ),
+    *(
+        (
+            "scratch-tables",
+            f"learned, half rate, slopes, even, w = N/{share}",
+            f"sliding + sinks, half rate, w = N/{share}",
+            f"even with slopes, w = N/{share}",
+        )
+        for share in (16, 8, 4, 2)
+    ),
+    (
+        "scratch-tables",
+        "learned, half rate, slopes, late head windows",
+        "newest, half rate, late head windows",
+        "windows per head, set late",
+    ),
     ("scratch-reading", "learned, head windows", "newest, head windows", "windows per head, documents of 16K"),
 )
 """Sweep of study `scratch`, a form that chooses keys, as many newest keys, and a label."""
@@ -69,8 +93,13 @@ _LARGER_PAIRS = (
     ),
     (
         "scored, half rate, one wide layer",
-        "sliding + sinks, half rate, one wide layer",
+        "scored, no choice, half rate, one wide layer",
         "scores on the logits, 20 tokens a parameter",
+    ),
+    (
+        "learned, half rate, slopes, one wide layer",
+        "random, half rate, slopes, one wide layer",
+        "recall with slopes, against random ranks",
     ),
 )
 """The same in every sweep `scratch-tables-SIZE`."""
@@ -99,13 +128,16 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
     shares = _gains_in_retrieval(sweeps, rows)
     if not losses or not shares:
         return None
-    better = sum(gain.found.low > 0 for gain in losses)
+    converted = [gain for gain in losses if gain.group == "conversion"]
+    trained = [gain for gain in losses if gain.group != "conversion"]
+    lower, lower_trained = (sum(gain.found.low > 0 for gain in own) for own in (converted, trained))
+    higher = sum(gain.found.high < 0 for gain in trained)
     found_more = sum(gain.found.low > 0 for gain in shares)
     text = (
-        f"Choosing keys lowers the loss in {better} of {len(losses)} comparisons with as many keys without a learned "
-        f"choice, and finds more in {found_more} of {len(shares)} (95% intervals that exclude zero). Intervals of "
-        "models from scratch cover seeds, those of converted models documents, and those of needles the examples of "
-        "one training seed, where no seeds are named."
+        f"Beside as many keys without a learned choice, choosing lowers the loss in {lower} of {len(converted)} "
+        f"comparisons of converted models; from scratch it lowers the loss in {lower_trained} of {len(trained)} and "
+        f"raises it in {higher}. It finds more in {found_more} of {len(shares)} (95% intervals that exclude zero: over "
+        "documents where converted, over examples of needles where no seeds are named, else over seeds)."
     )
     alt = "forest plot of the gain from choosing keys, in loss and in right answers, each with its interval"
     picture = save_small(_forest(losses, shares), folder / "choosing.svg")
@@ -122,13 +154,7 @@ def _gains_from_scratch(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:
         if pairs:
             gain = mean_interval([without - chosen for chosen, without in pairs])
             gains.append(_Gain(group, f"4.4M, 0.1's ranks, {name}", gain))
-    scaling = [run for run in sweeps.get("scaling-small", ()) if run.config["width"] == 256]
-    own = best_losses(scaling, any_depth)
-    if BEST in own and CONTROL in own:
-        spread = SeedSpread.pooled(list(own.values()))
-        gain = spread.difference(own[BEST], own[CONTROL])
-        gains.append(_Gain(group, "4.4M, 0.1's ranks, code and text", gain))
-    rows |= rows_of(sweeps, "locality-chinchilla", "scaling-small")
+    rows |= rows_of(sweeps, "locality-chinchilla")
     larger = [name for name in sweeps if name.startswith("scratch-tables-")]
     for name, learned, newest, label in (*_FRESH_PAIRS, *((size, *pair) for size in larger for pair in _LARGER_PAIRS)):
         found = _fresh_gain(sweeps.get(name, ()), learned, newest)
@@ -221,7 +247,9 @@ def _fresh_gain(runs: Sequence[Record], learned: str, newest: str) -> Interval |
     losses: dict[str, dict[int, float]] = defaultdict(dict)
     for run in runs:
         if run.result.get("test") is not None:
-            losses[without_window(run)][run.seed] = run.result["test"]
+            # A form of many windows is named with the one that is meant.
+            for name in {without_window(run), scratch_name(run.config)}:
+                losses[name][run.seed] = run.result["test"]
     gain = paired_difference(losses.get(learned, {}), losses.get(newest, {}))
     return None if math.isnan(gain.low) else gain
 

@@ -19,7 +19,7 @@ from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
-from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, NOT_TESTED, REPRODUCED, SeedSpread, all_of, judge
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, NOT_TESTED, REPRODUCED, all_of, judge, paired_difference
 
 RIVALS = ("mha", "swa", "mla", "nsa")
 
@@ -167,19 +167,13 @@ def _sees_all(found: _Best) -> bool:
     return all(share_of_pairs(run.config) >= 1 for run in found.runs)
 
 
-def _spread(size: int, best: dict[str, list[_Best]]) -> SeedSpread:
-    """The spread over seeds at that size, or at the largest size below it that has one."""
-    spread = SeedSpread(math.nan, 0)
-    for each in sorted({found.size for sizes in best.values() for found in sizes if found.size <= size}):
-        alike = [f.losses for sizes in best.values() for f in sizes if f.size == each and math.isfinite(sum(f.losses))]
-        own = SeedSpread.pooled(alike)
-        spread = own if own.freedom else spread
-    return spread
+def _by_seed(found: _Best) -> dict[int, float]:
+    """Seed -> loss."""
+    return {run.seed: np.inf if run.result["loss"] is None else run.result["loss"] for run in found.runs}
 
 
 def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding:
     """The form against every rival of its size that had no fewer rates to choose from."""
-    spread = _spread(ours.size, best)
     told, verdicts, edges, difference = [], [], [], ""
     keys = [run.key for run in ours.runs]
     for rival in RIVALS:
@@ -188,8 +182,8 @@ def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding
         for theirs in best.get(rival, ()):
             if theirs.size != ours.size or tuned is None or len(tuned.rates) < len(own.rates):
                 continue
-            found = spread.difference(ours.losses, theirs.losses)
-            verdict = judge(found, LOSS_INTEREST, seeds=min(len(ours.seeds), len(theirs.seeds)))
+            found = paired_difference(_by_seed(ours), _by_seed(theirs))
+            verdict = judge(found, LOSS_INTEREST, seeds=len(ours.seeds & theirs.seeds))
             if tuned.at_the_edge:
                 edges.append(rival)
                 verdict = NOT_TESTED if verdict == REPRODUCED else verdict

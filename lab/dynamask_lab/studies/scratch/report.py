@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from dynamask_lab.language.engine import LanguageConfig
-from dynamask_lab.studies.judged import pairs_of, window_share
-from dynamask_lab.studies.scratch.study import SHARE, scratch_name, scratch_summary
+from dynamask_lab.studies.judged import found_windows, pairs_of, window_share
+from dynamask_lab.studies.scratch.study import SHAPES, SHARE, scratch_name, scratch_summary
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Section
 from dynamask_lab.sweeps.verdicts import (
     LOSS_INTEREST,
     NOT_TESTED,
+    REFUTED,
     Interval,
     all_of,
     judge,
@@ -53,6 +54,18 @@ _CHOICES = {
 }
 _RIVALS = ("sliding + sinks", "newest, head windows", "paper")
 """Of the same window, where `_CHOICES` names none."""
+_NAMED = {
+    "10M": ("sliding + sinks", "sliding + sinks, one wide layer"),
+    "20M-wide": ("sliding + sinks, one wide layer",),
+}
+"""Shape -> the rivals of as many pairs that the study names before its runs, below all of which a form is to lie."""
+_WHOLE_RATE = "dense"
+"""Dense attention at the rate of study `scaling`. Half of it gives a lower loss, so a lead over it decides nothing."""
+_CONTROLS = (
+    ("scored, half rate, one wide layer", "scored, no choice, half rate, one wide layer"),
+    ("learned, half rate, slopes, one wide layer", "random, half rate, slopes, one wide layer"),
+)
+"""A form that chooses keys, and the same without its choice: what is judged as the claim about choosing."""
 
 
 @reports("scratch")
@@ -216,27 +229,33 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             choices = _CHOICES.get(form.replace(", half rate", ""), _RIVALS)
             choices = tuple(rival if rival == "paper" else _slower(rival) for rival in choices) if slower else choices
             rivals = [*denses, *(f"{rival}, {at}" for rival in choices if at != "w = N" and rival != form)]
+            named = tuple(f"{_slower(rival) if slower else rival}, {at}" for rival in _named(size))
+            lacking = [rival for rival in named if rival not in found and rival != name] if role == "best" else []
             rivals = [rival for rival in rivals if rival in found]
-            told, verdicts = [], []
+            told, verdicts = [], [NOT_TESTED for _ in lacking]
             for rival in rivals:
                 gap = _gap(runs, found[rival])
                 seeds = min(len(runs), len(found[rival]))
-                told.append(f"{rival} {gap}")
+                told.append(f"{_called(rival)} {gap}")
                 decide = judge_no_worse if role == "best" and rival in denses else judge
-                verdicts.append(decide(gap, GOAL_INTEREST if role == "best" else LOSS_INTEREST, seeds=seeds))
+                verdict = decide(gap, GOAL_INTEREST if role == "best" else LOSS_INTEREST, seeds=seeds)
+                verdicts.append(_decided(rival, verdict))
             setting = {
-                "w/N": window_share(runs[0].config),
+                "w/N": window_share(found_windows(runs[0])),
                 "size": f"{size / 1e6:.1f}M",
                 "seeds": str(len({run.seed for run in runs})),
                 "pairs": pairs_of(runs),
             }
             keys = [run.key for each in (name, *rivals) for run in found[each]]
             measured = f"test loss, nats below {', '.join(told)}" if told else "no rival ran"
+            measured += f"; not compared with {', '.join(lacking)}" if lacking else ""
             verdict = all_of(verdicts) if denses else NOT_TESTED
             subject = f"{name}, {setting['size']}, fresh tokens"
             interest = f"{GOAL_INTEREST if role == 'best' else LOSS_INTEREST} nats"
             setting = setting | {"seeds": _shared_seeds(runs, [found[rival] for rival in rivals])}
-            findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest))
+            against = {rival: _gap(runs, found[rival]) for rival in rivals}
+            short = f"{min(against.values(), key=lambda gap: gap.mean)} nats" if against else ""
+            findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest, short))
             setting = setting | {"seeds": _shared_seeds(runs, [found[dense] for dense in denses])}
             if role in ("best", "control") and denses and at != "w = N":
                 findings.append(_no_worse_than_dense(subject, name, found, setting, role))
@@ -246,16 +265,56 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                     gaps = {dense: _gap(runs, found[dense]) for dense in denses}
                     verdict = all_of(
                         [
-                            judge(gap, LOSS_INTEREST, seeds=min(len(runs), len(found[dense])))
+                            _decided(dense, judge(gap, LOSS_INTEREST, seeds=min(len(runs), len(found[dense]))))
                             for dense, gap in gaps.items()
                         ]
                     )
                     keys = [run.key for run in (*runs, *(run for dense in denses for run in found[dense]))]
-                    measured = f"test loss, nats below {', '.join(f'{dense} {gap}' for dense, gap in gaps.items())}"
+                    measured = f"test loss, nats below {_listed(gaps)}"
                     interest, short = f"{LOSS_INTEREST} nats", f"{gaps[denses[0]]} nats"
                     findings.append(
                         Finding("perplexity-mha", subject, measured, verdict, keys, role, setting, interest, short)
                     )
+        findings += _choices(found, f"{size / 1e6:.1f}M")
+    return findings
+
+
+def _named(size: int) -> tuple[str, ...]:
+    """The rivals named beforehand for models of so many parameters."""
+    for shape, rivals in _NAMED.items():
+        if LanguageConfig(attention="mha", **SHAPES[shape]).parameters == size:
+            return rivals
+    return ()
+
+
+def _decided(rival: str, verdict: str) -> str:
+    """What a verdict against a rival is worth: against dense attention at too high a rate only a loss counts."""
+    return NOT_TESTED if rival == _WHOLE_RATE and verdict != REFUTED else verdict
+
+
+def _called(rival: str) -> str:
+    return "dense (at twice its better rate)" if rival == _WHOLE_RATE else rival
+
+
+def _listed(gaps: Mapping[str, Interval]) -> str:
+    return ", ".join(f"{_called(rival)} {gap}" for rival, gap in gaps.items())
+
+
+def _choices(found: Mapping[str, list[Record]], size: str) -> list[Finding]:
+    """Forms that choose keys against the same forms without their choice."""
+    findings = []
+    for form, control in _CONTROLS:
+        ours, theirs = found.get(_at_share(form)), found.get(_at_share(control))
+        if not ours or not theirs:
+            continue
+        gap = _gap(ours, theirs)
+        seeds = _shared_seeds(ours, [theirs])
+        setting = {"w/N": window_share(ours[0].config), "size": size, "seeds": seeds, "pairs": pairs_of(ours)}
+        keys = [run.key for run in (*ours, *theirs)]
+        measured = f"test loss, nats below {control} {gap}"
+        verdict = judge(gap, LOSS_INTEREST, seeds=int(seeds))
+        subject, interest = f"{_at_share(form)}, {size}, fresh tokens", f"{LOSS_INTEREST} nats"
+        findings.append(Finding("choice", subject, measured, verdict, keys, "best", setting, interest, f"{gap} nats"))
     return findings
 
 
@@ -266,13 +325,14 @@ def _no_worse_than_dense(
     gaps = {dense: _gap(found[name], found[dense]) for dense in _denses(found)}
     verdict = all_of(
         [
-            judge_no_worse(gap, GOAL_INTEREST, seeds=min(len(found[name]), len(found[dense])))
+            _decided(dense, judge_no_worse(gap, GOAL_INTEREST, seeds=min(len(found[name]), len(found[dense]))))
             for dense, gap in gaps.items()
         ]
     )
     keys = [run.key for each in (name, *gaps) for run in found[each]]
-    measured = f"test loss, nats below {', '.join(f'{dense} {gap}' for dense, gap in gaps.items())}"
-    return Finding("scratch-dense", subject, measured, verdict, keys, role, setting, f"{GOAL_INTEREST} nats")
+    measured = f"test loss, nats below {_listed(gaps)}"
+    interest, short = f"{GOAL_INTEREST} nats", f"{next(iter(gaps.values()))} nats"
+    return Finding("scratch-dense", subject, measured, verdict, keys, role, setting, interest, short)
 
 
 def _shared_seeds(runs: Sequence[Record], rivals: Sequence[Sequence[Record]]) -> str:
@@ -318,9 +378,10 @@ def _perplexity(
     for rival in rivals:
         if rival in found:
             gap = _gap(found[name], found[rival])
-            told.append(f"{rival} {gap}")
+            told.append(f"{_called(rival)} {gap}")
             difference = difference or f"{gap} nats"
-            verdicts.append(judge(gap, LOSS_INTEREST, seeds=min(len(found[name]), len(found[rival]))))
+            verdict = judge(gap, LOSS_INTEREST, seeds=min(len(found[name]), len(found[rival])))
+            verdicts.append(_decided(rival, verdict))
             keys += [run.key for run in found[rival]]
         else:
             verdicts.append(NOT_TESTED)

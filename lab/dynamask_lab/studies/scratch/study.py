@@ -80,7 +80,7 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.language.engine import LanguageConfig, language_cost, language_kind, run_language
-from dynamask_lab.studies.judged import pairs_of, window_share
+from dynamask_lab.studies.judged import found_windows, pairs_of, window_share
 from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record, run_key
 
@@ -465,7 +465,7 @@ def newest_in_head_windows(finished: Sequence[Record]) -> list[Config]:
     for record in finished:
         if record.result.get("head_windows") and record.result.get("diverged") is None:
             own = {**record.config, "attention": "swa", "layer_windows": record.result["head_windows"]}
-            for name in ("ranking", "calibrate_at", "local"):
+            for name in ("ranking", "calibrate_at", "local", "slopes"):
                 own.pop(name, None)
             own["compile"] = False  # torch 2.11 cannot compile masks of unlike windows
             made.append(LanguageConfig(**own).plain())
@@ -479,7 +479,7 @@ def scratch_summary(records: Sequence[Record]) -> list[dict[str, str]]:
         groups[LanguageConfig.of(record.config).parameters, scratch_name(record.config)].append(record)
     rows = []
     for (size, name), runs in sorted(groups.items()):
-        row = {"parameters": f"{size / 1e6:.1f}M", "form": name, "w/N": window_share(runs[0].config)}
+        row = {"parameters": f"{size / 1e6:.1f}M", "form": name, "w/N": window_share(found_windows(runs[0]))}
         row |= {"pairs": pairs_of(runs), "runs": str(len(runs))}
         for title, key in (("validation loss", "loss"), ("test loss", "test")):
             losses = [run.result.get(key) for run in runs]
