@@ -21,7 +21,7 @@ from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
 from dynamask.packed_ranks import check_carries_ranks, pack_ranks, unpack_ranks
 
-_LEARNING_ROWS = 4
+LEARNING_ROWS = 4
 """Of so many rows of a training batch one teaches the ranks, at least one: future attention costs as much as dense
 attention. Rows are drawn at random by whoever makes the batches, so no choice is left to make here, and the same rows
 teach when a checkpointed layer is computed again."""
@@ -96,7 +96,7 @@ class DynamicMaskAttention(GroupedQueryMixer):
 
     def _rank_loss(self, query: Tensor, key: Tensor, ranks: Tensor, sequence: SequenceInfo) -> Tensor:
         """() the distance of ranks from what they should be, over the rows that teach them."""
-        rows = slice(None, None, _LEARNING_ROWS)
+        rows = slice(None, None, LEARNING_ROWS)
         segment_ids, key_mask = sequence.segment_ids, sequence.key_mask
         target, valid = rank_target(
             query[rows],

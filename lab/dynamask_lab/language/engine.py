@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from dynamask.convert.allocate_windows import counts_above_threshold
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import get_mixer
+from dynamask.mixers.dma import LEARNING_ROWS
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask.models.window_schedule import check_window_schedule
 from dynamask.training import adamw, flops
@@ -39,6 +40,7 @@ from dynamask.training.optimizer import GATES
 from dynamask.training.sampler import ShuffledBlocks
 from dynamask.training.schedule import learning_rate_share
 from dynamask_lab.language.data import token_streams
+from dynamask_lab.language.data_parallel import Group, leading
 from dynamask_lab.language.kept_models import keep
 from dynamask_lab.language.replayed import ReplayedGradients
 from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
@@ -368,13 +370,20 @@ def run_language(config: Config, progress: Progress, initial: Path | None = None
         step at which the loss was found not to be a number, or None; "tokens_per_second" (training alone, without
         compilation), "peak_memory" (bytes; None on a CPU), "parameters", "flops", "precision", "corpus_content" (digest
         of the tokens), "corpus_tokens" (to train on; where the run takes more, they are read again), "gates" (A, slopes
-        and norms of Delta at the end, per layer), "seconds" of all calls.
+        and norms of Delta at the end, per layer), "seconds" of all calls, "processes" (if several share the run, see
+        `data_parallel`).
 
     Raises:
         InvalidInputError: settings that do not fit together.
         UsageError: a corpus that is not there.
     """
-    run = _Run(LanguageConfig.of(config), state_folder(config))
+    with leading(config, initial) as group:
+        return train_together(group, config, progress, initial)
+
+
+def train_together(group: Group, config: Config, progress: Progress, initial: Path | None = None) -> dict[str, Any]:
+    """Do the part of one process in a run, see `run_language`; only the leader's result holds anything."""
+    run = _Run(LanguageConfig.of(config), state_folder(config), group)
     try:
         if initial is not None:
             run.begin_with(initial)
@@ -452,11 +461,28 @@ def language_kind(config: Config) -> str:
     return f"{mixers}{bias} {settings.layers}x{settings.width} {settings.length} {settings.window}{uneven}"
 
 
+def _check_shareable(settings: LanguageConfig, group: Group) -> None:
+    """Raise InvalidInputError where processes that share a run would not have the numbers of one."""
+    rows = len(group.part(settings.batch_tokens // settings.length))
+    if group.size > 1 and settings.rank_noise:
+        raise InvalidInputError(
+            f"rank_noise={settings.rank_noise} draws noise for whole batches: {group.size} processes cannot share such "
+            "a run"
+        )
+    if group.size > 1 and settings.ranking == "learned" and rows % LEARNING_ROWS:
+        raise InvalidInputError(
+            f"learned ranks learn from one sequence in {LEARNING_ROWS}: with {group.size} processes a batch must hold "
+            f"a multiple of {group.size * LEARNING_ROWS} sequences; got {rows * group.size}"
+        )
+
+
 class _Run:
     """A training run: what changes from step to step, and how to keep it."""
 
-    def __init__(self, settings: LanguageConfig, folder: Path) -> None:
+    def __init__(self, settings: LanguageConfig, folder: Path, group: Group | None = None) -> None:
         self.settings, self.folder = settings, folder
+        self.group = group or Group()
+        _check_shareable(settings, self.group)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.streams = token_streams(settings.corpus, settings.test_share)
         with torch.random.fork_rng(devices=[]):
@@ -557,7 +583,9 @@ class _Run:
         self.prepare()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        batches = _Batches(settings, self.streams.train, self.device)
+        batches = _Batches(settings, self.streams.train, self.device, self.group)
+        if self.group.lead(lambda: self.step) != self.step:
+            raise RuntimeError("the processes of this run have read different states")
         saved = time.monotonic()
         begun: tuple[int, float] | None = None  # step and time since which the clock has run undisturbed
         first = self.step
@@ -577,17 +605,25 @@ class _Run:
                         begun = None
                         first = self.step - _TIMED_FROM
                     if look:
-                        self._look()
-                    if time.monotonic() - saved > _SAVE_SECONDS:
+                        self.group.check_alike(self.model.parameters())
+                        if self.group.leads:
+                            self._look()
+                    if self.group.leads and time.monotonic() - saved > _SAVE_SECONDS:
                         self.save()
                         saved = time.monotonic()
-                    try:
-                        progress(self.step / steps, f"loss {self.curve[-1]['loss']:.3f}" if self.curve else "")
-                    except BaseException:
-                        self._note_peak()
-                        self.save()
-                        raise
-        return self._result()
+                    self.diverged = self.group.lead(lambda: self._tell(progress))
+        return self._result() if self.group.leads else {}
+
+    def _tell(self, progress: Progress) -> int | None:
+        """Tell how far the run is, and save its state if that ends it; returns the step at which it diverged."""
+        try:
+            note = f"loss {self.curve[-1]['loss']:.3f}" if self.curve else ""
+            progress(self.step / self.settings.total_steps, note)
+        except BaseException:
+            self._note_peak()
+            self.save()
+            raise
+        return self.diverged
 
     def _train_step(self, batches: _Batches) -> None:
         settings, step = self.settings, self.step
@@ -599,7 +635,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         tokens = batches(step)
-        loss = self.gradients(tokens)
+        loss = self.group.average(self.model.parameters(), self.gradients(tokens))
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -614,10 +650,15 @@ class _Run:
         """Set windows per key/value head of the same mean, by the ranks of validation text."""
         settings = self.settings
         assert settings.window is not None
+        window = settings.window
         rows = self._rows(self.streams.validation, min(8, len(self.streams.validation) // settings.length - 1))
         self.model.eval()
-        with self._autocast():
-            self.model.config.windows = windows_by_rank(self.model, rows[:, :-1], settings.window)
+
+        def found() -> list[list[int]]:
+            with self._autocast():
+                return windows_by_rank(self.model, rows[:, :-1], window)
+
+        self.model.config.windows = self.group.lead(found)
 
     def _look(self) -> None:
         """Take the validation loss, at the config's own window."""
@@ -644,8 +685,8 @@ class _Run:
             )
         rows = self._rows(stream, count)
         total = torch.zeros(settings.length, dtype=torch.float64, device=self.device)
-        # Batches of one size, that of training: another size would compile another graph.
-        size = settings.batch_tokens // settings.length
+        # Batches of one size, that of training in this process: another size would compile another graph.
+        size = len(self.group.part(settings.batch_tokens // settings.length))
         for start in range(0, count, size):
             part = rows[start : start + size]
             padded = F.pad(part, (0, 0, 0, size - len(part)))
@@ -690,6 +731,8 @@ class _Run:
             "gates": _gates(self.model),
             "seconds": self.seconds + time.perf_counter() - self._began,
         }
+        if self.group.size > 1:
+            result["processes"] = self.group.size
         if settings.test_share and self.diverged is None:
             rows: list[Tensor] | None = [] if settings.by_last_use else None
             result["test"] = float(self._validate("test", rows).mean())
@@ -757,12 +800,15 @@ class _Batches:
     """Sequences of a stream by step number, in an order that the seed alone decides, epoch after epoch.
 
     The order is that of `dynamask.training`'s ShuffledBlocks. Neighbouring sequences share one token, the last target
-    of one and the first input of the next.
+    of one and the first input of the next. Of several processes each takes its part of every batch.
     """
 
-    def __init__(self, settings: LanguageConfig, stream: np.ndarray, device: torch.device) -> None:
+    def __init__(
+        self, settings: LanguageConfig, stream: np.ndarray, device: torch.device, group: Group | None = None
+    ) -> None:
         self.length = settings.length
         self.size = settings.batch_tokens // settings.length
+        self.part = (group or Group()).part(self.size)
         self.count = (len(stream) - 1) // settings.length
         if self.count < 1:
             raise InvalidInputError(f"the training split has {len(stream)} tokens, less than length={settings.length}")
@@ -773,8 +819,8 @@ class _Batches:
         self._order: Tensor
 
     def __call__(self, step: int) -> Tensor:
-        """(batch, length + 1) int64."""
-        places = range(step * self.size, (step + 1) * self.size)
+        """(part of the batch, length + 1) int64."""
+        places = range(step * self.size + self.part.start, step * self.size + self.part.stop)
         starts = torch.cat([self._starts(epoch, part) for epoch, part in _by_epoch(places, self.count)])
         return self.tokens[starts[:, None] + self.offset].long()
 
