@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dynamask import registration
+from dynamask.lazy import lazy_names
 
 if TYPE_CHECKING:
     from dynamask import convert
@@ -63,17 +64,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "convert":
-        return importlib.import_module("dynamask.convert")
-    if name in _HOME:
-        value = getattr(importlib.import_module(_HOME[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'dynamask' has no attribute {name!r}")
+    return importlib.import_module("dynamask.convert") if name == "convert" else _find(name)
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
+_find, __dir__ = lazy_names(__name__, _HOME)
 registration.register()

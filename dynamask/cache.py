@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from dynamask.cache_layer import BoundedLayer, LiveKeys, Windows
 from dynamask.errors import InvalidInputError
-from dynamask.ops.checks import plain_numbers
+from dynamask.integers import plain_numbers
 
 
 class BoundedCache(Cache):

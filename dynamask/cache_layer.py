@@ -18,10 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import CacheLayerMixin
 
 from dynamask.errors import CacheRollbackError, InvalidInputError
+from dynamask.integers import check_window
 from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.cache_contest import CacheContest
 from dynamask.ops.cache_insert import insert_key
-from dynamask.ops.checks import check_window
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.api import attend
 from dynamask.ops.interval.operators import triton_available

@@ -11,11 +11,11 @@ from transformers.cache_utils import Cache
 
 from dynamask.cache import BoundedCache
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_integer, check_window
 from dynamask.mixers.base import RMSNorm
 from dynamask.mixers.dma import DynamicMaskAttention as Mixer
 from dynamask.models.configuration import DynamaskConfig
 from dynamask.models.modeling import sequence_info
-from dynamask.ops.checks import check_integer, check_window
 
 
 class DynamicMaskAttention(nn.Module):

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamask.errors import UsageError, did_you_mean
-from dynamask.models import PRESETS, DynamaskConfig, preset, uneven_windows
-from dynamask.models.windows import default_sinks
+from dynamask.models.presets import PRESETS, preset
+from dynamask.models.windows import default_sinks, uneven_windows
+
+if TYPE_CHECKING:
+    from dynamask.models import DynamaskConfig
 
 _LEAST_BUDGET = 4
 
@@ -105,6 +108,8 @@ def apply(name: str, shape: str | DynamaskConfig, context: int | None = None, **
     Raises:
         UsageError: an unknown recipe, preset or field, or a context below 1.
     """
+    from dynamask.models import DynamaskConfig
+
     recipe = get(name)
     if isinstance(shape, str):
         base: Mapping[str, Any] = preset(shape).to_dict() if shape not in PRESETS else PRESETS[shape]

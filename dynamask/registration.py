@@ -19,6 +19,7 @@ from typing import Any
 _REGISTRY = "transformers.models.auto.configuration_auto"
 _LORA_TARGETS = "peft.utils.constants"
 _NATIVE, _CONVERTED = "dynamask", "dynamask_"
+_NATIVE_MODULE = "dynamask.models.modeling"
 _CONVERTED_MODULE = "dynamask.convert.models"
 _ATTENTION = "transformers.modeling_utils"
 _ATTENTION_MODULE = "dynamask.attention_function"
@@ -27,7 +28,7 @@ _ATTENTION_MODULE = "dynamask.attention_function"
 def _module_of(model_type: Any) -> str | None:
     """Return the module that registers a `model_type`, or None for one that is not of dynamask."""
     if model_type == _NATIVE:
-        return "dynamask.models"
+        return _NATIVE_MODULE
     if isinstance(model_type, str) and model_type.startswith(_CONVERTED):
         return _CONVERTED_MODULE
     return None
@@ -62,7 +63,7 @@ def _attach(registry: ModuleType) -> None:
     if isinstance(known, dict):
         mapping._extra_content = _OnDemand(known)
     else:  # another transformers: register at once, at the price of the import
-        importlib.import_module("dynamask.models")
+        importlib.import_module(_NATIVE_MODULE)
         converted = importlib.import_module(_CONVERTED_MODULE)
         for model_type in converted.converted_model_types():
             converted.converted_classes(model_type)

@@ -11,14 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = (
-    ("errors", "registration"),
-    ("hub", "lock"),
+    ("errors", "lazy", "registration"),
+    ("hub", "integers", "lock"),
     ("ops",),
     ("packed_ranks", "cache_layer"),
     ("cache", "attention_function"),
     ("mixers",),
     ("models",),
-    ("recipes", "data", "layers"),
+    ("recipes", "data", "layers", "convert_settings"),
     ("training",),
     ("evaluation",),
     ("inspect",),

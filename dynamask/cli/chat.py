@@ -54,11 +54,13 @@ def chat(
     check_sampling(temperature, top_p)
     if system is not None:
         check_text(system, "the system message")
+    from dynamask.training.folder import check_run, open_run
+
+    check_run(model)
     quiet_libraries()
     import torch
 
     from dynamask.cli.conversation import Conversation
-    from dynamask.training import open_run
 
     loaded, tokenizer = open_run(model)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -97,8 +97,8 @@ def convert_upcycle(
     - `dynamask convert upcycle Qwen/Qwen3-0.6B sparse --window 1024 --data texts/ --distill-steps 200`
     """
     check_output_folder(target)
-    quiet_libraries()
-    from dynamask.convert.pipeline import Conversion, run_conversion
+    from dynamask.convert_settings import Conversion
+    from dynamask.data.sources import check_sources
 
     settings = Conversion(
         source,
@@ -122,6 +122,12 @@ def convert_upcycle(
         seed=seed,
         device=device,
     )
+    settings.check()
+    if not settings.work.exists():  # else the texts may be gone
+        check_sources(settings.data)
+    quiet_libraries()
+    from dynamask.convert.pipeline import run_conversion
+
     with _Bars() as bars:
         report = run_conversion(settings, progress=bars.show, say=lambda line: errors.print(line, soft_wrap=True))
     if report is None:

@@ -63,15 +63,13 @@ def evaluate(
     """
     import tempfile
 
-    from dynamask.data import PackedDataset, prepare
-    from dynamask.evaluation import perplexity_by_position
-    from dynamask.training import open_corpus, open_run
+    from dynamask.data.sources import check_sources
+    from dynamask.training.folder import check_run, corpus_folder
 
     for name, value, least in (("context", context, 2), ("batch-size", batch_size, 1), ("limit", limit, 1)):
         if value is not None and value < least:
             raise UsageError(f"--{name} must be at least {least}; got {value}")
     check_output_file(output)
-    quiet_libraries()
     if tasks is not None:
         if data:
             raise UsageError("--tasks bring their own data: give either --tasks or --data")
@@ -79,6 +77,17 @@ def evaluate(
         return
     if fewshot is not None or include_path is not None:
         raise UsageError("--fewshot and --include-path belong to --tasks: name the tasks to run")
+    if data:
+        check_run(model)
+        check_sources(data)
+    else:
+        corpus_folder(model)
+        check_run(model)
+    quiet_libraries()
+    from dynamask.data import PackedDataset, prepare
+    from dynamask.evaluation import perplexity_by_position
+    from dynamask.training import open_corpus, open_run
+
     held_out = None if data else open_corpus(model)  # before the model, which takes longer
     loaded, tokenizer = open_run(model)
     length = _context(loaded.config, model, context)
@@ -140,6 +149,7 @@ def _evaluate_tasks(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise UsageError("--tasks names no task: give some, separated by commas, such as piqa,arc_easy")
+    quiet_libraries()
     try:
         from dynamask.evaluation.harness import evaluate_tasks
     except ImportError as error:
@@ -182,16 +192,19 @@ def retrieval(
     **Example**: `dynamask retrieval runs/tiny --length 512 --length 1024 --task passkey --output tiny.jsonl`, then
     `dynamask report needle tiny.jsonl dense.jsonl`
     """
-    import torch
-
-    from dynamask.data import documents
-    from dynamask.evaluation.retrieval import TASKS, evaluate_retrieval, write_scores
-    from dynamask.training import open_run
+    from dynamask.data.sources import check_sources, documents
+    from dynamask.training.folder import check_run, open_run
 
     if depths < 1:
         raise UsageError(f"--depths must be at least 1; got {depths}")
     check_output_file(output)
+    check_run(model)
+    check_sources(data or ())
     quiet_libraries()
+    import torch
+
+    from dynamask.evaluation.retrieval import TASKS, evaluate_retrieval, write_scores
+
     loaded, tokenizer = open_run(model)
     scores = evaluate_retrieval(
         loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
@@ -227,18 +240,20 @@ def generate(
 
     **Example**: `dynamask generate runs/tiny "def main():" --max-new-tokens 200`
     """
-    import torch
-    from transformers import TextStreamer, set_seed
-
-    from dynamask.cache import cache_bytes
-    from dynamask.data.tokenizer import opening_tokens
-    from dynamask.training import open_run
+    from dynamask.training.folder import check_run, open_run
 
     if max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens must be at least 1; got {max_new_tokens}")
     check_sampling(temperature, top_p)
     check_text(prompt, "the prompt")
+    check_run(model)
     quiet_libraries()
+    import torch
+    from transformers import TextStreamer, set_seed
+
+    from dynamask.cache import cache_bytes
+    from dynamask.data.tokenizer import opening_tokens
+
     loaded, tokenizer = open_run(model)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     ids = [*opening_tokens(tokenizer, prompt), *tokenizer(prompt, add_special_tokens=False)["input_ids"]]

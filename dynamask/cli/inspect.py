@@ -42,12 +42,14 @@ def inspect(
     content = read_text(text)
     if not content.strip():
         raise UsageError("the text is empty: give at least one character that is not a blank")
+    from dynamask.training.folder import check_run, open_run
+
+    check_run(model)
     quiet_libraries()
     import torch
 
     from dynamask.data.tokenizer import encode_beginning
     from dynamask.inspect import inspect_text, inspection_page, token_texts
-    from dynamask.training import open_run
 
     loaded, tokenizer = open_run(model)
     if chat:

@@ -41,13 +41,17 @@ def plan(
     largest error is printed. Communication is modelled from bandwidths; more than two GPUs have not been measured.
     """
     from dynamask import recipes
-    from dynamask.models import preset as shape_of
+    from dynamask.models.presets import check_preset
     from dynamask.training import TrainConfig
+
+    check_preset(preset)
+    recipes.get(recipe)
+    settings = TrainConfig.load(None, [f"preset={preset}", *(overrides or [])])
+    count = _tokens(tokens)
+    from dynamask.models import preset as shape_of
     from dynamask.training.plan import GPU_BYTES, launch_command
     from dynamask.training.plan import plan as plan_of
 
-    settings = TrainConfig.load(None, [f"preset={preset}", *(overrides or [])])
-    count = _tokens(tokens)
     length = context or shape_of(preset, **settings.model).max_position_embeddings
     config = recipes.apply(recipe, preset, length, **settings.model)
     found = plan_of(

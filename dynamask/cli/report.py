@@ -19,12 +19,13 @@ def report_parameters(
     preset: Annotated[str | None, typer.Option(help="One preset; default: all of them.")] = None,
 ) -> None:
     """Count the parameters of every preset with every mixer, and compare them with dense attention's."""
-    from dynamask.inspect import parameter_counts
-    from dynamask.models import PRESETS
-    from dynamask.models import preset as make
+    from dynamask.models.presets import PRESETS, check_preset
 
+    if preset:
+        check_preset(preset)
     names = [preset] if preset else list(PRESETS)
-    make(names[0])  # names an unknown preset before anything is printed
+    from dynamask.inspect import parameter_counts
+
     table: Table | None = None
     for name in names:
         counts = parameter_counts(name)
@@ -77,14 +78,16 @@ def report_mask(
 ) -> None:
     """Draw which keys stay alive in which head, over the text itself."""
     check_picture(output)
-    from dynamask.inspect import draw_live_keys
-    from dynamask.training import open_run
+    from dynamask.training.folder import check_run, open_run
 
-    quiet_libraries()
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from error
+    check_run(model)
+    quiet_libraries()
+    from dynamask.inspect import draw_live_keys
+
     loaded, tokenizer = open_run(model)
     console.print(f"written {draw_live_keys(loaded, tokenizer, content, output)}")
 

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from dynamask.cli.common import console, errors, progress, quiet_libraries
 from dynamask.errors import Interrupted
+
+if TYPE_CHECKING:
+    from dynamask.training import TrainConfig
+
+
+def check_names(settings: TrainConfig) -> None:
+    """Refuse names that stand for nothing, before the imports of a training.
+
+    Raises:
+        UsageError: an unknown preset or recipe, or no such model, text or tokenizer.
+    """
+    from dynamask import recipes
+    from dynamask.data.sources import check_sources
+    from dynamask.hub import check_local_or_hub
+    from dynamask.models.presets import check_preset
+    from dynamask.training.folder import check_run
+
+    check_preset(settings.preset)
+    if settings.recipe is not None:
+        recipes.get(settings.recipe)
+    for model in (settings.init, settings.teacher):
+        if model is not None:
+            check_run(model)
+    if not Path(settings.corpus or Path(settings.output) / "corpus").exists():  # else the texts may be gone
+        check_sources(settings.data)
+    if settings.tokenizer is not None:
+        check_local_or_hub(settings.tokenizer, "tokenizer folder")
 
 
 def train(
@@ -52,10 +79,12 @@ def train(
     save_every, keep, resume.
     """
     from dynamask.training import TrainConfig
+
+    settings = TrainConfig.load(config, overrides or [])
+    check_names(settings)
     from dynamask.training import train as run
     from dynamask.training.processes import is_first
 
-    settings = TrainConfig.load(config, overrides or [])
     quiet_libraries()
     if settings.teacher is not None:
         from dynamask.convert.distillation_run import train_towards as run

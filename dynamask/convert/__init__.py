@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 # These modules carry the names of their functions, so they are imported here: a module imported later would take the
 # function's place.
@@ -14,6 +13,7 @@ from dynamask.convert.learn_ranks import learn_ranks
 from dynamask.convert.models import set_slopes, set_windows
 from dynamask.convert.ranks_file import load_ranks, save_ranks
 from dynamask.convert.upcycle import upcycle
+from dynamask.lazy import lazy_names
 from dynamask.models.recorded_prompts import RecordedPrompts, recorded_prompts
 
 if TYPE_CHECKING:
@@ -37,13 +37,7 @@ __all__ = [
     "upcycle",
 ]
 
-_HOME = {"DistillationTrainer": "distillation_trainer", "from_doge": "doge"}
-"""Name -> the module of this package that defines it, imported on first use."""
+_HOME = {"DistillationTrainer": f"{__name__}.distillation_trainer", "from_doge": f"{__name__}.doge"}
+"""Name -> the module that defines it, imported on first use."""
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -17,11 +17,10 @@ from dynamask.convert.measured_rules import Rules, measured_divergences
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, checked_block
 from dynamask.convert.window_errors import candidate_windows, cheapest_slopes, cheapest_windows, window_errors
+from dynamask.convert_settings import METHODS
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_integer, check_window
 from dynamask.mixers.rank_predictor import slope_on_grid
-from dynamask.ops.checks import check_integer, check_window
-
-METHODS = ("loss", "threshold")
 
 SLOPES = tuple(steps / 8192 for steps in (0, 1, 2, 4, 6, 8, 12, 16, 32, 128, 8192))
 """Slopes that method "loss" tries, in nats per token: from none to the newest keys alone."""

@@ -10,10 +10,10 @@ from typing import Any
 from dynamask.convert.architectures import ARCHITECTURES, PREFIX
 from dynamask.convert.attention import LayerRules
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_window
 from dynamask.mixers.head_shard import HeadShard
 from dynamask.models.auto_code import CarriesAutoCode
 from dynamask.models.windows import Slopes, checked_slopes
-from dynamask.ops.checks import check_window
 
 Windows = int | list[Any]
 

@@ -17,9 +17,9 @@ from dynamask.convert.attention import Projected, call_facts, no_mask
 from dynamask.convert.models import check_converted
 from dynamask.convert.progress import Clock, Report, check_training, load_state, save_state, token_blocks
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_integer
 from dynamask.mixers.rank_loss import rank_loss, rank_target
 from dynamask.models.decoder import attention_of, decoder_of
-from dynamask.ops.checks import check_integer
 
 _REPORT_EVERY = 10
 """Steps between two looks at the loss; each look waits for the GPU."""

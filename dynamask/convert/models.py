@@ -35,6 +35,7 @@ from dynamask.convert.attention import (
 from dynamask.convert.converted_config import ConvertedConfig, Windows
 from dynamask.convert.decode_step import decode_step
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_window, plain_numbers
 from dynamask.mixers.rank_loss import RankLosses
 from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.attention_weights import refuse_attention_weights
@@ -45,7 +46,6 @@ from dynamask.models.export import cache_of_export, refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.tensor_parallel import TensorParallelLoading, split_attention
 from dynamask.models.windows import checked_slopes
-from dynamask.ops.checks import check_window, plain_numbers
 from dynamask.ops.context_parallel.shards import current_group
 
 

@@ -6,8 +6,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynamask.convert.allocate_windows import METHODS, allocate_windows
+from dynamask.convert.allocate_windows import allocate_windows
 from dynamask.convert.architectures import reason_not_convertible
 from dynamask.convert.calibration import CalibrationBlocks, calibration_blocks, open_blocks
 from dynamask.convert.distill import distill
@@ -25,78 +25,16 @@ from dynamask.convert.planted_facts import LEAST_ROOM, PlantedFacts
 from dynamask.convert.progress import Report
 from dynamask.convert.report import ConversionReport, Figures, figures_from, measure, plain_card
 from dynamask.convert.upcycle import upcycle
+from dynamask.convert_settings import Conversion
 from dynamask.data import documents
 from dynamask.data.tokenizer import opening_tokens
 from dynamask.errors import UsageError
-from dynamask.hub import check_local_or_hub
 from dynamask.lock import locked
-from dynamask.ops.checks import check_window
-
-CALIBRATIONS = ("repeats", "facts", "plain")
-"""What may be done to the texts that a model is converted with."""
 
 _LONGEST_BLOCK = 8192
 _HELD_OUT_BLOCKS = 8
 _ALLOCATION_BLOCKS = 32
 _LOSS_BLOCKS = 8
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """Settings of a conversion.
-
-    Attributes:
-        source: folder or hub name of a dense causal LM.
-        target: folder to write, which must not exist.
-        window: mean number of keys that a query keeps.
-        data: sources of text, as `dynamask.data.documents` takes them; none: the model is written with untrained
-            ranks and one window.
-        local, sinks: newest and first positions that are always kept.
-        dense_layers: indices of layers left dense.
-        block: tokens of a block; None: 8192, or what the model is made for if that is less.
-        batch: blocks of a step.
-        rank_steps, distill_steps: steps of the two trainings; no distillation with 0.
-        distill_rate: highest learning rate of the model in the distillation; None: see `distill`.
-        allocation: how windows are set, see `allocate_windows`.
-        label_share, start_windows: of the distillation, see `distill`.
-        calibration: what is done to the texts: "repeats" (half of the blocks repeat their first half), "facts" (facts
-            and questions are planted in them, see `dynamask.convert.planted_facts`) or "plain" (nothing).
-        needles: examples of each needle task, length and depth; 0 leaves the needles out.
-        max_tokens: tokens read from the texts at most.
-        seed: of the order of the blocks and of the predictors.
-        device: "cuda", "cpu", ...; None: a GPU if there is one.
-    """
-
-    source: str
-    target: Path
-    window: int
-    data: Sequence[str] = ()
-    local: int = 128
-    sinks: int = 4
-    dense_layers: Sequence[int] = ()
-    block: int | None = None
-    batch: int = 4
-    rank_steps: int = 300
-    distill_steps: int = 0
-    distill_rate: float | None = None
-    allocation: str = "loss"
-    label_share: float = 0.0
-    start_windows: float = 1.0
-    calibration: str = "repeats"
-    needles: int = 2
-    max_tokens: int = 20_000_000
-    seed: int = 0
-    device: str | None = None
-
-    @property
-    def work(self) -> Path:
-        """The hidden folder beside the target that keeps the state of an unfinished conversion."""
-        return self.target.with_name(f".{self.target.name}.conversion")
-
-    def identity(self) -> dict[str, Any]:
-        """Return the settings that stages depend on, as JSON has them."""
-        fields = asdict(self) | {"target": None, "device": None, "data": list(self.data)}
-        return json.loads(json.dumps(fields | {"dense_layers": list(self.dense_layers)}))  # type: ignore[no-any-return]
 
 
 Say = Callable[[str], None]
@@ -158,24 +96,8 @@ def _checked(settings: Conversion) -> tuple[Any, int]:
     """Check everything that needs no weights; return the tokenizer and the block length."""
     from transformers import AutoConfig, AutoTokenizer
 
-    for name, least in (("batch", 1), ("rank_steps", 1), ("distill_steps", 0), ("needles", 0), ("max_tokens", 1)):
-        if getattr(settings, name) < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(settings, name)}")
-    if settings.distill_rate is not None and not settings.distill_rate > 0:
-        raise UsageError(f"--distill-rate must be above 0; got {settings.distill_rate}")
-    if not 0 <= settings.label_share <= 1:
-        raise UsageError(f"--label-share must be from 0 to 1; got {settings.label_share}")
-    if not settings.start_windows >= 1:
-        raise UsageError(f"--start-windows must be at least 1; got {settings.start_windows}")
-    if settings.calibration not in CALIBRATIONS:
-        raise UsageError(f"--calibration must be one of {', '.join(CALIBRATIONS)}; got {settings.calibration!r}")
-    if settings.allocation not in METHODS:
-        raise UsageError(f"--allocation must be one of {', '.join(METHODS)}; got {settings.allocation!r}")
+    settings.check()
     _check_device(settings.device)
-    check_window(settings.window, settings.local, settings.sinks)
-    if settings.target.exists():
-        raise UsageError(f"{settings.target} exists already: choose another folder, or delete it")
-    check_local_or_hub(settings.source, "model")
     try:
         config = AutoConfig.from_pretrained(settings.source)
     except (OSError, ValueError, KeyError) as error:

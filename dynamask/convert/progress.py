@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.checks import check_integer
+from dynamask.integers import check_integer
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from dynamask.convert.architectures import reason_not_convertible
 from dynamask.convert.attention import IMPLEMENTATION
 from dynamask.convert.models import converted_classes
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_integer, check_window, plain_numbers
 from dynamask.mixers.rank_predictor import RankPredictor
 from dynamask.models.decoder import decoder_of
-from dynamask.ops.checks import check_integer, check_window, plain_numbers
 
 _NOT_TAKEN = ("model_type", "architectures", "transformers_version", "torch_dtype", "dtype")
 

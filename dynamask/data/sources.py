@@ -53,12 +53,27 @@ def documents(sources: Iterable[str], *, errors: str = "fail", skipped: list[str
             skipped.append(message)
 
     for source in sources:
-        if not isinstance(source, str) or not source.strip():
-            raise UsageError(f"a source is a file, a folder, 'stdlib' or the name of a data set; got {source!r}")
+        _check_name(source)
         for path_or_name in _expand(source):
             for document in _read(path_or_name, problem):
                 if document.text.strip():
                     yield document
+
+
+def check_sources(sources: Iterable[str]) -> None:
+    """Refuse local sources that are not there, or hold no text, before anything is read.
+
+    Raises:
+        UsageError: see `documents`.
+    """
+    for source in sources:
+        _check_name(source)
+        _expand(source)
+
+
+def _check_name(source: object) -> None:
+    if not isinstance(source, str) or not source.strip():
+        raise UsageError(f"a source is a file, a folder, 'stdlib' or the name of a data set; got {source!r}")
 
 
 def source_files(source: str) -> list[Path]:

@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from dynamask.errors import InvalidInputError, did_you_mean
+from dynamask.integers import plain_numbers
 from dynamask.mixers import get_mixer
 from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.rotary import check_rope_parameters
@@ -20,7 +21,6 @@ from dynamask.models.windows import (
     default_sinks,
     resolved_head_windows,
 )
-from dynamask.ops.checks import plain_numbers
 
 RANKINGS = ("learned", "paper")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynamask.errors import UsageError, did_you_mean
-from dynamask.models.configuration import DynamaskConfig
+
+if TYPE_CHECKING:
+    from dynamask.models.configuration import DynamaskConfig
 
 
 def _shape(
@@ -43,7 +45,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-_CHECKED = frozenset(DynamaskConfig.__annotations__) - {"eos_token_id"}
 _LISTS: dict[str, Any] = {
     "attention": (str, list),
     "windows": (int, list),
@@ -60,6 +61,12 @@ _WANTED: dict[Any, str] = {
 }
 
 
+def check_preset(name: str) -> None:
+    """Raise UsageError for an unknown preset; the message names the nearest known one."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}")
+
+
 def preset(name: str, **overrides: Any) -> DynamaskConfig:
     """Make a configuration by name, with fields overridden.
 
@@ -70,8 +77,10 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
     Raises:
         UsageError: an unknown preset or field; the message names the nearest known one.
     """
-    if name not in PRESETS:
-        raise UsageError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    check_preset(name)
+    from dynamask.models.configuration import DynamaskConfig
+
+    checked = DynamaskConfig.__annotations__.keys() - {"eos_token_id"}
     fields = DynamaskConfig.__dataclass_fields__
     for field in overrides:
         if field not in fields:
@@ -81,7 +90,7 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
         kinds: Any = _LISTS.get(field, (int, float) if default is None or isinstance(default, float) else type(default))
         given = overrides[field]
         fits = isinstance(given, kinds) and (isinstance(default, bool) or not isinstance(given, bool))
-        if field in _CHECKED and not fits and not (given is None and default is None):
+        if field in checked and not fits and not (given is None and default is None):
             wanted = _WANTED.get(kinds) or kinds.__name__
             raise UsageError(f"the model field {field} must be {wanted}; got {given!r}")
     return DynamaskConfig(**(PRESETS[name] | overrides))

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from dynamask.cache import BoundedCache, BoundedLayer
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_integer
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
 from dynamask.models.cuda_graph import REPLAYED, reason_against
 from dynamask.models.decoder import decoder_of
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.recorded_model import RecordedModel
 from dynamask.models.recording import recording
-from dynamask.ops.checks import check_integer
 from dynamask.ops.context_parallel.shards import current_group
 from dynamask.ops.looks import without_looks
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from math import inf
+from typing import TYPE_CHECKING
 
 from dynamask.errors import InvalidInputError
-from dynamask.models.windows import HeadWindows
+
+if TYPE_CHECKING:
+    from dynamask.models.windows import HeadWindows
 
 WindowSchedule = Sequence[Sequence[float]]
 """[share of the training, factor on the windows] in rising order of shares."""

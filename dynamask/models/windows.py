@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dynamask.errors import InvalidInputError
-from dynamask.mixers.rank_predictor import slope_on_grid
-from dynamask.ops.checks import check_integer, check_window, plain_numbers
+from dynamask.integers import check_integer, check_window, plain_numbers
 
 HeadWindows = tuple[tuple[int, ...], ...]
 """Keys that each query keeps, per layer and KV head."""
@@ -141,6 +140,8 @@ def checked_slopes(slopes: Any, layers: int, groups: int) -> tuple[tuple[float, 
     """
     if slopes is None:
         return (None,) * layers
+    from dynamask.mixers.rank_predictor import slope_on_grid
+
     slopes = plain_numbers(slopes)
     if not isinstance(slopes, (list, tuple)) or len(slopes) != layers:
         raise InvalidInputError(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
-from dynamask.ops.checks import Window, check_key_mask, check_segment_ids, check_tensor, check_window
+from dynamask.integers import check_window
+from dynamask.ops.checks import Window, check_key_mask, check_segment_ids, check_tensor
 from dynamask.ops.positions import later_positions, real_positions, segment_bounds, sink_keys
 
 _INT_OF_FLOAT = {torch.float32: torch.int32, torch.float64: torch.int64}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from dynamask.cache import BoundedLayer
-from dynamask.ops.checks import check_window
+from dynamask.integers import check_window
 from dynamask.ops.expiry import sortable_scores
 from dynamask.ops.ragged_decode import ragged_decode, ragged_decode_reference
 from dynamask.ops.ragged_layout import RaggedLayout, ragged_layout

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dynamask.lazy import lazy_names
 
 if TYPE_CHECKING:
     from dynamask.training.add_rank_loss import add_rank_loss
@@ -18,20 +19,20 @@ if TYPE_CHECKING:
     from dynamask.training.window_schedule import ScheduledWindow
 
 _HOME = {
-    "AtomicTrainer": "trainer",
-    "RecordedGradients": "recorded_gradients",
-    "ScheduledWindow": "window_schedule",
-    "TrainConfig": "config",
-    "TrainResult": "run",
-    "add_rank_loss": "add_rank_loss",
-    "record_steps": "recorded_steps",
-    "adamw": "optimizer",
-    "checkpoints": "checkpointing",
-    "model_folder": "folder",
-    "open_corpus": "folder",
-    "open_run": "folder",
-    "parameter_groups": "optimizer",
-    "train": "run",
+    "AtomicTrainer": "dynamask.training.trainer",
+    "RecordedGradients": "dynamask.training.recorded_gradients",
+    "ScheduledWindow": "dynamask.training.window_schedule",
+    "TrainConfig": "dynamask.training.config",
+    "TrainResult": "dynamask.training.run",
+    "add_rank_loss": "dynamask.training.add_rank_loss",
+    "record_steps": "dynamask.training.recorded_steps",
+    "adamw": "dynamask.training.optimizer",
+    "checkpoints": "dynamask.training.checkpointing",
+    "model_folder": "dynamask.training.folder",
+    "open_corpus": "dynamask.training.folder",
+    "open_run": "dynamask.training.folder",
+    "parameter_groups": "dynamask.training.optimizer",
+    "train": "dynamask.training.run",
 }
 """Public name -> the module that defines it, imported on first use: evaluating a model needs no Trainer."""
 
@@ -52,14 +53,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"dynamask.training.{_HOME[name]}"), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'dynamask.training' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOME)

@@ -9,8 +9,6 @@ import re
 import zipfile
 from pathlib import Path
 
-import torch.distributed as dist
-
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -45,6 +43,8 @@ def is_sharded(checkpoint: Path) -> bool:
 
 def write_checksums(checkpoint: Path) -> None:
     """Write `CHECKSUMS`. Every process of a training calls it, when all files are written; each reads its share."""
+    import torch.distributed as dist
+
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank, size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
     files = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())

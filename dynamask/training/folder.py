@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynamask.data import Corpus
 from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
 from dynamask.training.checkpointing import checkpoints
 from dynamask.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from dynamask.data import Corpus
     from dynamask.models import DynamaskForCausalLM
 
 SETTINGS = "train.yaml"
@@ -21,6 +21,20 @@ def model_folder(name: str | Path) -> Path:
     """Return where the model of a run's folder lies: its `model` folder; anything else as it is."""
     folder = Path(name)
     return folder / "model" if (folder / "model" / "config.json").exists() else folder
+
+
+def check_run(model_dir: str | Path) -> None:
+    """Refuse what holds no model, as far as names tell: before the imports that opening it needs.
+
+    Raises:
+        UsageError: no such folder, a file, an unfinished run, or a folder without a configuration.
+    """
+    check_local_or_hub(model_dir, "folder")
+    folder = model_folder(model_dir)
+    if folder.is_file():
+        raise UsageError(f"cannot load a model from {model_dir}: it is a file; give the folder of a run or of a model")
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UsageError(f"cannot load a model from {model_dir}: {_what_is_missing(folder)}")
 
 
 def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
@@ -35,14 +49,10 @@ def open_run(model_dir: str | Path) -> tuple[DynamaskForCausalLM, Any]:
     Raises:
         UsageError: nothing there that can be loaded; the message tells an unfinished run and a missing tokenizer.
     """
+    check_run(model_dir)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    check_local_or_hub(model_dir, "folder")
     folder = model_folder(model_dir)
-    if folder.is_file():
-        raise UsageError(f"cannot load a model from {model_dir}: it is a file; give the folder of a run or of a model")
-    if folder.is_dir() and not (folder / "config.json").exists():
-        raise UsageError(f"cannot load a model from {model_dir}: {_what_is_missing(folder)}")
     try:
         model = AutoModelForCausalLM.from_pretrained(str(folder))
     except Exception as error:  # a damaged file raises whatever its reader raises
@@ -78,6 +88,14 @@ def open_corpus(model_dir: str | Path) -> Corpus:
     Raises:
         UsageError: there is none, or it is damaged.
     """
+    place = corpus_folder(model_dir)
+    from dynamask.data import Corpus
+
+    return Corpus.open(place)
+
+
+def corpus_folder(model_dir: str | Path) -> Path:
+    """Return where the corpus of a run lies. Raises UsageError where there is none."""
     check_local_or_hub(model_dir, "folder")
     settings = run_settings(model_dir)
     if settings is None:
@@ -85,7 +103,7 @@ def open_corpus(model_dir: str | Path) -> Corpus:
     place = Path(settings.corpus or run_folder(model_dir) / "corpus")
     if not place.exists():
         raise UsageError(f"the corpus of {model_dir} is gone ({place}): give texts (--data)")
-    return Corpus.open(place)
+    return place
 
 
 def run_settings(model_dir: str | Path) -> TrainConfig | None:

@@ -443,22 +443,24 @@ def report_masks(
 
     - `dynamask report masks runs/tiny --over-training` — of a run trained with save_every=100 keep=20, for one
     """
-    import torch
-
-    from dynamask.inspect import draw_live_keys
-    from dynamask.training import open_run
-    from dynamask_lab.masks.masks import mask_texts, measure_masks
-    from dynamask_lab.masks.masks_over_training import measure_masks_over_training
-    from dynamask_lab.report.masks import draw_masks
-    from dynamask_lab.report.masks_over_training import draw_lifetimes_over_training
-    from dynamask_lab.sweeps import provenance
+    from dynamask.training.folder import check_run, open_run
 
     if texts < 1:
         raise UsageError(f"--texts must be at least 1; got {texts}")
     check_output_folder(output)
     if line:
         check_output_folder(line.parent)
+    check_run(model)
     quiet_libraries()
+    import torch
+
+    from dynamask.inspect import draw_live_keys
+    from dynamask_lab.masks.masks import mask_texts, measure_masks
+    from dynamask_lab.masks.masks_over_training import measure_masks_over_training
+    from dynamask_lab.report.masks import draw_masks
+    from dynamask_lab.report.masks_over_training import draw_lifetimes_over_training
+    from dynamask_lab.sweeps import provenance
+
     loaded, tokenizer = open_run(model)
     loaded = loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     size = length or 8 * getattr(loaded.config, "window", 32)

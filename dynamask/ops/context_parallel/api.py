@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_window
 from dynamask.ops.autocast import autocast_dtype, narrowed
 from dynamask.ops.bias import finite_bias
-from dynamask.ops.checks import Window, check_window
+from dynamask.ops.checks import Window
 from dynamask.ops.context_parallel.exchange import Loan, borrow_keys, return_gradients
 from dynamask.ops.context_parallel.live_keys import text_order
 from dynamask.ops.context_parallel.shards import ContextShards, Mesh, context_shards

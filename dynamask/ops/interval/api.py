@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
+from dynamask.integers import check_window
 from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.bias import finite_bias
-from dynamask.ops.checks import Window, check_tensor, check_window
+from dynamask.ops.checks import Window, check_tensor
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.operators import interval_attention_op, triton_available
 from dynamask.ops.interval.reference import interval_attention_reference
