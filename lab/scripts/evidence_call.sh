@@ -14,10 +14,10 @@
 # Queues keep EVIDENCE_WORKERS processes on each card from WAIT seconds on, and read what EVIDENCE_TABLES holds.
 set -u
 # What decides first: recall, a lever for length at a time with its control, the leak, long reading, a cell again.
-JOBS=${EVIDENCE_JOBS:-mqar:patient:0:2@150 mqar:patient-dense@60 needle:levers+:0:9@260 ablation:leak-decide@150
-    reading:4M+:14:1@170~af6389f9 reading:4M+:21:3@200~af6389f9 needle:levers+:9:6@260
-    lab/results/scratch-tables.jsonl:cae43da43e956824@150~388a329a ablation:leak-rest@150 mqar:patient:2:3@150
-    needle:levers+:15:3@200 mqar:widths:0:12@110 needle:levers+:18:12@240 mqar:widths:12:6@110}
+JOBS=${EVIDENCE_JOBS:-mqar:patient:0:2@140 mqar:patient-dense@60 needle:levers+:0:9@230 ablation:leak-decide@120
+    reading:4M+:14:1@140~af6389f9 reading:4M+:21:3@190~af6389f9 mqar:patient:2:3@140 needle:levers+:9:6@230
+    ablation:leak-rest@120 lab/results/scratch-tables.jsonl:cae43da43e956824@120~388a329a needle:levers+:15:3@190
+    mqar:widths:0:12@100 needle:levers+:18:12@220 mqar:widths:12:6@100}
 local_corpus() { # the corpus `local` of size `4M-rates` and of the leak's first runs, of whoever makes it first
     (
         flock 9

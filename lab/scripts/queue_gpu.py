@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -132,18 +133,17 @@ class Claims:
             return True
         return False
 
-    def note(self, kind: str, seconds: float) -> None:
-        """Note how long a run of a kind took."""
+    def note(self, job: Job, kind: str, seconds: float) -> None:
+        """Note how long a run took."""
         with open(self.folder / "seconds.jsonl", "a") as file:
-            file.write(json.dumps([kind, seconds]) + "\n")
+            file.write(json.dumps([kind, seconds, seconds / job.seconds if job.seconds else 1.0]) + "\n")
 
     def expected(self, job: Job, kind: str) -> float:
-        """Seconds: of the last run of the kind that ended, or what the job says."""
+        """Seconds: of the last run of the kind that ended; else what the job says, as far as others kept to it."""
         with contextlib.suppress(FileNotFoundError):
             noted = [json.loads(line) for line in (self.folder / "seconds.jsonl").read_text().splitlines()]
-            for own, seconds in reversed(noted):
-                if own == kind:
-                    return float(seconds)
+            own = [seconds for name, seconds, _ in noted if name == kind]
+            return float(own[-1]) if own else job.seconds * statistics.median(factor for *_, factor in noted)
         return job.seconds
 
     def next(self, jobs: list[Job], left: float, kinds: dict[str, str]) -> Job | None:
@@ -205,7 +205,7 @@ def work(arguments: argparse.Namespace, ends: float) -> int:
                     return 3
                 continue
             seconds = time.time() - start
-            claims.note(kinds[job.key], seconds)
+            claims.note(job, kinds[job.key], seconds)
             if experiment.interruptible:
                 seconds = result.pop("seconds")
             record = (job.study, job.key, job.config, job.config["seed"], result, seconds)

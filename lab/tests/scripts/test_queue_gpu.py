@@ -46,6 +46,8 @@ def test_runs_are_taken_once_in_their_order_if_they_fit_and_their_corpus_is_ther
         ours.next(jobs_of(["ablation:leak-decide:1:1~ff"], []), 999.0, kinds_of(jobs_of(["ablation:leak"], []))) is None
     )
     assert ours.next(jobs, 45.0, kinds) == jobs[0]
-    ours.note(kinds[jobs[3].key], 300.0)
+    ours.note(jobs[3], kinds[jobs[3].key], 30.0)
+    assert ours.expected(jobs[0], kinds[jobs[0].key]) == 3 * jobs[0].seconds
+    ours.note(jobs[3], kinds[jobs[3].key], 300.0)
     assert others.next(jobs, 200.0, kinds) is None
     assert others.next(jobs, 256.0, kinds) == jobs[3]
