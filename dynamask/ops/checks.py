@@ -7,6 +7,7 @@ from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dynamask.errors import InvalidInputError
 from dynamask.ops.looks import looks_allowed
@@ -15,17 +16,36 @@ Window = SupportsIndex | Sequence[int] | Tensor
 """Keys each query keeps: an integer, or one per key/value head."""
 
 
-def check_tensor(name: str, value: object, shape: str) -> None:
-    """Raise `InvalidInputError` unless `value` is a tensor; `name` and `shape` describe it in the message."""
+def check_tensor(name: str, value: object, shape: str | tuple[int, ...]) -> None:
+    """Raise `InvalidInputError` unless `value` is a tensor; `name` and `shape` describe it in the message.
+
+    The shape is written out in the message alone: dynamic numbers become no text while a call is compiled.
+    """
     if not isinstance(value, Tensor):
         raise InvalidInputError(f"{name} must be a torch.Tensor of shape {shape}; got {type(value).__name__}")
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Return whether forward-mode differentiation (`torch.func.jvp`, `jacfwd`) runs through one of the tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise `InvalidInputError` under forward-mode differentiation: torch would take the derivative for zero."""
+    if has_tangent(*tensors):
+        raise InvalidInputError(
+            "this operator has derivatives in reverse mode alone: take torch.func.vjp, jacrev or backward(), or call "
+            "interval_attention with backend='reference', which is differentiable in forward mode"
+        )
 
 
 def check_segment_ids(segment_ids: Tensor | None, batch: int, length: int, device: torch.device) -> None:
     """Raise `InvalidInputError` unless segment_ids is None or (B, N) non-decreasing integers on `device`."""
     if segment_ids is None:
         return
-    check_tensor("segment_ids", segment_ids, str((batch, length)))
+    check_tensor("segment_ids", segment_ids, (batch, length))
     if segment_ids.shape != (batch, length) or segment_ids.is_floating_point():
         raise InvalidInputError(
             f"segment_ids must be integers of shape {(batch, length)}; "
@@ -49,7 +69,7 @@ def check_key_mask(key_mask: Tensor | None, batch: int, length: int, device: tor
     """Raise `InvalidInputError` unless key_mask is None or a (B, N) bool tensor on `device`."""
     if key_mask is None:
         return
-    check_tensor("key_mask", key_mask, str((batch, length)))
+    check_tensor("key_mask", key_mask, (batch, length))
     if key_mask.dtype != torch.bool or key_mask.shape != (batch, length):
         raise InvalidInputError(
             f"key_mask must be a bool tensor of shape {(batch, length)}, True for a real token; "

@@ -146,6 +146,35 @@ def test_compiles_without_graph_breaks() -> None:
     )
 
 
+@pytest.mark.slow
+def test_one_graph_serves_all_lengths() -> None:
+    compiled = torch.compile(lambda *tensors: dynamic_mask_attention(*tensors, 5), fullgraph=True, backend="eager")
+    for length in (20, 13, 9):
+        tensors = [t.detach().float() for t in inputs(length=length)]
+        torch.testing.assert_close(compiled(*tensors), dynamic_mask_attention(*tensors, 5))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
+def test_forward_mode_takes_the_reference_or_is_refused(which: int) -> None:
+    """torch drops the tangent of an operator without a formula for it, and its derivative would be zero."""
+    given = [t.detach() for t in inputs(length=12)]
+    tangent = torch.randn(given[which].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def along(step: float | torch.Tensor, **options: str) -> torch.Tensor:
+        moved = [*given[:which], given[which] + step * tangent, *given[which + 1 :]]
+        expiry = key_expiry(given[3], 5)
+        return interval_attention(*moved[:3], expiry, bias=moved[3], **options)
+
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    found = torch.func.jvp(along, (zero,), (one,))[1]
+    torch.testing.assert_close(found, (along(1e-5) - along(-1e-5)) / 2e-5, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InvalidInputError, match="reverse mode alone"):
+        torch.func.jvp(lambda step: along(step, backend="torch"), (zero,), (one,))
+    if which == 2:
+        jacobian = torch.func.jacfwd(lambda value: interval_attention(*given[:2], value, key_expiry(given[3], 5)).sum())
+        assert jacobian(given[2]).abs().sum() > 0
+
+
 def _change(index: int, tensor: torch.Tensor) -> list:
     query, key, value, scores = (t.detach() for t in inputs(length=8))
     arguments = [query, key, value, key_expiry(scores, 4), scores]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynamask.ops.checks import refuse_tangents
+
 SMALLEST_TILE = 16
 """Query heads that fill the kernels' tile: rows of the smallest product of tensor cores."""
 PADDED_ELEMENTS = 1 << 27
@@ -77,6 +79,7 @@ def selected_attention(
 
     Source: arXiv 2502.11089, equations 11 and 12; fla-core 0.6.0, `fla.ops.nsa.parallel`.
     """
+    refuse_tangents(query, key, value)
     return _selected_op(query, key, value, chosen.to(torch.int32), block_size, scale)[0]
 
 
