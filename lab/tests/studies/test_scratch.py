@@ -51,6 +51,17 @@ def test_names_and_order() -> None:
     assert len({run_key("scratch", config) for config in configs}) == len(configs)
 
 
+def test_the_largest_size_reads_twenty_tokens_a_parameter_in_three_forms() -> None:
+    configs = [LanguageConfig.of(config) for config in SCRATCH.configs("60M-tables")]
+    assert [scratch_name(config.plain()) for config in configs] == list(larger(4096, 7))[:3]
+    for config in configs:
+        assert config.width == 64 * config.heads
+        assert 59e6 < config.parameters < 61e6
+        assert config.total_steps * config.batch_tokens == pytest.approx(20 * config.parameters, rel=1e-4)
+        assert config.learning_rate == pytest.approx(0.5 * 1.1e-3)
+    assert share_of_pairs(configs[1].plain()) == pytest.approx(0.121, abs=0.001)
+
+
 def test_a_calibrated_run_goes_on_to_the_same_numbers_and_decides_its_control() -> None:
     (calibrated,) = (c for c in SCRATCH.configs("smoke") if c.get("calibrate_at"))
     calibrated |= {"groups": 2, "window": 16, "local": 8, "steps": 20}
