@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from packed_table import unpack
 
 from dynamask.data import Corpus, documents, prepare, train_tokenizer
 from dynamask.data.sources import Document
@@ -73,6 +72,8 @@ def documents_of(tables: Sequence[Path], processes: int = 1) -> Iterator[Documen
 
 def _table(table: Path) -> list[Document]:
     if table.suffix == ".ppmd":
+        from packed_table import unpack
+
         return [Document(**json.loads(line)) for line in unpack(table.read_bytes()).splitlines()]
     with lzma.open(table, "rt", encoding="utf-8") as lines:
         return [Document(**json.loads(line)) for line in lines]
