@@ -94,7 +94,9 @@ def attention_section(raw: Any, folder: Path) -> Sectioned:
         passes = [_dense(row, kind, raw["attention"]) for kind in ("forward", "backward")]
         if None not in passes and "backward_ms" in row:
             ratios[key] = sum(passes) / (row["forward_ms"] + row["backward_ms"])  # type: ignore[arg-type]
-    finding = _speed_finding("attention kernels, forward and backward, against the fastest dense pair", ratios, main)
+    where = _where(raw["environment"])
+    subject = "attention kernels, forward and backward, against the fastest dense pair"
+    finding = _speed_finding(subject, ratios, main, where)
     return Section("", exhibits, finding), rows, _environment(raw["environment"])
 
 
@@ -140,7 +142,8 @@ def model_section(raw: Any, folder: Path) -> Sectioned:
             key, ours = found["dma"]
             ratios[key], lengths[key] = min(dense) / ours, {"N": length, "w": rows[key].get("window")}
     preset = raw.get("settings", {}).get("preset", "a model")
-    finding = _speed_finding(f"training step of {preset}, against the fastest dense one", ratios, lengths)
+    subject = f"training step of {preset}, against the fastest dense one"
+    finding = _speed_finding(subject, ratios, lengths, _where(raw["environment"]))
     notes = "\n".join(f"- {note}" for note in raw.get("notes", ()))
     return Section(notes, exhibits, finding), rows, _environment(raw["environment"])
 
@@ -183,7 +186,15 @@ def _attention_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     return cells
 
 
-def _speed_finding(subject: str, ratios: Mapping[str, float], rows: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+def _where(environment: Mapping[str, Any]) -> str:
+    """The device and the commit of a benchmark."""
+    device, commit = str(environment.get("device", "")), str(environment.get("commit") or "")
+    return ", ".join(fact for fact in (device, f"commit {commit[:7]}" if commit else "") if fact)
+
+
+def _speed_finding(
+    subject: str, ratios: Mapping[str, float], rows: Mapping[str, Mapping[str, Any]], where: str
+) -> list[Finding]:
     """Against "up to 10 times": the greatest ratio counts, and the least is told."""
     if not ratios:
         return [Finding("speed", subject, "no dense kernel timed beside ours", NOT_TESTED, ())]
@@ -194,7 +205,7 @@ def _speed_finding(subject: str, ratios: Mapping[str, float], rows: Mapping[str,
 
     measured = f"at most {told(best)}; at least {told(worst)}"
     verdict = REPRODUCED if ratios[best] >= 10 else REFUTED
-    difference = f"{ratios[worst]:.1f} to {ratios[best]:.1f} times"
+    difference = f"{ratios[worst]:.1f} to {ratios[best]:.1f} times" + (f", {where}" if where else "")
     return [Finding("speed", subject, measured, verdict, list(ratios), interest="10 times", difference=difference)]
 
 

@@ -72,9 +72,10 @@ def cost(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
     first, last = min(gains), max(gains)
     text = (
         f"With a window of {_WINDOW:,} keys, one attention with its mask, forward and backward, is {gains[first]:.2f} "
-        f"times as fast as the fastest dense kernels at {first:,} tokens and {gains[last]:.0f} times at {last:,}. "
-        "Whole training steps gain less, because the rest of the model costs the same; decoding time and cache stop "
-        "growing with the context."
+        f"times as fast as the fastest dense kernels at {first:,} tokens and {gains[last]:.0f} times at {last:,} "
+        f"({latest[last].device}). Whole training steps gain less, because the rest of the model costs the same; "
+        f"decoding time and cache stop growing with the context (a model of dynamask "
+        f"{model['environment'].get('dynamask', '')}, {model['environment']['device']})."
     )
     rows_by_key: dict[str, tuple[str, Any]] = {
         f"{timing.device.split()[1]}, {timing.length} tokens": (f"lab/results/{timing.file}", dict(timing.row))
