@@ -147,7 +147,7 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
             each
             for each in tested
             if each.part == first.part and _seeds(each) == _seeds(first) and _place(each) == _place(first)
-            if each.finding.verdict != first.finding.verdict
+            if each.finding.verdict != first.finding.verdict and _slice(each) == _slice(first)
         ]
     shares = {each.finding.setting.get("w/N") for each in tested}
     untested = [each for each in main if each not in tested and each.finding.setting.get("w/N") not in shares]
@@ -156,6 +156,11 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
 
 def _place(placed: Placed) -> tuple[str | None, str | None]:
     return placed.finding.setting.get("w/N"), placed.finding.setting.get("size")
+
+
+def _slice(placed: Placed) -> str:
+    """What part of the measurement a finding is about, behind form and size: "to 1024 tokens"."""
+    return placed.finding.subject.rpartition(", ")[2]
 
 
 def _seeds(placed: Placed) -> int:
@@ -174,7 +179,9 @@ def _cell(placed: Placed, *, named: bool = False) -> str:
     pairs = setting.get("pairs", "")
     shown = f"w/N {share}" if share and not widest else ""
     wide = f"widest layer {widest.rpartition(': ')[2].partition(' ')[0]}" if widest else ""
-    seen = f"{pairs} of dense pairs" if pairs and "%" in pairs and pairs != "100%" else ""
+    amount, _, length = pairs.partition(" at ")
+    seen = f"{amount} of dense pairs" if "%" in amount and amount != "100%" else ""
+    seen += f" at {length}" if seen and length else ""
     facts = [placed.finding.difference, shown, seen, wide, setting.get("size", "")]
     if _seeds(placed):
         facts.append(f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}")

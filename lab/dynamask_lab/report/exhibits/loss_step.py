@@ -152,7 +152,8 @@ def _draw_larger(runs: Sequence[Record], panels: Any) -> str:
         panels[2].plot(list(places), [positions[place] - loss for place, loss in places.items()], "o-", **style)
         most, last = max(gaps, key=lambda step: gaps[step]), max(gaps)
         if name.startswith("scored"):
-            told.append(f"scores on logits lead by {gaps[most]:.2f} after {most} steps and {gaps[last]:.3f} at the end")
+            end = f"{'lead' if gaps[last] > 0 else 'trail'} by {abs(gaps[last]):.3f} at the end"
+            told.append(f"scores on logits lead by {gaps[most]:.2f} after {most} steps and {end}")
     size = millions(runs)
     seeds = max(len(own) for own in forms.values())
     panels[0].set_title(f"{size:.1f}M parameters, 20 fresh tokens a parameter, {seeds} seeds", fontsize=9)
