@@ -68,7 +68,7 @@ def goals(found: Sequence[Placed]) -> list[Row]:
     for name in GOALS:
         own = [each for each in found if each.finding.claim == name]
         for role in ("best", "plain"):
-            whole = chosen(own, role)
+            whole = chosen(own, role, same_part=False)
             if whole:
                 cells = dict.fromkeys(_cell(each, named=True) for each in whole[:_GOAL_CELLS])
                 rows.append({"goal": CLAIMS[name].text, "verdict": "; ".join(cells)})
@@ -106,12 +106,12 @@ def details(found: Sequence[Placed]) -> list[Row]:
     return rows
 
 
-def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) -> list[Placed]:
+def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False, same_part: bool = True) -> list[Placed]:
     """The findings of one claim and role to show.
 
     Sections outside the appendix come first. Within them the one with the most seeds decides, of those the largest
     models, and its first finding is the claim as it was made. With `all_settings`, every finding of the sections
-    outside the appendix.
+    outside the appendix. Without `same_part`, other best forms also by what they find at other distances.
 
     Returns:
         The finding that decides, those of its sweep at other windows, or of other forms named as best that decide
@@ -147,7 +147,7 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False) ->
             each
             for each in tested
             if each.part == first.part and _seeds(each) == _seeds(first) and _place(each) == _place(first)
-            if each.finding.verdict != first.finding.verdict and _slice(each) == _slice(first)
+            if each.finding.verdict != first.finding.verdict and (_slice(each) == _slice(first) or not same_part)
         ]
     shares = {each.finding.setting.get("w/N") for each in tested}
     untested = [each for each in main if each not in tested and each.finding.setting.get("w/N") not in shares]
@@ -160,7 +160,8 @@ def _place(placed: Placed) -> tuple[str | None, str | None]:
 
 def _slice(placed: Placed) -> str:
     """What part of the measurement a finding is about, behind form and size: "to 1024 tokens"."""
-    return placed.finding.subject.rpartition(", ")[2]
+    last = placed.finding.subject.rpartition(", ")[2]
+    return last if last.startswith(("to ", "inside ", "beyond ")) else ""
 
 
 def _seeds(placed: Placed) -> int:
