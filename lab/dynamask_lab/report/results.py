@@ -45,7 +45,7 @@ _APPENDIX_NAMES = re.compile(
     r"^masks-over-training-tiny|^h100-more"
 )
 """Sections of small trials, earlier builds of a corpus, other settings and tiny models."""
-_PAIRED = ("ablation-leak", "recurrent-tiny")
+_PAIRED = ("ablation-leak", "needle-far", "recurrent-tiny")
 """Sweeps whose runs of one seed read one build of the corpus, and are compared with no others."""
 _MAIN_NAMES = ("mqar-quick",)
 """Of those the one sweep with three seeds."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dynamask.errors import InvalidInputError
+from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask.mixers import MIXERS
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
 from dynamask_lab.language import engine as language
@@ -20,6 +21,7 @@ from dynamask_lab.language.engine import STATE_FOLDER, run_language
 from dynamask_lab.report.pictures import LARGEST, pictures
 from dynamask_lab.studies import NEEDLE, Record, run_key, run_sweep
 from dynamask_lab.studies.judged import NEEDLE as FORMS
+from dynamask_lab.studies.needle import report
 from dynamask_lab.studies.needle.data import mixture_tokenizer, prepare_mixture
 from dynamask_lab.studies.needle.forced import _likeliest
 from dynamask_lab.studies.needle.levers import LEVERS, lever_mixers
@@ -272,3 +274,22 @@ def test_levers_come_one_at_a_time_on_three_seeds() -> None:
         assert [config["seed"] for config in configs if needle_name(config) == name] == [0, 1, 2]
     assert {needle_name(config) for config in NEEDLE.configs("levers-smoke")} == names
     assert {str(config) for config in configs} <= {str(config) for config in NEEDLE.configs("far")}
+
+
+def test_models_are_paired_on_one_mixture_before_others() -> None:
+    def run(model: str, seed: int, content: str, exact: float) -> Record:
+        scores = [{"task": "single_needle", "length": 512, "depth": 0.0, "model": model, "exact": exact}]
+        result = {"scores": scores, "corpus": "needle", "corpus_content": content}
+        return Record("needle", f"{model}{seed}{content}", {}, seed, result, 1.0, "gpu", {}, None)
+
+    cell = RetrievalScore("chosen", "single_needle", 512, 0.0, 0.0, 0.0, 1)
+    cells = [cell, dataclasses.replace(cell, model="plain"), dataclasses.replace(cell, model="longer")]
+    runs = [run("plain", seed, "old", 0.1) for seed in (0, 1, 2)] + [run("plain", seed, "new", 0.5) for seed in (0, 1)]
+    seeds = report._by_seed([*runs, *(run("chosen", seed, "new", 0.6 + 0.1 * seed) for seed in (0, 1, 2))])
+    ours, theirs, gain = report._over_seeds("chosen", "plain", cells, seeds)  # type: ignore[misc]
+    assert (ours, theirs, gain.mean) == (pytest.approx(0.65), pytest.approx(0.5), pytest.approx(0.15))
+    seeds = report._by_seed([*runs, *(run("longer", seed, "longer", 0.7) for seed in (0, 1, 2))])
+    _, theirs, gain = report._over_seeds("longer", "plain", cells, seeds)  # type: ignore[misc]
+    assert theirs == pytest.approx((0.3 + 0.3 + 0.1) / 3)
+    assert gain.low < gain.mean == pytest.approx(0.7 - 0.7 / 3)
+    assert report._over_seeds("chosen", "longer", cells, seeds) is None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE
 from dynamask_lab.report.conversion import PATTERN, form_name, of_main_model, read_conversion
 from dynamask_lab.report.exhibits.common import (
@@ -23,11 +24,11 @@ from dynamask_lab.report.exhibits.common import (
 )
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
-from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, MQAR, MQAR_PUBLISHED, NEEDLE
+from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, MQAR, MQAR_PUBLISHED, NEEDLE, NEEDLE_FAR
 from dynamask_lab.studies.locality.report import without_choice as scores_without_choice
 from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.studies.mqar.study import mixer_name
-from dynamask_lab.studies.needle.report import distance, without_choice
+from dynamask_lab.studies.needle.report import distance, window_of, without_choice
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_name
 from dynamask_lab.studies.scratch.study import scratch_name
 from dynamask_lab.sweeps.section import Exhibit
@@ -187,22 +188,24 @@ def _gains_of_conversion(results: Path, rows: _Rows) -> list[_Gain]:
 def _gains_in_retrieval(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:
     """Right answers gained by chosen keys."""
     gains = []
-    for name, learned, newest in (
-        ("needle-seeds", "dma, learned, head windows", "swa, sinks"),
-        ("needle-far", "dma, learned, slopes, windows 16/352", "swa, sinks, windows 16/352"),
-        ("needle-far", "dma, learned, windows 16/352", "swa, sinks, windows 16/352"),
+    slopes, _, level, *_, newest_far = (form.name for form in NEEDLE_FAR)
+    for name, learned, newest, form in (
+        ("needle-seeds", "dma, learned, head windows", "swa, sinks", "windows per head"),
+        ("needle-far", slopes, newest_far, "recall with slopes"),
+        ("needle-far", level, newest_far, "recall"),
     ):
-        seeds = _needle_seeds(sweeps.get(name, ()), learned, newest)
-        if seeds is not None:
-            gains.append(_Gain("needles", *seeds))
+        found = _needle_seeds(sweeps.get(name, ()), learned, newest)
+        gains += [_Gain("needles", f"{form}, {where}", gain) for where, gain in found]
+        if found:
             rows |= rows_of(sweeps, name)
     for name in ("needle-long", "needle-quick"):
         gains += [_Gain("needles", where, gain) for where, gain in _needles(sweeps.get(name, ()))]
     rows |= rows_of(sweeps, "needle-long", "needle-quick")
     start = f"{MQAR_PUBLISHED[-1].name}, from dense"
     for name, best, control, label in (
-        ("mqar-quick", MQAR[1].name, MQAR[2].name, "width 128, w/N 1/16"),
-        ("mqar-published", MQAR_PUBLISHED[3].name, start, "512 pairs, width 128, w/N 1/16"),
+        ("mqar-quick", MQAR[1].name, MQAR[2].name, "up to 256 pairs, 0.1's ranks, w/N 1/16"),
+        ("mqar-published", MQAR_PUBLISHED[2].name, start, "512 pairs, w/N 1/16, 8 epochs"),
+        ("mqar-patient", MQAR_PUBLISHED[2].name, start, "512 pairs, w/N 1/16, 16 epochs"),
     ):
         recall = _recall(sweeps.get(name, ()), best, control)
         if recall is not None:
@@ -254,20 +257,36 @@ def _fresh_gain(runs: Sequence[Record], learned: str, newest: str) -> Interval |
     return None if math.isnan(gain.low) else gain
 
 
-def _needle_seeds(runs: Sequence[Record], learned: str, newest: str) -> tuple[str, Interval] | None:
-    """Exact match gained by learned ranks over newest keys within the examples' length, seed by seed."""
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+def _needle_seeds(runs: Sequence[Record], learned: str, newest: str) -> list[tuple[str, Interval]]:
+    """Exact match gained by learned ranks over newest keys up to the trained length, seed by seed, inside the widest
+    window and beyond it. Needles next to the question are left out: any window has them."""
+    found: dict[str, dict[int, dict[bool, float]]] = defaultdict(lambda: defaultdict(dict))
+    edges = {window_of(run, newest) for run in runs if newest in run.result["loss"]}
+    contexts = {NeedleConfig.of(run.config).context for run in runs if newest in run.result["loss"]}
+    if not edges:
+        return []
+    edge, context = max(edges), max(contexts)
     for run in runs:
-        longest = NeedleConfig.of(run.config).context // 2
-        cells = [score["exact"] for score in run.result["scores"] if score["length"] <= longest]
-        found[needle_name(run.config)][run.seed] = float(np.mean(cells))
-    ours, theirs = found.get(learned, {}), found.get(newest, {})
-    gain = paired_difference({seed: -share for seed, share in ours.items()}, {s: -share for s, share in theirs.items()})
-    if math.isnan(gain.low):
-        return None
-    form = "" if "head windows" in learned else ", one wide layer" + (", slopes" if "slopes" in learned else "")
-    count = len(ours.keys() & theirs.keys())
-    return f"w/N 1/16{form}, within the examples' length, {count} seeds", gain
+        scores = [RetrievalScore(**score) for score in run.result["scores"]]
+        for inside in (True, False):
+            cells = [
+                score.exact
+                for score in scores
+                if score.length <= context and score.depth < 1 and (distance(score) <= edge) == inside
+            ]
+            if cells and NeedleConfig.of(run.config).context == context:
+                found[needle_name(run.config)][run.seed][inside] = float(np.mean(cells))
+    made = []
+    for inside in (True, False):
+        sides = [
+            {seed: -both[inside] for seed, both in found.get(name, {}).items() if inside in both}
+            for name in (learned, newest)
+        ]
+        gain = paired_difference(*sides)
+        if not math.isnan(gain.low):
+            count = len(sides[0].keys() & sides[1].keys())
+            made.append((f"{'inside' if inside else 'beyond'} the window, {count} seeds", gain))
+    return made
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
@@ -346,7 +365,7 @@ def _needles(runs: Sequence[Record]) -> list[tuple[str, Interval]]:
                 )
                 margin = 1.96 * variance**0.5 / len(both)
                 gain = means[0] - means[1]
-                where = f"trained at {context}, {'inside' if inside else 'beyond'} the window"
+                where = f"0.1's ranks, {context} tokens, {'inside' if inside else 'beyond'} the window, over answers"
                 made.append((where, Interval(gain, gain - margin, gain + margin)))
     return made
 

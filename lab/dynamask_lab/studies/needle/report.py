@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -157,29 +158,57 @@ def _far(scores: Sequence[RetrievalScore]) -> list[RetrievalScore]:
     return [score for score in scores if score.depth < 1]
 
 
-_Seeds = dict[str, dict[int, dict[tuple[str, int, float], float]]]
-"""Model -> training seed -> task, length and depth -> exact match."""
+_Seeds = dict[str, dict[int, dict[str, dict[tuple[str, int, float], float]]]]
+"""Model -> training seed -> digest of the mixture -> task, length and depth -> exact match."""
 
 
 def _by_seed(records: Sequence[Record]) -> _Seeds:
-    found: _Seeds = defaultdict(lambda: defaultdict(dict))
+    found: _Seeds = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for record in records:
         for score in record.result["scores"]:
             cell = (score["task"], score["length"], score["depth"])
-            found[score["model"]][record.seed][cell] = score["exact"]
+            found[score["model"]][record.seed][record.corpus[1]][cell] = score["exact"]
     return found
 
 
-def _over_seeds(ours: str, rival: str, cells: Sequence[RetrievalScore], seeds: _Seeds) -> Interval | None:
-    """The difference seed by seed over the cells that both were asked; None with fewer than two seeds in common."""
+_Pair = tuple[dict[tuple[str, int, float], float], dict[tuple[str, int, float], float]]
+
+
+def _pairs(ours: str, rival: str, seeds: _Seeds) -> dict[int, list[_Pair]]:
+    """Training seed -> runs of both models on one mixture; where no seed has such, on the same texts; else on any."""
     both = sorted(seeds[ours].keys() & seeds[rival].keys())
+    alike: tuple[Callable[[str], str], ...] = (str, same_mixture, lambda build: "")
+    for of in alike:
+        found = {
+            seed: [
+                (own, theirs)
+                for build, own in seeds[ours][seed].items()
+                for other, theirs in seeds[rival][seed].items()
+                if of(build) == of(other)
+            ]
+            for seed in both
+        }
+        if any(found.values()):
+            return {seed: pairs for seed, pairs in found.items() if pairs}
+    return {}
+
+
+def _over_seeds(
+    ours: str, rival: str, cells: Sequence[RetrievalScore], seeds: _Seeds
+) -> tuple[float, float, Interval] | None:
+    """Both models' exact match and their difference, seed by seed, over the cells that both were asked, of the seeds in
+    common; None without any, and no interval with one."""
     asked = {(score.task, score.length, score.depth) for score in cells if score.model == ours}
     asked &= {(score.task, score.length, score.depth) for score in cells if score.model == rival}
-    if len(both) < 2 or not asked:
+    means = [
+        [float(np.mean([side[cell] for side in own for cell in asked])) for own in zip(*pairs, strict=True)]
+        for pairs in _pairs(ours, rival, seeds).values()
+        if asked
+    ]
+    if not means:
         return None
-    return mean_interval(
-        [float(np.mean([seeds[ours][seed][cell] - seeds[rival][seed][cell] for cell in asked])) for seed in both]
-    )
+    first, second = (float(np.mean([each[place] for each in means])) for place in (0, 1))
+    return first, second, mean_interval([own - theirs for own, theirs in means])
 
 
 _LEVERS = ("longer examples", FROM_WIDE, *LEVERS)
@@ -199,7 +228,7 @@ def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: 
         setting = {
             "w/N": window_share(record.config),
             "size": f"{record.result['parameters'] / 1e6:.1f}M",
-            "seeds": str(len(seeds[model].keys() & seeds[base].keys())),
+            "seeds": str(len(_pairs(model, base, seeds)) or 1),
             "pairs": pairs_of([record]),
         }
         keys = [each.key for each in records if {model, base} & each.result["loss"].keys()]
@@ -265,9 +294,13 @@ def _finding(
     if pair is None:
         return None
     ours, theirs, noise, count = pair
-    gain = Interval(ours - theirs, ours - theirs - noise, ours - theirs + noise)
-    gain = _over_seeds(form.name, rival, cells, seeds) or gain
+    gain = Interval(ours - theirs, math.nan, math.nan)
+    ours, theirs, of_seeds = _over_seeds(form.name, rival, cells, seeds) or (ours, theirs, gain)
+    one_seed = math.isnan(of_seeds.low)
+    gain = Interval(ours - theirs, ours - theirs - noise, ours - theirs + noise) if one_seed else of_seeds
     measured = f"{ours:.1%} of the answers exact, {rival} {theirs:.1%}: {gain.shown(100, 1)} points, over {count} cells"
+    if one_seed:
+        measured += ", the interval over the answers of one training seed"
     verdict, difference = judge(gain, SHARE_INTEREST), f"{gain.shown(100, 1)} points"
     if max(ours, theirs) < _LEARNT:
         measured, verdict = f"{measured}: neither learnt to retrieve", NOT_TESTED
