@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Size `60M-tables` of study `scratch` on a machine of four GPUs that is lent for minutes:
+#
+#   scratch_60m.sh begin FOLDER NAME SECONDS OUT "NAMES"   # reads FOLDER; starts what waits for the parts NAMES
+#   scratch_60m.sh add FOLDER NAME                         # reads a further FOLDER of tables and archives
+#   scratch_60m.sh pilot FOLDER CARDS OUT                  # speeds on two cards, "0,1", on the small corpus of FOLDER
+#
+# The first folder holds the tokenizer, the wheel that reads packed tables, and `warm.jsonl.xz`, a small corpus on which
+# every form compiles and records while the large one is made of the parts and of the sources that the machine has
+# (`parallel_corpus.py`). Training starts when the corpus is whole: its order is one permutation of all blocks.
+# `dense` and `scored` share two cards each; then the newest keys take all four.
+set -u
+W=${SCRATCH_WORK:-/tmp/scratch60}
+export PYTHONPATH=$W:$W/lab:$W/wheels TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
+dense="=dense, half rate=" scored="=scored, half rate, one wide" newest="=sliding + sinks, half rate, one wide"
+
+part() { # NAME ARGUMENTS: in the background
+    name=$1
+    shift
+    CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 setsid nohup nice -n 5 python3 lab/scripts/parallel_corpus.py part \
+        chunks "$name" --tokenizer tokenizer --processes 24 "$@" >"$W/log-part-$name.txt" 2>&1 </dev/null &
+}
+
+set_up() { # FOLDER: tokenizer, wheel and a copy of the tree
+    mkdir -p "$W/wheels" && cp -r dynamask lab pyproject.toml "$W/"
+    cp -r "$1/tokenizer" "$W/"
+    for wheel in "$1"/*.whl; do python3 -m zipfile -e "$wheel" "$W/wheels"; done
+}
+
+read_folder() { # FOLDER NAME
+    mkdir -p "$W/in-$2" && cp "$1"/* "$W/in-$2/" 2>/dev/null
+    cd "$W" || exit 1
+    shopt -s nullglob
+    part "$2" --archives "$W/in-$2"/*.orig.tar.* --tables "$W/in-$2"/*.jsonl.xz "$W/in-$2"/*.jsonl.ppmd
+}
+
+warm_corpus() { # TABLE: of some million tokens, under the name of the large one
+    for step in "part chunks-warm w --processes 8 --tables $1" "join chunks-warm corpora-warm/tables-1200M w --held-out 0.05"; do
+        # shellcheck disable=SC2086
+        CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 python3 lab/scripts/parallel_corpus.py $step --tokenizer tokenizer
+    done
+}
+
+run() { # CARDS SECONDS NAME FORM CORPORA OUT [FURTHER ARGUMENTS]: one run that the cards share
+    cards=$1 seconds=$2 name=$3 form=$4 corpora=$5 out=$6
+    shift 6
+    count=$(($(tr -cd , <<<"$cards" | wc -c) + 1))
+    CUDA_VISIBLE_DEVICES=$cards DYNAMASK_PROCESSES=$count python3 lab/scripts/scratch_gpu.py --corpora "$corpora" \
+        --size 60M-tables --only "$form" --state "state-$name" --out "$name.jsonl" --copy "$out/60M-tables-$name.jsonl" \
+        --workers 1 --seconds "$seconds" "$@" >>"$out/log-$name.txt" 2>&1
+}
+
+sweep() { # SECONDS OUT NAMES: what `begin` leaves running
+    end=$(($(date +%s) + $1)) out=$2 names=$3
+    left() { echo $((end - $(date +%s))); }
+    # shellcheck disable=SC2086
+    CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 python3 lab/scripts/parallel_corpus.py join chunks corpora/tables-1200M \
+        $names local --tokenizer tokenizer --most 1.1985e9 >"$out/log-corpus.txt" 2>&1 &
+    corpus=$!
+    warm_corpus in-*/warm.jsonl.xz >"$out/log-warm-corpus.txt" 2>&1
+    # The compiler's results are kept for the runs.
+    warm 0,1 dense "$dense" & warm 2,3 scored "$scored" & warm 0,1,2,3 newest "$newest" &
+    wait $corpus
+    echo "$(date +%X) the corpus is there, $(left) s left"
+    wait
+    run 0,1 "$(left)" dense "$dense" corpora "$out" & first=$!
+    run 2,3 "$(left)" scored "$scored" corpora "$out" & second=$!
+    wait $first $second
+    echo "$(date +%X) dense and scored have ended, $(left) s left"
+    run 0,1,2,3 "$(left)" newest "$newest" corpora "$out"
+    echo "$(date +%X) end"
+}
+
+warm() { # CARDS NAME FORM
+    run "$1" 140 "warm-$2" "$3" corpora-warm "$out" --steps 14
+}
+
+pilot() { # CARDS OUT
+    out=$2
+    warm_corpus in-pilot/warm.jsonl.xz >"$out/log-warm-corpus.txt" 2>&1
+    export DYNAMASK_CORPORA=$W/corpora-warm CUDA_VISIBLE_DEVICES=$1
+    measure() { # PROCESSES FORM [ARGUMENTS]
+        processes=$1 form=$2
+        shift 2
+        DYNAMASK_PROCESSES=$processes DYNAMASK_STATE=$W/state-$processes timeout 200 python3 lab/scripts/shared_pilot.py \
+            --form "$form" --turns turns --out "$out/pilot-60M.jsonl" "$@" >>"$out/log-pilot-60M-$processes.txt" 2>&1 &
+    }
+    measure 2 "$dense" --all 3
+    measure 2 "$scored" --all 3
+    measure 2 "$newest" --all 3
+    measure 1 "$dense" --steps 50
+    wait
+    echo "$(date +%X) end of the pilot" >>"$out/log-pilot-60M-2.txt"
+}
+
+case $1 in
+begin)
+    mkdir -p "$W" "$5"
+    set_up "$2"
+    read_folder "$2" "$3"
+    part local --installed
+    mkdir -p corpora
+    setsid nohup bash lab/scripts/scratch_60m.sh sweep "$4" "$5" "$6" >"$5/log-sweep.txt" 2>&1 </dev/null &
+    ;;
+add)
+    mkdir -p "$W"
+    read_folder "$2" "$3"
+    ;;
+pilot)
+    mkdir -p "$W/in-pilot" "$4"
+    set_up "$2"
+    cp "$2"/warm.jsonl.xz "$W/in-pilot/"
+    cd "$W" || exit 1
+    setsid nohup bash lab/scripts/scratch_60m.sh measure "$3" "$4" >"$4/log-pilot.txt" 2>&1 </dev/null &
+    ;;
+sweep)
+    cd "$W" || exit 1
+    sweep "$2" "$3" "$4"
+    ;;
+measure)
+    cd "$W" || exit 1
+    pilot "$2" "$3"
+    ;;
+esac
