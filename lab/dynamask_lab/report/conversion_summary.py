@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.report.conversion import read_conversion, sources
-from dynamask_lab.report.conversion_figures import GOAL_LENGTHS
+from dynamask_lab.report.conversion_figures import BLOCK, GOAL_LENGTHS
 from dynamask_lab.report.conversion_goals import SMOLLM2
 from dynamask_lab.report.page_tables import NOT_MEASURED, table_with_note
 from dynamask_lab.studies.conversion import close, final, settle
@@ -28,6 +28,10 @@ FORMS: dict[str, tuple[tuple[Spec, ...], ...]] = {
 """Row -> its runs, newest first, each by seed: a row is of the first run that measured the text loss."""
 
 
+FAR_IN = "text loss far in"
+"""Column: the loss behind most of the context, where the windows drop keys."""
+
+
 def conversion_summary(results: Path) -> str:
     """Draw a pretrained model, dense and with a bounded cache, beside the best rival at the same cache."""
     lines = [line for line in read_conversion(results) if line["model"] == SMOLLM2]
@@ -35,6 +39,7 @@ def conversion_summary(results: Path) -> str:
     base = study.losses(DENSE.name, "text")
     if not base:
         return NOT_MEASURED
+    far, dense_long = _far_in(study, DENSE.name), _scores(study, DENSE.name, (BLOCK,))
     dense_scores, dense_answers = _scores(study, DENSE.name), _answers(study, DENSE.name)
     rows: list[Row] = [
         {
@@ -42,7 +47,9 @@ def conversion_summary(results: Path) -> str:
             "keys per head": "all",
             "seeds": "",
             "text loss": _mean(base, "{:.3f}"),
+            FAR_IN: _mean(far, "{:.3f}"),
             "needles": _mean(dense_scores, "{:.0%}"),
+            "needles 8K": _mean(dense_long, "{:.0%}"),
             "benchmarks": _mean(dense_answers, "{:.1%}"),
         }
     ]
@@ -62,7 +69,11 @@ def conversion_summary(results: Path) -> str:
                 "keys per head": f"{forms[0].budget:,}" if forms[0].budget else "all",
                 "seeds": str(len(forms)),
                 "text loss": _above(_over_seeds([study.losses(name, "text") for name in names]), base, len(names)),
+                FAR_IN: _above(_over_seeds([_far_in(study, name) for name in names]), far, len(names)),
                 "needles": _share(_over_seeds([_scores(study, name) for name in names]), dense_scores, len(names)),
+                "needles 8K": _share(
+                    _over_seeds([_scores(study, name, (BLOCK,)) for name in names]), dense_long, len(names)
+                ),
                 "benchmarks": _above(
                     _over_seeds([_answers(study, name) for name in names]), dense_answers, len(names), 100, 1
                 ),
@@ -72,36 +83,41 @@ def conversion_summary(results: Path) -> str:
     if peer:
         used.add(peer)
         name, _, budget = peer.rpartition("-")
-        losses = _over_seeds([study.losses(peer, "text")])
-        behind = {} if losses[0] else {"text loss": _behind(study, peer)}
         rows.append(
             {
                 "form": f"kvpress {name}",
                 "keys per head": budget,
                 "seeds": "",
-                "text loss": _above(losses, base, 1),
+                "text loss": _above(_over_seeds([study.losses(peer, "text")]), base, 1),
+                FAR_IN: _above(_over_seeds([_far_in(study, peer)]), far, 1),
                 "needles": _share(_over_seeds([_scores(study, peer)]), dense_scores, 1),
+                "needles 8K": _share(_over_seeds([_scores(study, peer, (BLOCK,))]), dense_long, 1),
                 "benchmarks": _above(_over_seeds([_answers(study, peer)]), dense_answers, 1, 100, 1),
             }
-            | behind
         )
     context = next((line["settings"]["context"] for line in lines if line["measure"] == "continuation"), 0)
-    shown = [line for line in lines if line["form"] in used and line["measure"] in ("loss", "tasks", "benchmark")]
+    measures = ("loss", "continuation", "tasks", "benchmark")
+    shown = [line for line in lines if line["form"] in used and line["measure"] in measures]
     note = (
-        f"{SMOLLM2}. Dense: figures; others: text loss in nats above dense, needles (seven tasks after RULER, 1K to 4K "
-        f"tokens) as a share of dense, {len(BENCHMARKS)} benchmarks in points above dense; means over seeds, 95% "
+        f"{SMOLLM2}. Dense: figures; others: text loss in nats above dense, over all positions of {BLOCK:,} tokens and "
+        f"`far in`, behind the first {context:,}; needles (seven tasks after RULER, 1K to 4K tokens, and at the full "
+        f"8K) as a share of dense; {len(BENCHMARKS)} benchmarks in points above dense; means over seeds, 95% "
         "intervals over documents, examples and questions. In brackets the seeds where they are fewer. kvpress: the "
-        f"best press on needles; its loss is that behind a context of {context:,} tokens. Empty: not measured. "
-        f"{sources(shown)}."
+        f"best press on needles. Empty: not measured. {sources(shown)}."
     )
     return table_with_note(rows, note)
 
 
-def _scores(study: Study, form: str) -> Values:
-    """Needle scores of the goal's lengths among essays."""
+def _far_in(study: Study, form: str) -> Values:
+    """The text losses behind a long context, which most windows do not reach back over."""
+    return study.losses(form, "text", "continuation")
+
+
+def _scores(study: Study, form: str, lengths: Sequence[int] = GOAL_LENGTHS) -> Values:
+    """Needle scores of some lengths among essays."""
     return {
         key: value
-        for length in GOAL_LENGTHS
+        for length in lengths
         for key, value in study.scores(form, GROUPS["needles"], length=length).items()
         if key[2] == "essays"
     }
@@ -158,8 +174,3 @@ def _best_peer(study: Study, base: Values) -> str:
     }
     whole = {peer: values for peer, values in scored.items() if values and set(values) >= set(base)}
     return max(whole, key=lambda peer: float(np.mean(list(whole[peer].values()))), default="")
-
-
-def _behind(study: Study, peer: str) -> str:
-    values = study.losses(peer, "text", "continuation")
-    return _above((values, 1), study.losses(DENSE.name, "text", "continuation"), 1)

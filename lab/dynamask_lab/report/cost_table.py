@@ -145,7 +145,7 @@ def cost_table(results: Path) -> str:
             rows.append(row)
     stages = _stages(read_conversion(results))
     if stages:
-        title = f"conversion, {' + '.join(stages)}, s"
+        title = f"conversion beside another training, {' + '.join(stages)}, s"
         rows.append({"": title, MODELS["smollm2-135m"]: " + ".join(f"{each:,.0f}" for each in stages.values())})
     if not rows:
         return table_with_note([], "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,6 @@ QUALITY = (
 """Rows in order."""
 _SWEEPS = (
     ("scratch-rates", 256, 2),
-    ("scratch-added", 256, 3),
     ("scratch", 256, 4),
     ("scratch-tables-10M", 384, 1),
     ("scratch-tables-20M", 512, 0),
@@ -79,6 +78,7 @@ def quality_table(results: Path) -> str:
         if named:
             columns[_title(runs)] = named
             order[_title(runs)] = place
+    seeds = {title: _shared_seeds(named) for title, named in columns.items()}
     needles = read_results(results / f"{_NEEDLE}.jsonl")
     used: list[Record] = []
     rows: list[Row] = []
@@ -90,8 +90,9 @@ def quality_table(results: Path) -> str:
         for title, named in columns.items():
             runs = next((named[form] for form in measured.forms if form in named), [])
             base = next((named[form] for form in _BASE if form in named), [])
-            row[title] = _loss(runs)
-            above[order[title]] = _above(runs, base)
+            row[title] = _loss(runs, seeds[title])
+            difference = _above(runs, base)
+            above[order[title]] = f"{difference} ({title.partition(',')[0]})" if difference else ""
             own += runs
         found = [above[place] for place in sorted(above) if above[place]]
         row["above `default`"] = "" if measured.forms is _BASE or not found else found[0]
@@ -106,10 +107,11 @@ def quality_table(results: Path) -> str:
     lengths = " and ".join(f"{length:,}" for length in sorted({_length(run) for run in used}))
     size = f"{min(run.result['parameters'] for run in needles) / 1e6:.0f}M parameters, " if needles else ""
     note = (
-        f"Contexts of {lengths} tokens. Columns of size and tokens: mean test loss in nats, in brackets the seeds; "
-        "forms of a column read the same fresh tokens, those of two columns do not. Below 10M parameters the rate was "
-        "twice as high in the runs of more tokens, too high for dense attention. `above default`: seed by seed, with "
-        "95% interval, in the largest models that ran both, at one size in the first column of both. Needles "
+        f"Contexts of {lengths} tokens. Columns of size and tokens: mean test loss in nats, in brackets the seeds, "
+        "those that dense attention and `default` share; forms of a column read the same fresh tokens, columns do not "
+        "compare. The rate at 89M tokens is too high for dense "
+        "attention. `above default`: seed by seed over all seeds of both, with 95% interval, in brackets the size: the "
+        "largest that ran both. Needles "
         f"({size}trained at 1,024 tokens): found between the reach of the widest sparse layer and the trained length. "
         "`pairs`: query-key pairs as a share of dense attention's. Empty: not run. "
         f"{', '.join(dict.fromkeys(_device(run) for run in used))}; "
@@ -132,8 +134,16 @@ def _device(run: Record) -> str:
     return run.device.partition(" (")[0]
 
 
-def _loss(runs: Sequence[Record]) -> str:
-    return f"{np.mean([run.result['test'] for run in runs]):.3f} ({len(runs)})" if runs else ""
+def _shared_seeds(named: Mapping[str, Sequence[Record]]) -> set[int]:
+    """Seeds that dense attention and `default` both have: means over other seeds would not compare."""
+    found = [{run.seed for form in row.forms for run in named.get(form, ())} for row in QUALITY[:2]]
+    return found[0] & found[1]
+
+
+def _loss(runs: Sequence[Record], seeds: set[int]) -> str:
+    """Mean test loss over the shared seeds, where the form has some, and how many they are."""
+    shown = [run for run in runs if run.seed in seeds] or list(runs)
+    return f"{np.mean([run.result['test'] for run in shown]):.3f} ({len(shown)})" if shown else ""
 
 
 def _above(runs: Sequence[Record], base: Sequence[Record]) -> str:

@@ -166,6 +166,7 @@ def test_differences_are_of_the_largest_models_that_ran_both_forms() -> None:
             assert row["above `default`"] == ""
             continue
         own, other = row[shared[0]], base[shared[0]]
+        assert row["above `default`"].endswith(f"({shared[0].partition(',')[0]})")
         if own[-2] == other[-2]:  # as many seeds, so the mean of differences is the difference of means
             mean = float(own.split()[0]) - float(other.split()[0])
             assert float(row["above `default`"].split()[0]) == pytest.approx(mean, abs=1.5e-3)
@@ -264,15 +265,21 @@ def test_the_summary_averages_the_seeds_of_the_default_over_the_same_documents(t
         _line(seeds[1], "loss", {"corpus": "text"}, {"losses": [[2.3, 2.3], [3.3, 3.3]]}),
         _line(dense, "tasks", task, {"scores": [[1.0], [1.0]]}),
         _line(seeds[1], "tasks", task, {"scores": [[1.0], [0.0]]}),
+        _line(dense, "tasks", task | {"length": 8192}, {"scores": [[1.0], [0.0]]}),
+        _line(seeds[0], "tasks", task | {"length": 8192}, {"scores": [[0.0], [1.0]]}),
+        _line(dense, "continuation", {"corpus": "text", "context": 64}, {"losses": [2.0, 3.0]}),
+        _line(seeds[0], "continuation", {"corpus": "text", "context": 64}, {"losses": [2.3, 3.3]}),
     ]
     _write(tmp_path, [line | {"model": "smollm2-135m-instruct"} for line in lines])
     shown = TABLES["conversion"](tmp_path).split("\n")
     (row,) = [line for line in shown if line.startswith("| learned ranks, distilled")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:4] == ["512", "2", "+0.200 [+0.200, +0.200]"]
-    assert cells[4].startswith("0.50 [")
-    assert cells[4].endswith("(1)")
-    assert cells[5] == ""
+    assert cells[4] == "+0.300 [+0.300, +0.300] (1)"
+    assert cells[5].startswith("0.50 [")
+    assert cells[5].endswith("(1)")
+    assert cells[6].startswith("1.00 [")
+    assert cells[7] == ""
 
 
 def test_what_has_no_lines_is_not_measured(tmp_path: Path) -> None:
