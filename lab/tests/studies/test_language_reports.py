@@ -86,7 +86,7 @@ def test_lower_perplexity_must_hold_against_every_rival(tmp_path: Path) -> None:
     assert found["best"].setting["size"] == "4.4M"
     assert found["best"].setting["seeds"] == "2"
     assert "92% of dense pairs" in found["best"].setting["w/N"]
-    assert "mha +0.200 [+0.19" in found["best"].measured
+    assert "mha +0.200 [+0.200" in found["best"].measured
     assert found["plain"].verdict == REFUTED
     assert found["control"].verdict == NOT_TESTED  # level, but two seeds tell no difference below 0.05 nats
     (own,) = [finding for finding in section.findings if finding.setting["seeds"] == "0"]
@@ -95,6 +95,43 @@ def test_lower_perplexity_must_hold_against_every_rival(tmp_path: Path) -> None:
     assert (tmp_path / "scaling.svg").exists() or (tmp_path / "scaling.png").exists()
     gap = next(exhibit for exhibit in section.exhibits if exhibit.name == "gap")
     assert {row["mechanism"]: row["@200"] for row in gap.table}[BEST] == "+0.200"
+
+
+def test_losses_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Differences that vary from seed to seed leave a verdict open, though other forms' seeds hardly differ."""
+
+    def loss(name: str, width: int) -> float:
+        return 10 * width**-0.3 - (0.3 if "ranked by attention, windows 32/" in name else 0.0)
+
+    records = _bracketed(_sweep(loss))
+    for record in records:
+        if variant_name(record.config, any_depth=True) == BEST:
+            record.result["loss"] -= 0.1 * record.seed
+    (found,) = [f for f in _quietly(records, tmp_path) if f.role == "best"]
+    assert "mha +0.350 [-0.286, +0.986]" in found.measured
+    assert found.verdict == NOT_TESTED
+
+
+def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
+    records = _bracketed(_sweep(lambda name, width: 10 * width**-0.3 - (0.3 if "ranked by attention, windows 32/" in name else 0.0)))
+    records = [record for record in records if record.seed == 0 or record.config["width"] != 256]
+    (_, found) = [f for f in _quietly(records, tmp_path) if f.role == "best"]
+    assert (found.setting["size"], found.setting["seeds"]) == ("4.4M", "1")
+    assert found.difference == "+0.300 nats"
+    assert "[" not in found.measured
+    assert found.verdict == NOT_TESTED
+
+
+def test_rates_are_compared_by_the_seeds_that_all_of_them_ran(tmp_path: Path) -> None:
+    """A second seed that learns late is no ground for a rate that one seed tried."""
+    records = [r for r in _sweep(lambda *_: 3.0, sizes=(128,)) if variant_name(r.config) == "mha"]
+    twice = next(record.config["learning_rate"] for record in records if record.seed == 1)
+    for record in records:
+        record.result["loss"] += 5.0 * record.seed - 0.1 * (record.config["learning_rate"] == twice)
+    with pictures(drawn=False):
+        section = report_scaling(records, tmp_path)
+    shown = next(exhibit for exhibit in section.exhibits if exhibit.name == "loss").keys
+    assert {record.seed for record in records if record.key in shown} == {0, 1}
 
 
 def test_a_lead_over_a_rival_whose_rate_is_at_the_edge_decides_nothing(tmp_path: Path) -> None:

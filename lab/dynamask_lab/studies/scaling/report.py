@@ -19,7 +19,15 @@ from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
-from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, NOT_TESTED, REPRODUCED, all_of, judge, paired_difference
+from dynamask_lab.sweeps.verdicts import (
+    LOSS_INTEREST,
+    NOT_TESTED,
+    REPRODUCED,
+    Interval,
+    all_of,
+    judge,
+    paired_difference,
+)
 
 RIVALS = ("mha", "swa", "mla", "nsa")
 
@@ -43,9 +51,9 @@ class _Best:
         return {run.seed for run in self.runs}
 
     @property
-    def losses(self) -> list[float]:
-        """Of each run, infinite where it diverged."""
-        return [math.inf if run.result["loss"] is None else run.result["loss"] for run in self.runs]
+    def losses(self) -> dict[int, float]:
+        """By seed, infinite where the run diverged."""
+        return {run.seed: math.inf if run.result["loss"] is None else run.result["loss"] for run in self.runs}
 
     @property
     def at_the_edge(self) -> bool:
@@ -134,10 +142,19 @@ def _best(records: Sequence[Record]) -> dict[str, list[_Best]]:
     for name, sizes in sorted(groups.items()):
         found[name] = []
         for size, by_rate in sorted(sizes.items()):
-            means = {rate: _mean([run.result["loss"] for run in runs]) for rate, runs in by_rate.items()}
-            rate = min(means, key=lambda each: means[each])
+            rate = _best_rate(by_rate)
             found[name].append(_Best(size, frozenset(by_rate), by_rate[rate]))
     return found
+
+
+def _best_rate(by_rate: dict[float, list[Record]]) -> float:
+    """The rate of the least mean loss over the seeds that every rate ran; over all of them where there is none."""
+    common = set.intersection(*({run.seed for run in runs} for runs in by_rate.values()))
+    means = {
+        rate: _mean([run.result["loss"] for run in runs if not common or run.seed in common])
+        for rate, runs in by_rate.items()
+    }
+    return min(means, key=lambda rate: means[rate])
 
 
 def _mean(losses: Sequence[float | None]) -> float:
@@ -167,13 +184,13 @@ def _sees_all(found: _Best) -> bool:
     return all(share_of_pairs(run.config) >= 1 for run in found.runs)
 
 
-def _by_seed(found: _Best) -> dict[int, float]:
-    """Seed -> loss."""
-    return {run.seed: np.inf if run.result["loss"] is None else run.result["loss"] for run in found.runs}
+def _gap(ours: _Best, theirs: _Best) -> Interval:
+    """How far our losses lie below theirs, seed by seed: runs of one seed see the same tokens in the same order."""
+    return paired_difference(ours.losses, theirs.losses)
 
 
 def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding:
-    """The form against every rival of its size that had no fewer rates to choose from."""
+    """The form against every rival of its size that had no fewer rates to choose from, by the seeds they share."""
     told, verdicts, edges, difference = [], [], [], ""
     keys = [run.key for run in ours.runs]
     for rival in RIVALS:
@@ -182,7 +199,7 @@ def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding
         for theirs in best.get(rival, ()):
             if theirs.size != ours.size or tuned is None or len(tuned.rates) < len(own.rates):
                 continue
-            found = paired_difference(_by_seed(ours), _by_seed(theirs))
+            found = _gap(ours, theirs)
             verdict = judge(found, LOSS_INTEREST, seeds=len(ours.seeds & theirs.seeds))
             if tuned.at_the_edge:
                 edges.append(rival)
