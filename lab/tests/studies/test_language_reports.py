@@ -113,7 +113,10 @@ def test_losses_are_compared_seed_by_seed(tmp_path: Path) -> None:
 
 
 def test_one_seed_has_no_interval_and_no_verdict(tmp_path: Path) -> None:
-    records = _bracketed(_sweep(lambda name, width: 10 * width**-0.3 - (0.3 if "ranked by attention, windows 32/" in name else 0.0)))
+    def loss(name: str, width: int) -> float:
+        return 10 * width**-0.3 - (0.3 if "ranked by attention, windows 32/" in name else 0.0)
+
+    records = _bracketed(_sweep(loss))
     records = [record for record in records if record.seed == 0 or record.config["width"] != 256]
     (_, found) = [f for f in _quietly(records, tmp_path) if f.role == "best"]
     assert (found.setting["size"], found.setting["seeds"]) == ("4.4M", "1")
