@@ -18,7 +18,7 @@ carried=$W/$(basename "$2")
 export PYTHONPATH=$W:$W/lab:$W/site TRITON_CACHE_DIR=$W/triton HF_HUB_OFFLINE=1 OMP_NUM_THREADS=4 CUDA_VISIBLE_DEVICES=$gpu
 # shellcheck disable=SC2016
 setsid nohup timeout "$seconds" bash -c 'cp "$0"/*.json "$0"/*.jinja model/
-    for wheel in "$0"/*.whl; do (cd site && python3 -m zipfile -e "$wheel" .); done
+    for wheel in "$0"/*.whl; do [ ! -e "$wheel" ] || (cd site && python3 -m zipfile -e "$wheel" .); done
     tar -C data -xf "$0/data.tar.xz"
     cat smollm2.part* >model.gguf && python3 "$0/join.py" model.gguf model
     python3 -m dynamask_lab.studies.ceiling.study --model model --data data --out "$1/ceiling-again.jsonl" \

@@ -18,6 +18,7 @@ JOBS=${EVIDENCE_JOBS:-mqar:patient:0:2@140 mqar:patient-dense@60 needle:levers+:
     reading:4M+:14:1@140~af6389f9 reading:4M+:21:3@190~af6389f9 mqar:patient:2:3@140 needle:levers+:9:6@230
     ablation:leak-rest@120 lab/results/scratch-tables.jsonl:cae43da43e956824@120~388a329a needle:levers+:15:3@190
     mqar:widths:0:12@100 needle:levers+:18:12@220 mqar:widths:12:6@100}
+W=${EVIDENCE_WORK:-/tmp/evidence} O=${EVIDENCE_OUT:-${EVIDENCE_WORK:-/tmp/evidence}}
 local_corpus() { # the corpus `local` of size `4M-rates` and of the leak's first runs, of whoever makes it first
     (
         flock 9

@@ -141,7 +141,7 @@ def test_the_smoke_sweep_runs_every_variant(tmp_path: Path, monkeypatch: pytest.
     assert not list((tmp_path / "state").glob("*")), "models are deleted once both losses are known"
     section = report_ablation(report.records, tmp_path / "pictures")
     assert {exhibit.name for exhibit in section.exhibits} == {"variants", "leak", "windows"}
-    assert {finding.claim for finding in section.findings} == {"gradients", "leak"}
+    assert {finding.claim for finding in section.findings} == {"gradients", "leak", "leak-cost"}
 
 
 def _record(name: str, seed: int, loss: float | None) -> Record:
@@ -168,7 +168,7 @@ def test_the_gradient_must_help_beyond_the_spread_of_seeds(tmp_path: Path) -> No
     assert report_ablation([_record("dma-detached-scores", 0, 3.0)], tmp_path).findings == []
 
 
-def test_the_leak_is_judged_by_what_its_model_loses_under_exact_selection(tmp_path: Path) -> None:
+def test_the_leak_is_judged_against_a_model_trained_exactly_and_by_what_it_costs_its_own(tmp_path: Path) -> None:
     leaky, exact = (
         next(c for c in ABLATION.configs("leak") if c["attention"] == name and c["window"] == 128)
         for name in (LEAKY, "dma")
@@ -184,11 +184,11 @@ def test_the_leak_is_judged_by_what_its_model_loses_under_exact_selection(tmp_pa
                 )
         return made
 
-    (found,) = report_ablation(records(3.3, 3.31, 3.29), tmp_path).findings
-    assert (found.claim, found.verdict, found.setting["w/N"]) == ("leak", REPRODUCED, "1/16")
-    assert "-0.100 [-0.100, -0.100]" in found.measured
-    (alone,) = report_ablation(records(3.3), tmp_path).findings
-    assert alone.verdict == NOT_TESTED
+    gain, cost = report_ablation(records(3.3, 3.31, 3.29), tmp_path).findings
+    assert (gain.claim, gain.verdict, gain.setting["w/N"]) == ("leak", REFUTED, "1/16")
+    assert "-0.100 [-0.100, -0.100]; both read exactly -0.400" in gain.measured
+    assert (cost.claim, cost.verdict) == ("leak-cost", REPRODUCED)
+    assert {found.verdict for found in report_ablation(records(3.3), tmp_path).findings} == {NOT_TESTED}
 
 
 def test_windows_are_compared_over_the_seeds_that_all_of_them_ran(tmp_path: Path) -> None:
