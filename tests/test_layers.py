@@ -145,3 +145,9 @@ def test_inputs_are_checked() -> None:
         layer()(STATES, cache=dynamask.BoundedCache(windows=[8], local=2, sinks=1))
     with pytest.raises(InvalidInputError, match="layer_idx 0, 1, 2"):
         new_cache([layer(layer_idx=1)])
+
+
+@pytest.mark.parametrize("shape", [(0, 9, 32), (2, 0, 32)])
+def test_empty_tensors_give_an_empty_result(shape: tuple[int, ...]) -> None:
+    layer = dynamask.DynamicMaskAttention(32, window=8)
+    assert layer(torch.randn(shape)).shape == shape

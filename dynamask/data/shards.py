@@ -304,6 +304,6 @@ def _fingerprint(sources: list[str], tokenizer: str | None, vocab_size: int, val
     """List what the corpus depends on; files by name, size and time of change."""
     facts: list[Any] = ["dynamask-corpus-3", tokenizer, vocab_size, validation, errors]
     for source in sources:
-        files = source_files(source)
-        facts.append([source, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]])
+        stats = [(str(file), file.stat() if file.exists() else file.lstat()) for file in source_files(source)]
+        facts.append([source, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

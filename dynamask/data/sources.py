@@ -12,7 +12,9 @@ from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-TABLE_SUFFIXES = (".jsonl", ".parquet")
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".parquet")
+_OTHER_TABLES = (".json", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".arrow", ".feather", ".xlsx")
+"""Files whose bytes are no text to learn from. Suffixes are compared without case."""
 ERROR_POLICIES = ("fail", "skip")
 
 _Problem = Callable[[str], None]
@@ -30,9 +32,9 @@ def documents(sources: Iterable[str], *, errors: str = "fail", skipped: list[str
     """Read all documents of all sources, in a fixed order.
 
     Args:
-        sources: each a text file, a `.jsonl` or `.parquet` table with a `text` column, a folder of such files
-            (searched deeply, in alphabetical order), "stdlib" (the sources of Python's standard library, real
-            text that every machine has), or the name of a data set on the hub, `owner/name`.
+        sources: each a text file, a `.jsonl` (`.ndjson`) or `.parquet` table with a `text` column, a folder of such
+            files (searched deeply, in alphabetical order, hidden ones left out), "stdlib" (the sources of Python's
+            standard library, real text that every machine has), or the name of a data set on the hub, `owner/name`.
         errors: "fail" to stop at a file, line or row that cannot be read or decoded, "skip" to leave it out.
         skipped: where "skip" lists what it left out, and why.
 
@@ -89,17 +91,32 @@ def _expand(source: str) -> list[Path | str]:
         return sorted(p for p in root.rglob("*.py") if not left_out & set(p.relative_to(root).parts))
     path = Path(source).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES + TABLE_SUFFIXES and p.is_file())
+        known = TEXT_SUFFIXES + TABLE_SUFFIXES
+        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in known and _is_file(p) and not _hidden(p, path))
         if not found:
-            known = " ".join(TEXT_SUFFIXES + TABLE_SUFFIXES)
-            raise UsageError(f"the folder {source} holds no text: looked for {known} in it and below")
+            raise UsageError(f"the folder {source} holds no text: looked for {' '.join(known)} in it and below")
         return list(found)
     if path.exists():
+        if path.suffix.lower() in _OTHER_TABLES:
+            raise UsageError(
+                f"{source} would be read as raw text, {path.suffix} and all: make it a .jsonl or .parquet table with a "
+                "text column, or plain text"
+            )
         return [path]
-    if path.suffix in TEXT_SUFFIXES + TABLE_SUFFIXES or source.startswith((".", "/", "~")):
+    if path.suffix.lower() in TEXT_SUFFIXES + TABLE_SUFFIXES or source.startswith((".", "/", "~")):
         raise UsageError(f"no such file or folder: {source}")
     check_local_or_hub(source, "file or folder")
     return [source]
+
+
+def _is_file(path: Path) -> bool:
+    """Return whether a path is a file, or a link to one that is gone, which is an unreadable file."""
+    return path.is_file() or (path.is_symlink() and not path.exists())
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    """Return whether a file, or a folder on the way to it, has a name that begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _read(source: Path | str, problem: _Problem) -> Iterator[Document]:
@@ -107,9 +124,10 @@ def _read(source: Path | str, problem: _Problem) -> Iterator[Document]:
         yield from _read_hub(source, problem)
         return
     try:
-        if source.suffix == ".jsonl":
+        suffix = source.suffix.lower()
+        if suffix in (".jsonl", ".ndjson"):
             yield from _read_jsonl(source, problem)
-        elif source.suffix == ".parquet":
+        elif suffix == ".parquet":
             yield from _read_parquet(source, problem)
         else:
             text = _decode(source.read_bytes(), str(source), problem)
@@ -184,7 +202,7 @@ def _read_parquet(path: Path, problem: _Problem) -> Iterator[Document]:
                     except UnicodeDecodeError as error:
                         problem(f"{place} is not UTF-8 ({error})")
                         continue
-                    text = None if content is None else _checked(content, place, problem)
+                    text = _checked(content, place, problem)
                     if text is not None:
                         yield Document(f"{path}:{number}", text)
     except pyarrow.ArrowException as error:
@@ -210,6 +228,6 @@ def _read_hub(name: str, problem: _Problem) -> Iterator[Document]:
     if "text" not in rows.column_names:
         raise UsageError(f"the data set {name!r} has no column 'text'; it has {', '.join(rows.column_names)}")
     for number, row in enumerate(rows):
-        text = None if row["text"] is None else _checked(row["text"], f"{name}, row {number}", problem)
+        text = _checked(row["text"], f"{name}, row {number}", problem)
         if text is not None:
             yield Document(f"{name}:{number}", text)

@@ -257,11 +257,14 @@ class GroupedQueryMixer(Mixer):
 
     def project(self, hidden_states: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor, Tensor]:
         """Project to query (B, H, Nq, D), key and value (B, G, Nq, D), query and key rotated."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(shape)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(shape)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query = self.q_norm(self._heads(self.q_proj(hidden_states))).transpose(1, 2)
+        key = self.k_norm(self._heads(self.k_proj(hidden_states))).transpose(1, 2)
+        value = self._heads(self.v_proj(hidden_states)).transpose(1, 2)
         return self.rotated(query, sequence), self.rotated(key, sequence), value
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """View (B, Nq, heads · D) as (B, Nq, heads, D). An empty batch does not tell a -1 in a shape."""
+        return projected.view(*projected.shape[:-1], projected.shape[-1] // self.head_dim, self.head_dim)
 
     def merge_heads(self, output: Tensor) -> Tensor:
         """Project heads (B, H, Nq, D) to (B, Nq, hidden)."""

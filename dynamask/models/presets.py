@@ -51,13 +51,14 @@ _LISTS: dict[str, Any] = {
     "rope_parameters": dict,
     "mixer_options": dict,
 }
-_LISTS |= {"mla": dict, "nsa": dict}
+_LISTS |= {"mla": dict, "nsa": dict, "slopes": list}
 """Fields that take more than the kind of their default."""
 _WANTED: dict[Any, str] = {
     (int, float): "a number",
     (str, list): "a name or a list of names",
     (int, list): "an integer or a list",
     dict: "a mapping",
+    list: "a list with one entry for each layer",
 }
 
 

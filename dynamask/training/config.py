@@ -46,7 +46,7 @@ class TrainConfig:
         warmup: steps of linear warm-up, fewer than `steps`; None: a tenth of the steps, at most 50.
         weight_decay: of matrices; see `dynamask.training.parameter_groups`.
         beta1, beta2: AdamW's.
-        clip: largest norm of the gradient.
+        clip: largest norm of the gradient; 0: no limit.
         precision: "auto" (bfloat16 on a GPU that has it, else float32), "bf16", "fp32".
         gradient_checkpointing: recompute layers in the backward pass.
         compile: run the model through torch.compile.
@@ -112,7 +112,7 @@ class TrainConfig:
         for name in ("batch_size", "gradient_accumulation", "steps", "keep", "log_every", "context_parallel"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("warmup_steps", "save_every", "eval_every", "weight_decay", "spike"):
+        for name in ("warmup_steps", "save_every", "eval_every", "weight_decay", "spike", "clip"):
             if not getattr(self, name) >= 0:
                 raise UsageError(f"{name.removesuffix('_steps')} must be at least 0; got {getattr(self, name)}")
         if self.warmup_steps >= self.steps:
@@ -123,6 +123,11 @@ class TrainConfig:
         for name in ("learning_rate", "gate_rate", "rank_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise UsageError(f"{name} must be a positive number; got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed must be at least 0 and below 2**32; got {self.seed}")
         if not 0 < self.validation < 1:
             raise UsageError(f"validation is the share held out, above 0 and below 1; got {self.validation}")
         if self.init is not None and (self.model or self.recipe or self.preset != "tiny"):

@@ -93,6 +93,13 @@ def test_an_interrupted_preparation_says_how_to_go_on(
         (["steps=20", "warmup=50"], "warmup (50 steps) must be shorter"),
         (["window_schedule=[[0,4]]"], "window_schedule"),
         (["validation=0"], "validation is the share held out"),
+        (["clip=-1"], "clip must be at least 0"),
+        (["clip=.nan"], "clip must be at least 0"),
+        (["beta1=1"], "beta1 must be at least 0 and below 1"),
+        (["beta2=1.5"], "beta2 must be at least 0 and below 1"),
+        (["seed=-1"], "seed must be at least 0 and below 2**32"),
+        (["model.slopes=[[0.1]]"], "slopes must be None or a list with an entry for each of the 4 layers"),
+        (["model.slopes=0.1"], "the model field slopes must be a list"),
     ],
 )
 def test_mistakes_end_with_a_message_and_leave_nothing(

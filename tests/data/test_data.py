@@ -278,6 +278,36 @@ def test_a_bad_line_of_a_table_is_skipped_alone_and_counted(tmp_path) -> None:
             list(documents([str(tmp_path / "one.jsonl")]))
 
 
+def test_suffixes_count_without_case_and_other_tables_are_refused(tmp_path) -> None:
+    for name in ("A.JSONL", "b.ndjson"):
+        (tmp_path / name).write_text('{"text": "one"}\n')
+        assert [text for _, text in documents([str(tmp_path / name)])] == ["one"]
+    (tmp_path / "C.TXT").write_text("two")
+    hidden = tmp_path / ".ipynb_checkpoints"
+    hidden.mkdir()
+    (hidden / "d.txt").write_text("three")
+    (tmp_path / "._e.txt").write_text("four")
+    assert [text for _, text in documents([str(tmp_path)])] == ["one", "two", "one"]
+    for name in ("a.json", "c.csv", "t.txt.gz"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(UsageError, match="would be read as raw text"):
+            list(documents([str(tmp_path / name)]))
+
+
+def test_a_link_that_leads_nowhere_and_a_row_without_text_are_unreadable(tmp_path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "gone.txt")
+    parquet.write_table(pyarrow.table({"text": ["two", None]}), tmp_path / "c.parquet")
+    skipped: list[str] = []
+    assert [text for _, text in documents([str(tmp_path)], errors="skip", skipped=skipped)] == ["one", "two"]
+    assert len(skipped) == 2
+    assert "b.txt" in skipped[0]
+    assert "c.parquet, row 2" in skipped[1]
+    with pytest.raises(UsageError, match=r"b\.txt"):
+        list(documents([str(tmp_path)]))
+
+
 def test_marks_and_surrogates_do_not_cost_a_text(tmp_path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x\\ud800y"}\n{"text": "\\ud83d\\ude00"}')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfmarked")

@@ -185,7 +185,7 @@ def nsa_attention(
         ),
         strict=True,
     )
-    branches = [torch.cat(compressed, dim=3).reshape(batch, heads, num_queries, -1)]
+    branches = [torch.cat(compressed, dim=3).reshape(batch, heads, num_queries, value.shape[3])]
     choice = torch.cat(chosen, dim=2)
     if kernels and layout.plain and kernels_take(query, key, value, size):
         branches.append(selected_attention(query, key, value, choice, block_size=size, scale=scale))
