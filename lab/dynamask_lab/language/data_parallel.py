@@ -156,7 +156,7 @@ def leading(config: dict[str, Any], initial: Path | None = None) -> Iterator[Gro
         yield Group()
         return
     store = dist.TCPStore("127.0.0.1", 0, size, is_master=True, timeout=_PATIENCE, wait_for_workers=False)
-    task = {"config": config, "initial": None if initial is None else str(initial)}
+    task: dict[str, Any] = {"config": config, "initial": None if initial is None else str(initial)}
     task |= {"port": store.port, "size": size, "leader": os.getpid()}
     followers: list[subprocess.Popen[bytes]] = []
     try:
