@@ -6,15 +6,16 @@
 
 Archives are those of `apt-get source --download-only`. A table holds up to 64 million characters: the sources of an
 archive in the order of their suffix and path, without tests, tables of digits and texts that an earlier archive or a
-table in `--known` has. PPMd keeps a third less than the archives as they are, and a core unpacks a table in seconds;
-Python needs the package pyppmd for it. Every table has a note beside it, which the manifest collects. Near duplicates
-are left out where the corpus is made (`parallel_corpus.py`). The tables are under the licences of the packages: make
-them where they are used, and do not pass them on.
+table in `--known` has. They are packed by bzip2, which a core does several times as fast as xz of the same size. Every
+table has a note beside it, which the manifest collects. Near duplicates are left out where the corpus is made
+(`parallel_corpus.py`). The tables are under the licences of the packages: make them where they are used, and do not
+pass them on.
 """
 
 from __future__ import annotations
 
 import argparse
+import bz2
 import hashlib
 import json
 import re
@@ -26,7 +27,6 @@ from pathlib import Path
 
 from corpora import reads_like_language
 from local_corpus import LONGEST, SHORTEST, documents_of, looks_like_table
-from packed_table import pack
 from scratch_tables import _LEFT_OUT, TABLE
 
 from dynamask.data.sources import Document
@@ -99,8 +99,8 @@ def make(archive: Path, tables: Path, seen: Seen) -> int:
     def write() -> None:
         lines = (json.dumps({"name": each.name, "text": each.text}, ensure_ascii=False) + "\n" for each in held)
         content = "".join(lines).encode("utf-8", "replace")
-        file = tables / f"{package}-{number}.jsonl.ppmd"
-        file.write_bytes(pack(content))
+        file = tables / f"{package}-{number}.jsonl.bz2"
+        file.write_bytes(bz2.compress(content, 9))
         note = source | {"table": file.name, "documents": len(held), "characters": size}
         note |= {"bytes": file.stat().st_size, "sha256": _file_digest(file)}
         (tables / f"{package}-{number}.json").write_text(json.dumps(note) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ result line tells one build from another. Tables of further documents come first
 from __future__ import annotations
 
 import argparse
+import bz2
 import hashlib
 import itertools
 import json
@@ -71,11 +72,7 @@ def documents_of(tables: Sequence[Path], processes: int = 1) -> Iterator[Documen
 
 
 def _table(table: Path) -> list[Document]:
-    if table.suffix == ".ppmd":
-        from packed_table import unpack
-
-        return [Document(**json.loads(line)) for line in unpack(table.read_bytes()).splitlines()]
-    with lzma.open(table, "rt", encoding="utf-8") as lines:
+    with (bz2.open if table.suffix == ".bz2" else lzma.open)(table, "rt", encoding="utf-8", newline="\n") as lines:
         return [Document(**json.loads(line)) for line in lines]
 
 

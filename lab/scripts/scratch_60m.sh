@@ -5,13 +5,13 @@
 #   scratch_60m.sh add FOLDER NAME                         # reads a further FOLDER of tables and archives
 #   scratch_60m.sh pilot FOLDER CARDS OUT                  # speeds on two cards, "0,1", on the small corpus of FOLDER
 #
-# The first folder holds the tokenizer, the wheel that reads packed tables, and `warm.jsonl.xz`, a small corpus on which
-# every form compiles and records while the large one is made of the parts and of the sources that the machine has
-# (`parallel_corpus.py`). Training starts when the corpus is whole: its order is one permutation of all blocks.
-# `dense` and `scored` share two cards each; then the newest keys take all four.
+# The first folder holds the tokenizer and `warm.jsonl.xz`, a small corpus on which every form compiles and records while
+# the large one is made of the parts and of the sources that the machine has (`parallel_corpus.py`). Training starts when
+# the corpus is whole: its order is one permutation of all blocks. `dense` and `scored` share two cards each; then the
+# newest keys take all four.
 set -u
 W=${SCRATCH_WORK:-/tmp/scratch60}
-export PYTHONPATH=$W:$W/lab:$W/wheels TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
+export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
 dense="=dense, half rate=" scored="=scored, half rate, one wide" newest="=sliding + sinks, half rate, one wide"
 
@@ -22,17 +22,16 @@ part() { # NAME ARGUMENTS: in the background
         chunks "$name" --tokenizer tokenizer --processes 24 "$@" >"$W/log-part-$name.txt" 2>&1 </dev/null &
 }
 
-set_up() { # FOLDER: tokenizer, wheel and a copy of the tree
-    mkdir -p "$W/wheels" && cp -r dynamask lab pyproject.toml "$W/"
+set_up() { # FOLDER: tokenizer and a copy of the tree
+    mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/"
     cp -r "$1/tokenizer" "$W/"
-    for wheel in "$1"/*.whl; do python3 -m zipfile -e "$wheel" "$W/wheels"; done
 }
 
 read_folder() { # FOLDER NAME
     mkdir -p "$W/in-$2" && cp "$1"/* "$W/in-$2/" 2>/dev/null
     cd "$W" || exit 1
     shopt -s nullglob
-    part "$2" --archives "$W/in-$2"/*.orig.tar.* --tables "$W/in-$2"/*.jsonl.xz "$W/in-$2"/*.jsonl.ppmd
+    part "$2" --archives "$W/in-$2"/*.orig.tar.* --tables "$W/in-$2"/*.jsonl.xz "$W/in-$2"/*.jsonl.bz2
 }
 
 warm_corpus() { # TABLE: of some million tokens, under the name of the large one
@@ -80,7 +79,7 @@ pilot() { # CARDS OUT
     out=$2
     # How long a core takes for a packed table.
     CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 python3 lab/scripts/parallel_corpus.py part chunks-packed x --processes 8 \
-        --tokenizer tokenizer --tables in-pilot/*.ppmd >"$out/log-packed.txt" 2>&1 &
+        --tokenizer tokenizer --tables in-pilot/*.bz2 >"$out/log-packed.txt" 2>&1 &
     warm_corpus in-pilot/warm.jsonl.xz >"$out/log-warm-corpus.txt" 2>&1
     export DYNAMASK_CORPORA=$W/corpora-warm CUDA_VISIBLE_DEVICES=$1
     measure() { # PROCESSES FORM [ARGUMENTS]
@@ -113,7 +112,7 @@ add)
 pilot)
     mkdir -p "$W/in-pilot" "$4"
     set_up "$2"
-    cp "$2"/warm.jsonl.xz "$2"/*.ppmd "$W/in-pilot/"
+    cp "$2"/warm.jsonl.xz "$2"/*.bz2 "$W/in-pilot/"
     cd "$W" || exit 1
     setsid nohup bash lab/scripts/scratch_60m.sh measure "$3" "$4" >"$4/log-pilot.txt" 2>&1 </dev/null &
     ;;

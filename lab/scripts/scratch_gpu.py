@@ -120,7 +120,6 @@ def _run(
     experiment: Any, configs: Sequence[dict[str, Any]], arguments: argparse.Namespace, deadline: float, compiled: bool
 ) -> list:
     """Run what is left of them in the order of their worth; returns the settings of those that failed."""
-    from dynamask_lab.language.data_parallel import processes
     from dynamask_lab.studies import SCRATCH, Observer, Record, run_sweep
     from dynamask_lab.studies.scratch.study import newest_in_head_windows
 
@@ -189,8 +188,7 @@ def _run(
     # Handed out by worth, not by length: the last ones may find no time.
     run = run_when_there if arguments.wait else experiment.run
     ordered = dataclasses.replace(experiment, run=run, cost=place, kind=lambda config: "run")
-    # A run that processes share starts them itself, on the visible cards: it is not given to a worker on one of them.
-    workers = 1 if processes() > 1 else max(2, arguments.workers)
+    workers = max(2, arguments.workers)
     try:
         report = run_sweep(
             ordered,

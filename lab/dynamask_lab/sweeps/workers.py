@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from dynamask.errors import InvalidInputError, UsageError
+from dynamask_lab.language.data_parallel import processes
 from dynamask_lab.sweeps import provenance
 from dynamask_lab.sweeps.registry import Config, Progress
 from dynamask_lab.sweeps.schedule import OutOfBudget, Run, Schedule
@@ -51,8 +52,13 @@ def visible_gpus() -> list[str]:
 
 
 def places(workers: int) -> list[str | None]:
-    """The GPU of each worker, as CUDA_VISIBLE_DEVICES names it: the visible ones in turn; None where there is none."""
-    gpus: list[str | None] = [*visible_gpus()] or [None]
+    """The GPU of each worker, as CUDA_VISIBLE_DEVICES names it: the visible ones in turn; None where there is none.
+
+    Where processes share a run (`language.data_parallel`), a worker has as many GPUs as they are.
+    """
+    visible, shared = visible_gpus(), processes()
+    groups = [visible[start : start + shared] for start in range(0, len(visible) - shared + 1, shared)]
+    gpus: list[str | None] = [",".join(group) for group in groups] or [None]
     return [gpus[place % len(gpus)] for place in range(workers)]
 
 

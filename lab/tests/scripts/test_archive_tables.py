@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import json
 import sys
 import tarfile
 from pathlib import Path
@@ -38,19 +37,15 @@ def _archive(file: Path, contents: dict[str, str]) -> Path:
     return file
 
 
-def test_tables_hold_sources_that_no_earlier_archive_has(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(script, "pack", lambda content: content)
+def test_tables_hold_sources_that_no_earlier_archive_has(script: ModuleType, tmp_path: Path) -> None:
     seen = script.Seen(tmp_path / "seen.bin")
     first = {"a/x.c": _source("x"), "a/y.py": _source("y"), "a/tests/z.c": _source("z"), "a/w.bin": _source("w")}
     second = {"b/x.c": _source("x"), "b/v.c": _source("v"), "b/digits.c": "1234567890 " * 100}
     assert script.make(_archive(tmp_path / "a_1.0.orig.tar.xz", first), tmp_path, seen) > 0
     assert script.make(_archive(tmp_path / "b_2.0-1.orig.tar.xz", second), tmp_path, seen) == len(_source("v"))
     assert script.Seen(tmp_path / "seen.bin").new(_source("v")) is False
-    lines = [json.loads(line) for line in (tmp_path / "a-0.jsonl.ppmd").read_text().splitlines()]
-    assert [line["name"] for line in lines] == ["a/x.c", "a/y.py"]
-    assert [line["text"] for line in lines] == [_source("x"), _source("y")]
+    held = list(script.documents_of([tmp_path / "a-0.jsonl.bz2"]))
+    assert [(each.name, each.text) for each in held] == [("a/x.c", _source("x")), ("a/y.py", _source("y"))]
     notes = script.notes(tmp_path)
     assert [(note["package"], note["version"], note["documents"]) for note in notes] == [
         ("a", "1.0", 2),
@@ -63,14 +58,3 @@ def test_tables_are_spread_over_folders_evenly(script: ModuleType) -> None:
     assert [sorted(each) for each in held] == [["a", "d"], ["b", "c"]]
     with pytest.raises(SystemExit, match="do not fit"):
         script.spread([("a", 5), ("b", 4)], 2, 4)
-
-
-def test_a_packed_table_comes_out_as_it_went_in(script: ModuleType) -> None:
-    pytest.importorskip("pyppmd")
-    table = sys.modules["packed_table"]
-    content = _source("x").encode() * 50
-    packed = table.pack(content)
-    assert len(packed) < len(content) / 20
-    assert table.unpack(packed) == content
-    with pytest.raises(ValueError, match="damaged"):
-        table.unpack(packed[:60] + bytes(20) + packed[80:])

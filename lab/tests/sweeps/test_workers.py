@@ -23,7 +23,7 @@ from dynamask_lab.studies import SCALING, Experiment, Observer, Record, read_res
 from dynamask_lab.sweeps.provenance import device_name
 from dynamask_lab.sweeps.results import ResultsFile
 from dynamask_lab.sweeps.schedule import OutOfBudget, Schedule
-from dynamask_lab.sweeps.workers import WorkerDied, run_in_workers, visible_gpus
+from dynamask_lab.sweeps.workers import WorkerDied, places, run_in_workers, visible_gpus
 
 
 def act(config: dict[str, Any], progress: Callable[[float, str], None]) -> dict[str, Any]:
@@ -205,3 +205,17 @@ def test_gpus_are_named_as_the_environment_names_them(monkeypatch: pytest.Monkey
     assert visible_gpus() == ["GPU-9a", "GPU-3c"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert visible_gpus() == []
+
+
+def test_a_worker_has_a_gpu_for_each_process_that_shares_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    assert places(3) == ["0", "1", "2"]
+    monkeypatch.setenv("DYNAMASK_PROCESSES", "2")
+    assert places(3) == ["0,1", "2,3", "0,1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,0,1,4")
+    assert places(2) == ["2,3", "0,1"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert places(2) == [None, None]
