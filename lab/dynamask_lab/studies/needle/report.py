@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from dynamask.evaluation.retrieval import RetrievalScore
-from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR, Judged, layer_windows, pairs_of, window_share
+from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR, Judged, found_windows, layer_windows, pairs_of, window_share
 from dynamask_lab.studies.needle.data import same_mixture
 from dynamask_lab.studies.needle.levers import LEVERS
 from dynamask_lab.studies.needle.study import FROM_WIDE, NeedleConfig, mean_scores, needle_summary
@@ -76,7 +76,7 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
         if form.name in losses:
             record = next(record for record in records if form.name in record.result["loss"])
             setting = {
-                "w/N": window_share(record.config),
+                "w/N": window_share(found_windows(record)),
                 "size": f"{record.result['parameters'] / 1e6:.1f}M" if "parameters" in record.result else "",
                 "seeds": str(len({each.seed for each in records if form.name in each.result["loss"]})),
                 "pairs": pairs_of([record]),
@@ -112,7 +112,8 @@ def _held_out_otherwise(record: Record) -> bool:
 _WINDOW_MEANS = (
     "Exact match up to the trained length, where the distance from needle to question is at most the keys of the "
     "model's widest layer, and where it is more; beside it dense attention (mha) on the same cells. Needles next to "
-    "the question are left out."
+    "the question are left out. The mean window stands for the widest where a run with windows per head did not write "
+    "them down."
 )
 
 
@@ -120,7 +121,7 @@ def window_of(record: Record, model: str) -> int:
     """Keys that the widest layer of a model of the run sees; the whole length for dense attention."""
     if _UPCYCLED in model:
         return int(record.config["upcycle_window"])
-    return max(layer_windows(record.config)) if not model.startswith("mha") else 1 << 30
+    return max(layer_windows(found_windows(record))) if not model.startswith("mha") else 1 << 30
 
 
 def distance(score: RetrievalScore) -> float:
@@ -226,7 +227,7 @@ def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: 
         edge = edges[base] if edges[base] < context else 0
         parts = _parts(scores, context, edge)
         setting = {
-            "w/N": window_share(record.config),
+            "w/N": window_share(found_windows(record)),
             "size": f"{record.result['parameters'] / 1e6:.1f}M",
             "seeds": str(len(_pairs(model, base, seeds)) or 1),
             "pairs": pairs_of([record]),

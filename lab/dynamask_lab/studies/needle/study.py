@@ -27,7 +27,7 @@ import json
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -232,7 +232,8 @@ def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
 
     Returns:
         "scores": `RetrievalScore` as dictionaries, the model named by `needle_name`; "loss": by model; "exact": mean
-        exact match by model, over all that was tested; "parameters"; "corpus" and its "corpus_content"; "seconds".
+        exact match by model, over all that was tested; "parameters"; "corpus" and its "corpus_content"; "seconds";
+        "head_windows" where they were calibrated.
 
     Raises:
         InvalidInputError, UsageError: see `NeedleConfig`, `prepare_mixture`.
@@ -277,6 +278,7 @@ def run_needle(config: Config, progress: Progress) -> dict[str, Any]:
         "corpus": corpus,
         "corpus_content": trained["corpus_content"],
         "seconds": seconds,
+        **_found_windows(trained),
     }
 
 
@@ -284,14 +286,15 @@ def _run_lever(config: Config, settings: NeedleConfig, corpus: str, progress: Pr
     """The same with a lever, see `lever_mixers`: "drope" is two trainings, the others are one."""
     language = settings.language(corpus)
     initial: Path | None = None
+    first_part: dict[str, Any] = {}
     seconds = 0.0
     if settings.lever == "drope":
         first = settings.steps - settings.steps // 5
-        trained, initial = kept_run(
+        first_part, initial = kept_run(
             dataclasses.replace(language, steps=first).plain(), lambda share, note: progress(0.6 * share, note)
         )
-        seconds += trained["seconds"]
-        windows = trained.get("head_windows")
+        seconds += first_part["seconds"]
+        windows = first_part.get("head_windows")
         language = dataclasses.replace(
             language,
             steps=settings.steps - first,
@@ -320,7 +323,13 @@ def _run_lever(config: Config, settings: NeedleConfig, corpus: str, progress: Pr
         "corpus": corpus,
         "corpus_content": trained["corpus_content"],
         "seconds": seconds,
+        **_found_windows(first_part or trained),
     }
+
+
+def _found_windows(trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The windows per head that a training found, where it calibrated them."""
+    return {"head_windows": trained["head_windows"]} if "head_windows" in trained else {}
 
 
 def _test(

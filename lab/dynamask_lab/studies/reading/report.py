@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dynamask_lab.studies.judged import pairs_of, window_share
+from dynamask_lab.studies.judged import found_windows, pairs_of, window_share
 from dynamask_lab.studies.reading.study import (
     CHOSEN,
     EQUAL,
@@ -69,7 +69,7 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                     f"test loss of tokens last used {part} tokens back ({tokens} a run), nats below {rival} {gap}"
                 )
                 setting = {
-                    "w/N": window_share(ours[0].config),
+                    "w/N": window_share(found_windows(ours[0])),
                     "size": "4.4M",
                     "seeds": str(min(len(ours), len(theirs))),
                     "pairs": pairs_of(ours),
