@@ -11,6 +11,9 @@ _NAMES = (
     (rf"\bsliding \+ sinks{_RATE}(?!, wide start)", r"sliding, even windows\1"),
     (rf"\blearned{_RATE}{_SLOPES}, one wide layer", r"recall\1\2"),
     (rf"\blearned{_RATE}{_SLOPES}, even\b", r"even\1\2"),
+    (r"\bdma, learned(, slopes)?, windows 16/352\b", r"recall\1"),
+    (r"\bswa, sinks, windows 16/352\b", "sliding"),
+    (r"\bswa, sinks\b(?!, windows)", "sliding, even windows"),
     (r"\bdma, paper\b", "paper"),
     (r"\bmha\b", "dense"),
 )
