@@ -99,3 +99,18 @@ class Conversion:
         if self.target.exists():
             raise UsageError(f"{self.target} exists already: choose another folder, or delete it")
         check_local_or_hub(self.source, "model")
+        check_no_run(self.source)
+
+
+def check_no_run(source: str) -> None:
+    """Refuse the folder of a run of `dynamask train`, whose model is native: there is nothing to convert.
+
+    Raises:
+        UsageError: such a folder.
+    """
+    folder = Path(source).expanduser()
+    if (folder / "train.yaml").exists() and not (folder / "config.json").exists():
+        raise UsageError(
+            f"{source} is a run of dynamask train, whose model is not converted: it has the attention that it was "
+            "trained with. Give a dense model of transformers, such as Llama, Mistral or Qwen"
+        )

@@ -31,6 +31,8 @@ def check_local_or_hub(name: str | Path, what: str) -> None:
     Raises:
         UsageError: no such path, and no hub name. The message lists what the parent folder holds.
     """
+    if not str(name).strip():
+        raise UsageError(f"there is no {what} of an empty name")
     path = Path(name).expanduser()
     if path.exists():
         return

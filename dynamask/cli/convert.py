@@ -24,12 +24,14 @@ def convert_doge(
     target: Annotated[Path, typer.Argument(help="Folder to write.")],
 ) -> None:
     """Convert a released Doge model, with the same logits, its attention on dynamask."""
+    from dynamask.convert_settings import check_no_run
     from dynamask.hub import check_local_or_hub
 
     check_output_folder(target)
     if target.exists():
         raise UsageError(f"{target} exists already: choose another folder, or delete it")
     check_local_or_hub(source, "model")
+    check_no_run(source)
     quiet_libraries()
     from dynamask import convert
 

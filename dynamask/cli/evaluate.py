@@ -230,7 +230,7 @@ def retrieval(
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; special tokens spelled out in it count as such.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(help="Temperature of the sampling; 0: greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens of this total probability.")] = 0.95,

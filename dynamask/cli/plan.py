@@ -48,6 +48,8 @@ def plan(
     recipes.get(recipe)
     settings = TrainConfig.load(None, [f"preset={preset}", *(overrides or [])])
     count = _tokens(tokens)
+    if not network > 0:
+        raise UsageError(f"--network must be above 0; got {network}")
     from dynamask.models import preset as shape_of
     from dynamask.training.plan import GPU_BYTES, launch_command
     from dynamask.training.plan import plan as plan_of
@@ -99,6 +101,8 @@ def _tokens(text: str) -> float:
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMBGT]?)", text.strip(), flags=re.IGNORECASE)
     try:
         assert match is not None
-        return float(match[1]) * _SIZES[match[2].upper()]
+        count = float(match[1]) * _SIZES[match[2].upper()]
+        assert count < float("inf")
+        return count
     except (AssertionError, ValueError) as error:
         raise UsageError(f"--tokens must be a number such as 40B or 1.5T; got {text!r}") from error

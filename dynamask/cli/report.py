@@ -83,7 +83,7 @@ def report_mask(
     try:
         content = text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {text} as UTF-8 text: {error}") from error
+        raise UsageError(f"cannot read {text} as UTF-8 text: {error}. Give the name of a text file") from error
     check_run(model)
     quiet_libraries()
     from dynamask.inspect import draw_live_keys

@@ -161,11 +161,18 @@ def plan(
         network: bytes per second of one GPU between nodes.
 
     Raises:
-        UsageError: numbers below 1, or a context that the model is not made for.
+        UsageError: numbers below 1, GPUs that are no whole number of nodes, or a context that the model is not made
+            for.
     """
     for name, value in (("gpus", gpus), ("tokens", tokens), ("batch", sequences), ("gpus per node", gpus_per_node)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1; got {value}")
+        if not 1 <= value < float("inf"):
+            raise UsageError(f"{name} must be at least 1, and finite; got {value}")
+    if gpus > gpus_per_node and gpus % gpus_per_node:
+        raise UsageError(
+            f"{gpus} GPUs are no whole number of nodes of {gpus_per_node}: give a multiple of gpus per node, or another"
+        )
+    if not 0 < network < float("inf"):
+        raise UsageError(f"network must be above 0 bytes per second, and finite; got {network:g}")
     if not 2 <= context <= config.max_position_embeddings:
         raise UsageError(
             f"context must be from 2 to the model's max_position_embeddings={config.max_position_embeddings}; got "

@@ -150,6 +150,9 @@ def _train(
     _check_same_run(config, output)
     if (finished := _finished(config, output)) is not None:
         tell(f"this run is finished: {output} holds the model of step {config.steps}; nothing was trained")
+        before = TrainConfig.load(output / SETTINGS).data
+        if before != config.data:
+            tell(f"it was trained on {before}, not on {config.data}: choose another output for a model of these texts")
         return finished
     _check_context_parallel(config, start)
     arguments = _arguments(config, _split(config, output))

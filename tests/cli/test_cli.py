@@ -50,6 +50,7 @@ def test_help_and_mistakes_need_no_torch(tmp_path: Path) -> None:
         "convert upcycle . sparse --allocation best",
         "convert upcycle . sparse --data nosuch",
         "convert doge nosuch doge",
+        "plan --network 0",
     )
     script = (
         "import sys\nfrom dynamask.cli.main import main\n"

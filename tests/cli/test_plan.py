@@ -21,7 +21,21 @@ def test_what_does_not_fit_is_said(dynamask: Command) -> None:
     assert "This does not fit" in done.stdout
 
 
-@pytest.mark.parametrize("tokens", ["40X", "1.2.3B"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gpus", "12"], "12 GPUs are no whole number of nodes of 8"),
+        (["--network", "0"], "--network must be above 0"),
+        (["--network", "nan"], "--network must be above 0"),
+    ],
+)
+def test_numbers_that_fit_no_cluster_are_refused(dynamask: Command, options: list[str], message: str) -> None:
+    done = dynamask("plan", "--preset", "tiny", *options)
+    assert done.returncode == 2
+    assert message in done.said
+
+
+@pytest.mark.parametrize("tokens", ["40X", "1.2.3B", "1e400"])
 def test_a_number_that_is_none_is_refused(dynamask: Command, tokens: str) -> None:
     done = dynamask("plan", "--tokens", tokens)
     assert done.returncode == 2
