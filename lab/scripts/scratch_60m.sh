@@ -8,12 +8,14 @@
 # The first folder holds the tokenizer and `warm.jsonl.xz`, a small corpus on which every form compiles and records while
 # the large one is made of the parts and of the sources that the machine has (`parallel_corpus.py`). Training starts when
 # the corpus is whole: its order is one permutation of all blocks. `dense` and `scored` share two cards each; then the
-# newest keys take all four.
+# newest keys take all four. Where cards cannot share a run, three forms of `45M-tables` train on a card each; that size is
+# also taken where the corpus holds too few tokens.
 set -u
 W=${SCRATCH_WORK:-/tmp/scratch60}
 export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
 dense="=dense, half rate=" scored="=scored, half rate, one wide" newest="=sliding + sinks, half rate, one wide"
+size=60M-tables
 
 part() { # NAME ARGUMENTS: in the background
     name=$1
@@ -44,10 +46,12 @@ warm_corpus() { # TABLE: of some million tokens, under the name of the large one
 run() { # CARDS SECONDS NAME FORM CORPORA OUT [FURTHER ARGUMENTS]: one run that the cards share
     cards=$1 seconds=$2 name=$3 form=$4 corpora=$5 out=$6
     shift 6
+    [ "$seconds" -gt 40 ] || return
     count=$(($(tr -cd , <<<"$cards" | wc -c) + 1))
-    CUDA_VISIBLE_DEVICES=$cards DYNAMASK_PROCESSES=$count python3 lab/scripts/scratch_gpu.py --corpora "$corpora" \
-        --size 60M-tables --only "$form" --state "state-$name" --out "$name.jsonl" --copy "$out/60M-tables-$name.jsonl" \
-        --workers 1 --seconds "$seconds" "$@" >>"$out/log-$name.txt" 2>&1
+    CUDA_VISIBLE_DEVICES=$cards DYNAMASK_PROCESSES=$count timeout -k 5 $((seconds + 30)) \
+        python3 lab/scripts/scratch_gpu.py --corpora "$corpora" --size "$size" --only "$form" --state "state-$name" \
+        --out "$name.jsonl" --copy "$out/$size-$name.jsonl" --workers 1 --seconds "$seconds" "$@" \
+        >>"$out/log-$name.txt" 2>&1
 }
 
 sweep() { # SECONDS OUT NAMES: what `begin` leaves running
@@ -59,20 +63,34 @@ sweep() { # SECONDS OUT NAMES: what `begin` leaves running
     corpus=$!
     warm_corpus in-*/warm.jsonl.xz >"$out/log-warm-corpus.txt" 2>&1
     # The compiler's results are kept for the runs.
-    warm 0,1 dense "$dense" & warm 2,3 scored "$scored" & warm 0,1,2,3 newest "$newest" &
+    warm 0,1 dense "$dense" &
+    warm 2,3 scored "$scored" &
+    warm 0,1,2,3 newest "$newest" &
     wait $corpus
     echo "$(date +%X) the corpus is there, $(left) s left"
     wait
-    run 0,1 "$(left)" dense "$dense" corpora "$out" & first=$!
-    run 2,3 "$(left)" scored "$scored" corpora "$out" & second=$!
-    wait $first $second
-    echo "$(date +%X) dense and scored have ended, $(left) s left"
-    run 0,1,2,3 "$(left)" newest "$newest" corpora "$out"
+    echo "$(date +%X) $(cat warm-*.jsonl | wc -l) of three forms have tried, $(left) s left"
+    tokens=$(python3 -c "import json; print(json.load(open('corpora/tables-1200M/index.json'))['splits']['train']['tokens'])")
+    [ "$tokens" -gt 1197342720 ] || size=45M-tables # no token is read twice
+    if [ -s warm-dense.jsonl ]; then
+        run 0,1 "$(left)" dense "$dense" corpora "$out" &
+        first=$!
+        run 2,3 "$(left)" scored "$scored" corpora "$out" &
+        wait $first $!
+        echo "$(date +%X) dense and scored have ended, $(left) s left"
+        run 0,1,2,3 "$(left)" newest "$newest" corpora "$out"
+    else
+        size=45M-tables
+        run 0 "$(left)" dense "$dense" corpora "$out" &
+        run 1 "$(left)" scored "$scored" corpora "$out" &
+        run 2 "$(left)" newest "$newest" corpora "$out" &
+        wait
+    fi
     echo "$(date +%X) end"
 }
 
 warm() { # CARDS NAME FORM
-    run "$1" 140 "warm-$2" "$3" corpora-warm "$out" --steps 14
+    run "$1" 120 "warm-$2" "$3" corpora-warm "$out" --steps 14
 }
 
 pilot() { # CARDS OUT

@@ -56,7 +56,8 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     name = "long" if "reading" in arguments.size else "tables" if "tables" in arguments.size[0] else "local"
-    name = {"20M-tables": "tables-400M", "60M-tables": "tables-1200M"}.get(arguments.size[0], name)
+    large = {"20M-tables": "tables-400M", "45M-tables": "tables-1200M", "60M-tables": "tables-1200M"}
+    name = large.get(arguments.size[0], name)
     if not arguments.wait and not (arguments.corpora / name / "index.json").exists():
         tokens = build(
             arguments.corpora,

@@ -57,6 +57,7 @@ _RIVALS = ("sliding + sinks", "newest, head windows", "paper")
 _NAMED = {
     "10M": ("sliding + sinks", "sliding + sinks, one wide layer"),
     "20M-wide": ("sliding + sinks, one wide layer",),
+    "45M": ("sliding + sinks, one wide layer",),
     "60M": ("sliding + sinks, one wide layer",),
 }
 """Shape -> the rivals of as many pairs that the study names before its runs, below all of which a form is to lie."""

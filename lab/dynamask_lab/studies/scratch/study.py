@@ -65,6 +65,7 @@ Size `60M-tables`, named before its runs, 20 fresh tokens a parameter, 65,536 to
 the same windows, all at half their rate. The judged form is `scored, one wide layer`, by the rule of `20M-tables`. One
 seed has no spread, so the interval is that of the size's difference with the standard deviation of the differences seed
 by seed at `20M-tables`, at its degrees of freedom: what would be a second seed's is not known, and rows say so.
+Where cards cannot share a run, `45M-tables` takes its place, by the same rule: a run of it fits on one card.
 
 Seeds 3 to 5 of `10M-tables`, named before their runs: `scored, one wide layer` and `sliding + sinks, one wide layer`,
 whose difference three seeds left undecided. All six seeds are judged together, once.
@@ -104,10 +105,20 @@ SHAPES: dict[str, Config] = {
     "20M": {"layers": 7, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1408, "batch_tokens": 131_072},
     "20M-wide": {"layers": 6, "width": 512, "heads": 8, "groups": 4, "feed_forward": 1664, "batch_tokens": 65_536},
     "21M": {"layers": 6, "width": 576, "heads": 9, "groups": 3, "feed_forward": 1536, "batch_tokens": 65_536},
+    "45M": {"layers": 6, "width": 768, "heads": 12, "groups": 6, "feed_forward": 2432, "batch_tokens": 65_536},
     "60M": {"layers": 6, "width": 896, "heads": 14, "groups": 7, "feed_forward": 2816, "batch_tokens": 65_536},
 }
 """Non-embedding parameters -> shape; heads of 64, at the smallest of 32."""
-_RATES = {"1M": 3e-3, "4M": 2.1e-3, "10M": 1.7e-3, "20M": 1.5e-3, "20M-wide": 1.5e-3, "21M": 1.4e-3, "60M": 1.1e-3}
+_RATES = {
+    "1M": 3e-3,
+    "4M": 2.1e-3,
+    "10M": 1.7e-3,
+    "20M": 1.5e-3,
+    "20M-wide": 1.5e-3,
+    "21M": 1.4e-3,
+    "45M": 1.2e-3,
+    "60M": 1.1e-3,
+}
 RATE_FACTORS = {
     **{"paper": 0.5, "mla": 2.0, "nsa": 2.0},
     "paper, dense rate": 1.0,
@@ -434,6 +445,13 @@ def _one_wide(length: int, groups: int) -> dict[str, Config]:
     return {name: form for name, form in made.items() if name.startswith(("scored", "sliding")) and "wide" in name}
 
 
+def _large(shape: str) -> list[Config]:
+    """The three forms that decide at once, one seed."""
+    groups = SHAPES[shape]["groups"]
+    made = dict([*larger(4096, groups).items()][:3])
+    return _judged(shape, made, 20.0, (0,), corpus="tables-1200M", batch_tokens=65_536)
+
+
 SIZES = {
     "smoke": _smoke,
     # Minutes of one large GPU each, on what `lab/scripts/local_corpus.py` finds on a machine without a registry.
@@ -450,15 +468,9 @@ SIZES = {
         *_judged("10M", _one_wide(4096, 3), 20.0, (3, 4, 5), corpus="tables"),
     ],
     "20M-tables": lambda: _judged("20M-wide", larger(4096, 4), 20.0, corpus="tables-400M"),
-    # Longer than one card's hour: DYNAMASK_PROCESSES shares a run between cards.
-    "60M-tables": lambda: _judged(
-        "60M",
-        dict(list(larger(4096, 7).items())[:3]),
-        20.0,
-        (0,),
-        corpus="tables-1200M",
-        batch_tokens=65_536,
-    ),
+    # A run of 60M is longer than one card's hour: DYNAMASK_PROCESSES shares it between cards.
+    "60M-tables": lambda: _large("60M"),
+    "45M-tables": lambda: _large("45M"),
     "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
     "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
     "windows": lambda: _runs(by_window(4096), "1M", 4096, (0, 1, 2)),
