@@ -423,7 +423,8 @@ def _index(
         f"decide nothing with fewer than {FEW_SEEDS} seeds. In brackets: the difference to dense attention with its "
         "95% interval, positive in the form's favour (a verdict may rest on further rivals), window over context "
         "(w/N) where all layers share it, the share of dense attention's query-key pairs, that of the widest layer "
-        f"where layers differ, size and seeds. [Every verdict]({VERDICTS_PAGE}.md) has all of them.",
+        f"where layers differ, task, size and seeds. Intervals cover training seeds, or where it says so the answers "
+        f"of one seed's model. [Every verdict]({VERDICTS_PAGE}.md) has all of them.",
         "",
         markdown_table(board(placed)),
         "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from dynamask_lab.sweeps.section import Finding, Row
 from dynamask_lab.sweeps.verdicts import NOT_TESTED
 
 ROLES = {"plain": "plain form", "best": "best form", "control": "control"}
-_SETTING = ("w/N", "size", "seeds", "pairs")
+_SETTING = ("w/N", "size", "seeds", "pairs", "task")
 _COLUMNS = ("claim", "form", "verdict", "measured [95% interval]", "of interest", *_SETTING, "from")
 
 
@@ -34,7 +35,8 @@ class Placed:
 def board(found: Sequence[Placed]) -> list[Row]:
     """One row per claim of the paper: the verdict on every role with interval, window over context, size and seeds.
 
-    A part of a claim is shown in the claim's row, where it decides otherwise than the whole.
+    A part of a claim is shown in the claim's row, where it decides otherwise than the whole. Where the plain form or
+    the control is decided on another task than the best form, its finding on that form's task stands beside it.
     """
     rows: list[Row] = []
     for name, claim in CLAIMS.items():
@@ -45,6 +47,7 @@ def board(found: Sequence[Placed]) -> list[Row]:
         parts = {part: each.short for part, each in CLAIMS.items() if each.part_of == name}
         for role, title in ROLES.items():
             whole = chosen(own, role)
+            whole += _on_task(own, role, whole, chosen(own, "best"))
             named = role == "best" and len(whole) > 1
             cells = [_cell(each, named=named) for each in whole]
             decided = {(*_place(each), each.finding.verdict) for each in whole}
@@ -60,6 +63,21 @@ def board(found: Sequence[Placed]) -> list[Row]:
             row["plain form"] = f"**{NOT_TESTED}**"
         rows.append(row)
     return rows
+
+
+def _on_task(found: Sequence[Placed], role: str, whole: Sequence[Placed], best: Sequence[Placed]) -> Sequence[Placed]:
+    """The finding of a role on the task of the best form, with the most seeds; none where `whole` is on that task."""
+    task = best[0].finding.setting.get("task", "") if best else ""
+    if not task or not whole or any(each.finding.setting.get("task") == task for each in whole):
+        return []
+    told = {each.finding.difference for each in whole}
+    alike = [
+        each
+        for each in found
+        if each.finding.role == role and each.finding.setting.get("task") == task and not each.appendix
+        if each.finding.difference not in told
+    ]
+    return sorted(alike, key=lambda each: (_seeds(each), _millions(each)), reverse=True)[:1]
 
 
 def goals(found: Sequence[Placed]) -> list[Row]:
@@ -110,8 +128,9 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False, sa
     """The findings of one claim and role to show.
 
     Sections outside the appendix come first. Within them the one with the most seeds decides, of those the largest
-    models, and its first finding is the claim as it was made. With `all_settings`, every finding of the sections
-    outside the appendix. Without `same_part`, other best forms also by what they find at other distances.
+    models, then the task of the longest texts, and its first finding is the claim as it was made. With `all_settings`,
+    every finding of the sections outside the appendix. Without `same_part`, other best forms also by what they find at
+    other distances.
 
     Returns:
         The finding that decides, those of its sweep at other windows, or of other forms named as best that decide
@@ -125,7 +144,7 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False, sa
     if not main or all_settings:
         return main
     tested = [each for each in main if _seeds(each) > 0 or "seeds" not in each.finding.setting]
-    first = max(tested, key=lambda each: (_seeds(each), _millions(each))) if tested else None
+    first = max(tested, key=lambda each: (_seeds(each), _millions(each), _tokens(each))) if tested else None
     others: list[Placed] = []
     if first is not None and role == "plain":  # what its sweep found at other windows counts as well
         seen = {first.finding.setting.get("w/N")}
@@ -154,8 +173,8 @@ def chosen(found: Sequence[Placed], role: str, *, all_settings: bool = False, sa
     return ([first] if first else []) + others + untested
 
 
-def _place(placed: Placed) -> tuple[str | None, str | None]:
-    return placed.finding.setting.get("w/N"), placed.finding.setting.get("size")
+def _place(placed: Placed) -> tuple[str, str | None]:
+    return placed.finding.setting.get("w/N", "").partition(" (")[0], placed.finding.setting.get("size")
 
 
 def _slice(placed: Placed) -> str:
@@ -166,6 +185,12 @@ def _slice(placed: Placed) -> str:
 
 def _seeds(placed: Placed) -> int:
     return int((placed.finding.setting.get("seeds") or "0").partition(" ")[0])  # "3 to 6" counts as 3
+
+
+def _tokens(placed: Placed) -> int:
+    """Of the longest texts of the task: "512 pairs in 8192 tokens"; 0 where the setting names no task."""
+    numbers = re.findall(r"(\d+) tokens", placed.finding.setting.get("task", ""))
+    return int(numbers[-1]) if numbers else 0
 
 
 def _millions(placed: Placed) -> float:
@@ -179,11 +204,12 @@ def _cell(placed: Placed, *, named: bool = False) -> str:
     share, _, widest = setting.get("w/N", "").partition(" (")
     pairs = setting.get("pairs", "")
     shown = f"w/N {share}" if share and not widest else ""
-    wide = f"widest layer {widest.rpartition(': ')[2].partition(' ')[0]}" if widest else ""
-    amount, _, length = pairs.partition(" at ")
+    which = "widest head" if widest.startswith("widest head") else "widest layer"
+    wide = f"{which} {widest.rpartition(': ')[2].partition(' ')[0]}" if widest else ""
+    amount, _, shorter = pairs.partition(" (")
     seen = f"{amount} of dense pairs" if "%" in amount and amount != "100%" else ""
-    seen += f" at {length}" if seen and length else ""
-    facts = [placed.finding.difference, shown, seen, wide, setting.get("size", "")]
+    seen += f", {shorter.removesuffix(')')}" if seen and shorter else ""
+    facts = [placed.finding.difference, setting.get("task", ""), shown, seen, wide, setting.get("size", "")]
     if _seeds(placed):
         facts.append(f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}")
     told = ", ".join(fact for fact in facts if fact)

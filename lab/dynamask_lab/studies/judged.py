@@ -109,7 +109,7 @@ def found_windows(record: Record) -> dict[str, Any]:
 
 
 def window_share(config: Mapping[str, Any]) -> str:
-    """Window over context of a run, with the widest layer's where layers differ: "1/8 (widest layer 0.71)"."""
+    """Window over context of a run, with the widest layer's or head's keys where they differ, and their pairs."""
     length = config.get("length") or config["context"]
     windows = layer_windows(config)
     mean = round(sum(windows) / len(windows))
@@ -118,7 +118,9 @@ def window_share(config: Mapping[str, Any]) -> str:
     stated = config.get("window") or mean
     widest = max(windows)
     dense = (widest * (widest + 1) / 2 + (length - widest) * widest) / (length * (length + 1) / 2)
-    return f"{share(stated, length)} (widest layer {widest} of {length} keys: {dense:.0%} of dense pairs)"
+    per_head = any(isinstance(window, list) and len(set(window)) > 1 for window in config.get("layer_windows") or [])
+    what = "head" if per_head else "layer"
+    return f"{share(stated, length)} (widest {what} {widest} of {length} keys: {dense:.0%} of dense pairs)"
 
 
 def pairs_of(records: list[Record]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dynamask_lab.report.claims import CLAIMS, GOALS
 from dynamask_lab.report.scoreboard import Placed, board, chosen, details
 from dynamask_lab.sweeps.section import Finding
@@ -68,3 +70,41 @@ def test_a_part_of_a_claim_is_told_where_it_decides_otherwise() -> None:
     (row,) = [row for row in board([*whole, *alone]) if row["claim"] == CLAIMS["perplexity"].text]
     assert row["plain form"].count("refuted") == 1
     assert "; MHA alone: **reproduced** (" in row["plain form"]
+
+
+def _on(placed: Placed, task: str, gain: str, *, part: str = "", subject: str = "") -> Placed:
+    """The finding on another task, with another difference."""
+    finding = placed.finding
+    changed = replace(
+        finding, setting=finding.setting | {"task": task}, difference=gain, subject=subject or finding.subject
+    )
+    return replace(placed, finding=changed, part=part or placed.part)
+
+
+def test_the_order_of_the_sweeps_decides_nothing() -> None:
+    short = _on(_placed(REFUTED, 3, role="best"), "256 pairs in 1024 tokens", "-0.1", part="short")
+    long = _on(_placed(NO_DIFFERENCE, 3, role="best"), "512 pairs in 8192 tokens", "-0.2", part="long")
+    assert chosen([short, long], "best") == chosen([long, short], "best") == [long]
+
+
+def test_best_forms_that_decide_otherwise_are_shown_whatever_their_widest_head() -> None:
+    task = "512 pairs in 8192 tokens"
+    first, other = (
+        _on(_placed(verdict, 3, f"1/16 (widest head {keys} of 8192 keys: 22% of dense pairs)", role="best"), task, gain)
+        for verdict, keys, gain in ((REFUTED, 1390, "-0.175"), (NOT_TESTED, 964, "-0.046"))
+    )
+    assert chosen([first, other], "best") == [first, other]
+    (row,) = [row for row in board([first, other]) if row["claim"] == CLAIMS["recall"].text]
+    assert row["best form"].count("widest head 22%") == 2
+
+
+def test_a_row_compares_forms_on_the_best_forms_task_as_well() -> None:
+    ours, theirs = "512 pairs in 8192 tokens", "256 pairs in 1024 tokens"
+    best = _on(_placed(REFUTED, 3, role="best"), ours, "-0.2")
+    many, one = _on(_placed(REFUTED, 3), theirs, "-0.3"), _on(_placed(NOT_TESTED, 1), ours, "-0.8")
+    hidden = _on(_placed(NOT_TESTED, 1, appendix=True), ours, "-0.7")
+    (row,) = [row for row in board([best, many, one, hidden]) if row["claim"] == CLAIMS["recall"].text]
+    first, second = row["plain form"].split("; ")
+    assert first.startswith(f"**refuted** (-0.3, {theirs}, ")
+    assert second.startswith(f"**not tested** (-0.8, {ours}, ")
+    assert "-0.7" not in row["plain form"]

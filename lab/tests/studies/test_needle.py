@@ -157,6 +157,9 @@ def test_verdicts_follow_the_scores(tmp_path: Path) -> None:
     assert found[f"{PLAIN}, to 440 tokens"].verdict == REFUTED
     assert found[f"{PLAIN}, beyond the trained length"].verdict == REPRODUCED
     assert "60.0% of the answers exact, mha 20.0%: +40.0 [+2" in found[f"{PLAIN}, beyond the trained length"].measured
+    one_seed = found[f"{PLAIN}, beyond the trained length"]
+    assert one_seed.difference.endswith("points over answers")
+    assert one_seed.setting["task"] == "440 tokens"
     close = verdicts(_named("mha", {512: 0.25}), _named(PLAIN, {512: 0.3}))
     assert close[f"{PLAIN}, beyond the trained length"].verdict == NOT_TESTED  # five points, twenty samples a cell
     level = verdicts(_named("mha", {256: 1.0}), _named(PLAIN, {256: 1.0}))

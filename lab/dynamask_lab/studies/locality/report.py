@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dynamask_lab.language.engine import LanguageConfig
-from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, Judged, pairs_of, window_share
+from dynamask_lab.studies.judged import LOCALITY, LOCALITY_EVEN, Judged, found_windows, pairs_of, window_share
 from dynamask_lab.studies.locality.study import GENTLE_MEANS, locality_summary, variant_name
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
@@ -101,7 +101,7 @@ def _setting(records: Sequence[Record]) -> Row:
     if not records:
         return {}
     return {
-        "w/N": window_share(records[0].config),
+        "w/N": window_share(found_windows(records[0])),
         "size": f"{LanguageConfig.of(records[0].config).parameters / 1e6:.1f}M",
         "seeds": str(len({record.seed for record in records})),
         "pairs": pairs_of(list(records)),

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamask_lab.studies.judged import MQAR, MQAR_PUBLISHED, Judged, share, share_of_pairs
+from dynamask_lab.studies.judged import MQAR, MQAR_PUBLISHED, Judged, found_windows, share_of_pairs, window_share
 from dynamask_lab.studies.mqar.study import BestRuns, MqarConfig, best_runs
 from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
@@ -129,13 +129,27 @@ def _comparable(ours: BestRuns, rival: BestRuns) -> bool:
 
 def _setting(ours: BestRuns) -> Row:
     config = ours.runs[0].config
-    longest, epochs = max(length for length, *_ in config["test"]), config["epochs"]
+    (longest, pairs), epochs = max((length, pairs) for length, pairs, _ in config["test"]), config["epochs"]
+    least = min(length for length, *_ in config["test"])
     return {
-        "w/N": share(ours.window, longest),
+        "w/N": _windows(ours, longest),
         "size": f"width {ours.width}" + ("" if epochs == _EPOCHS else f", {epochs} epochs"),
         "seeds": str(len(ours.runs)),
-        "pairs": f"{100 * share_of_pairs({**config, 'length': longest}):.0f}% at {longest} tokens",
+        "pairs": _pairs(ours, longest) + (f" ({_pairs(ours, least)} at {least} tokens)" if least < longest else ""),
+        "task": f"{pairs} pairs in {longest} tokens",
     }
+
+
+def _windows(ours: BestRuns, length: int) -> str:
+    """Window over context, with the widest head's pairs where windows are per head."""
+    return window_share({**found_windows(ours.runs[0]), "length": length})
+
+
+def _pairs(ours: BestRuns, length: int) -> str:
+    """The share of dense attention's pairs at one length, with the windows that each run's training found."""
+    shares = [share_of_pairs({**found_windows(run), "length": length}) for run in ours.runs]
+    low, high = (f"{100 * bound:.0f}%" for bound in (min(shares), max(shares)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _recall(form: Judged, ours: BestRuns, found: Sequence[BestRuns]) -> Finding:
@@ -179,7 +193,8 @@ def _goal(form: Judged, ours: BestRuns, found: Sequence[BestRuns]) -> Finding | 
     measured = f"accuracy {ours.accuracy:.3f}, above mha {gain}{ended}; {', '.join(by_length)}"
     keys = [run.key for best in (ours, dense) for run in best.runs]
     interest, verdict = f"{SHARE_INTEREST} accuracy", judge_no_worse(gain, SHARE_INTEREST)
-    return Finding("recall-goal", form.name, measured, verdict, keys, form.role, _setting(ours), interest)
+    difference = f"{gain} accuracy"
+    return Finding("recall-goal", form.name, measured, verdict, keys, form.role, _setting(ours), interest, difference)
 
 
 def _above(ours: BestRuns, rival: BestRuns) -> Interval:

@@ -82,6 +82,7 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
                 "pairs": pairs_of([record]),
             }
             context = NeedleConfig.of(record.config).context
+            setting["task"] = f"{context} tokens"
             seeds = _by_seed(records)
             findings += _against_dense(form, scores, keys, context, edges[form.name], setting, seeds)
             if form.role == "best":
@@ -227,6 +228,7 @@ def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: 
         edge = edges[base] if edges[base] < context else 0
         parts = _parts(scores, context, edge)
         setting = {
+            "task": f"{context} tokens",
             "w/N": window_share(found_windows(record)),
             "size": f"{record.result['parameters'] / 1e6:.1f}M",
             "seeds": str(len(_pairs(model, base, seeds)) or 1),
@@ -303,6 +305,7 @@ def _finding(
     if one_seed:
         measured += ", the interval over the answers of one training seed"
     verdict, difference = judge(gain, SHARE_INTEREST), f"{gain.shown(100, 1)} points"
+    difference += " over answers" if one_seed else ""
     if max(ours, theirs) < _LEARNT:
         measured, verdict = f"{measured}: neither learnt to retrieve", NOT_TESTED
     interest = f"{100 * SHARE_INTEREST:g} points"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.language.engine import LanguageConfig
-from dynamask_lab.studies.judged import SCALING, Judged, pairs_of, share_of_pairs, window_share
+from dynamask_lab.studies.judged import SCALING, Judged, found_windows, pairs_of, share_of_pairs, window_share
 from dynamask_lab.studies.locality.study import GENTLE_MEANS, variant_name
 from dynamask_lab.studies.scaling.study import scaling_summary
 from dynamask_lab.sweeps.provenance import shared
@@ -209,7 +209,7 @@ def _compare(form: Judged, ours: _Best, best: dict[str, list[_Best]]) -> Finding
             verdicts.append(verdict)
             keys += [run.key for run in theirs.runs]
     setting = {
-        "w/N": window_share(ours.runs[0].config),
+        "w/N": window_share(found_windows(ours.runs[0])),
         "size": f"{ours.size / 1e6:.1f}M",
         "seeds": str(len(ours.seeds)),
         "pairs": pairs_of(ours.runs),
