@@ -37,3 +37,24 @@ def test_a_loss_of_the_leak_repeats_on_the_same_corpus() -> None:
     (first,) = (line for line in lines["ablation-leak.jsonl"] if line["key"] == again["key"])
     assert first["result"]["corpus_content"] == again["result"]["corpus_content"]
     assert again["result"]["exact_loss"] == pytest.approx(first["result"]["exact_loss"], abs=LOSS_INTEREST)
+
+
+def test_losses_by_step_repeat_on_the_same_corpus() -> None:
+    first = {run["key"]: run for run in _lines("scratch-tables.jsonl")}
+    again = _lines("again/scratch.jsonl")
+    assert len(again) == 3
+    gaps = []
+    for run in again:
+        before = first[run["key"]]
+        assert run["commit"] != before["commit"]
+        assert run["config"] == before["config"]
+        assert run["result"]["corpus_content"] == before["result"]["corpus_content"]
+        assert run["result"]["test"] == pytest.approx(before["result"]["test"], abs=LOSS_INTEREST / 2)
+        looks = zip(run["result"]["curve"], before["result"]["curve"], strict=True)
+        gaps += [abs(new["loss"] - old["loss"]) for new, old in looks]
+    assert sum(gap > LOSS_INTEREST for gap in gaps) == 1
+    assert max(gaps) < 2 * LOSS_INTEREST
+
+
+def _lines(file: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / file).read_text().splitlines()]
