@@ -21,7 +21,7 @@ from dynamask_lab.report.quality_table import quality_table
 from dynamask_lab.report.speed_table import speed_table
 from dynamask_lab.sweeps.section import Row
 
-PAGES = ("README.md", "docs/performance.md", "docs/quality.md", "docs/converting.md", "docs/index.md")
+PAGES = ("README.md", "docs/performance.md", "docs/quality.md", "docs/converting-study.md", "docs/index.md")
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", flags=re.DOTALL)
 
 
