@@ -1,15 +1,15 @@
 """Make tables of documents of the sources in archives of source packages, compressed so that they travel well.
 
     python lab/scripts/archive_tables.py TABLES webkit2gtk_2.50.6.orig.tar.xz ... --known OTHER/*.jsonl.xz
-    python lab/scripts/archive_tables.py TABLES --manifest lab/data/corpus-1200M.json --tokenizer TOKENIZER
-    python lab/scripts/archive_tables.py TABLES --folders FOLDER-a FOLDER-b ... --most 37.5e6
+    python lab/scripts/archive_tables.py TABLES --spread FOLDER-a FOLDER-b ... --most 37.5e6
+    python lab/scripts/archive_tables.py TABLES ARCHIVES... --manifest corpus-1200M.json --folders FOLDER-a FOLDER-b ...
 
 Archives are those of `apt-get source --download-only`. A table holds up to 64 million characters: the sources of an
 archive in the order of their suffix and path, without tests, tables of digits and texts that an earlier archive or a
 table in `--known` has. They are packed by bzip2, which a core does several times as fast as xz of the same size. Every
-table has a note beside it, which the manifest collects. Near duplicates are left out where the corpus is made
-(`parallel_corpus.py`). The tables are under the licences of the packages: make them where they are used, and do not
-pass them on.
+table has a note beside it. The manifest says of every file in the folders that travel where it comes from. Near
+duplicates are left out where the corpus is made (`parallel_corpus.py`). The tables are under the licences of the
+packages: make them where they are used, and do not pass them on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -147,14 +146,31 @@ def spread(sizes: Sequence[tuple[str, int]], folders: int, most: float) -> list[
     return held
 
 
+def described(folders: Sequence[Path], tables: Path, archives: Sequence[Path]) -> list[dict]:
+    """Every file in folders with its size and digest, and what is known of it: the note of a table, or its archive."""
+    origin = {note["sha256"]: note for note in notes(tables)}
+    for archive in archives:
+        package, _, version = archive.name.partition("_")
+        source = {"package": package, "version": re.split(r"\.orig", version)[0], "archive": archive.name}
+        origin[_file_digest(archive)] = source
+    rows = []
+    for folder in folders:
+        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+            row = {"folder": folder.name.rpartition("-")[2], "file": file.name, "bytes": file.stat().st_size}
+            row["sha256"] = _file_digest(file)
+            rows.append({**row, **origin.get(row["sha256"], {})})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", type=Path, help="folder of the tables")
     parser.add_argument("archives", type=Path, nargs="*", help="of source packages")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="tables whose texts are left out")
-    parser.add_argument("--manifest", type=Path, help="collect the notes of the tables here")
-    parser.add_argument("--folders", type=Path, nargs="*", default=[], help="copy the tables into these")
-    parser.add_argument("--most", type=float, default=37.5e6, help="bytes of a folder")
+    parser.add_argument("--spread", type=Path, nargs="*", default=[], help="copy the tables into these folders")
+    parser.add_argument("--most", type=float, default=37.5e6, help="bytes of such a folder")
+    parser.add_argument("--manifest", type=Path, help="describe the files in `--folders` here")
+    parser.add_argument("--folders", type=Path, nargs="*", default=[], help="folders that travel")
     arguments = parser.parse_args()
     arguments.tables.mkdir(parents=True, exist_ok=True)
     seen = Seen(arguments.tables / "seen.bin")
@@ -163,24 +179,22 @@ def main() -> None:
             seen.new(document.text[:LONGEST])
     if arguments.known:
         seen.save()
-    for archive in arguments.archives:
+    for archive in [] if arguments.manifest else arguments.archives:
         package = archive.name.partition("_")[0]
         if not list(arguments.tables.glob(f"{package}-[0-9]*.json")):
             print(f"{archive.name}: {make(archive, arguments.tables, seen) / 1e6:.1f}M characters", flush=True)
-    if arguments.folders:
+    if arguments.spread:
         sizes = [(note["table"], note["bytes"]) for note in notes(arguments.tables)]
-        for folder, names in zip(arguments.folders, spread(sizes, len(arguments.folders), arguments.most), strict=True):
+        held = spread(sizes, len(arguments.spread), arguments.most)
+        for folder, names in zip(arguments.spread, held, strict=True):
             folder.mkdir(exist_ok=True)
             for name in names:
                 shutil.copy(arguments.tables / name, folder)
     if arguments.manifest:
-        rows = notes(arguments.tables)
-        total = {key: sum(row[key] for row in rows) for key in ("documents", "characters", "bytes")}
+        rows = described(arguments.folders, arguments.tables, arguments.archives)
         lines = ",\n  ".join(json.dumps(row) for row in rows)
-        arguments.manifest.write_text(
-            f'{{\n "total": {json.dumps(total)},\n "tables": [\n  {lines}\n ]\n}}\n', encoding="utf-8"
-        )
-        print(json.dumps(total), file=sys.stderr)
+        total = sum(row["bytes"] for row in rows)
+        arguments.manifest.write_text(f'{{"bytes": {total}, "files": [\n  {lines}\n]}}\n', encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,3 +58,19 @@ def test_tables_are_spread_over_folders_evenly(script: ModuleType) -> None:
     assert [sorted(each) for each in held] == [["a", "d"], ["b", "c"]]
     with pytest.raises(SystemExit, match="do not fit"):
         script.spread([("a", 5), ("b", 4)], 2, 4)
+
+
+def test_a_manifest_says_where_every_file_comes_from(script: ModuleType, tmp_path: Path) -> None:
+    archive = _archive(tmp_path / "a_1.0.orig.tar.xz", {"a/x.c": _source("x")})
+    script.make(archive, tmp_path, script.Seen(tmp_path / "seen.bin"))
+    folder = tmp_path / "corpus-q"
+    folder.mkdir()
+    (folder / "a.orig.tar.xz").write_bytes(archive.read_bytes())
+    (folder / "a-0.jsonl.bz2").write_bytes((tmp_path / "a-0.jsonl.bz2").read_bytes())
+    (folder / "w").write_text("w")
+    rows = script.described([folder], tmp_path, [archive])
+    assert [(row["folder"], row["file"], row.get("archive")) for row in rows] == [
+        ("q", "a-0.jsonl.bz2", "a_1.0.orig.tar.xz"),
+        ("q", "a.orig.tar.xz", "a_1.0.orig.tar.xz"),
+        ("q", "w", None),
+    ]
