@@ -53,8 +53,8 @@ QUALITY = (
 )
 """Rows in order."""
 _SWEEPS = (
-    ("scratch-rates", 256, 2),
-    ("scratch", 256, 4),
+    ("scratch-tables", 256, 2),
+    ("scratch", 256, 3),
     ("scratch-tables-10M", 384, 1),
     ("scratch-tables-20M", 512, 0),
 )

@@ -134,7 +134,7 @@ def test_cost_cells_are_raw_lines_and_their_ratio() -> None:
 
 def test_quality_rows_are_means_over_the_seeds_of_their_runs() -> None:
     """Recomputed from the fields alone: newest keys, one layer of six wide, at half the rate of the others."""
-    lines = [json.loads(line) for line in (RAW / "scratch-rates.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (RAW / "scratch-tables.jsonl").read_text().splitlines()]
 
     def losses(**fields: Any) -> dict[int, float]:
         return {
@@ -186,7 +186,7 @@ def test_what_the_table_shows_of_a_recipe_is_what_the_recipe_makes(name: str) ->
     measured = next(row for row in QUALITY if name in row.recipe.split(", "))
     runs = [
         run
-        for file in ("needle-far", "scratch-rates", "scratch-tables-10M")
+        for file in ("needle-far", "scratch-tables", "scratch-tables-10M", "scratch-tables-20M")
         for run in read_results(RAW / f"{file}.jsonl")
     ]
     shown = [run for run in runs if run.experiment == "needle" and measured.needle in run.result["loss"]]

@@ -155,6 +155,7 @@ _CAUSES = (
     ("learned ranks instead of random ones, half rate", _LEARNED_HALF, _RANDOM_HALF),
     ("learned ranks, one wide layer, half rate", _LEARNED_HALF, "dense, half rate"),
     ("the form with scores, half rate", _SCORED_HALF, "dense, half rate"),
+    ("windows and the choice, same slopes and scores, half rate", _SCORED_HALF, "dense, slopes and scores, half rate"),
     (
         "windows per head, set late, half rate",
         "learned, half rate, slopes, late head windows",
