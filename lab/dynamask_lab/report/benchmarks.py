@@ -14,6 +14,7 @@ from dynamask_lab.report.masks_over_training import masks_over_training_section
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.report.scale import PATTERN as SCALE
 from dynamask_lab.report.scale import scale_section
+from dynamask_lab.report.speed_table import every_timing
 from dynamask_lab.report.tasks import tasks_section
 from dynamask_lab.studies.ceiling.report import PATTERN as CEILING
 from dynamask_lab.studies.ceiling.report import ceiling_section
@@ -89,15 +90,42 @@ def attention_section(raw: Any, folder: Path) -> Sectioned:
         keys = [key for key in rows if key.startswith(f"{part}[")]
         if keys:
             exhibits.append(Exhibit(part, title, keys, table=[_plain_row(rows[key]) for key in keys]))
-    ratios = {}
-    for key, row in main.items():
-        passes = [_dense(row, kind, raw["attention"]) for kind in ("forward", "backward")]
-        if None not in passes and "backward_ms" in row:
-            ratios[key] = sum(passes) / (row["forward_ms"] + row["backward_ms"])  # type: ignore[arg-type]
-    where = _where(raw["environment"])
-    subject = "attention kernels, forward and backward, against the fastest dense pair"
-    finding = _speed_finding(subject, ratios, main, where)
-    return Section("", exhibits, finding), rows, _environment(raw["environment"])
+    return Section("", exhibits), rows, _environment(raw["environment"])
+
+
+def newest_speeds(results: Path) -> Sectioned | None:
+    """The newest timing of each shape beside dense attention, which the claim about speed and the README's table read.
+
+    Args:
+        results: folder of raw lines.
+
+    Returns:
+        One row per length and window, at the heads of the README's table; the raw rows' keys are "6144 tokens, window
+        2048". None where nothing was timed beside dense attention.
+    """
+    newest = {(timing.length, timing.window): timing for timing in every_timing(results)}
+    if not newest:
+        return None
+    table: list[Row] = []
+    ratios, shapes, devices, rows = {}, {}, {}, {}
+    for (length, window), timing in sorted(newest.items()):
+        key = f"{length} tokens, window {window}"
+        device = _gpu(timing.device)
+        ours, dense = timing.ours[1], timing.dense[1]
+        cells = {"GPU": device, "N": f"{length:,}", "window": f"{window:,}", "ours": f"{ours:.3g}"}
+        table.append(cells | {"dense": f"{dense:.3g}", "x": f"{dense / ours:.3g}", "file": timing.file})
+        ratios[key], shapes[key], devices[key] = dense / ours, {"N": length, "w": window}, device
+        rows[key] = {"file": timing.file, "device": timing.device, "commit": timing.commit, **timing.row}
+    text = (
+        "Milliseconds of one forward and backward pass, the mask included; `dense` is the fastest dense kernel of the "
+        "same run, `x` how many times as long it takes. The newest run of each shape counts."
+    )
+    exhibit = Exhibit("speeds", "Newest timing of each shape", list(rows), text, table)
+    subject = "attention with its mask, forward and backward, against the fastest dense kernels of the same run"
+    finding = _speed_finding(subject, ratios, shapes, devices)
+    files = sorted({(timing.file, timing.device, timing.commit or "?") for timing in newest.values()})
+    sources = "; ".join(f"{device}, commit {commit[:7]} (`{file}`)" for file, device, commit in files)
+    return Section("", [exhibit], finding), rows, sources
 
 
 def cpu_section(raw: Any, folder: Path) -> Sectioned:
@@ -143,7 +171,8 @@ def model_section(raw: Any, folder: Path) -> Sectioned:
             ratios[key], lengths[key] = min(dense) / ours, {"N": length, "w": rows[key].get("window")}
     preset = raw.get("settings", {}).get("preset", "a model")
     subject = f"training step of {preset}, against the fastest dense one"
-    finding = _speed_finding(subject, ratios, lengths, _where(raw["environment"]))
+    device = _gpu(raw["environment"].get("device", ""))
+    finding = _speed_finding(subject, ratios, lengths, dict.fromkeys(ratios, device))
     notes = "\n".join(f"- {note}" for note in raw.get("notes", ()))
     return Section(notes, exhibits, finding), rows, _environment(raw["environment"])
 
@@ -186,26 +215,29 @@ def _attention_row(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
     return cells
 
 
-def _where(environment: Mapping[str, Any]) -> str:
-    """The device and the commit of a benchmark."""
-    device, commit = str(environment.get("device", "")), str(environment.get("commit") or "")
-    return ", ".join(fact for fact in (device, f"commit {commit[:7]}" if commit else "") if fact)
+def _gpu(device: str) -> str:
+    """The model of a GPU: "H100" of "NVIDIA H100 80GB HBM3"."""
+    return device.removeprefix("NVIDIA ").partition(" ")[0] or "a device without a name"
 
 
 def _speed_finding(
-    subject: str, ratios: Mapping[str, float], rows: Mapping[str, Mapping[str, Any]], where: str
+    subject: str,
+    ratios: Mapping[str, float],
+    rows: Mapping[str, Mapping[str, Any]],
+    devices: Mapping[str, str],
 ) -> list[Finding]:
-    """Against "up to 10 times": the greatest ratio counts, and the least is told."""
+    """Against "up to 10 times": the greatest ratio counts, and the least is told, each with its GPU."""
     if not ratios:
         return [Finding("speed", subject, "no dense kernel timed beside ours", NOT_TESTED, ())]
     best, worst = max(ratios, key=lambda key: ratios[key]), min(ratios, key=lambda key: ratios[key])
 
     def told(key: str) -> str:
-        return f"{ratios[key]:.1f} times at N = {rows[key]['N']:,}, window {rows[key]['w']}"
+        return f"{ratios[key]:.2g} times at N = {rows[key]['N']:,}, window {rows[key]['w']} on {devices[key]}"
 
     measured = f"at most {told(best)}; at least {told(worst)}"
     verdict = REPRODUCED if ratios[best] >= 10 else REFUTED
-    difference = f"{ratios[worst]:.1f} to {ratios[best]:.1f} times" + (f", {where}" if where else "")
+    gpus = " and ".join(dict.fromkeys((devices[worst], devices[best])))
+    difference = f"{ratios[worst]:.2g} to {ratios[best]:.2g} times, {gpus}"
     return [Finding("speed", subject, measured, verdict, list(ratios), interest="10 times", difference=difference)]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import dynamask_lab.studies.reports  # noqa: F401 -- registers them
 from dynamask.errors import UsageError, did_you_mean
-from dynamask_lab.report.benchmarks import BENCHMARKS
+from dynamask_lab.report.benchmarks import BENCHMARKS, newest_speeds
 from dynamask_lab.report.claims import CLAIMS
 from dynamask_lab.report.conversion_bound import PATTERN as BOUND
 from dynamask_lab.report.exhibits import exhibits
@@ -299,6 +299,11 @@ def _benchmark_page(name: str, results: Path, output: Path) -> _Page:
                 raise UsageError(f"{file} is not what {benchmark.command!r} writes: {error!r}") from error
             located = {key: (_shown(file), row) for key, row in rows.items()}
             parts.append(_Part(part_name, f"`{_shown(file)}`", _shown_section(part_name, section), located, sources))
+    newest = newest_speeds(results) if name == "attention" and _files(name, results) else None
+    if newest is not None:
+        section, rows, sources = newest
+        located = {key: (_shown(results / row["file"]), row) for key, row in rows.items()}
+        parts.insert(0, _Part(f"{name}-newest", "The newest timings", section, located, sources))
     return _Page(name, benchmark.title, benchmark.text, parts, benchmark.command)
 
 
