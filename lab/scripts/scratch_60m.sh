@@ -95,9 +95,6 @@ warm() { # CARDS NAME FORM
 
 pilot() { # CARDS OUT
     out=$2
-    # How long a core takes for a packed table.
-    CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 python3 lab/scripts/parallel_corpus.py part chunks-packed x --processes 8 \
-        --tokenizer tokenizer --tables in-pilot/*.bz2 >"$out/log-packed.txt" 2>&1 &
     warm_corpus in-pilot/warm.jsonl.xz >"$out/log-warm-corpus.txt" 2>&1
     export DYNAMASK_CORPORA=$W/corpora-warm CUDA_VISIBLE_DEVICES=$1
     measure() { # PROCESSES FORM [ARGUMENTS]
@@ -130,7 +127,7 @@ add)
 pilot)
     mkdir -p "$W/in-pilot" "$4"
     set_up "$2"
-    cp "$2"/warm.jsonl.xz "$2"/*.bz2 "$W/in-pilot/"
+    cp "$2"/warm.jsonl.xz "$W/in-pilot/"
     cd "$W" || exit 1
     setsid nohup bash lab/scripts/scratch_60m.sh measure "$3" "$4" >"$4/log-pilot.txt" 2>&1 </dev/null &
     ;;
