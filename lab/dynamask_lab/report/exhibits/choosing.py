@@ -154,7 +154,7 @@ def _gains_from_scratch(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:
         pairs = _paired(locality, form, scores_without_choice(form))
         if pairs:
             gain = mean_interval([without - chosen for chosen, without in pairs])
-            gains.append(_Gain(group, f"4.4M, 0.1's ranks, {name}", gain))
+            gains.append(_Gain(group, f"4.4M, scored, {name}", gain))
     rows |= rows_of(sweeps, "locality-chinchilla")
     larger = [name for name in sweeps if name.startswith("scratch-tables-")]
     for name, learned, newest, label in (*_FRESH_PAIRS, *((size, *pair) for size in larger for pair in _LARGER_PAIRS)):
@@ -203,7 +203,7 @@ def _gains_in_retrieval(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:
     rows |= rows_of(sweeps, "needle-long", "needle-quick")
     start = f"{MQAR_PUBLISHED[-1].name}, from dense"
     for name, best, control, label in (
-        ("mqar-quick", MQAR[1].name, MQAR[2].name, "up to 256 pairs, 0.1's ranks, w/N 1/16"),
+        ("mqar-quick", MQAR[1].name, MQAR[2].name, "up to 256 pairs, ranks from attention, w/N 1/16"),
         ("mqar-published", MQAR_PUBLISHED[2].name, start, "512 pairs, w/N 1/16, 8 epochs"),
         ("mqar-patient", MQAR_PUBLISHED[2].name, start, "512 pairs, w/N 1/16, 16 epochs"),
     ):
@@ -365,7 +365,8 @@ def _needles(runs: Sequence[Record]) -> list[tuple[str, Interval]]:
                 )
                 margin = 1.96 * variance**0.5 / len(both)
                 gain = means[0] - means[1]
-                where = f"0.1's ranks, {context} tokens, {'inside' if inside else 'beyond'} the window, over answers"
+                place = "inside" if inside else "beyond"
+                where = f"ranks from attention, {context} tokens, {place} the window, over answers"
                 made.append((where, Interval(gain, gain - margin, gain + margin)))
     return made
 

@@ -27,7 +27,7 @@ PLAIN, BEST, CONTROL = (form.name for form in SCALING)
 COLOURS = {PLAIN: SKY, BEST: BLUE, CONTROL: ORANGE, "mha": BLACK, "swa": RED, "mla": GREEN}
 NAMES = {
     PLAIN: "paper",
-    BEST: "0.1's ranks, few layers wide",
+    BEST: "scored, few layers wide",
     CONTROL: "newest keys, few layers wide",
     "mha": "dense",
     "swa": "newest keys, even",

@@ -84,8 +84,8 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     left.set_title(f"{size:.1f}M parameters, tokens read repeatedly, one seed", fontsize=9)
     text = (
         f"Validation loss: leads over dense attention are early and shrink. {fresh_text}{larger_text}At {size:.1f}M "
-        f"(one seed, tokens read repeatedly, wide layers that see 97% of dense attention's pairs) 0.1's ranks lead by "
-        f"{lead[most]:.2f} nats after {most} steps and {lead[last]:.2f} at the end."
+        f"(one seed, tokens read repeatedly, wide layers that see 97% of dense attention's pairs) the form with scores "
+        f"leads by {lead[most]:.2f} nats after {most} steps and {lead[last]:.2f} at the end."
     )
     alt = "validation loss by step, and the gap to dense attention by step and by position"
     picture = save_small(figure, folder / "loss-step.svg")

@@ -38,9 +38,9 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     plain, best, control = (form.name for form in (NEEDLE[0], NEEDLE[1], NEEDLE[3]))
     shown = {
         "mha": ("dense", BLACK),
-        best: ("0.1's ranks, two layers wide", BLUE),
-        "dma, from dense, ranked by attention^4": ("0.1's ranks, even windows", GREEN),
-        "dma, upcycled, ranked by attention^4": ("0.1's ranks, upcycled", PINK),
+        best: ("ranks from attention, two layers wide", BLUE),
+        "dma, from dense, ranked by attention^4": ("ranks from attention, even windows", GREEN),
+        "dma, upcycled, ranked by attention^4": ("ranks from attention, upcycled", PINK),
         control: ("newest keys, two layers wide", RED),
         plain: ("paper", SKY),
     }

@@ -52,7 +52,8 @@ _SPREAD: Variant = {"attention": "dma", "gate_init": "delta", "recency_spread": 
 GENTLE: Variant = {**_SPREAD, "score_form": "linear", "gate_rate": 0.1}
 """Scores that grow slowly: an exponential one, or Adam's full rate, shakes the logits early on."""
 GENTLE_MEANS = (
-    "`gentle`: slopes spread over the heads by 8, Delta at zero, the linear score, a tenth of the rate for the gates."
+    "`gentle`: slopes spread over the heads by 8, Delta at zero, the linear score, a tenth of the rate for the gates; "
+    "`scored`: the same, with ranks from attention."
 )
 """What a table says of `variant_name`."""
 
