@@ -142,7 +142,8 @@ class DynamicMaskAttention(nn.Module):
         Args:
             hidden_states: (B, N, dim).
             attention_mask: (B, past + N), 1 for a real token, or None.
-            position_ids: (B, N); default: counted on. Positions that start over begin a new packed document.
+            position_ids: (B, N); default: counted on. Positions that start over begin a new packed document; without
+                a mask and a cache a gap does so, too.
             segment_ids: (B, N) non-decreasing integers of packed documents, without a cache.
             cache: `BoundedCache` or another cache of transformers; this call's keys are added to its layer `layer_idx`.
                 `new_cache` makes one for a stack of layers.

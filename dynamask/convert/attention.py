@@ -110,8 +110,8 @@ class CallFacts:
         key_mask: (B, N) bool, True for a real token, or None where nothing is padding.
         segment_ids: (B, N) non-decreasing integers of packed documents, or None; only without a past.
         position_ids: (B, Nq).
-        ages: (B, Nq), the positions that slopes of ranks count from: real tokens before each one in its document, up
-            to a constant.
+        ages: (B, Nq), the positions that slopes of ranks count from: `position_ids` where given, otherwise real tokens
+            before each one, up to a constant.
         observer: where given, every layer attends densely (a sliding layer within its window) and shows the observer
             what it has computed.
         shards: how the sequence is split over processes, where it is.
@@ -143,6 +143,8 @@ def call_facts(
     position_ids: Tensor | None,
     past: int,
     device: torch.device,
+    *,
+    cached: bool = False,
 ) -> CallFacts:
     """Collect the facts of a call.
 
@@ -153,6 +155,8 @@ def call_facts(
         position_ids: (B or 1, Nq), or None: counted on from the past.
         past: positions in the cache.
         device: of the mask and the positions.
+        cached: whether the call fills or continues a cache. With a cache or a mask, packed documents begin where a
+            position does not rise, otherwise also behind a gap (`starts_over`).
 
     Raises:
         InvalidInputError: a mask that is not (B, past + Nq) or additive, or packed documents behind a past.
@@ -187,7 +191,8 @@ def call_facts(
         ages = (key_mask.cumsum(-1) - 1)[:, past:]
     segments = None
     if not counted and new > 1 and not (past and blind):
-        starts = starts_over(position_ids, None if key_mask is None else key_mask[:, past:])
+        new_mask = None if key_mask is None else key_mask[:, past:]
+        starts = starts_over(position_ids, new_mask, gaps_split=attention_mask is None and not cached and not past)
         if blind or bool(starts.any()):
             if past:
                 raise InvalidInputError(
@@ -258,7 +263,8 @@ class ConvertedAttention(nn.Module):
             past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
             mask = kwargs.get("attention_mask")
             batch, new = hidden_states.shape[:2]
-            dynamask = call_facts(batch, new, mask, kwargs.get("position_ids"), past, hidden_states.device)
+            positions, cached = kwargs.get("position_ids"), cache is not None
+            dynamask = call_facts(batch, new, mask, positions, past, hidden_states.device, cached=cached)
         if cache is not None:
             kwargs[name] = _PassThrough(cache)
         call = _Call(dynamask, cache, hidden_states)

@@ -48,7 +48,8 @@ class DogeAttention(nn.Module):
         batch, new = hidden_states.shape[:2]
         query, key, value = self.project(hidden_states, position_embeddings)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
-        facts = call_facts(batch, new, attention_mask, position_ids, past, hidden_states.device)
+        cached = cache is not None
+        facts = call_facts(batch, new, attention_mask, position_ids, past, hidden_states.device, cached=cached)
         output = dynamic_mask_mix(
             query,
             key,

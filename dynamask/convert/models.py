@@ -172,7 +172,8 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
         facts = arguments.get("dynamask")
         if facts is None:
-            facts = call_facts(batch, new, mask, positions, past, tokens.device)
+            cached = cache is not None or bool(arguments.get("use_cache"))
+            facts = call_facts(batch, new, mask, positions, past, tokens.device, cached=cached)
             facts.rules = self.config.layer_rules
             arguments["dynamask"] = facts
         if facts.shards is not None:

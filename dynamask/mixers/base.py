@@ -67,40 +67,45 @@ class SequenceInfo:
         return first + torch.arange(length, device=first.device)
 
 
-def packed_segments(position_ids: Tensor, key_mask: Tensor | None = None) -> Tensor | None:
-    """Find the documents packed end to end in each row, from positions that start over, as in transformers.
+def packed_segments(position_ids: Tensor, key_mask: Tensor | None = None, *, gaps_split: bool) -> Tensor | None:
+    """Find the documents packed end to end in each row, from positions that start over.
 
     Args:
         position_ids: (B, N).
         key_mask: (B, N) bool, True for a real token; positions of padding are not read. None: no padding.
+        gaps_split: see `starts_over`.
 
     Returns:
         (B, N) non-decreasing int64, or None where no position starts over. While compiling or recording, which
         must not look at the data, always a tensor.
     """
-    starts = starts_over(position_ids, key_mask)
+    starts = starts_over(position_ids, key_mask, gaps_split=gaps_split)
     if not looks_allowed() or bool(starts.any()):
         return starts.long().cumsum(-1)
     return None
 
 
-def starts_over(position_ids: Tensor, key_mask: Tensor | None = None) -> Tensor:
+def starts_over(position_ids: Tensor, key_mask: Tensor | None = None, *, gaps_split: bool) -> Tensor:
     """Mark the first token of every packed document but a row's first.
 
     Args:
-        position_ids: (B, N). A document starts where a position does not follow the one before it. Behind padding it
-            starts at position 0 alone: `generate()` counts on from the padding there.
+        position_ids: (B, N). A document starts where a position does not rise. Behind padding it starts at position 0
+            alone: `generate()` counts on from the padding there.
         key_mask: (B, N) bool, True for a real token; positions of padding are not read. None: no padding.
+        gaps_split: whether a document also starts behind a position that rises by another step than 1. transformers
+            reads positions so where a call has neither an attention mask nor a cache, and not at all elsewhere: the
+            other steps are then gaps inside of a document, or interpolated positions.
 
     Returns:
         (B, N) bool.
     """
-    starts = position_ids != F.pad(position_ids[:, :-1] + 1, (1, 0))
+    before = F.pad(position_ids[:, :-1], (1, 0))
+    starts = position_ids != before + 1 if gaps_split else position_ids <= before
     starts[:, 0] = False
     if key_mask is not None:
-        before = F.pad(key_mask[:, :-1], (1, 0))
+        behind_real = F.pad(key_mask[:, :-1], (1, 0))
         some = F.pad(key_mask.cumsum(-1)[:, :-1] > 0, (1, 0))  # a row's first real token starts nothing over
-        starts = key_mask & torch.where(before, starts, some & (position_ids == 0))
+        starts = key_mask & torch.where(behind_real, starts, some & (position_ids == 0))
     return starts
 
 

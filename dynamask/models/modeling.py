@@ -165,7 +165,8 @@ class DynamaskModel(DynamaskPreTrainedModel):
             inputs_embeds: (B, Nq, hidden) their embeddings.
             attention_mask: (B, past + Nq), 1 = real token, 0 = padding. None: no padding.
             position_ids: (B, Nq) position of each token in its document. Default: counted, skipping padding.
-                Positions that start over mark packed documents, as in transformers.
+                Positions that start over mark packed documents; without a mask and a cache positions that rise by
+                another step than 1 do so, too, as in transformers.
             past_key_values: a cache to continue from and to update (`cache` since transformers 5.24; both names work).
             use_cache: return a cache; default `config.use_cache` outside training, and never for packed documents.
             segment_ids: (B, Nq) non-decreasing integers of packed documents; default: read off position_ids.
@@ -368,7 +369,7 @@ def _packed(attention_mask: Tensor | None, position_ids: Tensor | None, segment_
     mask = None
     if attention_mask is not None and attention_mask.shape == position_ids.shape:
         mask = attention_mask.to(device=position_ids.device, dtype=torch.bool)
-    return packed_segments(position_ids, mask) is not None
+    return packed_segments(position_ids, mask, gaps_split=attention_mask is None) is not None
 
 
 def _without_cache(cache: Cache | None, use_cache: bool | None) -> bool:
@@ -441,7 +442,9 @@ def sequence_info(
         else:
             position_ids = torch.arange(past, past + new, device=device).unsqueeze(0)
     elif segment_ids is None and new > 1 and not (past and torch.compiler.is_compiling()):
-        segment_ids = packed_segments(position_ids.expand(batch, new), None if key_mask is None else key_mask[:, past:])
+        new_mask = None if key_mask is None else key_mask[:, past:]
+        gaps_split = attention_mask is None and cache is None
+        segment_ids = packed_segments(position_ids.expand(batch, new), new_mask, gaps_split=gaps_split)
     if segment_ids is not None:
         # Keys of several documents in one cache would be seen by whatever comes next. While compiling, segments are
         # there whether documents are packed or not.

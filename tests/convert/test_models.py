@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from dynamask import DynamaskConfig, InvalidInputError, convert
+from dynamask import BoundedCache, DynamaskConfig, InvalidInputError, convert
 from dynamask.convert.architectures import reason_not_convertible
 from dynamask.convert.attention import IMPLEMENTATION
 from tests.conftest import random_ranks
@@ -49,6 +49,33 @@ CHOOSING = [name for name in DENSE if name != "mistral-sliding"]
 
 def tokens_of(rows: int, length: int) -> torch.Tensor:
     return torch.randint(3, 300, (rows, length))
+
+
+@torch.no_grad()
+def test_positions_that_rise_are_one_document(llama: Any) -> None:
+    """Gaps and other steps split a row where transformers' models split it: with neither a mask nor a cache."""
+    dense = llama.double()
+    sparse = convert.upcycle(dense, window=64, local=2, sinks=1).double().eval()
+    ids = tokens_of(1, 20)
+    ones = torch.ones_like(ids)
+    for positions in (torch.cat([torch.arange(10), torch.arange(15, 25)]), 2 * torch.arange(20), torch.arange(20) / 2):
+        facts: dict[str, Any] = {"position_ids": positions[None]}
+        split = dense(ids, use_cache=False, **facts).logits
+        torch.testing.assert_close(sparse(ids, use_cache=False, **facts).logits, split)
+        whole = dense(ids, attention_mask=ones, **facts).logits
+        assert (whole - split).abs().max() > 0.1
+        torch.testing.assert_close(sparse(ids, attention_mask=ones, use_cache=False, **facts).logits, whole)
+        cache = BoundedCache(sparse.config)
+        parts = [
+            sparse(ids[:, a:b], attention_mask=ones[:, :b], position_ids=positions[None, a:b], past_key_values=cache)
+            for a, b in ((0, 5), (5, 20))
+        ]
+        torch.testing.assert_close(torch.cat([part.logits for part in parts], 1), whole)
+    torch.testing.assert_close(sparse(ids, use_cache=True, **facts).logits, whole)
+    packed = torch.arange(10).repeat(2)[None]
+    apart = torch.cat([sparse(part).logits for part in ids.split(10, 1)], 1)
+    for given in ({}, {"attention_mask": ones}):
+        torch.testing.assert_close(sparse(ids, position_ids=packed, **given).logits, apart)
 
 
 @pytest.mark.parametrize("name", DENSE)

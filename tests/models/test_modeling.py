@@ -116,6 +116,24 @@ def test_packed_documents_and_caches() -> None:
 
 
 @torch.no_grad()
+def test_positions_that_rise_are_one_document() -> None:
+    """A gap or another step beside a mask or a cache is none between documents."""
+    model = tiny_model("dma")
+    ids, ones = IDS[:1], torch.ones_like(IDS[:1])
+    positions = torch.cat([torch.arange(6), 2 * torch.arange(5, 11)])[None]
+    whole = model(ids, position_ids=positions, segment_ids=torch.zeros_like(ids)).logits
+    assert (model(ids, position_ids=positions).logits - whole).abs().max() > 0.01
+    for given in ({"attention_mask": ones, "use_cache": False}, {"use_cache": True}):
+        torch.testing.assert_close(model(ids, position_ids=positions, **given).logits, whole)
+    cache = new_cache(model.config)
+    parts = [
+        model(ids[:, a:b], attention_mask=ones[:, :b], position_ids=positions[:, a:b], past_key_values=cache)
+        for a, b in ((0, 4), (4, 12))
+    ]
+    torch.testing.assert_close(torch.cat([part.logits for part in parts], 1), whole)
+
+
+@torch.no_grad()
 def test_packed_documents_with_padding_are_separate_documents() -> None:
     model = tiny_model("dma")
     ids = IDS[:1]
