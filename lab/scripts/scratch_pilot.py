@@ -70,12 +70,12 @@ def _measure(config: dict[str, Any], place: int, runs: tuple[int, int], barrier:
 
 
 def _timed(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: Barrier, out: Path) -> None:
-    from dynamask_lab.language.engine import LanguageConfig, _Batches, _Run
+    from dynamask_lab.language.engine import Batches, LanguageConfig, _Run
     from dynamask_lab.studies.scratch.study import scratch_name
 
     run = _Run(LanguageConfig.of(config), out.parent / f"{out.stem}-state")
     run.prepare()
-    batches = _Batches(run.settings, run.streams.train, run.device)
+    batches = Batches(run.settings, run.streams.train, run.device)
 
     def seconds(steps: int) -> float:
         run._synchronize()

@@ -14,12 +14,10 @@ Documents stand end to end and attention crosses their bounds, for every mixer a
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,216 +28,35 @@ from torch import Tensor, nn
 
 from dynamask.convert.allocate_windows import counts_above_threshold
 from dynamask.errors import InvalidInputError
-from dynamask.mixers import get_mixer
 from dynamask.mixers.dma import LEARNING_ROWS
 from dynamask.models import DynamaskConfig, DynamaskForCausalLM
-from dynamask.models.window_schedule import check_window_schedule
 from dynamask.training import adamw, flops
 from dynamask.training.loss import TokenLosses, next_token_losses, plain_losses, training_loss
 from dynamask.training.optimizer import GATES
-from dynamask.training.sampler import ShuffledBlocks
 from dynamask.training.schedule import learning_rate_share
+from dynamask_lab.language.batches import Batches
+from dynamask_lab.language.config import LanguageConfig
 from dynamask_lab.language.data import token_streams
 from dynamask_lab.language.data_parallel import Group, leading
+from dynamask_lab.language.figures import gate_figures, losses_by_last_use, position_buckets, thinned
+from dynamask_lab.language.generators import Generators
 from dynamask_lab.language.kept_models import keep
 from dynamask_lab.language.replayed import ReplayedGradients
-from dynamask_lab.legacy import config_of_0_1, scheduled_window, set_window
+from dynamask_lab.legacy import config_of_0_1, set_window
 from dynamask_lab.sweeps.registry import Config, Progress
 from dynamask_lab.sweeps.results import run_key
-from dynamask_lab.sweeps.settings import WINDOWLESS, plain_settings, read_settings
+from dynamask_lab.sweeps.settings import WINDOWLESS
 
-SCHEDULES = ("cosine", "wsd")
 STATE_FOLDER = "DYNAMASK_STATE"
 """Environment variable: where unfinished runs and kept models lie. Default: runs/experiments."""
 
 _RANKS = ("gate.delta.weight", "gate.log_rank_recency")
 """Of a gate with ranking="attention": they have a loss of their own, so nothing that they do shakes the logits."""
 
-_FIRST_LOOK = 25
 _PROGRESS_EVERY = 10
 _SAVE_SECONDS = 120.0
 _TIMED_FROM = 5
 """Steps before the clock of tokens/s starts: they compile."""
-
-
-@dataclass(frozen=True)
-class LanguageConfig:
-    """One run.
-
-    Attributes:
-        attention, window, local, recency, recency_spread, score_form, gate_init, rank_noise, rank_recency, ranking,
-            rank_power, distance_penalty, layer_attention, layer_windows, rope_layers: of the model, see
-            `DynamaskConfig`. A window only for mixers that choose.
-        gate_rate: learning rate of what is added to logits (Delta, A and slopes) over that of the other weights.
-        rank_rate: the same of ranks with ranking="attention".
-        window_schedule: [share of the training, factor on the window] in rising order: from that share on, the window
-            is so many times the config's, until the next. The validation loss is always at the config's window.
-        layers, width, heads, groups, feed_forward: decoder layers, hidden size, query heads, key/value heads, width of
-            the feed-forward. A head has width / heads dimensions.
-        corpus: see `token_streams`.
-        length: tokens of a sequence.
-        steps: optimizer steps, or None: as many as `tokens_per_parameter` asks for.
-        tokens_per_parameter: training tokens per non-embedding parameter of the mha model of this shape, the same
-            number for every mixer.
-        batch_tokens: tokens of a step, a multiple of `length`.
-        learning_rate, weight_decay, beta2, clip: AdamW's, and the norm that gradients are clipped to.
-        warmup: share of the steps in which the rate rises.
-        schedule: "cosine" (to a tenth) or "wsd" (constant, then linear to zero over the last fifth).
-        validation_tokens: so many of the held-out split, spread over it, the same for every run.
-        test_share: share of the held-out documents that are kept for a test split, on which no form is chosen; the
-            result then has its loss, over as many tokens.
-        slopes: how much learned ranks rise per token, in nats, one number per key/value head of every layer; None: not.
-        random_ranks: instead of learned ranks, those of a random network of the same shape that never learns.
-        sinks: first positions that are always kept, by dma with ranking="learned" and by swa. These two are dynamask's
-            mixers, not those of 0.1, and `layer_windows` may then give a list of one window per key/value head.
-        calibrate_at: share of the training after which windows per key/value head of the same mean are set by one
-            threshold on the learned ranks of validation text; 0: never.
-        by_last_use: with `test_share`, the test loss also by how far back a token's last use lies.
-        compile: compile the layers (on a GPU).
-        keep_model: save the trained model, for a look at its masks.
-        seed: of the weights and the order of the data.
-
-    Raises:
-        InvalidInputError: values no model can be built or trained from.
-    """
-
-    attention: str
-    window: int | None = None
-    local: int | None = None
-    recency: float | None = None
-    recency_spread: float = 1.0
-    score_form: str = "exp"
-    gate_init: str = "gate"
-    rank_noise: float = 0.0
-    rank_recency: float | None = None
-    ranking: str = "score"
-    rank_rate: float = 1.0
-    rank_power: float = 1.0
-    distance_penalty: float = 0.0
-    layer_attention: list[str] | None = None
-    layer_windows: list[Any] | None = None
-    rope_layers: list[bool] | None = None
-    gate_rate: float = 1.0
-    window_schedule: list[list[float]] = field(default_factory=list)
-    layers: int = 6
-    width: int = 256
-    heads: int = 4
-    groups: int = 2
-    feed_forward: int = 704
-    corpus: str = "code"
-    length: int = 2048
-    steps: int | None = None
-    tokens_per_parameter: float = 20.0
-    batch_tokens: int = 65_536
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    beta2: float = 0.95
-    clip: float = 1.0
-    warmup: float = 0.02
-    schedule: str = "cosine"
-    validation_tokens: int = 524_288
-    test_share: float = 0.0
-    sinks: int = 0
-    slopes: list[float] | None = None
-    random_ranks: bool = False
-    calibrate_at: float = 0.0
-    by_last_use: bool = False
-    compile: bool = True
-    keep_model: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "groups", "length", "batch_tokens", "validation_tokens"):
-            if getattr(self, name) < 1:
-                raise InvalidInputError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise InvalidInputError(f"steps must be at least 1, or None to follow the parameters; got {self.steps}")
-        if self.batch_tokens % self.length:
-            raise InvalidInputError(
-                f"batch_tokens must be a multiple of length={self.length}: whole sequences; got {self.batch_tokens}"
-            )
-        if self.width % (2 * self.heads):
-            raise InvalidInputError(
-                f"width must be a multiple of twice the heads, for rotary embeddings; got {self.width} and {self.heads}"
-            )
-        if self.schedule not in SCHEDULES:
-            raise InvalidInputError(f"schedule must be one of {', '.join(SCHEDULES)}; got {self.schedule!r}")
-        if not 0 <= self.warmup < 1:
-            raise InvalidInputError(f"warmup is a share of the steps, from 0 to below 1; got {self.warmup}")
-        check_window_schedule(self.window_schedule)
-        if self.calibrate_at and (self.ranking != "learned" or not 0 < self.calibrate_at < 1):
-            raise InvalidInputError(
-                f"calibrate_at is a share of the training of a model with ranking='learned'; got {self.calibrate_at} "
-                f"and ranking={self.ranking!r}"
-            )
-        if self.layer_windows is not None and (len(self.layer_windows) != self.layers or self.window is None):
-            raise InvalidInputError(
-                f"layer_windows gives the window of each of the {self.layers} layers, beside `window`; got "
-                f"{self.layer_windows} and window={self.window}"
-            )
-        for name in self.mixers:
-            get_mixer(name)
-            if self.window is None and name not in WINDOWLESS:
-                raise InvalidInputError(f"attention={name!r} chooses among keys: give it a window")
-
-    @classmethod
-    def of(cls, config: Config) -> LanguageConfig:
-        """From plain JSON. Raises InvalidInputError for an unknown setting, with the nearest known one."""
-        return read_settings(cls, config, "a language run")
-
-    def plain(self) -> Config:
-        """As plain JSON, from which `of` reads it."""
-        return plain_settings(
-            self,
-            (
-                "ranking",
-                "rank_rate",
-                "rank_power",
-                "layer_windows",
-                "rope_layers",
-                "test_share",
-                "sinks",
-                "calibrate_at",
-                "by_last_use",
-                "slopes",
-                "random_ranks",
-            ),
-        )
-
-    @property
-    def native(self) -> bool:
-        """Whether the mixers are dynamask's, not those of 0.1."""
-        return self.ranking == "learned" or self.sinks > 0
-
-    @property
-    def mixers(self) -> list[str]:
-        """The attention of each layer."""
-        return self.layer_attention or [self.attention] * self.layers
-
-    @property
-    def parameters(self) -> int:
-        """Non-embedding parameters of the mha model of this shape, norms left out: what runs are matched by."""
-        dim = self.width // self.heads
-        return self.layers * self.width * (2 * dim * (self.heads + self.groups) + 3 * self.feed_forward)
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps."""
-        if self.steps is not None:
-            return self.steps
-        return max(1, round(self.tokens_per_parameter * self.parameters / self.batch_tokens))
-
-    def window_at(self, step: int) -> int | None:
-        """Keys per query in that step, the first being 0."""
-        if self.window is None:
-            return None
-        return min(self.length, scheduled_window(self.window, self.window_schedule, step, self.total_steps))
-
-    def looks(self) -> set[int]:
-        """After how many steps the validation loss is taken: 25, 50, 100, ... and the last."""
-        steps = self.total_steps
-        doubling = (_FIRST_LOOK << i for i in itertools.count())
-        return {steps, *itertools.takewhile(lambda look: look < steps, doubling)}
 
 
 def build_model(settings: LanguageConfig, vocab_size: int) -> DynamaskForCausalLM:
@@ -488,7 +305,7 @@ class _Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.model = build_model(settings, self.streams.vocab_size).to(self.device)
-        self.generators = _Generators(settings.seed, self.device)
+        self.generators = Generators(settings.seed, self.device)
         self.optimizer = adamw(
             self.model,
             learning_rate=settings.learning_rate,
@@ -583,7 +400,7 @@ class _Run:
         self.prepare()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        batches = _Batches(settings, self.streams.train, self.device, self.group)
+        batches = Batches(settings, self.streams.train, self.device, self.group)
         if self.group.lead(lambda: self.step) != self.step:
             raise RuntimeError("the processes of this run have read different states")
         saved = time.monotonic()
@@ -625,7 +442,7 @@ class _Run:
             raise
         return self.diverged
 
-    def _train_step(self, batches: _Batches) -> None:
+    def _train_step(self, batches: Batches) -> None:
         settings, step = self.settings, self.step
         if settings.calibrate_at and step == round(settings.calibrate_at * settings.total_steps):
             self._calibrate()
@@ -718,7 +535,7 @@ class _Run:
             "diverged": self.diverged,
             "curve": self.curve,
             "positions": position_buckets(by_position),
-            "training": _thinned(self.losses[: self.step].cpu().tolist()),
+            "training": thinned(self.losses[: self.step].cpu().tolist()),
             "tokens_per_second": self.timed_steps * settings.batch_tokens / self.timed_seconds
             if self.timed_seconds
             else None,
@@ -728,7 +545,7 @@ class _Run:
             "precision": "bf16" if self.device.type == "cuda" else "fp32",
             "corpus_content": self.streams.content,
             "corpus_tokens": len(self.streams.train),
-            "gates": _gates(self.model),
+            "gates": gate_figures(self.model),
             "seconds": self.seconds + time.perf_counter() - self._began,
         }
         if self.group.size > 1:
@@ -757,89 +574,6 @@ class _Run:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-
-class _Generators:
-    """The random state of a run (rank noise draws from it): its own inside `with`, the caller's outside."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.devices = [device] if device.type == "cuda" else []
-        with self._forked():
-            torch.manual_seed(seed + 1)
-            self._cpu, self._cuda = torch.get_rng_state(), self._device_state()
-
-    def _forked(self) -> Any:
-        return torch.random.fork_rng(devices=self.devices)
-
-    def _device_state(self) -> Tensor | None:
-        return torch.cuda.get_rng_state(self.devices[0]) if self.devices else None
-
-    def state(self) -> dict[str, Tensor | None]:
-        """The state now, inside `with`."""
-        return {"cpu": torch.get_rng_state(), "cuda": self._device_state()}
-
-    def restore(self, state: dict[str, Tensor | None]) -> None:
-        """The state to enter the next `with` with."""
-        cpu, cuda = state["cpu"], state["cuda"]
-        assert cpu is not None
-        self._cpu, self._cuda = cpu.cpu(), None if cuda is None else cuda.cpu()
-
-    def __enter__(self) -> _Generators:
-        self._fork = self._forked()
-        self._fork.__enter__()
-        torch.set_rng_state(self._cpu)
-        if self.devices and self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self.devices[0])
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
-
-
-class _Batches:
-    """Sequences of a stream by step number, in an order that the seed alone decides, epoch after epoch.
-
-    The order is that of `dynamask.training`'s ShuffledBlocks. Neighbouring sequences share one token, the last target
-    of one and the first input of the next. Of several processes each takes its part of every batch.
-    """
-
-    def __init__(
-        self, settings: LanguageConfig, stream: np.ndarray, device: torch.device, group: Group | None = None
-    ) -> None:
-        self.length = settings.length
-        self.size = settings.batch_tokens // settings.length
-        self.part = (group or Group()).part(self.size)
-        self.count = (len(stream) - 1) // settings.length
-        if self.count < 1:
-            raise InvalidInputError(f"the training split has {len(stream)} tokens, less than length={settings.length}")
-        self.blocks = ShuffledBlocks(self.count, settings.seed)
-        self.tokens = torch.from_numpy(np.asarray(stream, dtype=np.int32)).to(device)
-        self.offset = torch.arange(settings.length + 1, device=device)
-        self._epoch = -1
-        self._order: Tensor
-
-    def __call__(self, step: int) -> Tensor:
-        """(part of the batch, length + 1) int64."""
-        places = range(step * self.size + self.part.start, step * self.size + self.part.stop)
-        starts = torch.cat([self._starts(epoch, part) for epoch, part in _by_epoch(places, self.count)])
-        return self.tokens[starts[:, None] + self.offset].long()
-
-    def _starts(self, epoch: int, part: slice) -> Tensor:
-        if epoch != self._epoch:
-            self.blocks.epoch = self._epoch = epoch
-            self._order = torch.tensor(list(self.blocks), device=self.tokens.device) * self.length
-        return self._order[part]
-
-
-def _by_epoch(places: range, count: int) -> list[tuple[int, slice]]:
-    """Consecutive places of an endless stream as slices of its epochs of `count`."""
-    parts, place = [], places.start
-    while place < places.stop:
-        epoch, inside = divmod(place, count)
-        taken = min(places.stop - place, count - inside)
-        parts.append((epoch, slice(inside, inside + taken)))
-        place += taken
-    return parts
 
 
 def compile_training(model: DynamaskForCausalLM) -> TokenLosses:
@@ -879,77 +613,6 @@ def windows_by_rank(model: DynamaskForCausalLM, tokens: Tensor, window: int) -> 
     counts = counts_above_threshold([torch.cat(found, 1).transpose(0, 1)], window - least)
     groups = config.num_key_value_heads
     return [[least + n for n in counts[start : start + groups]] for start in range(0, len(counts), groups)]
-
-
-def losses_by_last_use(losses: np.ndarray, tokens: np.ndarray) -> list[dict[str, Any]]:
-    """Mean loss of tokens by the distance to their last use, in buckets that double.
-
-    A token's last use is the last place before it in the row where it followed the same token as here: a copy of it
-    would be found there. Tokens without one count in a bucket of their own, "from" 0.
-
-    Args:
-        losses: (rows, length), of predicting `tokens[:, 1:]`.
-        tokens: (rows, length + 1).
-
-    Returns:
-        Buckets with "from", "to", "loss" and "tokens".
-    """
-    sums: dict[int, list[float]] = {}
-    for row, predicted in zip(tokens, losses, strict=True):
-        pairs = row[:-1].astype(np.int64) << 32 | row[1:].astype(np.int64)
-        order = np.argsort(pairs, kind="stable")
-        distance = np.zeros(len(pairs), dtype=np.int64)
-        same = pairs[order[1:]] == pairs[order[:-1]]
-        distance[order[1:][same]] = (order[1:] - order[:-1])[same]
-        bucket = np.where(distance == 0, 0, 1 << np.floor(np.log2(np.maximum(distance, 1))).astype(np.int64))
-        for start in np.unique(bucket):
-            inside = bucket == start
-            entry = sums.setdefault(int(start), [0.0, 0])
-            entry[0] += float(predicted[inside].sum())
-            entry[1] += int(inside.sum())
-    return [
-        {"from": start, "to": 2 * start, "loss": total / count, "tokens": count}
-        for start, (total, count) in sorted(sums.items())
-    ]
-
-
-def position_buckets(by_position: Tensor) -> list[dict[str, Any]]:
-    """Mean loss in buckets of positions that double: 0 to 63, 64 to 127, 128 to 255, ..."""
-    buckets, start, size = [], 0, 64
-    while start < len(by_position):
-        stop = min(len(by_position), start + size)
-        buckets.append({"from": start, "to": stop, "loss": float(by_position[start:stop].mean())})
-        start, size = stop, stop
-    return buckets
-
-
-def _gates(model: DynamaskForCausalLM) -> list[dict[str, list[float]]]:
-    """What the gates became: A and slopes of each layer that has them."""
-    found = []
-    for number, layer in enumerate(model.model.layers):
-        values = {}
-        for name, parameter in layer.named_parameters():
-            last = name.rsplit(".", 1)[-1]
-            if last in ("log_recency", "log_slope"):
-                values["slope"] = parameter.detach().exp().tolist()
-            elif last == "log_rank_recency":
-                values["rank_slope"] = parameter.detach().exp().tolist()
-            elif name.endswith("gate.gate"):
-                values["gate"] = parameter.detach().tolist()
-            elif name.endswith("gate.own_delta"):
-                values["own_delta_norm"] = parameter.detach().norm(dim=-1).tolist()
-            elif name.endswith("gate.delta.weight"):
-                values["delta_norm"] = parameter.detach().norm(dim=-1).tolist()
-        if values:
-            found.append({"layer": [float(number)], **values})
-    return found
-
-
-def _thinned(losses: list[float], points: int = 200) -> list[float]:
-    """Means of at most `points` equal stretches."""
-    if not losses:
-        return []
-    return [float(np.mean(part)) for part in np.array_split(np.asarray(losses), min(points, len(losses)))]
 
 
 def state_folder(config: Config) -> Path:

@@ -18,8 +18,8 @@ from dynamask.training.loss import next_token_losses
 from dynamask_lab.language import engine as language
 from dynamask_lab.language.data import TokenStreams, token_streams
 from dynamask_lab.language.engine import (
+    Batches,
     LanguageConfig,
-    _Batches,
     build_model,
     learning_rate_at,
     position_buckets,
@@ -161,14 +161,14 @@ def test_batches_are_the_seeds_alone_and_every_sequence_comes_once_an_epoch() ->
     stream = np.arange(10 * 32 + 1, dtype=np.uint16)
     device = torch.device("cpu")
     mixers = [config(attention="mha"), config(attention="swa", width=64)]
-    batches = [_Batches(LanguageConfig.of(each), stream, device) for each in mixers]
+    batches = [Batches(LanguageConfig.of(each), stream, device) for each in mixers]
     assert all(torch.equal(batches[0](step), batches[1](step)) for step in range(8))
     seen = torch.cat([batches[0](step) for step in range(5)])  # 20 sequences: two epochs
     first, second = seen[:10, 0].tolist(), seen[10:, 0].tolist()
     assert sorted(first) == sorted(second) == list(range(0, 320, 32))
     assert first != second
     assert (seen[:, 1:] == seen[:, :-1] + 1).all()
-    other = _Batches(LanguageConfig.of(config(seed=1)), stream, device)
+    other = Batches(LanguageConfig.of(config(seed=1)), stream, device)
     assert not torch.equal(other(0), batches[0](0))
 
 
