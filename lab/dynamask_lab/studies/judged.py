@@ -6,7 +6,7 @@ were fixed. Runs with `test_share` keep a third split, which no form is chosen o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,13 @@ def window_share(config: Mapping[str, Any]) -> str:
     per_head = any(isinstance(window, list) and len(set(window)) > 1 for window in config.get("layer_windows") or [])
     what = "head" if per_head else "layer"
     return f"{share(stated, length)} (widest {what} {widest} of {length} keys: {dense:.0%} of dense pairs)"
+
+
+def widest_of(records: Sequence[Record], **settings: Any) -> dict[str, Any]:
+    """The settings, windows as found, of the run whose widest head sees most: which run comes first says nothing."""
+    return max(
+        ({**found_windows(record), **settings} for record in records), key=lambda config: max(layer_windows(config))
+    )
 
 
 def pairs_of(records: list[Record]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dynamask_lab.studies import MQAR, Record, run_key
-from dynamask_lab.studies.judged import found_windows, pairs_of, window_share
+from dynamask_lab.studies.judged import found_windows, pairs_of, widest_of, window_share
 from dynamask_lab.studies.mqar.report import report_mqar
 
 FOUND = [[64, 64], [896, 1024]]
@@ -20,6 +20,9 @@ def test_windows_that_training_found_replace_the_configured_one() -> None:
     even, found = _record(config), _record(config, head_windows=FOUND)
     assert window_share(found_windows(even)) == "1/16"
     assert window_share(found_windows(found)).startswith("1/16 (widest head 1024 of 8192 keys: 23% of dense pairs")
+    wider = _record(config, head_windows=[[64, 64], [320, 1600]])
+    for runs in ([found, wider], [wider, found]):
+        assert window_share(widest_of(runs)).startswith("1/16 (widest head 1600 of 8192 keys")
     assert pairs_of([even]) == "12%"
     assert pairs_of([even, found]) == "12%"
     assert pairs_of([_record({**config, "length": 2048}, head_windows=FOUND)]) == "39%"

@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from dynamask_lab.studies.judged import MQAR, MQAR_PUBLISHED, Judged, found_windows, share_of_pairs, window_share
+from dynamask_lab.studies.judged import (
+    MQAR,
+    MQAR_PUBLISHED,
+    Judged,
+    found_windows,
+    share_of_pairs,
+    widest_of,
+    window_share,
+)
 from dynamask_lab.studies.mqar.study import BestRuns, MqarConfig, best_runs
 from dynamask_lab.sweeps.provenance import shared
 from dynamask_lab.sweeps.registry import reports
@@ -142,7 +150,7 @@ def _setting(ours: BestRuns) -> Row:
 
 def _windows(ours: BestRuns, length: int) -> str:
     """Window over context, with the widest head's pairs where windows are per head."""
-    return window_share({**found_windows(ours.runs[0]), "length": length})
+    return window_share(widest_of(ours.runs, length=length))
 
 
 def _pairs(ours: BestRuns, length: int) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dynamask_lab.language.engine import LanguageConfig
-from dynamask_lab.studies.judged import found_windows, pairs_of, window_share
+from dynamask_lab.studies.judged import pairs_of, widest_of, window_share
 from dynamask_lab.studies.scratch.study import SHAPES, SHARE, scratch_name, scratch_summary
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
@@ -244,7 +244,7 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                 verdict = decide(gap, GOAL_INTEREST if role == "best" else LOSS_INTEREST, seeds=seeds)
                 verdicts.append(_decided(rival, verdict))
             setting = {
-                "w/N": window_share(found_windows(runs[0])),
+                "w/N": window_share(widest_of(runs)),
                 "size": f"{size / 1e6:.1f}M",
                 "seeds": str(len({run.seed for run in runs})),
                 "pairs": pairs_of(runs),

@@ -87,7 +87,7 @@ from typing import Any
 import numpy as np
 
 from dynamask_lab.language.engine import LanguageConfig, language_cost, language_kind, run_language
-from dynamask_lab.studies.judged import found_windows, pairs_of, window_share
+from dynamask_lab.studies.judged import pairs_of, widest_of, window_share
 from dynamask_lab.sweeps.registry import Config, Experiment, register
 from dynamask_lab.sweeps.results import Record, run_key
 
@@ -508,7 +508,7 @@ def scratch_summary(records: Sequence[Record]) -> list[dict[str, str]]:
         groups[LanguageConfig.of(record.config).parameters, scratch_name(record.config)].append(record)
     rows = []
     for (size, name), runs in sorted(groups.items()):
-        row = {"parameters": f"{size / 1e6:.1f}M", "form": name, "w/N": window_share(found_windows(runs[0]))}
+        row = {"parameters": f"{size / 1e6:.1f}M", "form": name, "w/N": window_share(widest_of(runs))}
         row |= {"pairs": pairs_of(runs), "runs": str(len(runs))}
         for title, key in (("validation loss", "loss"), ("test loss", "test")):
             losses = [run.result.get(key) for run in runs]
