@@ -118,6 +118,7 @@ class CallFacts:
         losses: where given, layers append the losses of their ranks.
         rules: `ConvertedConfig.layer_rules`, read once for all layers; None: each layer reads its own.
         tensor_rules: those of the one layer that is called, where it is compiled (`dynamask.convert.compiled_layers`).
+        held: what `_holds_newest` has found, by window and length, so that the layers of a call look once.
     """
 
     length: int
@@ -130,6 +131,7 @@ class CallFacts:
     losses: RankLosses | None = field(default=None, repr=False)
     rules: tuple[LayerRules, ...] | None = None
     tensor_rules: TensorRules | None = None
+    held: dict[tuple[int, int], bool] = field(default_factory=dict, repr=False)
 
     def sequence(self) -> SequenceInfo:
         """Return the same facts in the form that `dense_attention` takes."""
@@ -446,7 +448,34 @@ def _without_ranks(
             layer.check_fits(windows, local=windows[0])
             return layer.attend(query, key, value, None, key_mask=_new_mask(facts), scale=scale)  # type: ignore[no-any-return]
         key, value = _cut(cache.update(key, value, index), facts.length)
+        window = None if windows is None else windows[0]
+        if key.shape[2] < facts.length and not _holds_newest(window, key.shape[2], facts):
+            raise InvalidInputError(
+                f"layer {index} attends to {'all' if window is None else f'the newest {window}'} real tokens, and this "
+                f"{type(cache).__name__} has dropped some of them: it counts padding inside of a row as tokens. Pad "
+                "rows on the left, or use BoundedCache (the default of generate()) or DynamicCache() without a config"
+            )
     return _newest(query, key, value, None if windows is None else windows[0], facts, scale)
+
+
+def _holds_newest(window: int | None, length: int, facts: CallFacts) -> bool:
+    """Whether the newest `length` positions have the newest `window` real tokens of each query.
+
+    transformers' sliding cache layers hold the newest positions, padding among them.
+    """
+    new = facts.position_ids.shape[1]
+    if window is None or length < window - 1 + new:
+        return False
+    if facts.key_mask is None or torch.compiler.is_exporting():
+        return True
+    if not looks_allowed() and not torch.compiler.is_compiling():
+        return True
+    if (window, length) not in facts.held:
+        held = facts.key_mask[:, -length:]
+        short = held[:, -new:] & (held.cumsum(-1)[:, -new:] < window)
+        lost = short.any(-1) & facts.key_mask[:, :-length].any(-1)
+        facts.held[window, length] = not bool(lost.any())
+    return facts.held[window, length]
 
 
 def _newest(query: Tensor, key: Tensor, value: Tensor, window: int | None, facts: CallFacts, scale: float) -> Tensor:

@@ -202,6 +202,27 @@ def test_a_static_cache_carries_ranks(llama: Any) -> None:
 
 
 @torch.no_grad()
+def test_caches_that_slide_by_positions_refuse_padding_inside_of_a_row(shape: dict[str, Any]) -> None:
+    dense = DENSE["mistral-sliding"](shape | {"num_hidden_layers": 1}).double().eval()
+    model = convert.upcycle(dense, window=12, local=2, sinks=1).double().eval()
+    ids = tokens_of(2, 30)
+    left, hole = torch.ones_like(ids), torch.ones_like(ids)
+    left[1, :5], hole[1, 6:10] = 0, 0
+
+    def run(mask: torch.Tensor, cache: Any) -> torch.Tensor:
+        ends = [16, 17, 30]
+        cuts = zip([0, *ends], ends, strict=False)
+        calls = [model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits for a, b in cuts]
+        return torch.cat(calls, 1)[mask.bool()]
+
+    whole = model(ids, attention_mask=left, use_cache=False).logits[left.bool()]
+    torch.testing.assert_close(run(left, DynamicCache(config=model.config)), whole)
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+        with pytest.raises(InvalidInputError, match="counts padding inside of a row"):
+            run(hole, cache)
+
+
+@torch.no_grad()
 def test_layers_left_dense(llama: Any) -> None:
     dense = llama.double()
     same = convert.upcycle(dense, 8, local=2, sinks=1, dense_layers=range(-2, 0))
