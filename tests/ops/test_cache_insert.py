@@ -12,26 +12,7 @@ from dynamask.ops.cache_contest import CacheContest
 from dynamask.ops.cache_insert import insert_key_reference
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.ragged_layout import RaggedLayout, ragged_layout
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def empty_pools(batch: int, windows: tuple[int, ...], dim: int, value_dim: int) -> dict[str, Tensor]:
-    slots = sum(windows)
-    return {
-        "keys": torch.zeros(batch, slots, dim, device=DEVICE),
-        "values": torch.zeros(batch, slots, value_dim, device=DEVICE),
-        "ranks": torch.zeros(batch, slots, device=DEVICE),
-        "positions": torch.full((batch, slots), -1, dtype=torch.int32, device=DEVICE),
-        "clock": torch.zeros(batch, len(windows), dtype=torch.int64, device=DEVICE),
-    }
-
-
-def ranks_of(*shape: int) -> Tensor:
-    """Many ties, NaN, infinities and both zeros."""
-    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 2.0])
-    return values[torch.randint(8, shape, generator=torch.Generator().manual_seed(0))].to(DEVICE)
-
+from tests.ops.cache_pools import DEVICE, empty_pools, ranks_of
 
 CASES = [
     ((5, 9, 2), 0, 0),

@@ -6,36 +6,18 @@ import os
 
 import pytest
 import torch
-from torch import Tensor
 
 from dynamask.ops.cache_insert import insert_key_reference
 from dynamask.ops.ragged_layout import ragged_layout
+from tests.ops.cache_pools import DEVICE, empty_pools, ranks_of
 
 GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
 pytestmark = pytest.mark.skipif(
     not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU, or TRITON_INTERPRET=1"
 )
 POOLS = ("keys", "values", "ranks", "positions", "clock")
 STEPS = 60 if GPU else 5
 FILLED = 5  # tokens that the plain step takes alone: some heads are full then
-
-
-def empty_pools(batch: int, windows: tuple[int, ...], dim: int, value_dim: int) -> dict[str, Tensor]:
-    slots = sum(windows)
-    return {
-        "keys": torch.zeros(batch, slots, dim, device=DEVICE),
-        "values": torch.zeros(batch, slots, value_dim, device=DEVICE),
-        "ranks": torch.zeros(batch, slots, device=DEVICE),
-        "positions": torch.full((batch, slots), -1, dtype=torch.int32, device=DEVICE),
-        "clock": torch.zeros(batch, len(windows), dtype=torch.int64, device=DEVICE),
-    }
-
-
-def ranks_of(*shape: int) -> Tensor:
-    """Many ties, NaN, infinities and both zeros."""
-    values = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 2.0])
-    return values[torch.randint(8, shape, generator=torch.Generator().manual_seed(0))].to(DEVICE)
 
 
 @pytest.mark.parametrize(
