@@ -16,7 +16,27 @@ from dynamask.errors import InvalidInputError
 from dynamask.integers import plain_numbers
 
 
-class BoundedCache(Cache):
+class LayeredCache(Cache):
+    """A transformers cache some of whose layers are bounded."""
+
+    def crop(self, max_length: int = 0, *, tokens_to_remove: int | None = None) -> None:
+        """Forget the last positions in all layers, or in none.
+
+        Args:
+            max_length: as in `BoundedLayer.crop`.
+            tokens_to_remove: the same, under the name of newer releases of transformers.
+
+        Raises:
+            CacheRollbackError: a layer has evicted a key that was alive at that length. No layer is changed then.
+        """
+        wanted = max_length if tokens_to_remove is None else tokens_to_remove
+        for layer in self.layers:
+            if isinstance(layer, BoundedLayer):
+                layer.check_crop(wanted)
+        super().crop(wanted)
+
+
+class BoundedCache(LayeredCache):
     """A transformers cache of at most `windows[l][g]` keys for key/value head g of layer l, at any length.
 
     Logits equal those of the full cache: what it forgets, no later query could see. Works in `generate()`
@@ -34,7 +54,7 @@ class BoundedCache(Cache):
     Raises:
         InvalidInputError: no windows to be found, or attention that a bounded cache cannot serve.
 
-    It cannot go back past an eviction: `crop` raises `CacheRollbackError` then.
+    It cannot go back past an eviction: `crop` raises `CacheRollbackError` then, and changes nothing.
     """
 
     def __init__(
@@ -171,6 +191,7 @@ def _bounded_layers(
 __all__ = [
     "BoundedCache",
     "BoundedLayer",
+    "LayeredCache",
     "LiveKeys",
     "Windows",
     "bounded_layer",

@@ -627,6 +627,17 @@ class BoundedLayer(CacheLayerMixin):
         held = [getattr(self, name) for name in (*_POOLS, "clock")]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
+    def check_crop(self, max_length: int) -> int:
+        """Return the length that `crop` leaves, without a change; arguments and errors are those of `crop`."""
+        length = max_length if max_length > 0 else max(0, self.seen + max_length)
+        if length < min(self.seen, self._exact_from):
+            raise CacheRollbackError(
+                f"cannot return to length {length}: keys were evicted at length {self._exact_from}, and a bounded "
+                f"cache (windows {_shown(self.windows)}) does not keep them. Copy the cache before the tokens you may "
+                "want to take back, or use transformers' DynamicCache for speculative decoding."
+            )
+        return min(length, self.seen)
+
     def crop(self, max_length: int) -> None:
         """Forget the last positions.
 
@@ -637,15 +648,9 @@ class BoundedLayer(CacheLayerMixin):
         Raises:
             CacheRollbackError: a key that was alive at that length has been evicted since.
         """
-        length = max_length if max_length > 0 else max(0, self.seen + max_length)
+        length = self.check_crop(max_length)
         if length >= self.seen:
             return
-        if length < self._exact_from:
-            raise CacheRollbackError(
-                f"cannot return to length {length}: keys were evicted at length {self._exact_from}, and a bounded "
-                f"cache (windows {_shown(self.windows)}) does not keep them. Copy the cache before the tokens you may "
-                "want to take back, or use transformers' DynamicCache for speculative decoding."
-            )
         # No key was evicted since: of each row, the newest keys go, as many as the calls brought real tokens.
         calls, left = [*self._calls], self.seen - length
         removed = torch.zeros_like(self.clock[:, :1])

@@ -13,9 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer
 
 from dynamask import BoundedCache, CacheRollbackError, InvalidInputError, interval_attention, key_expiry
-from dynamask.cache import BoundedLayer, check_consistent
+from dynamask.cache import BoundedLayer, LayeredCache, check_consistent
 from tests.conftest import tiny_config, tiny_model
 
 
@@ -312,6 +313,21 @@ def test_crop_before_any_eviction_is_exact_and_past_one_is_refused() -> None:
     for nothing in (20, 100, 0):  # 0 removes nothing, as in transformers' caches
         cache.crop(nothing)
     assert cache.get_seq_length() == 20
+
+
+def test_a_crop_that_one_layer_refuses_changes_none() -> None:
+    text = torch.randn(1, 1, 8, 4)
+    cache = LayeredCache(layers=[DynamicLayer(), BoundedLayer(12), BoundedLayer(6)])
+    cache.update(text, text, 0)
+    for layer in cache.layers[1:]:
+        layer.attend(text, text, text, None)
+    for arguments in ({"max_length": 5}, {"tokens_to_remove": -3}):
+        with pytest.raises(CacheRollbackError, match="cannot return to length 5"):
+            cache.crop(**arguments)
+        assert [layer.get_seq_length() for layer in cache.layers] == [8, 8, 8]
+    narrow = LayeredCache(layers=cache.layers[:2])
+    narrow.crop(-3)
+    assert [layer.get_seq_length() for layer in narrow.layers] == [5, 5]
 
 
 @settings(max_examples=20, deadline=None)

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dynamask.cache import BoundedCache, BoundedLayer, check_consistent
+from dynamask.cache import BoundedCache, BoundedLayer, LayeredCache, check_consistent
 from dynamask.convert.architectures import ARCHITECTURES, PREFIX, converted_model_types
 from dynamask.convert.attention import (
     IMPLEMENTATION,
@@ -113,7 +113,8 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         if config.ranking == "paper" or None not in config.head_windows:
             return BoundedCache(config)
         facts = zip(config.head_windows, config.layer_locals, config.layer_sinks, strict=True)
-        return Cache(layers=[DynamicLayer() if w is None else BoundedLayer(w, local=n, sinks=s) for w, n, s in facts])
+        layers = [DynamicLayer() if w is None else BoundedLayer(w, local=n, sinks=s) for w, n, s in facts]
+        return LayeredCache(layers=layers)
 
     def _by_graph(self, arguments: dict[str, Any]) -> CausalLMOutputWithPast | None:
         """One more token by a recorded CUDA graph or `decode_step`; None where the model must run itself."""

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from dynamask.cache import BoundedCache, check_consistent
+from dynamask.cache import BoundedCache, LayeredCache, check_consistent
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
@@ -67,7 +67,7 @@ def new_cache(config: DynamaskConfig) -> Cache:
     mixers = [get_mixer(name) for name in config.layer_mixers]
     if all(mixer.bounded for mixer in mixers):
         return BoundedCache(config)
-    return Cache(layers=[mixer.cache_layer(config, index) for index, mixer in enumerate(mixers)])
+    return LayeredCache(layers=[mixer.cache_layer(config, index) for index, mixer in enumerate(mixers)])
 
 
 class SwiGLU(nn.Module):
