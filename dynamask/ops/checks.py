@@ -32,12 +32,26 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
+def needs_reference(*tensors: Tensor | None) -> bool:
+    """Return whether a transform of `torch.func` (grad, vjp, jvp, their jacobians) or a tangent runs through a call.
+
+    The operators' derivatives serve `backward()` and `torch.autograd.grad` alone.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        levels = torch._C._functorch.get_interpreter_stack() or []
+        if any(level.key() == torch._C._functorch.TransformType.Grad for level in levels):
+            return True
+    return has_tangent(*tensors)
+
+
 def refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise `InvalidInputError` under forward-mode differentiation: torch would take the derivative for zero."""
-    if has_tangent(*tensors):
+    """Raise `InvalidInputError` where `needs_reference`: in forward mode torch would take the derivative for zero."""
+    if needs_reference(*tensors):
         raise InvalidInputError(
-            "this operator has derivatives in reverse mode alone: take torch.func.vjp, jacrev or backward(), or call "
-            "interval_attention with backend='reference', which is differentiable in forward mode"
+            "this operator has derivatives in reverse mode alone, by backward() and torch.autograd.grad: for "
+            "transforms of torch.func call interval_attention with backend='reference', which has them all"
         )
 
 

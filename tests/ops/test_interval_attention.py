@@ -175,6 +175,23 @@ def test_forward_mode_takes_the_reference_or_is_refused(which: int) -> None:
         assert jacobian(given[2]).abs().sum() > 0
 
 
+def test_transforms_of_torch_func_take_the_reference() -> None:
+    query, key, value, scores = (t.detach() for t in inputs(length=8))
+
+    def loss(query: torch.Tensor, **options: str) -> torch.Tensor:
+        return interval_attention(query, key, value, key_expiry(scores, 4), **options).square().sum()
+
+    wanted = query.clone().requires_grad_()
+    loss(wanted).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(query), wanted.grad)
+    torch.testing.assert_close(torch.func.jacrev(loss)(query), wanted.grad)
+    along = torch.func.jvp(torch.func.grad(loss), (query,), (query,))[1]
+    moved = [torch.func.grad(loss)(query * (1 + step)) for step in (1e-5, -1e-5)]
+    torch.testing.assert_close(along, (moved[0] - moved[1]) / 2e-5, rtol=1e-5, atol=1e-7)
+    with pytest.raises(InvalidInputError, match=r"torch\.autograd\.grad"):
+        torch.func.grad(lambda query: loss(query, backend="torch"))(query)
+
+
 def _change(index: int, tensor: torch.Tensor) -> list:
     query, key, value, scores = (t.detach() for t in inputs(length=8))
     arguments = [query, key, value, key_expiry(scores, 4), scores]

@@ -13,7 +13,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.integers import check_window
 from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.bias import finite_bias
-from dynamask.ops.checks import Window, check_tensor, has_tangent, refuse_tangents
+from dynamask.ops.checks import Window, check_tensor, needs_reference, refuse_tangents
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.operators import interval_attention_op, triton_available
 from dynamask.ops.interval.reference import interval_attention_reference
@@ -53,8 +53,8 @@ def interval_attention(
     Returns:
         (B, H, Nq, Dv) in the query's dtype. A query that sees no key, or keys of bias -inf alone, gets zeros and
         zero gradients. A NaN reaches the queries that see it and no others. Empty tensors give an empty result.
-        Differentiable in query, key, value and bias (once; the reference backend any number of times). In forward
-        mode (`torch.func.jvp`) "auto" takes the reference, and the other backends are refused.
+        Differentiable in query, key, value and bias (once; the reference backend any number of times). Under
+        `torch.func.grad`, `vjp` and `jvp` "auto" takes the reference, and the other backends are refused.
 
     Raises:
         InvalidInputError: shapes, dtypes or devices that do not fit, or an unknown or unavailable backend.
@@ -93,7 +93,7 @@ def attend(
     if query.shape[0] == 0 or query.shape[2] == 0:
         empty = query.new_zeros(*query.shape[:3], value.shape[3])
         return empty + 0 * (query.sum() + key.sum() + value.sum())  # no number, but autograd finds the inputs
-    if automatic and has_tangent(query, key, value, bias):
+    if automatic and needs_reference(query, key, value, bias):
         backend = "reference"
     if backend == "reference":
         return interval_attention_reference(query, key, value, expiry, bias, scale)
