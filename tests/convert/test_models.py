@@ -58,7 +58,7 @@ def test_positions_that_rise_are_one_document(llama: Any) -> None:
     sparse = convert.upcycle(dense, window=64, local=2, sinks=1).double().eval()
     ids = tokens_of(1, 20)
     ones = torch.ones_like(ids)
-    for positions in (torch.cat([torch.arange(10), torch.arange(15, 25)]), 2 * torch.arange(20), torch.arange(20) / 2):
+    for positions in (torch.cat([torch.arange(10), torch.arange(15, 25)]), torch.arange(20) / 2):
         facts: dict[str, Any] = {"position_ids": positions[None]}
         split = dense(ids, use_cache=False, **facts).logits
         torch.testing.assert_close(sparse(ids, use_cache=False, **facts).logits, split)
