@@ -56,6 +56,7 @@ def test_head_windows(dtype: torch.dtype, bias: bool, live: float | None) -> Non
     check((0, 40, 41, 700), heads=6, dtype=dtype, bias=bias, live=live)
 
 
+@pytest.mark.slow
 def test_shapes() -> None:
     check((0, 300), heads=1, batch=1)
     check((0, 0, 300, 300), heads=9, queries=3)

@@ -155,6 +155,7 @@ def test_a_warmup_that_never_ends_is_refused(steps: int, warmup: int) -> None:
     assert TrainConfig(steps=steps).warmup_steps == steps // 10
 
 
+@pytest.mark.slow
 def test_accumulation_checkpointing_and_bf16_train_alike(text: Path, tmp_path: Path) -> None:  # noqa: F811
     """The same batch in parts, with layers computed again, has the same losses; bfloat16 nearly so."""
     sliding = MODEL | {"attention": "swa"}
