@@ -8,26 +8,12 @@
 # tokenizer in the first folder. Meanwhile the forms compile. Then every run is a process of its own.
 set -u
 W=${SCRATCH_WORK:-/tmp/scratch20}
-PARTS="e f g b c"
+PARTS="e f g b c" PART_PROCESSES=28
+. "$(dirname "$0")/corpus_parts.sh"
 export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=4
 half="half rate," wide="one wide layer, w = N/16="
 dense="=dense, half rate=" scored="=scored, $half $wide" newest="=sliding + sinks, $half $wide"
-
-part() { # NAME ARGUMENTS: in the background
-    name=$1
-    shift
-    CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 setsid nohup nice -n 5 python3 lab/scripts/parallel_corpus.py part \
-        chunks "$name" --tokenizer tokenizer --processes 28 "$@" >"$W/log-part-$name.txt" 2>&1 </dev/null &
-}
-
-read_folder() { # FOLDER NAME
-    mkdir -p "$W/in-$2" && cp "$1"/* "$W/in-$2/" 2>/dev/null
-    [ -d "$1/tokenizer" ] && cp -r "$1/tokenizer" "$W/"
-    cd "$W" || exit 1
-    shopt -s nullglob
-    part "$2" --archives "$W/in-$2"/*.orig.tar.* --tables "$W/in-$2"/*.jsonl.xz
-}
 
 run() { # CARD SEED SECONDS NAME FORM [FURTHER ARGUMENTS]: one run, in the background
     card=$1 seed=$2 left=$3 name=$4 form=$5
@@ -88,7 +74,8 @@ rest() { # CARD PROCESSES: once these have ended, where time is left
 
 case $1 in
 begin)
-    mkdir -p "$W" "$5" && cp -r dynamask lab pyproject.toml "$W/"
+    mkdir -p "$5"
+    set_up "$2"
     read_folder "$2" "$3"
     part local --installed
     mkdir -p corpora

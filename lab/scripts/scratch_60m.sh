@@ -15,26 +15,8 @@ W=${SCRATCH_WORK:-/tmp/scratch60}
 export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
 dense="=dense, half rate=" scored="=scored, half rate, one wide" newest="=sliding + sinks, half rate, one wide"
-size=60M-tables
-
-part() { # NAME ARGUMENTS: in the background
-    name=$1
-    shift
-    CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 setsid nohup nice -n 5 python3 lab/scripts/parallel_corpus.py part \
-        chunks "$name" --tokenizer tokenizer --processes 24 "$@" >"$W/log-part-$name.txt" 2>&1 </dev/null &
-}
-
-set_up() { # FOLDER: tokenizer and a copy of the tree
-    mkdir -p "$W" && cp -r dynamask lab pyproject.toml "$W/"
-    cp -r "$1/tokenizer" "$W/"
-}
-
-read_folder() { # FOLDER NAME
-    mkdir -p "$W/in-$2" && cp "$1"/* "$W/in-$2/" 2>/dev/null
-    cd "$W" || exit 1
-    shopt -s nullglob
-    part "$2" --archives "$W/in-$2"/*.orig.tar.* --tables "$W/in-$2"/*.jsonl.xz "$W/in-$2"/*.jsonl.bz2
-}
+size=60M-tables PART_PROCESSES=24
+. "$(dirname "$0")/corpus_parts.sh"
 
 warm_corpus() { # TABLE: of some million tokens, under the name of the large one
     for step in "part chunks-warm w --processes 8 --tables $1" "join chunks-warm corpora-warm/tables-1200M w --held-out 0.05"; do
@@ -113,7 +95,7 @@ pilot() { # CARDS OUT
 
 case $1 in
 begin)
-    mkdir -p "$W" "$5"
+    mkdir -p "$5"
     set_up "$2"
     read_folder "$2" "$3"
     part local --installed

@@ -81,11 +81,9 @@ def test_queues_start_on_every_card_with_their_corpora(tree: Path) -> None:
 
 
 def test_queues_without_tables_take_the_jobs_that_are_given(tree: Path) -> None:
-    (line,) = _called(
-        tree, "bash lab/scripts/evidence_call.sh queues - 9 0", 1, EVIDENCE_JOBS="mqar:smoke needle:smoke"
-    )
+    command, work = "bash lab/scripts/evidence_call.sh queues - 9 0", str(tree.parent / "work")
+    (line,) = _called(tree, command, 1, EVIDENCE_JOBS="mqar:smoke needle:smoke", EVIDENCE_WORK=work)
     assert line.endswith("-- mqar:smoke needle:smoke")
-    shutil.rmtree("/tmp/evidence", ignore_errors=True)
 
 
 def test_jobs_start_side_by_side_and_one_after_the_other(tree: Path) -> None:
@@ -102,6 +100,17 @@ def test_jobs_start_side_by_side_and_one_after_the_other(tree: Path) -> None:
         "lab/scripts/sweep_gpu.py mqar patient",
         "lab/scripts/sweep_gpu.py needle levers",
     ]
+
+
+@pytest.mark.parametrize(("size", "processes"), [("20m", 28), ("60m", 24)])
+def test_a_folder_becomes_a_part_of_a_large_corpus(tree: Path, size: str, processes: int) -> None:
+    work = tree.parent / "work"
+    command = f"bash lab/scripts/scratch_{size}.sh add .tables b"
+    (line,) = _called(tree, command, 1, SCRATCH_WORK=str(work))
+    expected = (
+        f"part chunks b --tokenizer tokenizer --processes {processes} --archives --tables {work}/in-b/linux.jsonl.xz"
+    )
+    assert line == f"||{work}|lab/scripts/parallel_corpus.py {expected}"
 
 
 def test_the_ceiling_starts_when_the_last_part_has_come(tree: Path) -> None:
