@@ -88,8 +88,7 @@ def _timed(config: dict[str, Any], place: int, runs: tuple[int, int], barrier: B
     def tell(at_a_time: int, took: float, steps: int) -> None:
         rate = steps * run.settings.batch_tokens / took
         line = {"form": scratch_name(config), "width": config["width"], "runs": at_a_time, "tokens_per_second": rate}
-        with open(out, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line | {"ms": 1000 * took / steps}) + "\n")
+        _append(out, line | {"ms": 1000 * took / steps})
 
     with run.generators:
         fails = False
@@ -125,6 +124,10 @@ def _compare(run: Any, batches: Any, form: str, out: Path) -> None:
     for name, compute in (("training", run.gradients), ("as it is", run.gradients._as_it_is)):
         line[name] = loss_and_norm(compute(tokens), parameters).tolist()
         clear_gradients(parameters)
+    _append(out, line)
+
+
+def _append(out: Path, line: dict[str, Any]) -> None:
     with open(out, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
