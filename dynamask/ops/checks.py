@@ -25,13 +25,6 @@ def check_tensor(name: str, value: object, shape: str | tuple[int, ...]) -> None
         raise InvalidInputError(f"{name} must be a torch.Tensor of shape {shape}; got {type(value).__name__}")
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Return whether forward-mode differentiation (`torch.func.jvp`, `jacfwd`) runs through one of the tensors."""
-    if torch.compiler.is_compiling():
-        return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
-
-
 def needs_reference(*tensors: Tensor | None) -> bool:
     """Return whether a transform of `torch.func` (grad, vjp, jvp, their jacobians) or a tangent runs through a call.
 
@@ -43,10 +36,10 @@ def needs_reference(*tensors: Tensor | None) -> bool:
         levels = torch._C._functorch.get_interpreter_stack() or []
         if any(level.key() == torch._C._functorch.TransformType.Grad for level in levels):
             return True
-    return has_tangent(*tensors)
+    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
-def refuse_tangents(*tensors: Tensor | None) -> None:
+def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raise `InvalidInputError` where `needs_reference`: in forward mode torch would take the derivative for zero."""
     if needs_reference(*tensors):
         raise InvalidInputError(

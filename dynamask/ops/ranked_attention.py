@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamask.ops.autocast import autocast_dtype, without_autocast
-from dynamask.ops.checks import refuse_tangents
+from dynamask.ops.checks import refuse_transforms
 from dynamask.ops.expiry import run_key_expiry
 from dynamask.ops.interval.api import choose_backend
 from dynamask.ops.interval.operators import empty_forward, run_backward, run_forward
@@ -59,7 +59,7 @@ def ranked_attention(
             scale=scale,
         )
         return without_autocast(compute, query, key, value, dtype=narrow)
-    refuse_tangents(query, key, value)
+    refuse_transforms(query, key, value)
     backend = choose_backend("auto", query)
     output, _, _, expiry = ranked_attention_op(
         query, key, value, ranks.detach(), windows, local, sinks, segment_ids, key_mask, scale, backend

@@ -13,7 +13,7 @@ from dynamask.errors import InvalidInputError
 from dynamask.integers import check_window
 from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.bias import finite_bias
-from dynamask.ops.checks import Window, check_tensor, needs_reference, refuse_tangents
+from dynamask.ops.checks import Window, check_tensor, needs_reference, refuse_transforms
 from dynamask.ops.expiry import key_expiry
 from dynamask.ops.interval.operators import interval_attention_op, triton_available
 from dynamask.ops.interval.reference import interval_attention_reference
@@ -97,7 +97,7 @@ def attend(
         backend = "reference"
     if backend == "reference":
         return interval_attention_reference(query, key, value, expiry, bias, scale)
-    refuse_tangents(query, key, value, bias)
+    refuse_transforms(query, key, value, bias)
     limits = _limits(max_live, key.shape[1])
     return interval_attention_op(query, key, value, expiry, bias, scale, backend, limits)[0]
 

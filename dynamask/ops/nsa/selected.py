@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynamask.ops.checks import refuse_tangents
+from dynamask.ops.checks import refuse_transforms
 
 SMALLEST_TILE = 16
 """Query heads that fill the kernels' tile: rows of the smallest product of tensor cores."""
@@ -79,7 +79,7 @@ def selected_attention(
 
     Source: arXiv 2502.11089, equations 11 and 12; fla-core 0.6.0, `fla.ops.nsa.parallel`.
     """
-    refuse_tangents(query, key, value)
+    refuse_transforms(query, key, value)
     return _selected_op(query, key, value, chosen.to(torch.int32), block_size, scale)[0]
 
 
