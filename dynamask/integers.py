@@ -1,4 +1,4 @@
-"""Checks of windows and other integers. They need no torch, so a mistake on the command line is told at once."""
+"""Checks of windows and other integers. They need no torch, so a mistake on the command line is reported at once."""
 
 from __future__ import annotations
 

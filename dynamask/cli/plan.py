@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import re
 from typing import Annotated
 
@@ -99,10 +101,10 @@ def plan(
 
 def _tokens(text: str) -> float:
     match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([KMBGT]?)", text.strip(), flags=re.IGNORECASE)
-    try:
-        assert match is not None
-        count = float(match[1]) * _SIZES[match[2].upper()]
-        assert count < float("inf")
-        return count
-    except (AssertionError, ValueError) as error:
-        raise UsageError(f"--tokens must be a number such as 40B or 1.5T; got {text!r}") from error
+    count = math.inf
+    if match is not None:
+        with contextlib.suppress(ValueError):  # two points
+            count = float(match[1]) * _SIZES[match[2].upper()]
+    if count == math.inf:
+        raise UsageError(f"--tokens must be a number such as 40B or 1.5T; got {text!r}")
+    return count
