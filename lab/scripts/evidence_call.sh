@@ -11,7 +11,8 @@
 # lab/results has, and write lines and logs into EVIDENCE_OUT. `again:cells:2` repeats all cells of the exhibits,
 # `again:loss:1` one, `ceiling:512:1` a part of the ceiling once the study `conversion` has set its model up, and
 # `corpus:local:1` makes the corpus of the leak alone. Corpora are made of the tables and the sources of the machine.
-# Queues keep EVIDENCE_WORKERS processes on each card from WAIT seconds on, and read what EVIDENCE_TABLES holds.
+# Queues keep EVIDENCE_WORKERS processes on each card from WAIT seconds on, and read what EVIDENCE_TABLES holds. Where
+# EVIDENCE_AFTER is set, card 2 also waits for the file $EVIDENCE_AFTER-2.
 set -u
 # What decides first: recall, a lever for length at a time with its control, the leak, long reading, a cell again.
 JOBS=${EVIDENCE_JOBS:-mqar:patient:0:2@140 mqar:patient-dense@60 needle:levers+:0:9@230 ablation:leak-decide@120
@@ -110,7 +111,7 @@ queues)
         IFS=: read -r name wait <<<"$card"
         # shellcheck disable=SC2086  # several jobs
         CUDA_VISIBLE_DEVICES=$name setsid nohup python3 lab/scripts/queue_gpu.py --out "$O" --name "$name" \
-            --claims "$W/claims" --seconds "$seconds" --wait "${wait:-0}" --workers "${EVIDENCE_WORKERS:-7}" \
+            --claims "$W/claims" --seconds "$seconds" --wait "${wait:-0}" ${EVIDENCE_AFTER:+--after "$EVIDENCE_AFTER-$name"} --workers "${EVIDENCE_WORKERS:-7}" \
             --known lab/results/*.jsonl --prepare "$prepare" -- $JOBS >"$O/log-queue-$name.txt" 2>&1 </dev/null &
         prepare=0
     done

@@ -181,7 +181,8 @@ def work(arguments: argparse.Namespace, ends: float) -> int:
     jobs = jobs_of(arguments.jobs, arguments.known)
     kinds, claims = kinds_of(jobs), Claims(arguments.claims)
     _say(f"{len(jobs)} runs")
-    while time.time() < arguments.begin:  # the GPU belongs to others until then
+    # The GPU belongs to others until then.
+    while time.time() < arguments.begin or (arguments.after and not arguments.after.exists()):
         time.sleep(0.2)
     device = provenance.device_name(arguments.workers)
     versions, commit = provenance.versions(), provenance.commit()
@@ -266,6 +267,7 @@ def main() -> None:
     parser.add_argument("--claims", type=Path, help="folder that queues with the same jobs share; default: OUT/claims")
     parser.add_argument("--seconds", type=float, required=True, help="end after so long")
     parser.add_argument("--wait", type=float, default=0.0, help="leave the GPU to others for so long first")
+    parser.add_argument("--after", type=Path, help="leave the GPU to others until this file is there, too")
     parser.add_argument("--workers", type=int, default=7, help="runs at a time")
     parser.add_argument("--known", type=Path, nargs="*", default=[], help="results files whose runs are left out")
     parser.add_argument("--prepare", type=int, default=0, help="processes that make the mixtures of needles")

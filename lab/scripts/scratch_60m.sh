@@ -7,15 +7,17 @@
 #
 # The first folder holds the tokenizer and `warm.jsonl.xz`, a small corpus on which every form compiles and records while
 # the large one is made of the parts and of the sources that the machine has (`parallel_corpus.py`). Training starts when
-# the corpus is whole: its order is one permutation of all blocks. `dense` and `scored` share two cards each; then the
-# newest keys take all four. Where cards cannot share a run, three forms of `45M-tables` train on a card each; that size is
-# also taken where the corpus holds too few tokens.
+# the corpus is whole: its order is one permutation of all blocks. `dense` and `scored` share two cards each. Then size
+# `10M-choice` takes a card per form, and the files free-2 and free-3 give the other cards to whoever waits for them; with
+# SCRATCH_NEXT=newest the newest keys at 60M take all four. Where cards cannot share a run, three forms of `45M-tables`
+# train on a card each; that size is also taken where the corpus holds too few tokens.
 set -u
 W=${SCRATCH_WORK:-/tmp/scratch60}
 export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
 dense="=dense, half rate=" scored="=scored, half rate, one wide" newest="=sliding + sinks, half rate, one wide"
-size=60M-tables PART_PROCESSES=24
+without="=scored, no choice, half rate, one wide"
+size=60M-tables next=${SCRATCH_NEXT:-choice} PART_PROCESSES=24
 . "$(dirname "$0")/corpus_parts.sh"
 
 warm_corpus() { # TABLE: of some million tokens, under the name of the large one
@@ -47,32 +49,61 @@ sweep() { # SECONDS OUT NAMES: what `begin` leaves running
     # The compiler's results are kept for the runs.
     warm 0,1 dense "$dense" &
     warm 2,3 scored "$scored" &
-    warm 0,1,2,3 newest "$newest" &
+    if [ "$next" = newest ]; then
+        warm 0,1,2,3 newest "$newest" &
+    else
+        choice 0 scored "$scored" 200 corpora-warm --steps 14 &
+        choice 1 no-choice "$without" 200 corpora-warm --steps 14 &
+    fi
     wait $corpus
     echo "$(date +%X) the corpus is there, $(left) s left"
     wait
-    echo "$(date +%X) $(cat warm-*.jsonl | wc -l) of three forms have tried, $(left) s left"
+    echo "$(date +%X) $(cat warm-*.jsonl | wc -l) forms of 60M have tried, $(left) s left"
     tokens=$(python3 -c "import json; print(json.load(open('corpora/tables-1200M/index.json'))['splits']['train']['tokens'])")
     [ "$tokens" -gt 1197342720 ] || size=45M-tables # no token is read twice
-    if [ -s warm-dense.jsonl ]; then
-        run 0,1 "$(left)" dense "$dense" corpora "$out" &
-        first=$!
-        run 2,3 "$(left)" scored "$scored" corpora "$out" &
-        wait $first $!
-        echo "$(date +%X) dense and scored have ended, $(left) s left"
-        run 0,1,2,3 "$(left)" newest "$newest" corpora "$out"
+    if [ -s warm-dense.jsonl ] && [ -s warm-scored.jsonl ]; then
+        (
+            run 0,1 "$(left)" dense "$dense" corpora "$out"
+            echo "$(date +%X) dense has ended, $(left) s left"
+            [ "$next" = newest ] || choices
+        ) &
+        dense_run=$!
+        run 2,3 "$(left)" scored "$scored" corpora "$out"
+        echo "$(date +%X) scored has ended, $(left) s left"
+        [ "$next" = newest ] || touch free-2 free-3
+        wait $dense_run
+        [ "$next" = newest ] && run 0,1,2,3 "$(left)" newest "$newest" corpora "$out"
     else
         size=45M-tables
+        touch free-3
         run 0 "$(left)" dense "$dense" corpora "$out" &
         run 1 "$(left)" scored "$scored" corpora "$out" &
         run 2 "$(left)" newest "$newest" corpora "$out" &
         wait
+        touch free-2
     fi
+    wait
     echo "$(date +%X) end"
 }
 
+choices() { # 10M-choice: a card per form, three seeds share it
+    choice 0 scored "$scored" "$(left)" corpora &
+    choice 1 no-choice "$without" "$(left)" corpora &
+    wait
+}
+
+choice() { # CARD NAME FORM SECONDS CORPORA [FURTHER ARGUMENTS]
+    card=$1 name=choice-$2 form=$3 seconds=$4 corpora=$5
+    shift 5
+    [ "$seconds" -gt 40 ] || return
+    [ "$corpora" = corpora ] || name=warm-$name
+    CUDA_VISIBLE_DEVICES=$card timeout -k 5 $((seconds + 30)) python3 lab/scripts/scratch_gpu.py \
+        --corpora "$corpora" --size 10M-choice --only "$form" --state "state-$name" --out "$name.jsonl" \
+        --copy "$out/10M-$name.jsonl" --workers 3 --seconds "$seconds" "$@" >>"$out/log-$name.txt" 2>&1
+}
+
 warm() { # CARDS NAME FORM
-    run "$1" 120 "warm-$2" "$3" corpora-warm "$out" --steps 14
+    run "$1" 200 "warm-$2" "$3" corpora-warm "$out" --steps 14
 }
 
 pilot() { # CARDS OUT

@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     name = "long" if "reading" in arguments.size else "tables" if "tables" in arguments.size[0] else "local"
-    large = {"20M-tables": "tables-400M", "45M-tables": "tables-1200M", "60M-tables": "tables-1200M"}
+    large = {"20M-tables": "tables-400M", **dict.fromkeys(("10M-choice", "45M-tables", "60M-tables"), "tables-1200M")}
     name = large.get(arguments.size[0], name)
     if not arguments.wait and not (arguments.corpora / name / "index.json").exists():
         tokens = build(

@@ -65,6 +65,7 @@ def test_queues_start_on_every_card_with_their_corpora(tree: Path) -> None:
         4,
         EVIDENCE_WORK=str(work),
         EVIDENCE_OUT=str(out),
+        EVIDENCE_AFTER=str(work / "free"),
     )
     assert [line.split("|")[:3] for line in lines] == [
         ["2", f"{work}/corpora", str(work)],
@@ -73,8 +74,11 @@ def test_queues_start_on_every_card_with_their_corpora(tree: Path) -> None:
     ]
     first, second = (line.split("|")[3] for line in lines[:2])
     shared = f"--claims {work}/claims --seconds 9"
-    assert f"--out {out} --name 2 {shared} --wait 0 --workers 7 --known lab/results/mqar-none.jsonl" in first
-    assert f"--out {out} --name 3 {shared} --wait 5 " in second
+    assert (
+        f"--out {out} --name 2 {shared} --wait 0 --after {work}/free-2 --workers 7 --known lab/results/mqar-none.jsonl"
+        in first
+    )
+    assert f"--out {out} --name 3 {shared} --wait 5 --after {work}/free-3 " in second
     assert "--prepare 6 -- mqar:patient" in first
     assert "--prepare 0 -- mqar:patient" in second
     assert jobs_of(first.partition(" -- ")[2].split(), []) == jobs_of(second.partition(" -- ")[2].split(), [])
@@ -111,6 +115,34 @@ def test_a_folder_becomes_a_part_of_a_large_corpus(tree: Path, size: str, proces
         f"part chunks b --tokenizer tokenizer --processes {processes} --archives --tables {work}/in-b/linux.jsonl.xz"
     )
     assert line == f"||{work}|lab/scripts/parallel_corpus.py {expected}"
+
+
+_TRAINED = """#!/bin/bash
+echo "$CUDA_VISIBLE_DEVICES|$DYNAMASK_PROCESSES|$*" >>"$(dirname "$0")/calls"
+[ "$1" = -c ] && echo 1198000000 && exit
+while [ $# -gt 0 ]; do
+    if [ "$1" = --out ]; then echo '{}' >"$2"; fi
+    shift
+done
+"""
+
+
+def test_models_of_60m_share_two_cards_each_then_give_them_to_others(tree: Path) -> None:
+    work, out = tree.parent / "work", tree.parent / "out"
+    (tree.parent / "bin" / "python3").write_text(_TRAINED)
+    (tree / ".tables" / "tokenizer").mkdir()
+    (tree / ".tables" / "warm.jsonl.xz").touch()
+    begin = f'bash lab/scripts/scratch_60m.sh begin .tables p 90 {out} "p"'
+    lines = _called(tree, begin, 14, SCRATCH_WORK=str(work))
+    trained = [line.split(" --state")[0] for line in lines if "--corpora corpora " in line]
+    at = "|lab/scripts/scratch_gpu.py --corpora corpora --size"
+    assert trained == [
+        f"0,1|2{at} 60M-tables --only =dense, half rate=",
+        f"0|{at} 10M-choice --only =scored, half rate, one wide",
+        f"1|{at} 10M-choice --only =scored, no choice, half rate, one wide",
+        f"2,3|2{at} 60M-tables --only =scored, half rate, one wide",
+    ]
+    assert all((work / f"free-{card}").exists() for card in (2, 3))
 
 
 def test_the_ceiling_starts_when_the_last_part_has_come(tree: Path) -> None:

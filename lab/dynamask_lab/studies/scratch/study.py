@@ -76,6 +76,9 @@ slopes, one wide layer`. The choice is shown where the form that chooses lies be
 excludes zero; it makes no difference where that interval lies within 0.02 nats on both sides. `paper, w = N/16` of
 `4M-tables` is judged as that form at the other windows. Where time is left, `scored, no choice, one wide layer` of
 `10M-tables` runs with seeds 3 to 5, too; all seeds that ended are judged together.
+
+Size `10M-choice`, named before its runs: `scored, one wide layer` and its control `scored, no choice, one wide layer`
+alone, three seeds, 20 fresh tokens a parameter of the corpus of `60M-tables`, by the rule of these controls.
 """
 
 from __future__ import annotations
@@ -445,6 +448,12 @@ def _one_wide(length: int, groups: int) -> dict[str, Config]:
     return {name: form for name, form in made.items() if name.startswith(("scored", "sliding")) and "wide" in name}
 
 
+def _choice() -> list[Config]:
+    """The judged form of 10M and the same without its choice."""
+    made = {name: form for name, form in _one_wide(4096, 3).items() if name.startswith("scored")}
+    return _judged("10M", made, 20.0, corpus="tables-1200M")
+
+
 def _large(shape: str) -> list[Config]:
     """The three forms that decide at once, one seed."""
     groups = SHAPES[shape]["groups"]
@@ -471,6 +480,8 @@ SIZES = {
     # A run of 60M is longer than one card's hour: DYNAMASK_PROCESSES shares it between cards.
     "60M-tables": lambda: _large("60M"),
     "45M-tables": lambda: _large("45M"),
+    # The choice alone, where the corpus of 60M is there anyway.
+    "10M-choice": _choice,
     "10M-judged": lambda: _judged("10M", judged(4096, 3), 7.0),
     "20M-judged": lambda: _judged("21M", judged(4096, 3), 5.0),
     "windows": lambda: _runs(by_window(4096), "1M", 4096, (0, 1, 2)),
