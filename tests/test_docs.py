@@ -1,4 +1,4 @@
-"""The site: the names and commands that its pages list exist, and its navigation holds every page but the ledgers."""
+"""The site: the names and commands that its pages list exist, and its navigation holds every page to be indexed."""
 
 from __future__ import annotations
 
@@ -73,14 +73,24 @@ def test_every_command_is_on_the_commands_page() -> None:
             assert f"`dynamask {name}" in page, name
 
 
-def test_navigation_holds_every_page_but_the_ledgers() -> None:
+def test_navigation_holds_every_page_but_the_ledgers_and_the_appendix() -> None:
     settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed: list[str] = []
     for entry in settings["nav"]:
         (value,) = entry.values()
         listed += [value] if isinstance(value, str) else [page for inner in value for page in inner.values()]
     assert sorted(listed) == sorted(path.name for path in DOCS.glob("*.md"))
-    assert settings["not_in_nav"].split() == ["/results/"]
+    assert settings["not_in_nav"].split() == ["/results/", "/appendix/"]
+
+
+def test_the_appendix_is_not_indexed_and_is_reached() -> None:
+    """Its pages are written by hand: the search leaves them out, and a page of the navigation links each."""
+    pages = sorted((DOCS / "appendix").glob("*.md"))
+    assert pages
+    reached = "\n".join(path.read_text(encoding="utf-8") for path in DOCS.glob("*.md"))
+    for page in pages:
+        assert page.read_text(encoding="utf-8").startswith("---\nsearch:\n  exclude: true\n---\n"), page.name
+        assert f"](appendix/{page.name}" in reached, page.name
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))

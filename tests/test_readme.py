@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 MOST_LINES = 150
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+DOCS = [path for pattern in ("*.md", "appendix/*.md") for path in (ROOT / "docs").glob(pattern)]
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(path.relative_to(ROOT).as_posix() for path in DOCS)]
 MOST_NUMBERS = 0.04
 """Numbers per word of prose."""
 
