@@ -21,11 +21,11 @@ from dynamask_lab.report.exhibits import exhibits
 from dynamask_lab.report.markdown import markdown_table
 from dynamask_lab.report.pictures import pictures
 from dynamask_lab.report.recipe_names import NOTE
-from dynamask_lab.report.scoreboard import Placed, board, details, goals
+from dynamask_lab.report.scoreboard import Placed, board, details, goals, told_verdict
 from dynamask_lab.studies import EXPERIMENTS, Experiment, Record, read_results, run_key
 from dynamask_lab.studies.needle.data import same_mixture
 from dynamask_lab.sweeps.provenance import short_commit
-from dynamask_lab.sweeps.registry import REPORTS
+from dynamask_lab.sweeps.registry import REPORTS, Lender
 from dynamask_lab.sweeps.section import Exhibit, Row, Section
 from dynamask_lab.sweeps.verdicts import FEW_SEEDS, FEW_SEEDS_INTEREST, NOT_TESTED
 
@@ -66,6 +66,7 @@ class _Part:
         rows: key of a raw row -> its file and the row itself, as JSON.
         sources: markdown: devices and commits the rows come from.
         command: of the runs; "" where the page names it.
+        lent: how many of the rows belong to the sweep whose spread this one borrows.
     """
 
     name: str
@@ -74,6 +75,7 @@ class _Part:
     rows: Mapping[str, tuple[str, Any]]
     sources: str
     command: str = ""
+    lent: int = 0
 
     @property
     def in_appendix(self) -> bool:
@@ -215,17 +217,19 @@ def _experiment_page(experiment: Experiment, records: _Runs, results: Path, outp
         chosen = {key: left.pop(key) for key in [*left] if key.split(_BUILD)[0] in keys}
         groups.append((f"Size `{size}`", f" of {len(keys)}", f"{experiment.name}-{size}", chosen))
     groups.append(("Other settings", "", f"{experiment.name}-other", left))
+    whole = {name: chosen for _, _, name, chosen in groups}
     for what, of, name, chosen in groups:
+        lender = _lender(experiment, name, whole)
         if name in _PAIRED and len(_by_build(chosen)) > 1:
             what += ", seeds from several builds of the corpus (differences within a seed compare, means do not)"
-            parts.append(_experiment_part(experiment, name, f"{what}: {len(chosen)}{of} runs", chosen, output))
+            parts.append(_experiment_part(experiment, name, f"{what}: {len(chosen)}{of} runs", chosen, output, lender))
             continue
         for number, runs in enumerate(_by_build(chosen)):
             # Corpora built anew hold other versions of their packages, so losses of two builds do not compare.
             build = "" if number == 0 else ", an earlier build of the corpora" if number == 1 else f", build {number}"
             label = name if number == 0 else f"{name}-build-{number}"
             title = f"{what}{build}: {len(runs)}{of} runs"
-            parts.append(_experiment_part(experiment, label, title, runs, output))
+            parts.append(_experiment_part(experiment, label, title, runs, output, lender))
     largest = list(experiment.sizes)[-1]
     command = f"dynamask experiment {experiment.name} --size {largest} --results {_shown(results)}/"
     return _Page(
@@ -235,6 +239,15 @@ def _experiment_page(experiment: Experiment, records: _Runs, results: Path, outp
         parts,
         f"{command}{experiment.name}.jsonl",
     )
+
+
+def _lender(experiment: Experiment, name: str, whole: Mapping[str, _Runs]) -> tuple[str, _Runs] | None:
+    """The sweep whose spread a sweep borrows, and its runs on the build of its corpus with the most runs."""
+    size = experiment.lenders.get(name.removeprefix(f"{experiment.name}-"))
+    if size is None:
+        return None
+    builds = _by_build(whole[f"{experiment.name}-{size}"])
+    return size, builds[0] if builds else {}
 
 
 def _by_build(runs: _Runs) -> list[_Runs]:
@@ -258,18 +271,24 @@ def _build(record: Record) -> tuple[str, str]:
 
 
 def _experiment_part(
-    experiment: Experiment, name: str, title: str, chosen: Mapping[str, tuple[str, Record]], output: Path
+    experiment: Experiment, name: str, title: str, chosen: _Runs, output: Path, lender: tuple[str, _Runs] | None
 ) -> _Part:
-    runs = [record for _, record in sorted(chosen.values(), key=lambda found: found[1].key)]
+    runs = _in_order(chosen)
     report = REPORTS.get(experiment.name)
+    lent = lender[1] if lender else {}
     if report is not None:
+        more = {"lender": Lender(lender[0], _in_order(lent))} if lender else {}
         with pictures(drawn=not _of_appendix(name)):
-            section = _shown_section(name, report(runs, output / name))
+            section = _shown_section(name, report(runs, output / name, **more))
     else:
         table = experiment.summary(runs)
         section = Section("", [Exhibit("summary", "What the runs found", [run.key for run in runs], table=table)])
-    rows = {key: (file, asdict(record)) for key, (file, record) in chosen.items()}
-    return _Part(name, title, section, rows, _provenance(runs))
+    rows = {key: (file, asdict(record)) for key, (file, record) in (lent | chosen).items()}
+    return _Part(name, title, section, rows, _provenance(runs), lent=len(lent.keys() - chosen.keys()))
+
+
+def _in_order(runs: _Runs) -> list[Record]:
+    return [record for _, record in sorted(runs.values(), key=lambda found: found[1].key)]
 
 
 def _shown_section(name: str, section: Section) -> Section:
@@ -406,7 +425,7 @@ def _index(
         contents.append(
             {
                 "page": f"[{page.title}]({page.name}.md)" if main or not rest else page.title,
-                "raw rows": str(sum(len(part.rows) for part in page.parts)) if page.parts else NOT_TESTED,
+                "raw rows": str(sum(len(part.rows) - part.lent for part in page.parts)) if page.parts else NOT_TESTED,
                 "appendix": f"[{len(rest)} sections]({APPENDIX}/{page.name}.md)" if rest else "",
                 "full size": f"`{page.full_size}`",
             }
@@ -472,7 +491,7 @@ def _verdicts(parts: Sequence[_Part], page: _Page) -> list[Row]:
             "measured [95% interval]": finding.measured,
             "of interest": finding.interest,
             **finding.setting,
-            "verdict": f"**{finding.verdict}**",
+            "verdict": told_verdict(finding),
         }
         for part in parts
         for finding in part.section.findings

@@ -43,7 +43,7 @@ def board(found: Sequence[Placed]) -> list[Row]:
         if name in GOALS or claim.part_of:
             continue
         row = {"claim": claim.text}
-        own = [each for each in found if each.finding.claim == name]
+        own = _without_note(found, name)
         parts = {part: each.short for part, each in CLAIMS.items() if each.part_of == name}
         for role, title in ROLES.items():
             whole = chosen(own, role)
@@ -52,7 +52,7 @@ def board(found: Sequence[Placed]) -> list[Row]:
             cells = [_cell(each, named=named) for each in whole]
             decided = {(*_place(each), each.finding.verdict) for each in whole}
             for part, label in parts.items():
-                of_part = chosen([each for each in found if each.finding.claim == part], role)
+                of_part = chosen(_without_note(found, part), role)
                 cells += [
                     f"{label}: {_cell(each)}"
                     for each in of_part
@@ -81,17 +81,36 @@ def _on_task(found: Sequence[Placed], role: str, whole: Sequence[Placed], best: 
 
 
 def goals(found: Sequence[Placed]) -> list[Row]:
-    """One row per goal of this library that runs decide: the verdict on the form named for it."""
+    """One row per goal of this library that runs decide: the verdict on the form named for it.
+
+    A finding with a note has a row of its own behind it, and is counted with no others.
+    """
     rows: list[Row] = []
     for name in GOALS:
-        own = [each for each in found if each.finding.claim == name]
+        own = _without_note(found, name)
         for role in ("best", "plain"):
             whole = chosen(own, role, same_part=False)
             if whole:
                 cells = dict.fromkeys(_cell(each, named=True) for each in whole[:_GOAL_CELLS])
                 rows.append({"goal": CLAIMS[name].text, "verdict": "; ".join(cells)})
                 break
+        noted = [each for each in found if each.finding.claim == name and each.finding.note and not each.appendix]
+        rows += [
+            {"goal": CLAIMS[name].text, "verdict": _cell(each, named=True)}
+            for each in noted
+            if each.finding.role == "best"
+        ]
     return rows
+
+
+def _without_note(found: Sequence[Placed], claim: str) -> list[Placed]:
+    """The findings of a claim that decide rows with others: those without a note."""
+    return [each for each in found if each.finding.claim == claim and not each.finding.note]
+
+
+def told_verdict(finding: Finding) -> str:
+    """The verdict in bold, and its note."""
+    return f"**{finding.verdict}**" + (f" ({finding.note})" if finding.note else "")
 
 
 _GOAL_CELLS = 2
@@ -109,7 +128,7 @@ def details(found: Sequence[Placed]) -> list[Row]:
                 {
                     "claim": claim.short if number == 0 else "",
                     "form": finding.subject + (f" ({ROLES[finding.role]})" if finding.role else ""),
-                    "verdict": f"**{finding.verdict}**",
+                    "verdict": told_verdict(finding),
                     "measured [95% interval]": finding.measured,
                     "of interest": finding.interest,
                     **{title: finding.setting.get(title, "") for title in _SETTING},
@@ -210,7 +229,9 @@ def _cell(placed: Placed, *, named: bool = False) -> str:
     seen = f"{amount} of dense pairs" if "%" in amount and amount != "100%" else ""
     seen += f", {shorter.removesuffix(')')}" if seen and shorter else ""
     facts = [placed.finding.difference, setting.get("task", ""), shown, seen, wide, setting.get("size", "")]
-    if _seeds(placed):
+    if placed.finding.note:
+        facts.append(placed.finding.note)
+    elif _seeds(placed):
         facts.append(f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}")
     told = ", ".join(fact for fact in facts if fact)
     size = f", {setting.get('size')}"

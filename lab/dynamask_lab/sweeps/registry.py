@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from dynamask.errors import InvalidInputError, UsageError, did_you_mean
@@ -36,6 +35,7 @@ class Experiment:
         trains_language_models: its runs are `run_language`'s, whose models `kept_models` can keep.
         follow_up: runs of a sweep that earlier ones decide: given its name and what is finished, the configs known by
             now, none as long as something is missing.
+        lenders: name of a sweep of one seed -> the sweep whose spread its intervals borrow.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Experiment:
     interruptible: bool = False
     trains_language_models: bool = False
     follow_up: Callable[[str, Sequence[Record]], list[Config]] | None = None
+    lenders: Mapping[str, str] = field(default_factory=dict)
 
     def configs(self, size: str, finished: Sequence[Record] = ()) -> list[Config]:
         """The configs of a named sweep, as far as the finished runs decide them.
@@ -81,8 +82,22 @@ def get_experiment(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
-Report = Callable[[Sequence[Record], Path], Section]
-"""Turns the finished runs of one sweep, at least one, into their section of `dynamask report results`."""
+@dataclass(frozen=True)
+class Lender:
+    """The sweep whose spread another sweep borrows.
+
+    Attributes:
+        size: its name.
+        records: its finished runs.
+    """
+
+    size: str
+    records: Sequence[Record]
+
+
+Report = Callable[..., Section]
+"""Turns the finished runs of one sweep, at least one, and the folder of its pictures into their section of `dynamask
+report results`; for a sweep in `Experiment.lenders` it is given the argument `lender` as well, a `Lender`."""
 
 REPORTS: dict[str, Report] = {}
 """Experiment -> its report. An experiment without one is shown as the table of its summary."""

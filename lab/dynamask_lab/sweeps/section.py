@@ -50,6 +50,8 @@ class Finding:
         setting: window over context, size, seeds and share of dense attention's pairs, where the figure has them.
         interest: the smallest difference of interest, in words.
         difference: the figure in short, with interval and unit: to dense attention where that was a rival.
+        note: what stands beside the verdict wherever it is shown, such as whose spread its interval has; "" for none.
+            A finding with a note is a row of its own among the goals, and decides no other row.
     """
 
     claim: str
@@ -61,6 +63,7 @@ class Finding:
     setting: Row = field(default_factory=dict)
     interest: str = ""
     difference: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:

@@ -30,11 +30,13 @@ class Interval:
     Attributes:
         mean: positive where the form is better than what it is compared with.
         low, high: bounds of the interval.
+        borrowed: the sweep whose spread the bounds are made of, where one seed has none of its own; else "".
     """
 
     mean: float
     low: float
     high: float
+    borrowed: str = ""
 
     def __str__(self) -> str:
         return self.shown()
@@ -84,6 +86,31 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
     if not shared:
         return Interval(math.nan, math.nan, math.nan)
     return mean_interval([theirs[seed] - ours[seed] for seed in shared])
+
+
+def borrowed_interval(difference: float, others: Sequence[float], lender: str) -> Interval:
+    """Give the difference of one seed the spread that the same difference has from seed to seed in another sweep.
+
+    Args:
+        difference: of the one seed.
+        others: the differences of the other sweep, one per seed.
+        lender: name of the other sweep.
+
+    Returns:
+        `difference` plus and minus the standard deviation of `others` times the quantile of Student's t at its degrees
+        of freedom; without an interval where `others` are fewer than two or not finite.
+    """
+    spread = SeedSpread.pooled([others])
+    margin = t_quantile(spread.freedom) * spread.deviation
+    if not math.isfinite(margin + difference):
+        return Interval(difference, math.nan, math.nan)
+    return Interval(difference, difference - margin, difference + margin, lender)
+
+
+def borrowed_note(found: Iterable[Interval]) -> str:
+    """What stands beside a verdict on these differences: "" where none of their intervals is borrowed."""
+    lenders = sorted({each.borrowed for each in found} - {""})
+    return f"one seed, interval borrowed from {', '.join(lenders)}" if lenders else ""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from dynamask.errors import UsageError
 from dynamask_lab.report.claims import CLAIMS
 from dynamask_lab.report.pictures import LARGEST, pictures
 from dynamask_lab.report.results import render_results, trace
-from dynamask_lab.studies import EXPERIMENTS, LOCALITY, MQAR, Record, run_key
+from dynamask_lab.studies import EXPERIMENTS, LOCALITY, MQAR, SCRATCH, Record, run_key
 from dynamask_lab.studies.mqar.report import report_mqar
+from dynamask_lab.studies.scratch.study import scratch_name
 from dynamask_lab.sweeps.section import Finding
 from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, VERDICTS
 
@@ -138,6 +139,37 @@ def test_times_of_shared_devices_decide_nothing(tmp_path: Path) -> None:
         for runs in (records, together)
     ]
     assert verdicts == [{REPRODUCED}, {NOT_TESTED}]
+
+
+@pytest.mark.parametrize("size", ["60M", "45M"])
+def test_a_size_of_one_seed_is_a_row_of_its_own_with_the_interval_of_20M(size: str, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (RAW / "scratch-tables-20M.jsonl").read_text().splitlines()]
+    first = {scratch_name(line["config"]): line for line in lines if line["seed"] == 0}
+    configs = SCRATCH.configs(f"{size}-tables")
+    made = [first[scratch_name(c)] | {"config": c, "key": run_key("scratch", c)} for c in configs]
+    (tmp_path / "raw").mkdir()
+    contents = []
+    for more in ([], made):
+        for file, own in (("scratch-tables-20M", lines), (f"scratch-tables-{size}", more)):
+            text = "".join(json.dumps(line) + "\n" for line in own)
+            (tmp_path / "raw" / f"{file}.jsonl").write_text(text)
+        index, *pages = render_results(tmp_path / "raw", tmp_path / "report")
+        (scratch,) = (page for page in pages if page.stem == "scratch")
+        contents.append((index.read_text(), scratch.read_text()))
+    (before, page_before), (after, page) = contents
+    note = "one seed, interval borrowed from 20M-tables"
+    rows = [line for line in after.split("\n") if line not in before.split("\n") and line.startswith("| ")]
+    goals = [line for line in rows if note in line]
+    assert [CLAIMS[name].text in line for name, line in zip(("scratch", "scratch-dense"), goals, strict=True)] == [
+        True
+    ] * 2
+    # What stood there stays as it was, but for the number of raw rows.
+    gone = [line for line in before.split("\n") if line not in after.split("\n")]
+    assert gone == [line for line in before.split("\n") if line.startswith("| [scratch](scratch.md)")]
+    assert "| [scratch](scratch.md) | 12 |" in after
+    assert page.endswith(page_before.partition("## Size")[2])
+    assert f"## Size `{size}-tables`: 3 of 3 runs" in page
+    assert page.count(f"**not tested** ({note})") == 8
 
 
 def test_small_trials_go_to_an_appendix_that_the_site_does_not_index(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from dynamask_lab.report.claims import CLAIMS, GOALS
-from dynamask_lab.report.scoreboard import Placed, board, chosen, details
+from dynamask_lab.report.scoreboard import Placed, board, chosen, details, goals
 from dynamask_lab.sweeps.section import Finding
 from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED
 
@@ -56,6 +56,27 @@ def test_every_claim_has_a_row() -> None:
     assert row["verdict"] == "**refuted**"
     assert row["from"] == "[sweep-3](mqar.md)"
     assert row["of interest"] == "0.02 nats"
+
+
+def test_a_finding_with_a_note_is_a_row_of_its_own_and_decides_no_other() -> None:
+    note = "one seed, interval borrowed from 20M-tables"
+    three = _placed(REPRODUCED, 3, role="best", claim="scratch-dense", size="20.1M")
+    one = _placed(NOT_TESTED, 1, role="best", claim="scratch-dense", size="59.9M")
+    one = replace(one, finding=replace(one.finding, note=note))
+    first, second = (row for row in goals([one, three]) if row["goal"] == CLAIMS["scratch-dense"].text)
+    assert first == goals([three])[0]
+    assert "**reproduced**" in first["verdict"]
+    assert note not in first["verdict"]
+    assert "**not tested**" in second["verdict"]
+    assert note in second["verdict"]
+    assert "59.9M" in second["verdict"]
+    assert "1 seed" not in second["verdict"]
+    alone = goals([one])
+    assert [row["verdict"] for row in alone] == [second["verdict"]]
+    shown = [row["verdict"] for row in details([one, three]) if row["form"]]
+    assert shown == [f"**not tested** ({note})", "**reproduced**"]
+    claimed = [replace(each, finding=replace(each.finding, claim="perplexity")) for each in (one, three)]
+    assert board(claimed) == board(claimed[1:])
 
 
 def test_of_as_many_seeds_the_largest_models_decide() -> None:

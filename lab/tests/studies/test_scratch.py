@@ -25,6 +25,7 @@ from dynamask_lab.studies import SCRATCH, Record, run_key
 from dynamask_lab.studies.judged import share_of_pairs
 from dynamask_lab.studies.scratch.report import _CAUSES, _at_share, report_scratch
 from dynamask_lab.studies.scratch.study import forms, judged, larger, rates, scratch_name, shares, tables
+from dynamask_lab.sweeps.registry import Lender
 from dynamask_lab.sweeps.verdicts import (
     NOT_TESTED,
     REFUTED,
@@ -170,6 +171,72 @@ def test_verdicts_give_the_seeds_that_two_forms_share(tmp_path: Path) -> None:
     found = {f.claim: f.setting["seeds"] for f in report_scratch(records, tmp_path).findings if "scored" in f.subject}
     assert found["scratch"] == "3 to 6"
     assert found["scratch-dense"] == "3"
+
+
+SCORED, SLIDING = (f"{name}, half rate, one wide layer, w = N/16" for name in ("scored", "sliding + sinks"))
+NOTE = "one seed, interval borrowed from 20M-tables"
+
+
+def _lender(scored: list[float], sliding: list[float]) -> Lender:
+    """Runs of `20M-tables` whose losses lie so far above dense attention's, seed by seed."""
+    above = {"dense, half rate": [0.0] * len(scored), SCORED: scored, SLIDING: sliding}
+    records = []
+    for config in SCRATCH.configs("20M-tables"):
+        name, seed = scratch_name(config), config["seed"]
+        if seed < len(above.get(name, ())):
+            result = {"loss": 9.0, "test": 2.0 + 0.1 * seed + above[name][seed]}
+            records.append(Record("scratch", run_key("scratch", config), config, seed, result, 1, "d", {}, None))
+    return Lender("20M-tables", records)
+
+
+@pytest.mark.parametrize("size", ["60M", "45M"])
+def test_one_seed_borrows_the_spread_of_the_same_difference_at_20M(size: str, tmp_path: Path) -> None:
+    lender = _lender([0.002, 0.003, 0.007], [0.01, 0.02, 0.03])
+    loss = {"dense, half rate": 1.000, SCORED: 1.002, SLIDING: 1.080}
+    records = _records(loss, 1, f"{size}-tables")
+    section = report_scratch(records, tmp_path, lender=lender)
+    found = {(f.claim, f.subject.partition(", half rate")[0]): f for f in section.findings}
+    goal = found["scratch-dense", "scored"]
+    # Standard deviations of the differences at 20M: against dense 0.002646, newest keys against dense 0.01; t is 4.303.
+    assert goal.difference == "-0.002 [-0.013, +0.009] nats"
+    assert found["scratch-dense", "sliding + sinks"].difference == "-0.080 [-0.123, -0.037] nats"
+    # Of newest keys less scored: 0.008, 0.017, 0.023, deviation 0.00755.
+    assert f"{SLIDING} +0.078 [+0.046, +0.110]" in found["scratch", "scored"].measured
+    assert {f.note for f in section.findings} == {NOTE}
+    assert {f.setting["seeds"] for f in section.findings} == {"1"}
+    lent = {record.key for record in lender.records}
+    assert lent & set(goal.keys) == {r.key for r in lender.records if scratch_name(r.config) != SLIDING}
+    causes = {row["what differs"]: row for row in section.exhibits[1].table}
+    assert causes["the form with scores, half rate"]["difference"] == "+0.002 [-0.009, +0.013]"
+    assert causes["the form with scores, half rate"]["seeds"] == NOTE
+    assert lent & set(section.exhibits[1].keys)
+    # The rule that counts seeds stays: one seed decides nothing below 0.05 nats, and above it what the interval does.
+    assert goal.verdict == NOT_TESTED
+    assert found["scratch-dense", "sliding + sinks"].verdict == REFUTED
+    assert "One seed has no spread" in section.text
+
+
+def test_one_seed_without_a_lender_or_with_a_lender_of_one_seed_has_no_interval(tmp_path: Path) -> None:
+    records = _records({"dense, half rate": 1.0, SCORED: 1.2, SLIDING: 1.3}, 1, "60M-tables")
+    for lender in (None, Lender("20M-tables", []), _lender([0.1], [0.2]), _lender([0.1, math.inf], [0.2, 0.3])):
+        section = report_scratch(records, tmp_path, lender=lender)
+        found = {f.subject.partition(", half rate")[0]: f for f in section.findings if f.claim == "scratch-dense"}
+        assert (found["scored"].difference, found["scored"].note) == ("-0.200 nats", "")
+        assert found["scored"].verdict == NOT_TESTED
+
+
+def test_several_seeds_have_their_own_interval_whatever_is_lent(tmp_path: Path) -> None:
+    records = _records({"dense, half rate": 1.0, SCORED: 1.2}, 3, "10M-tables")
+    own = report_scratch(records, tmp_path)
+    assert report_scratch(records, tmp_path, lender=_lender([0.1, 0.5, 0.2], [0.2, 0.1, 0.0])) == own
+    assert not any(finding.note for finding in own.findings)
+
+
+def test_a_diverged_run_borrows_nothing(tmp_path: Path) -> None:
+    records = _records({"dense, half rate": 1.0, SCORED: math.inf, SLIDING: 1.3}, 1, "60M-tables")
+    section = report_scratch(records, tmp_path, lender=_lender([0.002, 0.003, 0.007], [0.01, 0.02, 0.03]))
+    found = {f.subject.partition(", half rate")[0]: f for f in section.findings if f.claim == "scratch-dense"}
+    assert (found["scored"].note, found["scored"].verdict) == ("", NOT_TESTED)
 
 
 def test_every_table_of_causes_names_forms_that_run() -> None:

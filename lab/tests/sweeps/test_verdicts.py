@@ -16,6 +16,8 @@ from dynamask_lab.sweeps.verdicts import (
     Interval,
     SeedSpread,
     all_of,
+    borrowed_interval,
+    borrowed_note,
     judge,
     judge_no_worse,
     mean_interval,
@@ -40,6 +42,18 @@ def test_quantiles_of_t_fall_to_that_of_a_normal_distribution() -> None:
     assert t_quantile(30) == pytest.approx(2.042, abs=0.01)
     assert t_quantile(10_000) == pytest.approx(1.96, abs=0.001)
     assert math.isnan(t_quantile(0))
+
+
+def test_one_difference_borrows_the_spread_of_others() -> None:
+    found = borrowed_interval(0.5, [0.1, 0.2, 0.3], "larger")
+    # A standard deviation of 0.1, and a t of 4.303 at two degrees of freedom: of one seed, not of a mean of three.
+    assert (found.low, found.high) == pytest.approx((0.5 - 0.4303, 0.5 + 0.4303))
+    assert borrowed_note([Interval(0.1, 0.0, 0.2), found]) == "one seed, interval borrowed from larger"
+    for others in ([], [0.1], [0.1, math.inf]):
+        alone = borrowed_interval(0.5, others, "larger")
+        assert math.isnan(alone.low)
+        assert borrowed_note([alone]) == ""
+    assert math.isnan(borrowed_interval(math.inf, [0.1, 0.2], "larger").low)
 
 
 def test_the_spread_of_seeds_is_pooled_over_settings() -> None:

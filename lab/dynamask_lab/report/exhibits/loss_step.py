@@ -161,7 +161,8 @@ def _draw_larger(runs: Sequence[Record], panels: Any) -> list[_Lead]:
             leads.append(_Lead(f"{millions(runs):.1f}M", most, gaps[most], gaps[last]))
     size = millions(runs)
     seeds = max(len(own) for own in forms.values())
-    panels[0].set_title(f"{size:.1f}M parameters, 20 fresh tokens a parameter, {seeds} seeds", fontsize=9)
+    counted = "one seed" if seeds == 1 else f"{seeds} seeds"
+    panels[0].set_title(f"{size:.1f}M parameters, 20 fresh tokens a parameter, {counted}", fontsize=9)
     return leads
 
 

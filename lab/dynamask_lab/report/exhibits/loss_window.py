@@ -158,7 +158,7 @@ _HALVED = {
 """Forms of size `4M-tables` that exhibits show -> name and colour."""
 
 
-_MARKERS = (("s", "squares"), ("^", "triangles"), ("D", "diamonds"))
+_MARKERS = (("s", "squares"), ("^", "triangles"), ("D", "diamonds"), ("v", "inverted triangles"))
 """Of the larger models in the panel of one rate, by size."""
 
 

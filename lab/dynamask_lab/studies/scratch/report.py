@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.studies.judged import pairs_of, widest_of, window_share
 from dynamask_lab.studies.scratch.study import SHAPES, SHARE, scratch_name, scratch_summary
-from dynamask_lab.sweeps.registry import reports
+from dynamask_lab.sweeps.registry import Lender, reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Section
 from dynamask_lab.sweeps.verdicts import (
+    FEW_SEEDS_INTEREST,
     LOSS_INTEREST,
     NOT_TESTED,
     REFUTED,
     Interval,
     all_of,
+    borrowed_interval,
+    borrowed_note,
     judge,
     judge_no_worse,
     paired_difference,
@@ -71,8 +75,9 @@ _CONTROLS = (
 
 
 @reports("scratch")
-def report_scratch(records: Sequence[Record], folder: Path) -> Section:
-    """See `Experiment.report`."""
+def report_scratch(records: Sequence[Record], folder: Path, lender: Lender | None = None) -> Section:
+    """See `dynamask_lab.sweeps.registry.Report`."""
+    lent = _Lent.of(lender)
     text = (
         "Nats per token, mean over seeds, every token read once. Verdicts read the test split, on which no form is "
         "chosen; intervals are those of the differences seed by seed. Learning rates are those that each mixer does "
@@ -81,7 +86,7 @@ def report_scratch(records: Sequence[Record], folder: Path) -> Section:
     exhibits = [
         Exhibit("loss", "Loss by form", [record.key for record in records], text, scratch_summary(records)),
     ]
-    told, keys = _causes(records)
+    told, keys = _causes(records, lent)
     if told:
         text = (
             "Test loss, nats, of the first form less that of the second, seed by seed; 95% interval. Below zero: the "
@@ -95,7 +100,45 @@ def report_scratch(records: Sequence[Record], folder: Path) -> Section:
             "it did not. Where no form copies yet, the loss rises with the distance in all of them alike."
         )
         exhibits.append(Exhibit("last-use", "Loss by last use", [r.key for r in slices], text, _by_last_use(slices)))
-    return Section("", exhibits, _findings(records))
+    findings = _findings(records, lent)
+    about = ""
+    if lender is not None and any(finding.note for finding in findings):
+        about = (
+            f"One seed has no spread of its own. The interval of a difference is that difference with the standard "
+            f"deviation that the same difference has from seed to seed at `{lender.size}`, at its degrees of freedom. "
+            "What a second seed would give is not known. The seed counts as one: a difference of losses below "
+            f"{FEW_SEEDS_INTEREST} nats decides nothing."
+        )
+    return Section(about, exhibits, findings)
+
+
+@dataclass(frozen=True)
+class _Lent:
+    """Runs whose spread a sweep of one seed borrows, by the name of their form.
+
+    Attributes:
+        size: name of their sweep; "" where nothing is lent.
+        runs: form -> its runs.
+    """
+
+    size: str
+    runs: Mapping[str, Sequence[Record]]
+
+    @classmethod
+    def of(cls, lender: Lender | None) -> _Lent:
+        runs: dict[str, list[Record]] = defaultdict(list)
+        for record in lender.records if lender else ():
+            runs[scratch_name(record.config)].append(record)
+        return cls(lender.size if lender else "", runs)
+
+    def both(self, *pair: Sequence[Record]) -> list[Sequence[Record]]:
+        """Give the lender's runs of the same two forms."""
+        return [self.runs.get(scratch_name(runs[0].config), ()) for runs in pair]
+
+    def keys(self, gaps: Mapping[str, Interval], name: str) -> list[str]:
+        """Name the lender's runs behind the borrowed intervals of a form against these rivals."""
+        forms = dict.fromkeys(form for rival, gap in gaps.items() if gap.borrowed for form in (name, rival))
+        return [run.key for form in forms for run in self.runs[form]]
 
 
 def _by_last_use(records: Sequence[Record]) -> list[dict[str, str]]:
@@ -189,7 +232,7 @@ def _at_share(name: str) -> str:
     return name if whole or ", w = " in name else f"{name}, w = N/{SHARE}"
 
 
-def _causes(records: Sequence[Record]) -> tuple[list[dict[str, str]], list[str]]:
+def _causes(records: Sequence[Record], lent: _Lent) -> tuple[list[dict[str, str]], list[str]]:
     """Differences between two forms that one thing tells apart, and the keys of their runs."""
     found: dict[tuple[int, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -201,11 +244,11 @@ def _causes(records: Sequence[Record]) -> tuple[list[dict[str, str]], list[str]]
             ours, theirs = found.get((size, first)), found.get((size, second))
             if not ours or not theirs:
                 continue
-            gap = _gap(theirs, ours)
+            gap = _gap(theirs, ours, lent)
             seeds = len({run.seed for run in ours} & {run.seed for run in theirs})
             row = {"parameters": f"{size / 1e6:.1f}M", "what differs": cause, "first": first, "second": second}
-            rows.append(row | {"difference": str(gap), "seeds": str(seeds)})
-            keys += [run.key for run in (*ours, *theirs)]
+            rows.append(row | {"difference": str(gap), "seeds": borrowed_note([gap]) or str(seeds)})
+            keys += [run.key for run in (*ours, *theirs)] + lent.keys({second: gap}, first)
     return rows, list(dict.fromkeys(keys))
 
 
@@ -214,7 +257,7 @@ def _test_loss(record: Record) -> float:
     return math.inf if loss is None else float(loss)
 
 
-def _findings(records: Sequence[Record]) -> list[Finding]:
+def _findings(records: Sequence[Record], lent: _Lent) -> list[Finding]:
     """Every form against dense attention of the same size, and against the rivals of its window."""
     sizes: dict[int, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -235,9 +278,9 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             named = tuple(f"{_slower(rival) if slower else rival}, {at}" for rival in _named(size))
             lacking = [rival for rival in named if rival not in found and rival != name] if role == "best" else []
             rivals = [rival for rival in rivals if rival in found]
+            against = {rival: _gap(runs, found[rival], lent) for rival in rivals}
             told, verdicts = [], [NOT_TESTED for _ in lacking]
-            for rival in rivals:
-                gap = _gap(runs, found[rival])
+            for rival, gap in against.items():
                 seeds = min(len(runs), len(found[rival]))
                 told.append(f"{_called(rival)} {gap}")
                 decide = judge_no_worse if role == "best" and rival in denses else judge
@@ -249,23 +292,23 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                 "seeds": str(len({run.seed for run in runs})),
                 "pairs": pairs_of(runs),
             }
-            keys = [run.key for each in (name, *rivals) for run in found[each]]
+            keys = [run.key for each in (name, *rivals) for run in found[each]] + lent.keys(against, name)
             measured = f"test loss, nats below {', '.join(told)}" if told else "no rival ran"
             measured += f"; not compared with {', '.join(lacking)}" if lacking else ""
             verdict = all_of(verdicts) if denses else NOT_TESTED
             subject = f"{name}, {setting['size']}, fresh tokens"
             interest = f"{GOAL_INTEREST if role == 'best' else LOSS_INTEREST} nats"
             setting = setting | {"seeds": _shared_seeds(runs, [found[rival] for rival in rivals])}
-            against = {rival: _gap(runs, found[rival]) for rival in rivals}
             short = f"{min(against.values(), key=lambda gap: gap.mean)} nats" if against else ""
-            findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest, short))
+            note = borrowed_note(against.values())
+            findings.append(Finding("scratch", subject, measured, verdict, keys, role, setting, interest, short, note))
             setting = setting | {"seeds": _shared_seeds(runs, [found[dense] for dense in denses])}
             if role in ("best", "control") and denses and at != "w = N":
-                findings.append(_no_worse_than_dense(subject, name, found, setting, role))
+                findings.append(_no_worse_than_dense(subject, name, found, setting, role, lent))
             if role in ("plain", "best", "control"):
-                findings.append(_perplexity(subject, name, found, setting, role))
+                findings.append(_perplexity(subject, name, found, setting, role, lent))
                 if denses:
-                    gaps = {dense: _gap(runs, found[dense]) for dense in denses}
+                    gaps = {dense: _gap(runs, found[dense], lent) for dense in denses}
                     verdict = all_of(
                         [
                             _decided(dense, judge(gap, LOSS_INTEREST, seeds=min(len(runs), len(found[dense]))))
@@ -273,12 +316,13 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                         ]
                     )
                     keys = [run.key for run in (*runs, *(run for dense in denses for run in found[dense]))]
+                    keys += lent.keys(gaps, name)
+                    note = borrowed_note(gaps.values())
                     measured = f"test loss, nats below {_listed(gaps)}"
                     interest, short = f"{LOSS_INTEREST} nats", f"{gaps[denses[0]]} nats"
-                    findings.append(
-                        Finding("perplexity-mha", subject, measured, verdict, keys, role, setting, interest, short)
-                    )
-        findings += _choices(found, f"{size / 1e6:.1f}M")
+                    finding = Finding("perplexity-mha", subject, measured, verdict, keys, role, setting, interest)
+                    findings.append(replace(finding, difference=short, note=note))
+        findings += _choices(found, f"{size / 1e6:.1f}M", lent)
     return findings
 
 
@@ -303,39 +347,41 @@ def _listed(gaps: Mapping[str, Interval]) -> str:
     return ", ".join(f"{_called(rival)} {gap}" for rival, gap in gaps.items())
 
 
-def _choices(found: Mapping[str, list[Record]], size: str) -> list[Finding]:
+def _choices(found: Mapping[str, list[Record]], size: str, lent: _Lent) -> list[Finding]:
     """Forms that choose keys against the same forms without their choice."""
     findings = []
     for form, control in _CONTROLS:
         ours, theirs = found.get(_at_share(form)), found.get(_at_share(control))
         if not ours or not theirs:
             continue
-        gap = _gap(ours, theirs)
+        gap = _gap(ours, theirs, lent)
         seeds = _shared_seeds(ours, [theirs])
         setting = {"w/N": window_share(ours[0].config), "size": size, "seeds": seeds, "pairs": pairs_of(ours)}
-        keys = [run.key for run in (*ours, *theirs)]
+        keys = [run.key for run in (*ours, *theirs)] + lent.keys({_at_share(control): gap}, _at_share(form))
         measured = f"test loss, nats below {control} {gap}"
         verdict = judge(gap, LOSS_INTEREST, seeds=int(seeds))
         subject, interest = f"{_at_share(form)}, {size}, fresh tokens", f"{LOSS_INTEREST} nats"
-        findings.append(Finding("choice", subject, measured, verdict, keys, "best", setting, interest, f"{gap} nats"))
+        finding = Finding("choice", subject, measured, verdict, keys, "best", setting, interest, f"{gap} nats")
+        findings.append(replace(finding, note=borrowed_note([gap])))
     return findings
 
 
 def _no_worse_than_dense(
-    subject: str, name: str, found: Mapping[str, list[Record]], setting: dict[str, str], role: str
+    subject: str, name: str, found: Mapping[str, list[Record]], setting: dict[str, str], role: str, lent: _Lent
 ) -> Finding:
     """The first half of the goal: at most `GOAL_INTEREST` nats above dense attention."""
-    gaps = {dense: _gap(found[name], found[dense]) for dense in _denses(found)}
+    gaps = {dense: _gap(found[name], found[dense], lent) for dense in _denses(found)}
     verdict = all_of(
         [
             _decided(dense, judge_no_worse(gap, GOAL_INTEREST, seeds=min(len(found[name]), len(found[dense]))))
             for dense, gap in gaps.items()
         ]
     )
-    keys = [run.key for each in (name, *gaps) for run in found[each]]
+    keys = [run.key for each in (name, *gaps) for run in found[each]] + lent.keys(gaps, name)
     measured = f"test loss, nats below {_listed(gaps)}"
     interest, short = f"{GOAL_INTEREST} nats", f"{next(iter(gaps.values()))} nats"
-    return Finding("scratch-dense", subject, measured, verdict, keys, role, setting, interest, short)
+    note = borrowed_note(gaps.values())
+    return Finding("scratch-dense", subject, measured, verdict, keys, role, setting, interest, short, note)
 
 
 def _shared_seeds(runs: Sequence[Record], rivals: Sequence[Sequence[Record]]) -> str:
@@ -357,9 +403,16 @@ def _slower(name: str) -> str:
     return ", ".join([first, "half rate", *rest])
 
 
-def _gap(ours: Sequence[Record], theirs: Sequence[Record]) -> Interval:
-    """How far our test losses lie below theirs, seed by seed."""
-    return paired_difference(*({run.seed: _test_loss(run) for run in runs} for runs in (ours, theirs)))
+def _gap(ours: Sequence[Record], theirs: Sequence[Record], lent: _Lent) -> Interval:
+    """How far our test losses lie below theirs, seed by seed; one seed has the spread of the sweep that lends it."""
+    own, other = ({run.seed: _test_loss(run) for run in runs} for runs in (ours, theirs))
+    found = paired_difference(own, other)
+    if len(own.keys() & other.keys()) != 1:
+        return found
+    first, second = ({run.seed: _test_loss(run) for run in runs} for runs in lent.both(ours, theirs))
+    return borrowed_interval(
+        found.mean, [second[seed] - first[seed] for seed in first.keys() & second.keys()], lent.size
+    )
 
 
 def _perplexity(
@@ -368,6 +421,7 @@ def _perplexity(
     found: Mapping[str, list[Record]],
     setting: dict[str, str],
     role: str,
+    lent: _Lent,
 ) -> Finding:
     """The paper's claim about perplexity: below dense attention, sliding windows, mla and nsa."""
     at = name.rpartition(", ")[2]
@@ -378,9 +432,10 @@ def _perplexity(
     if at == "w = N":  # a sliding window is dense attention itself
         rivals = [rival for rival in rivals if not rival.startswith("sliding")]
     told, verdicts, keys, difference = [], [], [run.key for run in found[name]], ""
+    gaps: dict[str, Interval] = {}
     for rival in rivals:
         if rival in found:
-            gap = _gap(found[name], found[rival])
+            gap = gaps[rival] = _gap(found[name], found[rival], lent)
             told.append(f"{_called(rival)} {gap}")
             difference = difference or f"{gap} nats"
             verdict = judge(gap, LOSS_INTEREST, seeds=min(len(found[name]), len(found[rival])))
@@ -390,8 +445,9 @@ def _perplexity(
             verdicts.append(NOT_TESTED)
     lacking = ", ".join(rival for rival in rivals if rival not in found)
     measured = f"test loss, nats below {', '.join(told)}" + (f"; not compared with {lacking}" if lacking else "")
-    interest = f"{LOSS_INTEREST} nats"
-    return Finding("perplexity", subject, measured, all_of(verdicts), keys, role, setting, interest, difference)
+    keys += lent.keys(gaps, name)
+    interest, note = f"{LOSS_INTEREST} nats", borrowed_note(gaps.values())
+    return Finding("perplexity", subject, measured, all_of(verdicts), keys, role, setting, interest, difference, note)
 
 
 def _place(name: str, run: Record) -> tuple[int, str]:

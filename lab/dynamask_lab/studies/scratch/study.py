@@ -540,5 +540,6 @@ SCRATCH = Experiment(
     interruptible=True,
     trains_language_models=True,
     follow_up=follow_up,
+    lenders={"60M-tables": "20M-tables", "45M-tables": "20M-tables"},
 )
 register(SCRATCH)
