@@ -193,17 +193,20 @@ def retrieval(
     `dynamask report needle tiny.jsonl dense.jsonl`
     """
     from dynamask.data.sources import check_sources, documents
+    from dynamask.evaluation.retrieval import TASKS, check_task
     from dynamask.training.folder import check_run, open_run
 
     if depths < 1:
         raise UsageError(f"--depths must be at least 1; got {depths}")
+    for each in task or ():
+        check_task(each)
     check_output_file(output)
     check_run(model)
     check_sources(data or ())
     quiet_libraries()
     import torch
 
-    from dynamask.evaluation.retrieval import TASKS, evaluate_retrieval, write_scores
+    from dynamask.evaluation.retrieval import evaluate_retrieval, write_scores
 
     loaded, tokenizer = open_run(model)
     scores = evaluate_retrieval(

@@ -43,12 +43,13 @@ def plan(
     largest error is printed. Communication is modelled from bandwidths; more than two GPUs have not been measured.
     """
     from dynamask import recipes
-    from dynamask.models.presets import check_preset
+    from dynamask.models.presets import check_fields, check_preset
     from dynamask.training import TrainConfig
 
     check_preset(preset)
     recipes.get(recipe)
     settings = TrainConfig.load(None, [f"preset={preset}", *(overrides or [])])
+    check_fields(settings.model)
     count = _tokens(tokens)
     if not network > 0:
         raise UsageError(f"--network must be above 0; got {network}")

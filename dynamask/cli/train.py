@@ -20,15 +20,16 @@ def check_names(settings: TrainConfig) -> None:
     """Refuse names that stand for nothing, before the imports of a training.
 
     Raises:
-        UsageError: an unknown preset or recipe, or no such model, text or tokenizer.
+        UsageError: an unknown preset, recipe or field of the model, or no such model, text or tokenizer.
     """
     from dynamask import recipes
     from dynamask.data.sources import check_sources
     from dynamask.hub import check_local_or_hub
-    from dynamask.models.presets import check_preset
+    from dynamask.models.presets import check_fields, check_preset
     from dynamask.training.folder import check_run
 
     check_preset(settings.preset)
+    check_fields(settings.model)
     if settings.recipe is not None:
         recipes.get(settings.recipe)
     for model in (settings.init, settings.teacher):

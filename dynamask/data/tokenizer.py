@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dynamask.errors import UsageError
 from dynamask.hub import check_local_or_hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -27,6 +29,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     if vocab_size < 257:
         raise UsageError(f"a byte-level vocabulary needs at least 257 tokens; got vocab_size={vocab_size}")
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,6 +54,8 @@ def load_tokenizer(name_or_path: str | Path) -> Any:
         check_local_or_hub(name_or_path, "tokenizer folder")
     if Path(name_or_path).is_dir() and not any(Path(name_or_path).glob("*token*")):
         raise UsageError(f"{name_or_path} holds no tokenizer (no tokenizer.json or tokenizer_config.json)")
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
     except Exception as error:  # a damaged tokenizer.json raises a bare Exception of the tokenizers library

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from dynamask.errors import UsageError, did_you_mean
+from dynamask.models.field_names import field_names
 
 if TYPE_CHECKING:
     from dynamask.models.configuration import DynamaskConfig
@@ -68,6 +71,20 @@ def check_preset(name: str) -> None:
         raise UsageError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; there are {', '.join(PRESETS)}")
 
 
+def check_fields(fields: Iterable[str], known: Collection[str] | None = None) -> None:
+    """Raise UsageError for an unknown field of `DynamaskConfig`; the message names the nearest known one.
+
+    Args:
+        fields: names given for fields.
+        known: the fields; None: as the source files name them, without an import of torch or transformers. Where those
+            are missing, nothing is refused.
+    """
+    names = field_names() if known is None else known
+    for field in fields:
+        if names is not None and field not in names:
+            raise UsageError(f"unknown model field {field!r}{did_you_mean(field, names)}")
+
+
 def preset(name: str, **overrides: Any) -> DynamaskConfig:
     """Make a configuration by name, with fields overridden.
 
@@ -82,10 +99,9 @@ def preset(name: str, **overrides: Any) -> DynamaskConfig:
     from dynamask.models.configuration import DynamaskConfig
 
     checked = DynamaskConfig.__annotations__.keys() - {"eos_token_id"}
-    fields = DynamaskConfig.__dataclass_fields__
+    fields = {field.name: field for field in dataclasses.fields(DynamaskConfig)}
+    check_fields(overrides, fields)
     for field in overrides:
-        if field not in fields:
-            raise UsageError(f"unknown model field {field!r}{did_you_mean(field, fields)}")
         default = fields[field].default
         # A field whose default is None is one of DynamaskConfig's optional numbers, or a token id transformers checks.
         kinds: Any = _LISTS.get(field, (int, float) if default is None or isinstance(default, float) else type(default))

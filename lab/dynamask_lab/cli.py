@@ -80,6 +80,10 @@ def experiment(
 
     - `dynamask experiment scaling --results scaling.jsonl --keep-models models` — and its models, for `evaluate`
     """
+    from dynamask_lab.studies import check_experiment
+
+    if name is not None:
+        check_experiment(name)
     from dynamask_lab.language.kept_models import KEPT_FOLDER
     from dynamask_lab.studies import EXPERIMENTS, get_experiment, read_results, run_sweep
     from dynamask_lab.sweeps.budget import parse_seconds
@@ -341,6 +345,9 @@ def benchmark_model_command(
 
     - `dynamask benchmark model --preset tiny --length 256 --context 128 --batch 1 --no-longest --prefill 9` — a CPU
     """
+    from dynamask.models.presets import check_preset
+
+    check_preset(preset)
     from dynamask_lab.benchmarks.gpu.run import stderr_progress
     from dynamask_lab.benchmarks.model import (
         BATCHES,

@@ -13,11 +13,13 @@ from rich.console import Console
 
 from dynamask.cli import common, main
 from dynamask.errors import UsageError
+from dynamask_lab import studies
 from dynamask_lab.report.results import render_results
-from dynamask_lab.studies import MQAR, Record, read_results, run_key
+from dynamask_lab.studies import EXPERIMENTS, MQAR, Record, check_experiment, read_results, run_key
 from dynamask_lab.sweeps.display import runs_table
 from dynamask_lab.sweeps.provenance import device_name
 from dynamask_lab.sweeps.results import ResultsFile
+from tests.cli.conftest import refused_without_torch
 
 
 class Done(NamedTuple):
@@ -106,6 +108,20 @@ def test_mistakes_end_with_a_message_and_code_2(
     assert message in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_names_need_no_torch(tmp_path: Path) -> None:
+    refused_without_torch(("experiment mqr", "benchmark model --preset tny"), tmp_path)
+
+
+def test_every_experiment_announced_is_there() -> None:
+    for name, experiment in EXPERIMENTS.items():
+        assert name == experiment.name
+        assert getattr(studies, name.upper()) is experiment
+        check_experiment(name)
+    with pytest.raises(UsageError) as refused:
+        check_experiment("mqr")
+    assert str(refused.value).endswith(f"there are {', '.join(sorted(EXPERIMENTS))}")
 
 
 def test_list_fits_a_terminal(dynamask: Command, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,22 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def dynamask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """The command: its exit code and what it printed."""
     return command(monkeypatch, capsys)
+
+
+def refused_without_torch(mistakes: Sequence[str], folder: Path) -> None:
+    """Run `dynamask --help` and mistaken commands in `folder`, in one new process; none may import torch."""
+    script = (
+        "import sys\nfrom dynamask.cli.main import main\n"
+        "for line in sys.stdin.read().splitlines():\n"
+        "    sys.argv = ['dynamask', *line.split()]\n"
+        "    try:\n        main()\n    except SystemExit as end:\n"
+        "        heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "        assert end.code == (0 if '--help' in line else 2) and not heavy, (line, end.code, heavy)\n"
+    )
+    given = "\n".join(("--help", *mistakes))
+    run = subprocess.run([sys.executable, "-c", script], input=given, capture_output=True, text=True, cwd=folder)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stderr.count("error:") == len(mistakes), run.stderr[-2000:]
 
 
 SMALL = [

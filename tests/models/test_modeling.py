@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -12,6 +14,8 @@ from dynamask.errors import UsageError
 from dynamask.inspect import parameter_counts
 from dynamask.mixers import MIXERS
 from dynamask.models import PRESETS, new_cache, preset
+from dynamask.models.field_names import field_names
+from dynamask.models.presets import check_fields
 from tests.conftest import tiny_config, tiny_model
 
 IDS = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -200,6 +204,12 @@ def test_unknown_presets_and_fields_name_the_nearest() -> None:
         preset("tinny")
     with pytest.raises(UsageError, match="did you mean 'windows'"):
         preset("tiny", windw=3)
+    with pytest.raises(UsageError, match="did you mean 'windows'"):
+        check_fields(["hidden_size", "windw"])
+
+
+def test_names_of_fields_read_from_source_are_those_of_the_class() -> None:
+    assert sorted(field_names() or ()) == sorted(field.name for field in dataclasses.fields(DynamaskConfig))
 
 
 @pytest.mark.parametrize(

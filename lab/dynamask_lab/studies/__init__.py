@@ -17,18 +17,45 @@
 The runner, results files and verdicts are in `dynamask_lab.sweeps`.
 """
 
-from dynamask_lab.studies.ablation.study import ABLATION
-from dynamask_lab.studies.locality.study import LOCALITY
-from dynamask_lab.studies.mqar.study import MQAR
-from dynamask_lab.studies.needle.study import NEEDLE
-from dynamask_lab.studies.reading.study import READING
-from dynamask_lab.studies.recurrent.study import RECURRENT
-from dynamask_lab.studies.scaling.study import SCALING
-from dynamask_lab.studies.scratch.study import SCRATCH
-from dynamask_lab.sweeps.registry import EXPERIMENTS, Experiment, get_experiment, register
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dynamask.lazy import lazy_names
+from dynamask_lab.sweeps import registry
+from dynamask_lab.sweeps.registry import (
+    Experiment,
+    announce,
+    check_experiment,
+    get_experiment,
+    load_announced,
+    register,
+)
 from dynamask_lab.sweeps.results import Record, read_results, run_key
-from dynamask_lab.sweeps.schedule import Observer
-from dynamask_lab.sweeps.sweep import SweepReport, run_sweep
+
+if TYPE_CHECKING:
+    from dynamask_lab.studies.ablation.study import ABLATION
+    from dynamask_lab.studies.locality.study import LOCALITY
+    from dynamask_lab.studies.mqar.study import MQAR
+    from dynamask_lab.studies.needle.study import NEEDLE
+    from dynamask_lab.studies.reading.study import READING
+    from dynamask_lab.studies.recurrent.study import RECURRENT
+    from dynamask_lab.studies.scaling.study import SCALING
+    from dynamask_lab.studies.scratch.study import SCRATCH
+    from dynamask_lab.sweeps.registry import EXPERIMENTS
+    from dynamask_lab.sweeps.schedule import Observer
+    from dynamask_lab.sweeps.sweep import SweepReport, run_sweep
+
+_STUDIES = ("ablation", "locality", "mqar", "needle", "reading", "recurrent", "scaling", "scratch")
+"""Experiments: `study.py` in the folder of that name registers each, as the constant of that name."""
+
+_HOME = {
+    **{name.upper(): f"{__name__}.{name}.study" for name in _STUDIES},
+    "Observer": "dynamask_lab.sweeps.schedule",
+    "SweepReport": "dynamask_lab.sweeps.sweep",
+    "run_sweep": "dynamask_lab.sweeps.sweep",
+}
+"""Public name -> the module that defines it, imported on first use: the name of an experiment needs no torch."""
 
 __all__ = [
     "ABLATION",
@@ -44,9 +71,22 @@ __all__ = [
     "Observer",
     "Record",
     "SweepReport",
+    "check_experiment",
     "get_experiment",
     "read_results",
     "register",
     "run_key",
     "run_sweep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EXPERIMENTS":
+        load_announced()
+        return registry.EXPERIMENTS
+    return _find(name)
+
+
+_find, __dir__ = lazy_names(__name__, _HOME)
+for _name in _STUDIES:
+    announce(_name, _HOME[_name.upper()])

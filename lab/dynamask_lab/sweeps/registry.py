@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,10 +65,38 @@ class Experiment:
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
+"""Those that were registered: the announced ones after `load_announced`."""
+
+_ANNOUNCED: dict[str, str] = {}
+
+
+def announce(name: str, module: str) -> None:
+    """Make the name of an experiment known before its module is imported, which takes seconds.
+
+    Args:
+        name: the experiment's.
+        module: full name of the module that registers it.
+    """
+    _ANNOUNCED[name] = module
+
+
+def load_announced() -> None:
+    """Import the modules of all experiments that were announced."""
+    for module in _ANNOUNCED.values():
+        importlib.import_module(module)
+
+
+def check_experiment(name: str) -> None:
+    """Raise UsageError for an unknown experiment, naming those there are. Imports none of them."""
+    known = sorted({*EXPERIMENTS, *_ANNOUNCED})
+    if name not in known:
+        raise UsageError(f"unknown experiment {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
 
 
 def register(experiment: Experiment) -> None:
     """Make the experiment known by its name. Raises InvalidInputError if another one has it."""
+    if experiment.name in _ANNOUNCED:
+        importlib.import_module(_ANNOUNCED[experiment.name])  # where it is this module, it is being imported already
     if EXPERIMENTS.get(experiment.name, experiment) is not experiment:
         raise InvalidInputError(f"an experiment named {experiment.name!r} exists already; choose another name")
     EXPERIMENTS[experiment.name] = experiment
@@ -75,10 +104,9 @@ def register(experiment: Experiment) -> None:
 
 def get_experiment(name: str) -> Experiment:
     """The experiment of that name. Raises UsageError for an unknown one, naming those there are."""
+    check_experiment(name)
     if name not in EXPERIMENTS:
-        raise UsageError(
-            f"unknown experiment {name!r}{did_you_mean(name, EXPERIMENTS)}; there are {', '.join(EXPERIMENTS)}"
-        )
+        load_announced()
     return EXPERIMENTS[name]
 
 
