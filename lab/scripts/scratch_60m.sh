@@ -8,7 +8,7 @@
 # The first folder holds the tokenizer and `warm.jsonl.xz`, a small corpus on which every form compiles and records while
 # the large one is made of the parts and of the sources that the machine has (`parallel_corpus.py`). Training starts when
 # the corpus is whole: its order is one permutation of all blocks. `dense` and `scored` share two cards each. Then size
-# `10M-choice` takes a card per form, and the files free-2 and free-3 give the other cards to whoever waits for them; with
+# `10M-choice` takes a card per form, and files, such as free-2, give cards to whoever waits for them; with
 # SCRATCH_NEXT=newest the newest keys at 60M take all four. Where cards cannot share a run, three forms of `45M-tables`
 # train on a card each; that size is also taken where the corpus holds too few tokens.
 set -u
@@ -87,8 +87,8 @@ sweep() { # SECONDS OUT NAMES: what `begin` leaves running
 }
 
 choices() { # 10M-choice: a card per form, three seeds share it
-    choice 0 scored "$scored" "$(left)" corpora &
-    choice 1 no-choice "$without" "$(left)" corpora &
+    (choice 0 scored "$scored" "$(left)" corpora && touch free-0) &
+    (choice 1 no-choice "$without" "$(left)" corpora && touch free-1) &
     wait
 }
 
