@@ -10,14 +10,16 @@
 # the corpus is whole: its order is one permutation of all blocks. `dense` and `scored` share two cards each. Then size
 # `10M-choice` takes a card per form, and files, such as free-2, give cards to whoever waits for them; with
 # SCRATCH_NEXT=newest the newest keys at 60M take all four. Where cards cannot share a run, three forms of `45M-tables`
-# train on a card each; that size is also taken where the corpus holds too few tokens.
+# train on a card each; that size is also taken where the corpus holds too few tokens. With SCRATCH_CARDS=2 the machine has
+# two cards: `dense` and `scored` of `45M-tables` train on one each, then the two forms of `10M-choice`.
 set -u
 W=${SCRATCH_WORK:-/tmp/scratch60}
 export PYTHONPATH=$W:$W/lab TRITON_CACHE_DIR=$W/triton TORCHINDUCTOR_CACHE_DIR=$W/inductor PYTHONUNBUFFERED=1
 export OMP_NUM_THREADS=4 TORCHINDUCTOR_COMPILE_THREADS=8 NCCL_NVLS_ENABLE=0 TORCH_SYMM_MEM_DISABLE_MULTICAST=1
 dense="=dense, half rate=" scored="=scored, half rate, one wide" newest="=sliding + sinks, half rate, one wide"
 without="=scored, no choice, half rate, one wide"
-size=60M-tables next=${SCRATCH_NEXT:-choice} PART_PROCESSES=24
+size=60M-tables next=${SCRATCH_NEXT:-choice} most=1.1985e9 PART_PROCESSES=24
+[ "${SCRATCH_CARDS:-4}" = 2 ] && size=45M-tables most=0.886e9
 . "$(dirname "$0")/corpus_parts.sh"
 
 warm_corpus() { # TABLE: of some million tokens, under the name of the large one
@@ -43,12 +45,17 @@ sweep() { # SECONDS OUT NAMES: what `begin` leaves running
     left() { echo $((end - $(date +%s))); }
     # shellcheck disable=SC2086
     CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 python3 lab/scripts/parallel_corpus.py join chunks corpora/tables-1200M \
-        $names local --tokenizer tokenizer --most 1.1985e9 >"$out/log-corpus.txt" 2>&1 &
+        $names local --tokenizer tokenizer --most $most >"$out/log-corpus.txt" 2>&1 &
     corpus=$!
     warm_corpus in-*/warm.jsonl.xz >"$out/log-warm-corpus.txt" 2>&1
     # The compiler's results are kept for the runs.
-    warm 0,1 dense "$dense" &
-    warm 2,3 scored "$scored" &
+    if [ "$size" = 60M-tables ]; then
+        warm 0,1 dense "$dense" &
+        warm 2,3 scored "$scored" &
+    else
+        warm 0 dense "$dense" &
+        warm 1 scored "$scored" &
+    fi
     if [ "$next" = newest ]; then
         warm 0,1,2,3 newest "$newest" &
     else
@@ -58,7 +65,18 @@ sweep() { # SECONDS OUT NAMES: what `begin` leaves running
     wait $corpus
     echo "$(date +%X) the corpus is there, $(left) s left"
     wait
-    echo "$(date +%X) $(cat warm-*.jsonl | wc -l) forms of 60M have tried, $(left) s left"
+    echo "$(date +%X) $(cat warm-*.jsonl | wc -l) warm runs have ended, $(left) s left"
+    if [ "${SCRATCH_CARDS:-4}" = 2 ]; then
+        (
+            run 0 "$(left)" dense "$dense" corpora "$out"
+            choice 0 scored "$scored" "$(left)" corpora && touch free-0
+        ) &
+        run 1 "$(left)" scored "$scored" corpora "$out"
+        choice 1 no-choice "$without" "$(left)" corpora && touch free-1
+        wait
+        echo "$(date +%X) end"
+        return
+    fi
     tokens=$(python3 -c "import json; print(json.load(open('corpora/tables-1200M/index.json'))['splits']['train']['tokens'])")
     [ "$tokens" -gt 1197342720 ] || size=45M-tables # no token is read twice
     if [ -s warm-dense.jsonl ] && [ -s warm-scored.jsonl ]; then

@@ -127,27 +127,30 @@ done
 """
 
 
-def test_models_of_60m_share_two_cards_each_then_give_them_to_others(tree: Path) -> None:
+@pytest.mark.parametrize("cards", [2, 4])
+def test_large_models_train_then_give_their_cards_to_others(tree: Path, cards: int) -> None:
     work, out = tree.parent / "work", tree.parent / "out"
     (tree.parent / "bin" / "python3").write_text(_TRAINED)
     (tree / ".tables" / "tokenizer").mkdir()
     (tree / ".tables" / "warm.jsonl.xz").touch()
     begin = f'bash lab/scripts/scratch_60m.sh begin .tables p 90 {out} "p"'
-    lines = _called(tree, begin, 14, SCRATCH_WORK=str(work))
+    lines = _called(tree, begin, 12 + cards // 2, SCRATCH_WORK=str(work), SCRATCH_CARDS=str(cards))
     trained = [line.split(" --state")[0] for line in lines if "--corpora corpora " in line]
     at = "|lab/scripts/scratch_gpu.py --corpora corpora --size"
-    assert trained == [
-        f"0,1|2{at} 60M-tables --only =dense, half rate=",
+    dense, scored, size = ("0,1|2", "2,3|2", "60M-tables") if cards == 4 else ("0|1", "1|1", "45M-tables")
+    expected = [
+        f"{dense}{at} {size} --only =dense, half rate=",
         f"0|{at} 10M-choice --only =scored, half rate, one wide",
         f"1|{at} 10M-choice --only =scored, no choice, half rate, one wide",
-        f"2,3|2{at} 60M-tables --only =scored, half rate, one wide",
+        f"{scored}{at} {size} --only =scored, half rate, one wide",
     ]
+    assert trained == sorted(expected)
     for _ in range(50):
         free = sorted(file.name for file in work.glob("free-*"))
-        if len(free) == 4:
+        if len(free) == cards:
             break
         time.sleep(0.1)
-    assert free == ["free-0", "free-1", "free-2", "free-3"]
+    assert free == [f"free-{card}" for card in range(cards)]
 
 
 def test_the_ceiling_starts_when_the_last_part_has_come(tree: Path) -> None:
