@@ -25,6 +25,7 @@ from dynamask.mixers.head_shard import HeadShard
 from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_loss import RankLosses, rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
+from dynamask.models.generation import check_not_empty
 from dynamask.ops.checks import check_attention_mask
 from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
@@ -264,6 +265,7 @@ class ConvertedAttention(nn.Module):
                 )
             past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
             mask = kwargs.get("attention_mask")
+            check_not_empty(hidden_states.shape, "a converted model")
             batch, new = hidden_states.shape[:2]
             positions, cached = kwargs.get("position_ids"), cache is not None
             dynamask = call_facts(batch, new, mask, positions, past, hidden_states.device, cached=cached)

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from dynamask.convert.attention import call_facts
 from dynamask.mixers.dma import dynamic_mask_mix
 from dynamask.mixers.gate import DynamicMaskGate
+from dynamask.models.generation import check_not_empty
 
 
 class DogeAttention(nn.Module):
@@ -44,6 +45,7 @@ class DogeAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """(B, Nq, hidden) -> (B, Nq, hidden), and no attention weights: they are never materialised."""
+        check_not_empty(hidden_states.shape, "a converted model")
         cache = past_key_values if cache is None else cache
         batch, new = hidden_states.shape[:2]
         query, key, value = self.project(hidden_states, position_embeddings)

@@ -43,7 +43,7 @@ from dynamask.models.cache_argument import CACHE_NAME, given_cache
 from dynamask.models.cuda_graph import REPLAYED, decode_by_graph
 from dynamask.models.decoder import attention_of, decoder_of
 from dynamask.models.export import cache_of_export, refuse_onnx_export
-from dynamask.models.generation import OwnCacheGeneration
+from dynamask.models.generation import OwnCacheGeneration, check_not_empty
 from dynamask.models.tensor_parallel import TensorParallelLoading, split_attention
 from dynamask.models.windows import checked_slopes
 from dynamask.ops.context_parallel.shards import current_group
@@ -263,6 +263,9 @@ def _forward_of(original: Any) -> Callable[..., Any]:
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        for name in ("input_ids", "inputs_embeds"):
+            if isinstance(arguments.get(name), torch.Tensor):
+                check_not_empty(arguments[name].shape, "a converted model")
         replayed = self._by_graph(arguments)
         if replayed is not None:
             return replayed

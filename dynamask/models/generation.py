@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,15 @@ from dynamask.errors import InvalidInputError
 from dynamask.models.auto_code import KeepsOwnCode
 from dynamask.models.cache_argument import CACHE_NAME, given_cache
 from dynamask.models.export import SavedAsSafetensors
+
+
+def check_not_empty(shape: Sequence[int], caller: str) -> None:
+    """Raise `InvalidInputError` for token ids (B, N) or embeddings (B, N, hidden) of no row or no token."""
+    if 0 in tuple(shape[:2]):
+        raise InvalidInputError(
+            f"{caller} needs at least one row and one token in each; got an input of shape {tuple(shape)}: leave empty "
+            "batches and empty prompts out"
+        )
 
 
 class OwnCacheGeneration(SavedAsSafetensors, KeepsOwnCode):
@@ -32,6 +42,11 @@ class OwnCacheGeneration(SavedAsSafetensors, KeepsOwnCode):
 
     init_continuous_batching = generate_batch
     continuous_batching_context_manager = generate_batch
+
+    def _prepare_model_inputs(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
+        prepared: tuple[Tensor, Any, Any] = super()._prepare_model_inputs(*args, **kwargs)  # type: ignore[misc]
+        check_not_empty(prepared[0].shape, "generate()")
+        return prepared
 
     def _prepare_cache_for_generation(
         self,

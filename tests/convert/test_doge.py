@@ -83,6 +83,14 @@ def test_from_doge_bias_of_delta_is_kept() -> None:
     torch.testing.assert_close(actual, expected, atol=FLOAT32 * expected.std().item(), rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_from_doge_refuses_empty_batches(shape: tuple[int, int]) -> None:
+    model = convert.from_doge(doge())
+    for call in (model, model.model, model.generate):
+        with pytest.raises(InvalidInputError, match="at least one row and one token"):
+            call(torch.zeros(shape, dtype=torch.long))
+
+
 def test_from_doge_refuses_what_it_cannot_express() -> None:
     with pytest.raises(InvalidInputError, match="sliding_window=4"):
         convert.from_doge(doge(sliding_window=4))

@@ -322,6 +322,29 @@ def test_what_cannot_be_served_is_refused(llama: Any) -> None:
     assert torch.equal(greedy, model.eval().generate(tokens, max_new_tokens=6, do_sample=False))
 
 
+@pytest.mark.parametrize("shape_of_input", [(0, 5), (2, 0), (0, 0)])
+def test_empty_batches_are_refused(llama: Any, shape_of_input: tuple[int, int]) -> None:
+    model = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2))
+    empty = torch.zeros(shape_of_input, dtype=torch.long)
+    begun = BoundedCache(model.config)
+    model(tokens_of(2, 20), past_key_values=begun)
+    before = [layer.keys.clone() for layer in begun.layers]
+    calls: dict[str, Callable[[], Any]] = {
+        "ids": lambda: model(empty),
+        "embeddings": lambda: model(inputs_embeds=torch.zeros(*shape_of_input, 32)),
+        "labels": lambda: model(empty, labels=empty),
+        "cache": lambda: model(empty, past_key_values=begun),
+        "decoder": lambda: model.model(empty),
+        "generate": lambda: model.generate(empty, max_new_tokens=2),
+    }
+    for name, call in calls.items():
+        with pytest.raises(InvalidInputError, match="at least one row and one token in each; got") as refused:
+            call()
+        assert str(shape_of_input)[:-1] in str(refused.value), name
+    assert begun.get_seq_length() == 20
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(begun.layers, before, strict=True))
+
+
 def test_windows_are_checked(llama: Any) -> None:
     model = convert.upcycle(llama, 12, local=4, sinks=2)
     for wrong, message in (

@@ -272,3 +272,6 @@ def test_unwritten_slots_of_a_static_cache_are_not_seen(attention: str) -> None:
 def test_a_text_without_tokens_is_refused() -> None:
     with pytest.raises(InvalidInputError, match=r"at least one token per row; got shape \(2, 0\)"):
         tiny_model()(IDS[:, :0])
+    for shape in ((2, 0), (0, 5)):
+        with pytest.raises(InvalidInputError, match=r"generate\(\) needs at least one row and one token"):
+            tiny_model("dma").generate(torch.zeros(shape, dtype=torch.long), max_new_tokens=2)
