@@ -391,6 +391,8 @@ def _exhibit(part: _Part, exhibit: Exhibit, output: Path) -> list[str]:
     if exhibit.picture is not None:
         place = os.path.relpath(exhibit.picture, output)
         lines += [f"![{exhibit.alt or exhibit.title}]({place})", ""]
+    if exhibit.caption:
+        lines += [exhibit.caption, ""]
     if exhibit.table:
         lines += [markdown_table(exhibit.table), ""]
     files = sorted({part.rows[key][0] for key in exhibit.keys})
@@ -415,6 +417,27 @@ def _placed(pages: Sequence[_Page]) -> list[Placed]:
     return placed
 
 
+_TERMS = (
+    "- **Plain form**: the paper's own (recipe `paper`).",
+    "- **Best form**: learned ranks (recipe `recall`, with slopes or with windows per head), or dynamask 0.1's form "
+    "for the task. `scored` is the latter from scratch: slopes and scores on the logits, ranks from attention; it is "
+    "no recipe.",
+    "- **Control**: the newest keys in the same windows (recipe `sliding`).",
+    "- **Reproduced**, **refuted**: the 95% interval excludes zero, and the difference is at least the smallest of "
+    "interest.",
+    "- **No difference**: the interval lies within the smallest difference of interest.",
+    f"- **Not tested**: the runs do not decide. Differences of losses below {FEW_SEEDS_INTEREST} nats decide nothing "
+    f"with fewer than {FEW_SEEDS} seeds.",
+    "- **Difference**: to dense attention, with its 95% interval; positive in the form's favour. A verdict may rest on "
+    "further rivals. Intervals cover training seeds; *over answers*: the answers of one seed's model.",
+    "- **Task**: length of the texts; in recall also how many pairs of key and value they hold.",
+    "- **w/N**: window over context, where all layers share it.",
+    "- **Of pairs**: query-key pairs as a share of dense attention's; in brackets at shorter texts. *Widest layer*, "
+    "*widest head*: the share of that one, where they differ.",
+)
+"""What the scoreboard's cells mean, as a list in markdown."""
+
+
 def _index(
     pages: Sequence[_Page], placed: Sequence[Placed], opening: Sequence[_Part], output: Path, results: Path
 ) -> str:
@@ -433,26 +456,19 @@ def _index(
     lines = [
         "# Results",
         "",
-        f"Drawn by `{COMMAND}` from the raw lines in `{_shown(results)}`; nothing here is written by hand. Every "
-        "table and picture names the lines it is made of, and `--trace` prints them.",
-        "",
         "## Scoreboard",
         "",
         "The paper's claims ([arXiv 2508.02124](https://arxiv.org/abs/2508.02124)) at the sizes that were run here. "
-        "*Plain form*: the paper's own (recipe `paper`); *best form*: learned ranks (recipe `recall`, with slopes or "
-        "with windows per head), or dynamask 0.1's form for the task; *control*: the newest keys in the same windows "
-        "(recipe `sliding`). *Reproduced* or *refuted*: the 95% interval "
-        "excludes zero and the difference is at least the smallest of interest. *No difference*: the interval lies "
-        f"within it. *Not tested*: the runs do not decide; differences of losses below {FEW_SEEDS_INTEREST} nats "
-        f"decide nothing with fewer than {FEW_SEEDS} seeds. In brackets: the difference to dense attention with its "
-        "95% interval, positive in the form's favour (a verdict may rest on further rivals), window over context "
-        "(w/N) where all layers share it, the share of dense attention's query-key pairs, that of the widest layer "
-        f"where layers differ, task, size and seeds. Intervals cover training seeds, or where it says so the answers "
-        f"of one seed's model. [Every verdict]({VERDICTS_PAGE}.md) has all of them.",
+        f"[Every verdict]({VERDICTS_PAGE}.md) has further settings, rivals and controls.",
         "",
         markdown_table(board(placed)),
         "",
-        "Goals of this library, each with the form named for it; two forms where they decide otherwise.",
+        *_TERMS,
+        "",
+        "## Goals of this library",
+        "",
+        "One row per form that was named for the goal; two where they decide otherwise. Differences are to dense "
+        "attention where the goal names it, else to what it names.",
         "",
         markdown_table(goals(placed)),
         "",
@@ -468,7 +484,15 @@ def _index(
             lines += _exhibit(part, replace(exhibit, title=f"{number}. {exhibit.title}"), output)
     if not opening:
         lines += ["There are no raw lines to draw.", ""]
-    lines += ["## Pages", "", markdown_table(contents), ""]
+    lines += [
+        "## Pages",
+        "",
+        f"Drawn by `{COMMAND}` from the raw lines in `{_shown(results)}`; nothing here is written by hand. Every "
+        "table and picture names the lines it is made of, and `--trace` prints them.",
+        "",
+        markdown_table(contents),
+        "",
+    ]
     return "\n".join(lines)
 
 

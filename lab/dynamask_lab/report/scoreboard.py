@@ -36,7 +36,8 @@ def board(found: Sequence[Placed]) -> list[Row]:
     """One row per claim of the paper: the verdict on every role with interval, window over context, size and seeds.
 
     A part of a claim is shown in the claim's row, where it decides otherwise than the whole. Where the plain form or
-    the control is decided on another task than the best form, its finding on that form's task stands beside it.
+    the control is decided on another task than the best form, its finding on that form's task stands beside it. A cell
+    shows two verdicts at most; the page of all verdicts has the others.
     """
     rows: list[Row] = []
     for name, claim in CLAIMS.items():
@@ -48,21 +49,53 @@ def board(found: Sequence[Placed]) -> list[Row]:
         for role, title in ROLES.items():
             whole = chosen(own, role)
             whole += _on_task(own, role, whole, chosen(own, "best"))
-            named = role == "best" and len(whole) > 1
-            cells = [_cell(each, named=named) for each in whole]
+            # Forms are named where they are chosen, and where nothing else tells two figures apart.
+            named = role == "best" or len({_told(each)[-1] for each in whole}) < len(whole)
+            shown = [_Verdict(f"**{each.finding.verdict}**", _told(each, named=named)) for each in whole]
             decided = {(*_place(each), each.finding.verdict) for each in whole}
             for part, label in parts.items():
                 of_part = chosen(_without_note(found, part), role)
-                cells += [
-                    f"{label}: {_cell(each)}"
+                shown += [
+                    _Verdict(f"{label}: **{each.finding.verdict}**", _told(each, named=named))
                     for each in of_part
                     if (*_place(each), each.finding.verdict) not in decided
                 ]
-            row[title] = "; ".join(dict.fromkeys(cells))
+            row[title] = _cell(shown)
         if not own:
             row["plain form"] = f"**{NOT_TESTED}**"
         rows.append(row)
     return rows
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """What a cell shows of a finding.
+
+    Attributes:
+        verdict: in bold, with the part of the claim that it is about.
+        told: the lines below it: form, difference, task, conditions.
+    """
+
+    verdict: str
+    told: tuple[str, ...]
+
+
+_BREAK = "<br>"
+_MOST = 2
+"""Verdicts of a cell, and rows of a goal."""
+_EVERY = "[every verdict](verdicts.md)"
+
+
+def _cell(shown: Sequence[_Verdict]) -> str:
+    """Verdicts below each other, each with its lines; two on the same figure stand together above it."""
+    distinct = list(dict.fromkeys(shown))
+    blocks: dict[tuple[str, ...], list[str]] = {}
+    for each in distinct[:_MOST]:
+        blocks.setdefault(each.told, []).append(each.verdict)
+    told = [_BREAK.join((*verdicts, *lines)) for lines, verdicts in blocks.items()]
+    if len(distinct) > _MOST:
+        told.append(f"{len(distinct) - _MOST} more: {_EVERY}")
+    return (2 * _BREAK).join(told)
 
 
 def _on_task(found: Sequence[Placed], role: str, whole: Sequence[Placed], best: Sequence[Placed]) -> Sequence[Placed]:
@@ -81,26 +114,30 @@ def _on_task(found: Sequence[Placed], role: str, whole: Sequence[Placed], best: 
 
 
 def goals(found: Sequence[Placed]) -> list[Row]:
-    """One row per goal of this library that runs decide: the verdict on the form named for it.
+    """The goals of this library that runs decide: one row per verdict on a form named for it, two at most.
 
-    A finding with a note has a row of its own behind it, and is counted with no others.
+    A finding with a note has a row of its own behind them, and is counted with no others.
     """
     rows: list[Row] = []
     for name in GOALS:
         own = _without_note(found, name)
-        for role in ("best", "plain"):
-            whole = chosen(own, role, same_part=False)
-            if whole:
-                cells = dict.fromkeys(_cell(each, named=True) for each in whole[:_GOAL_CELLS])
-                rows.append({"goal": CLAIMS[name].text, "verdict": "; ".join(cells)})
-                break
+        whole = chosen(own, "best", same_part=False) or chosen(own, "plain", same_part=False)
+        told = list(dict.fromkeys((_form(each), _goal_cell(each)) for each in whole))
+        for number, (form, verdict) in enumerate(told[:_MOST]):
+            rows.append({"goal": "" if number else CLAIMS[name].text, "form": form, "verdict": verdict})
+        if len(told) > _MOST:
+            rows[-1] = {**rows[-1], "verdict": f"{rows[-1]['verdict']}{2 * _BREAK}{len(told) - _MOST} more: {_EVERY}"}
         noted = [each for each in found if each.finding.claim == name and each.finding.note and not each.appendix]
         rows += [
-            {"goal": CLAIMS[name].text, "verdict": _cell(each, named=True)}
+            {"goal": CLAIMS[name].text, "form": _form(each), "verdict": _goal_cell(each)}
             for each in noted
             if each.finding.role == "best"
         ]
     return rows
+
+
+def _goal_cell(placed: Placed) -> str:
+    return _cell([_Verdict(f"**{placed.finding.verdict}**", _told(placed))])
 
 
 def _without_note(found: Sequence[Placed], claim: str) -> list[Placed]:
@@ -111,9 +148,6 @@ def _without_note(found: Sequence[Placed], claim: str) -> list[Placed]:
 def told_verdict(finding: Finding) -> str:
     """The verdict in bold, and its note."""
     return f"**{finding.verdict}**" + (f" ({finding.note})" if finding.note else "")
-
-
-_GOAL_CELLS = 2
 
 
 def details(found: Sequence[Placed]) -> list[Row]:
@@ -218,22 +252,34 @@ def _millions(placed: Placed) -> float:
     return float(size[:-1]) if size.endswith("M") else 0.0
 
 
-def _cell(placed: Placed, *, named: bool = False) -> str:
+def _form(placed: Placed) -> str:
+    """The form that a finding is about, without what its conditions tell: size, window and length of the texts."""
+    size, task = (placed.finding.setting.get(name, "") for name in ("size", "task"))
+    form = placed.finding.subject
+    form = form.removeprefix(f"{size}, ").partition(f", {size}")[0] if size else form
+    return re.sub(r", w = (N/)?\d+$", "", form.removesuffix(f", to {task}"))
+
+
+def _told(placed: Placed, *, named: bool = False) -> tuple[str, ...]:
+    """The lines below a verdict: its note, the form where it is named, the difference, the task, the conditions."""
     setting: Mapping[str, str] = placed.finding.setting
     share, _, widest = setting.get("w/N", "").partition(" (")
-    pairs = setting.get("pairs", "")
-    shown = f"w/N {share}" if share and not widest else ""
     which = "widest head" if widest.startswith("widest head") else "widest layer"
-    wide = f"{which} {widest.rpartition(': ')[2].partition(' ')[0]}" if widest else ""
-    amount, _, shorter = pairs.partition(" (")
-    seen = f"{amount} of dense pairs" if "%" in amount and amount != "100%" else ""
-    seen += f", {shorter.removesuffix(')')}" if seen and shorter else ""
-    facts = [placed.finding.difference, setting.get("task", ""), shown, seen, wide, setting.get("size", "")]
-    if placed.finding.note:
-        facts.append(placed.finding.note)
-    elif _seeds(placed):
-        facts.append(f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}")
-    told = ", ".join(fact for fact in facts if fact)
-    size = f", {setting.get('size')}"
-    form = f"{placed.finding.subject.partition(size)[0]}: " if named else ""
-    return f"{form}**{placed.finding.verdict}**" + (f" ({told})" if told else "")
+    amount, _, shorter = setting.get("pairs", "").partition(" (")
+    seen = f"{amount} of pairs" if "%" in amount and amount != "100%" else ""
+    seeds = "" if placed.finding.note else f"{_seeds(placed)} seed{'s' if _seeds(placed) > 1 else ''}"
+    conditions = (
+        f"w/N {share}" if share and not widest else "",
+        f"{seen} ({shorter}" if seen and shorter else seen,
+        f"{which} {widest.rpartition(': ')[2].partition(' ')[0]}" if widest else "",
+        setting.get("size", ""),
+        seeds if _seeds(placed) else "",
+    )
+    lines = (
+        placed.finding.note,
+        _form(placed) if named else "",
+        placed.finding.difference,
+        setting.get("task", ""),
+        ", ".join(fact for fact in conditions if fact),
+    )
+    return tuple(line for line in lines if line)

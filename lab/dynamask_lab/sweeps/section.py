@@ -25,6 +25,7 @@ class Exhibit:
         table: its rows; the columns are those of any row, in order of appearance.
         picture: the picture's file, in the folder the section was given.
         alt: what the picture shows, for those who cannot see it.
+        caption: how to read the picture and the table, markdown; stands below the picture.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Exhibit:
     table: Sequence[Row] = ()
     picture: Path | None = None
     alt: str = ""
+    caption: str = ""
 
 
 @dataclass(frozen=True)

@@ -44,22 +44,72 @@ def test_the_committed_report_is_that_of_the_committed_lines(tmp_path: Path, mon
         assert picture.stat().st_size <= LARGEST
 
 
+FIGURE = re.compile(r"[+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\] (nats|accuracy|points)|[\d.]+ to \d+ times, ")
+"""A difference with interval and unit, or a range of speeds with its device."""
+
+
+def _rows(text: str) -> list[list[str]]:
+    """The cells of the tables of a page, their heads as well."""
+    lines = [line for line in text.split("\n") if line.startswith("| ") and not line.startswith("| ---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _check_cell(cell: str) -> None:
+    """At most two verdicts, each in bold on a line of its own, above a figure and its conditions in short lines."""
+    verdicts = re.findall(r"\*\*([^*]+)\*\*", cell)
+    assert 1 <= len(verdicts) <= 2, cell
+    assert set(verdicts) <= set(VERDICTS), cell
+    for block in cell.split("<br><br>"):
+        lines = block.split("<br>")
+        if "](verdicts.md)" in block:
+            assert re.fullmatch(r"\d+ more: \[every verdict\]\(verdicts\.md\)", block)
+            continue
+        heads = [line for line in lines if "**" in line]
+        assert lines[: len(heads)] == heads, block
+        assert all(re.fullmatch(r"(MHA alone: )?\*\*[a-z ]+\*\*", head) for head in heads), block
+        told = lines[len(heads) :]
+        assert sum(bool(FIGURE.match(line)) for line in told) <= 1, block
+        assert all(len(line) <= 100 for line in told), block
+        if any(f"**{verdict}**" in head for head in heads for verdict in set(VERDICTS) - {NOT_TESTED}):
+            assert any(FIGURE.match(line) for line in told), block
+            assert "times" in block or re.search(r"(w/N 1|% of pairs|tiny).*, \d seeds?$", told[-1]), block
+
+
 def test_the_index_opens_with_eight_claims_and_five_exhibits_of_two_sentences() -> None:
     text = (COMMITTED / "index.md").read_text()
-    board, rest = text.partition("Goals of this library")[0], text.partition("## Exhibits")[2]
+    opening, goals = text.partition("## Goals of this library")[0], text.partition("## Goals of this library")[2]
+    goals, _, rest = goals.partition("## Exhibits")
     exhibits = rest.partition("## Pages")[0]
-    rows = [line for line in board.split("\n") if line.startswith("| ")][2:]
+    assert opening.startswith("# Results\n\n## Scoreboard\n\n")
+    assert len(opening.partition("\n| ")[0].split()) < 40, "the scoreboard opens the page"
+    rows = [row for row in _rows(opening) if row[0] != "claim"]
     assert len(rows) == 8
     for row in rows:
-        for cell in row.split("|")[2:5]:
-            for told in re.findall(r"\*\*(?:reproduced|refuted|no difference)\*\* \(([^)]*)\)", cell):
-                assert re.search(r"\[[+-][\d.]+, [+-][\d.]+\]| times(, |$)", told), told
+        assert row[1]
+        for cell in filter(None, row[1:]):
+            _check_cell(cell)
+    for row in _rows(goals):
+        if row[0] != "goal":
+            assert row[1]
+            _check_cell(row[2])
     sections = re.split(r"^### ", exhibits, flags=re.MULTILINE)[1:]
     assert [section[:2] for section in sections] == ["1.", "2.", "3.", "4.", "5."]
     for section in sections:
-        _, prose, picture, *_ = section.split("\n\n")
+        _, prose, picture, caption, table, *_ = section.split("\n\n")
         assert len(re.findall(r"[.!?](?= [A-Z]|$)", prose)) == 2, prose
+        assert len(re.findall(r"\d[\d.,]*", prose)) <= 0.04 * len(prose.split()), prose
         assert picture.startswith("![")
+        assert not caption.startswith("|")
+        assert table.startswith("| ")
+
+
+def test_the_site_breaks_the_lines_of_a_cell() -> None:
+    """With the extension for tables that the site is built with."""
+    markdown = pytest.importorskip("markdown")
+    html = markdown.markdown((COMMITTED / "index.md").read_text(), extensions=["tables"])
+    assert "&lt;br" not in html
+    cells = re.findall(r"<td>(.*?)</td>", html)
+    assert sum(re.match(r"<strong>[a-z ]+</strong><br\s*/?>", cell) is not None for cell in cells) > 20
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -107,12 +157,12 @@ def test_a_full_sweep_gets_verdicts_and_a_partial_one_does_not(tmp_path: Path) -
     _write(tmp_path / "raw" / "mqar.jsonl", records)
     with pictures(drawn=False):
         index, verdicts, *_ = render_results(tmp_path / "raw", tmp_path / "report")
-    board, rest = index.read_text().partition("## Exhibits")[0], verdicts.read_text()
+    board, rest = index.read_text().partition("## Goals of this library")[0], verdicts.read_text()
     (row,) = [line for line in board.split("\n") if CLAIMS["recall"].text in line]
     # The smoke sweep has one seed; the others count as other settings, of the appendix.
-    pairs = "43% of dense pairs, 74% at 32 tokens"
-    told = f"-0.400 accuracy, 8 pairs in 64 tokens, w/N 1/4, {pairs}, width 32, 2 epochs, 1 seed"
-    assert row.split("|")[2].strip() == f"**not tested** ({told})"
+    conditions = "w/N 1/4, 43% of pairs (74% at 32 tokens), width 32, 2 epochs, 1 seed"
+    told = ["**not tested**", "-0.400 accuracy", "8 pairs in 64 tokens", conditions]
+    assert row.split("|")[2].strip().split("<br>") == told
     assert "accuracy 0.100, above dense -0.400" in rest
     findings = {(f.claim, f.subject): f.verdict for f in _findings(records, tmp_path)}
     assert findings["recall", "dma, paper"] == REFUTED

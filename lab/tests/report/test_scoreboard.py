@@ -38,9 +38,8 @@ def test_a_setting_that_no_run_had_is_named_until_one_has() -> None:
     run, missing = _placed(REFUTED, 3), _placed(NOT_TESTED, 0, "1")
     (row,) = [row for row in board([run, missing]) if row["claim"] == CLAIMS["recall"].text]
     told = "+0.100 [+0.050, +0.150] nats"
-    pairs = "23% of dense pairs"
-    first = f"**refuted** ({told}, w/N 1/8, {pairs}, 4.4M, 3 seeds)"
-    assert row["plain form"] == f"{first}; **not tested** ({told}, w/N 1, {pairs}, 4.4M)"
+    first = f"**refuted**<br>{told}<br>w/N 1/8, 23% of pairs, 4.4M, 3 seeds"
+    assert row["plain form"] == f"{first}<br><br>**not tested**<br>{told}<br>w/N 1, 23% of pairs, 4.4M"
     other = _placed(REPRODUCED, 3, "1")
     assert chosen([run, missing, other], "plain") == [run, other]  # of one sweep, so both windows count
 
@@ -86,11 +85,54 @@ def test_of_as_many_seeds_the_largest_models_decide() -> None:
 
 
 def test_a_part_of_a_claim_is_told_where_it_decides_otherwise() -> None:
-    whole = [_placed(REFUTED, 3, "1/16", claim="perplexity"), _placed(NOT_TESTED, 3, "1", claim="perplexity")]
+    narrow, wide = _placed(REFUTED, 3, "1/16", claim="perplexity"), _placed(NOT_TESTED, 3, "1", claim="perplexity")
     alone = [_placed(REFUTED, 3, "1/16", claim="perplexity-mha"), _placed(REPRODUCED, 3, "1", claim="perplexity-mha")]
-    (row,) = [row for row in board([*whole, *alone]) if row["claim"] == CLAIMS["perplexity"].text]
-    assert row["plain form"].count("refuted") == 1
-    assert "; MHA alone: **reproduced** (" in row["plain form"]
+    told = "+0.100 [+0.050, +0.150] nats<br>w/N 1{}, 23% of pairs, 4.4M, 3 seeds"
+
+    def cell(*found: Placed) -> str:
+        (row,) = [row for row in board(found) if row["claim"] == CLAIMS["perplexity"].text]
+        return row["plain form"]
+
+    # Two verdicts on one figure stand above it, and the figure stands once.
+    assert cell(wide, alone[1]) == f"**not tested**<br>MHA alone: **reproduced**<br>{told.format('')}"
+    assert cell(narrow, alone[0]) == f"**refuted**<br>{told.format('/16')}"
+    # Two verdicts at most; the page of all verdicts has the third.
+    first, second, more = cell(narrow, wide, *alone).split("<br><br>")
+    assert first == f"**refuted**<br>{told.format('/16')}"
+    assert second == f"**not tested**<br>{told.format('')}"
+    assert more == "1 more: [every verdict](verdicts.md)"
+
+
+def test_a_goal_has_a_row_per_form_and_two_at_most() -> None:
+    forms = [
+        replace(each, finding=replace(each.finding, subject=f"dma, learned, w = N/8, 4.4M, try {number}"))
+        for number, each in enumerate(
+            _placed(verdict, 3, role="best", claim="retrieval")
+            for verdict in (REFUTED, REPRODUCED, NOT_TESTED, NO_DIFFERENCE)
+        )
+    ]
+    (alone,) = goals(forms[:1])
+    told = "+0.100 [+0.050, +0.150] nats<br>w/N 1/8, 23% of pairs, 4.4M, 3 seeds"
+    assert alone == {"goal": CLAIMS["retrieval"].text, "form": "dma, learned", "verdict": f"**refuted**<br>{told}"}
+    first, second = goals(forms)
+    assert first == alone
+    assert second["goal"] == ""
+    assert second["verdict"] == f"**reproduced**<br>{told}<br><br>2 more: [every verdict](verdicts.md)"
+
+
+def test_the_plain_form_is_named_where_nothing_else_tells_two_figures_apart() -> None:
+    def cell(sizes: tuple[str, str], shares: tuple[str, str]) -> str:
+        found = [
+            Placed(replace(each.finding, subject=f"{size}, {steps} steps"), f"sweep-{steps}", "mqar.md", False)
+            for size, share, steps, verdict in zip(sizes, shares, (250, 2000), (REFUTED, NOT_TESTED), strict=True)
+            for each in [_placed(verdict, 3 if share == "1/8" else 0, share, size=size)]
+        ]
+        (row,) = [row for row in board(found) if row["claim"] == CLAIMS["recall"].text]
+        return row["plain form"]
+
+    told = cell(("4.4M", "4.4M"), ("1/8", "1/8"))
+    assert [block.split("<br>")[1] for block in told.split("<br><br>")] == ["250 steps", "2000 steps"]
+    assert "steps" not in cell(("4.4M", "4.4M"), ("1/8", "1/4"))
 
 
 def _on(placed: Placed, task: str, gain: str, *, part: str = "", subject: str = "") -> Placed:
@@ -125,7 +167,7 @@ def test_a_row_compares_forms_on_the_best_forms_task_as_well() -> None:
     many, one = _on(_placed(REFUTED, 3), theirs, "-0.3"), _on(_placed(NOT_TESTED, 1), ours, "-0.8")
     hidden = _on(_placed(NOT_TESTED, 1, appendix=True), ours, "-0.7")
     (row,) = [row for row in board([best, many, one, hidden]) if row["claim"] == CLAIMS["recall"].text]
-    first, second = row["plain form"].split("; ")
-    assert first.startswith(f"**refuted** (-0.3, {theirs}, ")
-    assert second.startswith(f"**not tested** (-0.8, {ours}, ")
+    first, second = row["plain form"].split("<br><br>")
+    assert first.startswith(f"**refuted**<br>-0.3<br>{theirs}<br>")
+    assert second.startswith(f"**not tested**<br>-0.8<br>{ours}<br>")
     assert "-0.7" not in row["plain form"]

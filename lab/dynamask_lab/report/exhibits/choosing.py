@@ -131,19 +131,40 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
         return None
     converted = [gain for gain in losses if gain.group == "conversion"]
     trained = [gain for gain in losses if gain.group != "conversion"]
-    lower, lower_trained = (sum(gain.found.low > 0 for gain in own) for own in (converted, trained))
-    higher = sum(gain.found.high < 0 for gain in trained)
-    found_more = sum(gain.found.low > 0 for gain in shares)
+    compared = (("loss, converted models", converted), ("loss, from scratch", trained), ("needles and recall", shares))
+    better = {name: sum(gain.found.low > 0 for gain in own) for name, own in compared}
+    worse = {name: sum(gain.found.high < 0 for gain in own) for name, own in compared}
+    lower, lower_trained, found_more = (_how_many(better[name], len(own)) for name, own in compared)
     text = (
-        f"Beside as many keys without a learned choice, choosing lowers the loss in {lower} of {len(converted)} "
-        f"comparisons of converted models; from scratch it lowers the loss in {lower_trained} of {len(trained)} and "
-        f"raises it in {higher}. It finds more in {found_more} of {len(shares)} (95% intervals that exclude zero: over "
-        "documents where converted, over examples of needles where no seeds are named, else over seeds)."
+        f"Beside as many keys without a learned choice, choosing lowers the loss in {lower} of the comparisons of "
+        f"converted models, and in {lower_trained} of those of models trained from scratch. It finds more needles or "
+        f"recalls more in {found_more} of the comparisons."
+    )
+    table = [
+        {
+            "what is compared": name,
+            "comparisons": str(len(own)),
+            "choosing is better": str(better[name]),
+            "not told apart": str(len(own) - better[name] - worse[name]),
+            "choosing is worse": str(worse[name]),
+        }
+        for name, own in compared
+    ]
+    caption = (
+        "Better or worse: the 95% interval excludes zero. Intervals are over documents where converted, over examples "
+        "of needles where no seeds are named, else over seeds."
     )
     alt = "forest plot of the gain from choosing keys, in loss and in right answers, each with its interval"
     picture = save_small(_forest(losses, shares), folder / "choosing.svg")
-    exhibit = Exhibit("choosing", "Effect of choosing", list(rows), text, picture=picture, alt=alt)
+    exhibit = Exhibit("choosing", "Effect of choosing", list(rows), text, table, picture, alt, caption)
     return exhibit, rows, "dynamask experiment locality | scaling | needle | mqar; lab/scripts/conversion_gpu.sh"
+
+
+def _how_many(some: int, every: int) -> str:
+    """A share of comparisons in a word."""
+    if some in (0, every):
+        return "all" if some else "none"
+    return "half" if 2 * some == every else "most" if 2 * some > every else "few"
 
 
 def _gains_from_scratch(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:

@@ -86,12 +86,6 @@ def test_gap(found: Mapping[tuple[str, float], Sequence[Record]], form: tuple[st
     return paired_difference(dense, ours)
 
 
-def above(gap: Interval) -> str:
-    """A gap in words: "0.108 nats [0.036 to 0.180] below"."""
-    low, high = sorted((abs(gap.low), abs(gap.high))) if gap.low * gap.high > 0 else (gap.low, gap.high)
-    return f"{abs(gap.mean):.3f} nats [{low:.3f} to {high:.3f}] {'above' if gap.mean > 0 else 'below'}"
-
-
 def any_depth(run: Record) -> str:
     """The form of a run of study `scaling`, one name for all numbers of layers."""
     return variant_name(run.config, any_depth=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from dynamask_lab.report.exhibits.common import (
     PLAIN,
     Drawn,
     Sweeps,
-    above,
     any_depth,
     best_losses,
     fresh_runs,
@@ -34,8 +34,8 @@ from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
 from dynamask_lab.studies.ablation.study import LEAKY, ablation_name, language_settings
 from dynamask_lab.studies.scratch.study import scratch_name
-from dynamask_lab.sweeps.section import Exhibit
-from dynamask_lab.sweeps.verdicts import paired_difference
+from dynamask_lab.sweeps.section import Exhibit, Row
+from dynamask_lab.sweeps.verdicts import Interval, mean_interval, paired_difference
 
 
 def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | None:
@@ -87,18 +87,26 @@ def loss_against_window(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | 
         axes.set(xlabel="window / context", ylabel="nats above dense attention", xlim=(1 / 24, 1.5))
         axes.set_yscale("symlog", linthresh=0.5 if axes is left else 0.2)
         axes.set_ylim(top=4)
-    leak = _leak(ablation, right)
+    leak, leak_rows = _leak(ablation, right)
     keys += [run.key for run in ablation]
     narrow = min(share for _, share in fresh)
-    harms = _between(tables) | {f"1/{1 / narrow:.0f}": gap_of["paper", narrow].mean}
-    places, gaps = ", ".join(harms), ", ".join(f"{gap:.2f}" for gap in harms.values())
+    between, whole = _between(tables), _at_half_the_rate(sweeps)
     text = (
-        f"The paper's form harms where its mask drops keys: with {places} of the context it ends {gaps} nats above "
-        f"dense attention{_at_half_the_rate(sweeps)}. {leak}"
+        "The paper's form has a higher loss than dense attention where its mask drops keys"
+        f"{_told_of(whole) if whole else ''}. {leak}"
+    )
+    size = f"{millions(fresh['dense', 1.0]):.1f}M"
+    at_one_rate = ({"1": whole} if whole else {}) | between
+    table = [_row("paper above dense attention, one rate", share, gap, size) for share, gap in at_one_rate.items()]
+    least = _Gap(gap_of["paper", narrow], len({run.seed for run in fresh["paper", narrow]}))
+    table += [_row("paper above dense attention", f"1/{1 / narrow:.0f}", least, size), *leak_rows]
+    caption = (
+        "Differences of losses with 95% intervals over seeds. One rate: both have the paper's form's, which is half of "
+        "dense attention's otherwise."
     )
     alt = "loss above dense attention against window over context; loss of a small model by window, exact and leaky"
     picture = save_small(figure, folder / "loss-window.svg")
-    exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, picture=picture, alt=alt)
+    exhibit = Exhibit("loss-window", "Loss against window over context", keys, text, table, picture, alt, caption)
     command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
     names = (
         "scratch",
@@ -123,27 +131,47 @@ def _test_losses(runs: Sequence[Record]) -> dict[str, dict[int, float]]:
     return losses
 
 
-def _at_half_the_rate(sweeps: Sweeps) -> str:
-    """What is left of the gap at w = N where dense attention has the rate of the paper's form, in words."""
+@dataclass(frozen=True)
+class _Gap:
+    """A difference of losses, and over how many seeds."""
+
+    found: Interval
+    seeds: int
+
+    @classmethod
+    def of(cls, dense: Mapping[int, float], ours: Mapping[int, float]) -> _Gap:
+        return cls(paired_difference(dense, ours), len(dense.keys() & ours.keys()))
+
+
+def _at_half_the_rate(sweeps: Sweeps) -> _Gap | None:
+    """What is left of the gap at w = N where dense attention has the rate of the paper's form."""
     for name in ("scratch-tables", "scratch-rates"):
         losses = _test_losses(sweeps.get(name, ()))
-        gap = paired_difference(losses.get("dense, half rate", {}), losses.get("paper, w = N", {}))
-        if not math.isnan(gap.low):
-            return (
-                "; with a window as long as the context, as the paper mostly trains, it and dense attention at one "
-                f"rate are {'not told apart' if gap.low <= 0 <= gap.high else 'told apart'} ({above(gap)} it)"
-            )
-    return ""
+        gap = _Gap.of(losses.get("dense, half rate", {}), losses.get("paper, w = N", {}))
+        if not math.isnan(gap.found.low):
+            return gap
+    return None
 
 
-def _between(runs: Sequence[Record]) -> dict[str, float]:
+def _told_of(gap: _Gap) -> str:
+    """The gap at w = N in words."""
+    apart = "not told apart" if gap.found.low <= 0 <= gap.found.high else "told apart"
+    return f", and the two are {apart} where the window is as long as the context, as the paper mostly trains"
+
+
+def _row(loss: str, share: str, gap: _Gap, parameters: str) -> Row:
+    row = {"loss": loss, "window / context": share, "nats": str(gap.found)}
+    return row | {"parameters": parameters, "seeds": str(gap.seeds)}
+
+
+def _between(runs: Sequence[Record]) -> dict[str, _Gap]:
     """Window over context -> how far the paper's form ends above dense attention, at one rate for both."""
     losses = _test_losses(runs)
     found = {}
     for share in (2, 4):
-        gap = paired_difference(losses.get("dense, half rate", {}), losses.get(f"paper, w = N/{share}", {}))
-        if not math.isnan(gap.low):
-            found[f"1/{share}"] = gap.mean
+        gap = _Gap.of(losses.get("dense, half rate", {}), losses.get(f"paper, w = N/{share}", {}))
+        if not math.isnan(gap.found.low):
+            found[f"1/{share}"] = gap
     return found
 
 
@@ -194,8 +222,8 @@ def _windows_of_sweeps(sweeps: Sweeps) -> dict[tuple[str, float], list[Record]]:
     return found
 
 
-def _leak(runs: Sequence[Record], axes: Any) -> str:
-    """Draw the ablation's losses by window; return what the leak costs the model that is trained with it, in words."""
+def _leak(runs: Sequence[Record], axes: Any) -> tuple[str, list[Row]]:
+    """Draw the ablation's losses by window; return what the leak costs the model that is trained with it."""
     seeds: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     both: dict[float, list[tuple[float, float]]] = defaultdict(list)
     gained: dict[float, list[float]] = defaultdict(list)  # within a run, whatever build of the corpus it read
@@ -230,17 +258,17 @@ def _leak(runs: Sequence[Record], axes: Any) -> str:
     handles, labels = axes.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))
     axes.legend(once.values(), once.keys(), fontsize=7)
-    gains = sorted(float(np.mean(own)) for own in gained.values())
-    lost = " to ".join(dict.fromkeys(f"{gain:.2f}" for gain in (gains[0], gains[-1])))
-    counted = sorted({len(own) for own in gained.values()})
-    several = "s" if counted[-1] > 1 else ""
-    told = f"{counted[0]} to {counted[-1]}" if len(counted) > 1 else str(counted[0])
+    lost = {share: _Gap(mean_interval(own), len(own)) for share, own in sorted(gained.items(), reverse=True)}
+    always = all(gap.found.mean > 0 for gap in lost.values())
+    what = "trained with the leak: exact above leaky selection"
+    rows = [_row(what, f"1/{1 / share:.0f}", gap, f"{millions:.1f}M") for share, gap in lost.items()]
     trained = {share: float(np.mean(own)) for share, own in seeds["dma, paper's form"].items()}
     flattered = [
         float(np.mean([leaky for _, leaky in losses])) >= trained[s] for s, losses in both.items() if s in trained
     ]
-    end = "; read with the leak, it is no better than one trained exactly" if flattered and all(flattered) else ""
-    return (
-        "A model trained with the leak (one choice of keys for all queries, which sees the future) loses "
-        f"{lost} nats under exact selection ({told} seed{several} a window){end}."
+    end = ", and read with the leak it is no better than one trained exactly" if flattered and all(flattered) else ""
+    text = (
+        "A model trained with the leak (one choice of keys for all queries, which sees the future) has a "
+        f"{'higher' if always else 'mostly higher'} loss under exact selection{end}."
     )
+    return text, rows

@@ -14,10 +14,10 @@ from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, 
 from dynamask_lab.report.exhibits.common import Drawn, Sweeps, panels_of, rows_of
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
-from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR
+from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR, pairs_of
 from dynamask_lab.studies.needle.report import distance
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_name
-from dynamask_lab.sweeps.section import Exhibit
+from dynamask_lab.sweeps.section import Exhibit, Row
 
 _SLOPES, _RECALL, _NEWEST = (NEEDLE_FAR[place].name for place in (0, 2, 4))
 _SEEDED = {
@@ -47,29 +47,68 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     figure, (left, right) = panels_of(13, 4, 2)
     scores = mean_scores(runs)
     _draw(left, scores, shown, context, {512: "even window", 1280: "widest layer"})
-    left.set_title(f"12.9M parameters, trained at {context:,} tokens, one seed", fontsize=9)
+    left.set_title(f"{_sizes(runs)} parameters, trained at {context:,} tokens, one seed", fontsize=9)
     nearer = NeedleConfig.of(seeded[0].config).context
     narrow, wide = (bound(_window_sizes(seeded)) for bound in (min, max))
     far = mean_scores(seeded)
     _draw(right, far, _SEEDED, nearer, {narrow: "narrow layers", wide: "widest layer"})
     count = len({run.seed for run in seeded})
-    right.set_title(f"12.9M parameters, trained at {nearer:,} tokens, {count} seeds, 12% of the pairs", fontsize=9)
+    right.set_title(
+        f"{_sizes(seeded)} parameters, trained at {nearer:,} tokens, {count} seeds, 12% of the pairs", fontsize=9
+    )
 
     found = {name: _beyond(far, name, wide, nearer) for name in _SEEDED}
     longer = {name: _beyond(scores, name, 1280, context) for name in ("mha", best, control)}
+    dense, chosen, newest = (
+        [(longer[one], runs, one), (found[other], seeded, other)]
+        for one, other in (("mha", "mha"), (best, _RECALL), (control, _NEWEST))
+    )
     text = (
-        f"Beyond the widest layer's window and within the trained length, `recall` finds {found[_RECALL]:.0%} of the "
-        f"needles, dense attention {found['mha']:.0%} and the newest keys in the same windows {found[_NEWEST]:.0%} "
-        f"(right, {count} training seeds). In one model trained at {context:,} tokens (left) chosen keys find "
-        f"{longer[best]:.0%}, dense attention {longer['mha']:.0%} and newest keys {longer[control]:.0%}; hardly any "
-        "form finds needles in texts longer than those of its training."
+        "Beyond the widest layer's window and within the trained length, chosen keys find "
+        f"{_compared(chosen, newest)} needles than the newest keys in the same windows, and {_compared(chosen, dense)} "
+        "than dense attention. Hardly any form finds needles in texts longer than those of its training."
+    )
+    table = [
+        _row(f"{length:,}", label, *each[place])
+        for place, length in ((1, nearer), (0, context))
+        for label, each in (
+            ("dense", dense),
+            (("ranks from attention", "recall")[place], chosen),
+            (("newest keys", "sliding")[place], newest),
+        )
+    ]
+    caption = (
+        "Found: exact match with the needle beyond the widest layer's window and within the trained length. Pairs: "
+        "share of dense attention's at that length."
     )
     picture = save_small(figure, folder / "match-distance.svg")
     alt = "exact match against distance from needle to question, one line per form, window edges drawn"
     keys = [run.key for run in (*runs, *seeded)]
-    exhibit = Exhibit("match-distance", "Exact match against distance", keys, text, picture=picture, alt=alt)
+    exhibit = Exhibit("match-distance", "Exact match against distance", keys, text, table, picture, alt, caption)
     command = "dynamask experiment needle --size long; dynamask experiment needle --size far"
     return exhibit, rows_of(sweeps, "needle-long", "needle-far"), command
+
+
+_Found = tuple[float, Sequence[Record], str]
+"""The share of needles that a form finds, the runs of the figure, and the form's name in them."""
+
+
+def _sizes(runs: Sequence[Record]) -> str:
+    """Parameters of the models, least and most: "11.3M to 11.5M"."""
+    sizes = sorted(run.result["parameters"] / 1e6 for run in runs)
+    return " to ".join(dict.fromkeys(f"{size:.1f}M" for size in (sizes[0], sizes[-1])))
+
+
+def _row(length: str, label: str, found: float, runs: Sequence[Record], name: str) -> Row:
+    own = [run for run in runs if needle_name(run.config) == name]
+    row = {"trained at, tokens": length, "form": label, "found": f"{found:.0%}", "parameters": _sizes(own)}
+    return row | {"pairs": pairs_of(own), "seeds": str(len({run.seed for run in own}))}
+
+
+def _compared(ours: Sequence[_Found], theirs: Sequence[_Found]) -> str:
+    """Say whether our shares are above theirs in all cases, in none, or in some."""
+    above = [own[0] > other[0] for own, other in zip(ours, theirs, strict=True)]
+    return "more" if all(above) else "partly more" if any(above) else "fewer"
 
 
 def _of_common_seeds(runs: Sequence[Record]) -> list[Record]:

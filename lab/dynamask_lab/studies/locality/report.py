@@ -94,7 +94,8 @@ def _compare(claim: str, form: Judged, runs: _Losses) -> Finding:
     )
     seeds = len({place[2] for place in both})
     verdict = all_of([judge_no_worse(each, LOSS_INTEREST, seeds=seeds) for each in found])
-    return Finding(claim, form.name, measured, verdict, keys, form.role, setting, f"{LOSS_INTEREST} nats")
+    interest, short = f"{LOSS_INTEREST} nats", f"{found[1]} nats to mha at the end"
+    return Finding(claim, form.name, measured, verdict, keys, form.role, setting, interest, short)
 
 
 def _setting(records: Sequence[Record]) -> Row:

@@ -75,12 +75,14 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
                     "pairs": pairs_of(ours),
                 }
                 verdict = judge(gap, LOSS_INTEREST, seeds=min(len(ours), len(theirs)))
+                short = f"{gap} nats"
                 if rival.startswith("dense") and not (runs.get("dense") and runs.get(HALF)):
                     verdict, measured = NOT_TESTED, f"{measured}; dense attention ran at one rate, perhaps too high"
-                subject = f"{name}, {when}, against {rival.removesuffix(f', {when}')}, {part}"
+                    short += ", dense at one rate"
+                against = rival.removesuffix(f", {when}")
+                subject = f"{name}, {when}, against {against}, last used {part} tokens back"
                 role = "best" if when == MORE and name == CHOSEN else ""
                 keys = [run.key for run in (*ours, *theirs)]
-                found.append(
-                    Finding("reading", subject, measured, verdict, keys, role, setting, f"{LOSS_INTEREST} nats")
-                )
+                interest = f"{LOSS_INTEREST} nats"
+                found.append(Finding("reading", subject, measured, verdict, keys, role, setting, interest, short))
     return found

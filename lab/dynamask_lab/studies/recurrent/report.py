@@ -52,6 +52,7 @@ def report_recurrent(records: Sequence[Record], folder: Path) -> Section:
                 "best",
                 setting,
                 f"{LOSS_INTEREST} nats",
+                f"{gaps['gdn + sliding']} nats to gdn + sliding" if "gdn + sliding" in gaps else "",
             )
         )
     return Section("", [exhibit], findings)
