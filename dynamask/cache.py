@@ -123,6 +123,25 @@ def check_consistent(cache: Cache, layers: int | None = None) -> None:
         )
 
 
+def dropping_layers(cache: Cache, new: int) -> list[tuple[int, int, int]]:
+    """Find the layers that slide by positions, as transformers', and will not hand over all keys of the next call.
+
+    Args:
+        cache: any transformers cache; it is not changed.
+        new: positions of the call.
+
+    Returns:
+        Of each such layer its index, the keys that it will hand over, and the positions up to the end of the call.
+    """
+    found = []
+    for index, layer in enumerate(cache.layers):
+        if getattr(layer, "is_sliding", False):
+            held, length = layer.get_mask_sizes(new)[0], int(layer.get_seq_length()) + new
+            if held < length:
+                found.append((index, held, length))
+    return found
+
+
 def cache_bytes(cache: Cache) -> int:
     """Return the memory of a cache's tensors, in bytes, whatever its kind."""
     total = 0
@@ -197,4 +216,5 @@ __all__ = [
     "bounded_layer",
     "cache_bytes",
     "check_consistent",
+    "dropping_layers",
 ]

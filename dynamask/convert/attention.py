@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 
-from dynamask.cache import bounded_layer
+from dynamask.cache import bounded_layer, dropping_layers
 from dynamask.errors import InvalidInputError
 from dynamask.mixers.base import SequenceInfo, recency_expiry, starts_over
 from dynamask.mixers.head_shard import HeadShard
@@ -269,6 +269,8 @@ class ConvertedAttention(nn.Module):
             batch, new = hidden_states.shape[:2]
             positions, cached = kwargs.get("position_ids"), cache is not None
             dynamask = call_facts(batch, new, mask, positions, past, hidden_states.device, cached=cached)
+            if cache is not None and self.layer_idx == 0:
+                check_holds(cache, self.config, dynamask, new)
         if cache is not None:
             kwargs[name] = _PassThrough(cache)
         call = _Call(dynamask, cache, hidden_states)
@@ -450,14 +452,55 @@ def _without_ranks(
             layer.check_fits(windows, local=windows[0])
             return layer.attend(query, key, value, None, key_mask=_new_mask(facts), scale=scale)  # type: ignore[no-any-return]
         key, value = _cut(cache.update(key, value, index), facts.length)
-        window = None if windows is None else windows[0]
-        if key.shape[2] < facts.length and not _holds_newest(window, key.shape[2], facts):
-            raise InvalidInputError(
-                f"layer {index} attends to {'all' if window is None else f'the newest {window}'} real tokens, and this "
-                f"{type(cache).__name__} has dropped some of them: it counts padding inside of a row as tokens. Pad "
-                "rows on the left, or use BoundedCache (the default of generate()) or DynamicCache() without a config"
-            )
+        _check_held(cache, index, key.shape[2], facts.length, windows, facts)
     return _newest(query, key, value, None if windows is None else windows[0], facts, scale)
+
+
+def check_holds(cache: Cache, config: Any, facts: CallFacts | None, new: int) -> None:
+    """Refuse a cache that drops keys which layers attend to, before the first layer writes to it.
+
+    Args:
+        cache: any transformers cache.
+        config: the converted model's.
+        facts: of the call; None with ranking="paper", where every layer chooses its keys.
+        new: positions of the call.
+
+    Raises:
+        InvalidInputError: the cache has a sliding layer of transformers, which has dropped such a key or will.
+    """
+    for index, held, length in dropping_layers(cache, new):
+        if index < config.num_hidden_layers:
+            windows = (config.layer_rules if facts is None or facts.rules is None else facts.rules)[index].windows
+            ranks = facts is None or (windows is not None and not config.layer_slides(index))
+            _check_held(cache, index, held, length, windows, None if ranks else facts)
+
+
+def _check_held(
+    cache: Cache, index: int, held: int, length: int, windows: tuple[int, ...] | None, facts: CallFacts | None
+) -> None:
+    """Raise `InvalidInputError` unless the newest `held` keys are all that a layer attends to.
+
+    Args:
+        cache: named in the message.
+        index: of the layer.
+        held: keys that the cache hands over.
+        length: keys so far.
+        windows: of a layer that slides; None: a dense layer.
+        facts: of the call; None: the layer chooses its keys, so that it needs all.
+    """
+    if held >= length:
+        return
+    if facts is None:
+        raise InvalidInputError(
+            f"{type(cache).__name__} keeps {held} of {length} keys of layer {index}, which chooses its keys itself: "
+            "use BoundedCache (the default of generate()), DynamicCache(), or StaticCache(config=model.config)"
+        )
+    if not _holds_newest(None if windows is None else windows[0], held, facts):
+        raise InvalidInputError(
+            f"layer {index} attends to {'all' if windows is None else f'the newest {windows[0]}'} real tokens, and "
+            f"this {type(cache).__name__} has dropped some of them: it counts padding inside of a row as tokens. Pad "
+            "rows on the left, or use BoundedCache (the default of generate()) or DynamicCache() without a config"
+        )
 
 
 def _holds_newest(window: int | None, length: int, facts: CallFacts) -> bool:
@@ -503,11 +546,7 @@ def _updated(
     """Add this call's keys, values and ranks to an ordinary cache; return all of them."""
     check_carries_ranks(cache, index, value)
     key, stored = _cut(cache.update(key, pack_ranks(value, ranks), index), facts.length)
-    if key.shape[2] < facts.length:
-        raise InvalidInputError(
-            f"{type(cache).__name__} keeps {key.shape[2]} of {facts.length} keys of layer {index}, which chooses its "
-            "keys itself: use BoundedCache (the default of generate()), DynamicCache() or StaticCache"
-        )
+    _check_held(cache, index, key.shape[2], facts.length, None, None)
     value, ranks = unpack_ranks(stored)
     return key, value, ranks
 

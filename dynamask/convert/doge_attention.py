@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from dynamask.convert.attention import call_facts
+from dynamask.convert.attention import call_facts, check_holds
 from dynamask.mixers.dma import dynamic_mask_mix
 from dynamask.mixers.gate import DynamicMaskGate
 from dynamask.models.generation import check_not_empty
@@ -51,6 +51,8 @@ class DogeAttention(nn.Module):
         query, key, value = self.project(hidden_states, position_embeddings)
         past = 0 if cache is None else int(cache.get_seq_length(self.layer_idx))
         cached = cache is not None
+        if cache is not None and self.layer_idx == 0:
+            check_holds(cache, self.config, None, new)
         facts = call_facts(batch, new, attention_mask, position_ids, past, hidden_states.device, cached=cached)
         output = dynamic_mask_mix(
             query,

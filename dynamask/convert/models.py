@@ -28,6 +28,7 @@ from dynamask.convert.architectures import ARCHITECTURES, PREFIX, converted_mode
 from dynamask.convert.attention import (
     IMPLEMENTATION,
     call_facts,
+    check_holds,
     check_implementation,
     convert_attention,
     no_mask,
@@ -177,6 +178,8 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
             facts = call_facts(batch, new, mask, positions, past, tokens.device, cached=cached)
             facts.rules = self.config.layer_rules
             arguments["dynamask"] = facts
+        if cache is not None:
+            check_holds(cache, self.config, facts, new)
         if facts.shards is not None:
             if cache is not None or arguments.get("use_cache"):
                 raise InvalidInputError(

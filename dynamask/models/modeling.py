@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from dynamask.cache import BoundedCache, LayeredCache, check_consistent
+from dynamask.cache import BoundedCache, LayeredCache, check_consistent, dropping_layers
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
@@ -176,8 +176,9 @@ class DynamaskModel(DynamaskPreTrainedModel):
 
         Raises:
             InvalidInputError: both or neither of input_ids and inputs_embeds, no token, a mask of another length,
-                packed documents with a cache, a cache made for another model or left behind by an interrupted forward,
-                output_attentions, or a configuration whose slopes were changed after the model was built.
+                packed documents with a cache, a cache made for another model, one that slides, or one left behind by an
+                interrupted forward, output_attentions, or a configuration whose slopes were changed after the model was
+                built.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise InvalidInputError("give exactly one of input_ids and inputs_embeds")
@@ -214,6 +215,8 @@ class DynamaskModel(DynamaskPreTrainedModel):
         if past_key_values is not None:
             check_consistent(past_key_values, self.config.num_hidden_layers)
         sequence = sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
+        if past_key_values is not None:
+            self._check_holds(past_key_values, hidden_states.shape[1])
 
         # Once for all layers that rotate by the same angles.
         mixers = [cast(DynamaskDecoderLayer, layer).mixer for layer in self.layers]
@@ -255,6 +258,17 @@ class DynamaskModel(DynamaskPreTrainedModel):
             **{CACHE_NAME: past_key_values if use_cache else None},
         )
         return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _check_holds(self, cache: Cache, new: int) -> None:
+        """Refuse a cache that drops keys by positions, as one made for another model, before a layer writes to it."""
+        for index, held, length in dropping_layers(cache, new):
+            if index < self.config.num_hidden_layers:
+                own = cast(DynamaskDecoderLayer, self.layers[index]).mixer.cache_layer(self.config, index)
+                if not getattr(own, "is_sliding", False):
+                    raise InvalidInputError(
+                        f"{type(cache).__name__} keeps {held} of {length} keys of layer {index}: it slides, as the "
+                        "model that it was made for. Use dynamask.models.new_cache(model.config) or DynamicCache()"
+                    )
 
 
 class DynamaskForCausalLM(DynamaskPreTrainedModel, OwnCacheGeneration, GenerationMixin):

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DogeConfig, DogeForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+)
 
 from dynamask import InvalidInputError, convert
 from dynamask.convert.doge_attention import doge_layer_unpacks_experts, first_output
@@ -89,6 +97,16 @@ def test_from_doge_refuses_empty_batches(shape: tuple[int, int]) -> None:
     for call in (model, model.model, model.generate):
         with pytest.raises(InvalidInputError, match="at least one row and one token"):
             call(torch.zeros(shape, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_from_doge_refuses_caches_that_slide() -> None:
+    model, tokens = convert.from_doge(doge()), torch.randint(3, 60, (1, 20))
+    cache = DynamicCache(config=MistralConfig(**SHAPE, sliding_window=6))
+    model(tokens[:, :12], past_key_values=cache)
+    with pytest.raises(InvalidInputError, match="keeps 6 of 13 keys of layer 0"):
+        model(tokens[:, 12:13], past_key_values=cache)
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [12] * len(cache.layers)
 
 
 def test_from_doge_refuses_what_it_cannot_express() -> None:

@@ -220,6 +220,25 @@ def test_caches_that_slide_by_positions_refuse_padding_inside_of_a_row(shape: di
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
         with pytest.raises(InvalidInputError, match="counts padding inside of a row"):
             run(hole, cache)
+        assert cache.get_seq_length() == 16, "the call that was refused has written nothing"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", ["model", "decoder"])
+def test_a_refused_call_leaves_every_layer_of_a_cache_that_slides(shape: dict[str, Any], call: str) -> None:
+    model = convert.upcycle(DENSE["gemma3"](shape).double().eval(), window=12, local=2, sinks=1).double().eval()
+    run = model if call == "model" else model.model
+    ids = tokens_of(2, 30)
+    mistral = hf.MistralConfig(**shape, sliding_window=10)  # its second layer slides, too, and the model's ranks
+    for cache in (DynamicCache(config=mistral), StaticCache(config=mistral, max_cache_len=40)):
+        run(ids[:, :16], past_key_values=cache)
+        before = [(int(layer.get_seq_length()), layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+        with pytest.raises(InvalidInputError, match="of 17 keys of layer 1, which chooses its keys itself"):
+            run(ids[:, 16:17], past_key_values=cache)
+        for layer, (length, keys, values) in zip(cache.layers, before, strict=True):
+            assert int(layer.get_seq_length()) == length
+            assert torch.equal(layer.keys, keys)
+            assert torch.equal(layer.values, values)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 
 from dynamask import DynamaskConfig, DynamaskForCausalLM, InvalidInputError
 from dynamask.errors import UsageError
@@ -267,6 +267,20 @@ def test_unwritten_slots_of_a_static_cache_are_not_seen(attention: str) -> None:
         model(tokens[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 12), (12, 19), (19, 20))
     ]
     torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+@pytest.mark.parametrize("attention", MIXERS)
+@torch.no_grad()
+def test_caches_that_slide_by_positions_are_refused(attention: str) -> None:
+    model, tokens = tiny_model(attention), IDS[:1]
+    shape = MistralConfig(num_hidden_layers=model.config.num_hidden_layers, sliding_window=6)
+    whole = model(tokens, use_cache=False).logits
+    for cache in (DynamicCache(config=shape), StaticCache(config=shape, max_cache_len=40)):
+        read = [model(tokens[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 4), (4, 6))]
+        torch.testing.assert_close(torch.cat(read, 1), whole[:, :6])
+        with pytest.raises(InvalidInputError, match="keeps 6 of 7 keys of layer 0: it slides"):
+            model(tokens[:, 6:7], past_key_values=cache, use_cache=True)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [6] * len(cache.layers)
 
 
 def test_a_text_without_tokens_is_refused() -> None:
