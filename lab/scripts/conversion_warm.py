@@ -11,27 +11,14 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from typing import Any
 
 import torch
+from model_sizes import SMOLLM2_135M
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dynamask.convert import distill
 from dynamask_lab.studies.conversion.forms import upcycled
 from dynamask_lab.studies.conversion.measure import Form, token_losses
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-}
 
 
 def main() -> None:
@@ -39,7 +26,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--block", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
+    parser.add_argument("--layers", type=int, default=SMOLLM2_135M["num_hidden_layers"])
     arguments = parser.parse_args()
     start = time.perf_counter()
 
@@ -47,13 +34,13 @@ def main() -> None:
         print(f"{time.perf_counter() - start:6.1f} s  {what}", flush=True)
 
     warnings.simplefilter("always")
-    config = LlamaConfig(**(SHAPE | {"num_hidden_layers": arguments.layers}))
+    config = LlamaConfig(**(SMOLLM2_135M | {"num_hidden_layers": arguments.layers}))
     dense = AutoModelForCausalLM.from_config(config).to(arguments.device, torch.bfloat16).eval()
     model = upcycled(dense, max(256, arguments.block // 16), copy_weights=True)
     config = model.config
     config.slopes = [[0.001] * config.num_key_value_heads for _ in range(config.num_hidden_layers)]
     say("made")
-    block = torch.randint(0, SHAPE["vocab_size"], (arguments.batch, arguments.block))
+    block = torch.randint(0, SMOLLM2_135M["vocab_size"], (arguments.batch, arguments.block))
     compiled = arguments.device != "cpu"
     distill(model, dense, [block, block], steps=2, train_embeddings=False, average_share=0.0, compiled=compiled)
     say("distilled")

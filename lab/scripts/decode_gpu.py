@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from model_sizes import SMOLLM2_135M
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -75,7 +76,16 @@ class Shape(NamedTuple):
 
 
 SHAPES = {
-    "smollm2-135m": Shape("llama", 576, 1536, 30, 9, 3, 64, 49152),
+    "smollm2-135m": Shape(
+        family="llama",
+        hidden=SMOLLM2_135M["hidden_size"],
+        inner=SMOLLM2_135M["intermediate_size"],
+        layers=SMOLLM2_135M["num_hidden_layers"],
+        heads=SMOLLM2_135M["num_attention_heads"],
+        groups=SMOLLM2_135M["num_key_value_heads"],
+        dim=SMOLLM2_135M["hidden_size"] // SMOLLM2_135M["num_attention_heads"],
+        vocabulary=SMOLLM2_135M["vocab_size"],
+    ),
     "qwen3-0.6b": Shape("qwen3", 1024, 3072, 28, 16, 8, 128, 151936),
     "qwen3-1.7b": Shape("qwen3", 2048, 6144, 28, 16, 8, 128, 151936),
     "tiny": Shape("qwen3", 64, 96, 2, 4, 2, 32, 256),

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from model_sizes import SMOLLM2_135M
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
@@ -125,18 +126,8 @@ def converted_speed(report: Report, folder: Path | None, longest: int, seconds: 
     if folder is not None:
         model = converted(folder)
     else:
-        shape: dict[str, Any] = {
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        }
         torch.manual_seed(0)
-        model = upcycle(LlamaForCausalLM(LlamaConfig(**shape)), 256, local=128, sinks=4)
+        model = upcycle(LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M)), 256, local=128, sinks=4)
         with safe_open(RANKS, framework="pt") as file:
             notes = file.metadata()
         set_windows(model, json.loads(notes["windows"]))
