@@ -183,6 +183,16 @@ def seconds_of(run: Callable[[], Any], repeats: int, warm: int = 1) -> float:
     return sorted(taken)[len(taken) // 2]
 
 
+def seconds_of_step(step: Callable[[], Any], steps: int, bursts: int = 3, warm: int = 0) -> float:
+    """Median wall time of a step in bursts of so many, the device idle before and after each burst."""
+
+    def burst() -> None:
+        for _ in range(steps):
+            step()
+
+    return seconds_of(burst, bursts, warm) / steps
+
+
 def host_seconds(run: Callable[[], Any]) -> float:
     """How long a call keeps the host, the device idle before it; it waits where the device's queue is full."""
     synchronize()
@@ -290,15 +300,10 @@ def eager(name: str, batch: int, prompt: int, steps: int, budget: int) -> Iterat
 
         for _ in range(5):
             token = step(token)
-        synchronize()
-        began = time.perf_counter()
-        for _ in range(steps):
-            token = step(token)
-        synchronize()
-        seconds = (time.perf_counter() - began) / steps
+        again = functools.partial(step, token)
+        seconds = seconds_of_step(again, steps, bursts=1)
         row = {"part": "eager", "model": name, "B": batch, "prompt": prompt, "budget": budget, "form": form}
-        count = launches(functools.partial(step, token))
-        yield row | {"tokens_per_s": batch / seconds, "ms": 1e3 * seconds, "launches": count}
+        yield row | {"tokens_per_s": batch / seconds, "ms": 1e3 * seconds, "launches": launches(again)}
 
 
 def launches(run: Callable[[], Any]) -> int | None:
@@ -432,22 +437,16 @@ def decode_form(model: Any, config: Any, kind: str, row: dict[str, Any], steps: 
     if kind == "fixed" and GPU:
         graph = StepGraph(model, held, token, place)
         token = step(token)
-    seconds = seconds_of(lambda: [step(token) for _ in range(steps)], 3, warm=0) / steps
+    again = functools.partial(step, token)
+    seconds = seconds_of_step(again, steps)
     recorded = held in cuda_graph._GRAPHS
     figures = {"tokens_per_s": batch / seconds, "ms": 1e3 * seconds, "cache_mib": cache_bytes(held) / 2**20}
-    figures["ms_in_long_bursts"] = (
-        1e3 * seconds_of(lambda: [step(token) for _ in range(4 * steps)], 3, warm=0) / 4 / steps
-    )
+    figures["ms_in_long_bursts"] = 1e3 * seconds_of_step(again, 4 * steps)
     if kind == "bounded" and GPU and not recorded:
         raise RuntimeError("no graph was recorded")
     replayed = graph if graph is not None else cuda_graph._GRAPHS.get(held)
     if replayed is not None:  # without the host
-
-        def replay() -> None:
-            for _ in range(steps):
-                replayed.graph.replay()
-
-        figures["ms_on_device"] = 1e3 * seconds_of(replay, 3) / steps
+        figures["ms_on_device"] = 1e3 * seconds_of_step(replayed.graph.replay, steps, warm=1)
     return figures
 
 
