@@ -106,6 +106,15 @@ def test_jobs_start_side_by_side_and_one_after_the_other(tree: Path) -> None:
     ]
 
 
+def test_a_sweep_from_scratch_starts_from_a_copy_with_its_tables(tree: Path) -> None:
+    work = tree.parent / "work"
+    command = "bash lab/scripts/scratch_call.sh start .tables 90 --size 10M-tables --parts 56"
+    (line,) = _called(tree, command, 1, SCRATCH_WORK=str(work))
+    given = "--corpora corpora --more ./linux.jsonl.xz --state state --out scratch.jsonl --seconds 90"
+    assert line == f"||{work}|lab/scripts/scratch_gpu.py {given} --size 10M-tables --parts 56"
+    assert (work / "dynamask").is_dir()
+
+
 @pytest.mark.parametrize(("size", "processes"), [("20m", 28), ("60m", 24)])
 def test_a_folder_becomes_a_part_of_a_large_corpus(tree: Path, size: str, processes: int) -> None:
     work = tree.parent / "work"
