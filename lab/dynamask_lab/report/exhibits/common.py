@@ -12,7 +12,7 @@ import numpy as np
 from dynamask.inspect.style import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY
 from dynamask_lab.language.engine import LanguageConfig
 from dynamask_lab.studies import Record
-from dynamask_lab.studies.judged import SCALING
+from dynamask_lab.studies.judged import SCALING, widest_of, window_share
 from dynamask_lab.studies.locality.study import variant_name
 from dynamask_lab.studies.scratch.study import scratch_name
 from dynamask_lab.sweeps.section import Exhibit
@@ -95,6 +95,12 @@ def without_window(run: Record) -> str:
     """The form of a run of study `scratch`, its window left out."""
     name = scratch_name(run.config)
     return name.rpartition(", w = ")[0] or name
+
+
+def widest_layer(runs: Sequence[Record]) -> str:
+    """The share of dense attention's pairs in the widest layer or head of runs: "57%"; "" where all are as wide."""
+    widest = window_share(widest_of(runs)).partition(" (")[2]
+    return widest.rpartition(": ")[2].partition(" ")[0]
 
 
 def larger_sweeps(sweeps: Sweeps) -> list[str]:

@@ -24,6 +24,7 @@ from dynamask_lab.report.exhibits.common import (
     larger_sweeps,
     millions,
     rows_of,
+    widest_layer,
     without_window,
 )
 from dynamask_lab.report.pictures import save_small
@@ -82,7 +83,7 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     lead = gaps[BEST]
     most, last = max(lead, key=lambda step: lead[step]), max(lead)
     size = by_name["mha"][0].result["parameters"]["non_embedding"] / 1e6
-    left.set_title(f"{size:.1f}M parameters, tokens read repeatedly, one seed, wide layers see 97%", fontsize=9)
+    left.set_title(f"{size:.1f}M parameters, tokens read repeatedly,\none seed, wide layers see 97%", fontsize=9)
     leads.append(_Lead(by_name[BEST], f"{size:.1f}M", most, lead[most], lead[last]))
     left_over = max(lead.last / lead.most for lead in leads)
     end = "keep less than a tenth of that lead" if left_over < 0.1 else "keep a part of that lead"
@@ -97,13 +98,14 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
             "after steps": f"{lead.step:,}",
             "lead at the end, nats": f"{lead.last:+.3f}",
             "pairs": pairs_of([*lead.runs]),
+            "widest layer": widest_layer(lead.runs),
             "seeds": str(len({run.seed for run in lead.runs})),
         }
         for lead in leads
     ]
     caption = (
         "Lead: how far the validation loss of the form with scores lies below dense attention's, mean over seeds. "
-        "Pairs: share of dense attention's."
+        "Pairs: share of dense attention's; widest layer: the share of its pairs."
     )
     alt = "validation loss by step, and the gap to dense attention by step and by position"
     picture = save_small(figure, folder / "loss-step.svg")

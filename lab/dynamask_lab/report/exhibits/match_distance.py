@@ -11,7 +11,7 @@ import numpy as np
 
 from dynamask.evaluation.retrieval import RetrievalScore
 from dynamask.inspect.style import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY
-from dynamask_lab.report.exhibits.common import Drawn, Sweeps, panels_of, rows_of
+from dynamask_lab.report.exhibits.common import Drawn, Sweeps, panels_of, rows_of, widest_layer
 from dynamask_lab.report.pictures import save_small
 from dynamask_lab.studies import Record
 from dynamask_lab.studies.judged import NEEDLE, NEEDLE_FAR, pairs_of
@@ -79,7 +79,7 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     ]
     caption = (
         "Found: exact match with the needle beyond the widest layer's window and within the trained length. Pairs: "
-        "share of dense attention's at that length."
+        "share of dense attention's at that length; widest layer: the share of its pairs."
     )
     picture = save_small(figure, folder / "match-distance.svg")
     alt = "exact match against distance from needle to question, one line per form, window edges drawn"
@@ -102,7 +102,8 @@ def _sizes(runs: Sequence[Record]) -> str:
 def _row(length: str, label: str, found: float, runs: Sequence[Record], name: str) -> Row:
     own = [run for run in runs if needle_name(run.config) == name]
     row = {"trained at, tokens": length, "form": label, "found": f"{found:.0%}", "parameters": _sizes(own)}
-    return row | {"pairs": pairs_of(own), "seeds": str(len({run.seed for run in own}))}
+    seeds = str(len({run.seed for run in own}))
+    return row | {"pairs": pairs_of(own), "widest layer": widest_layer(own), "seeds": seeds}
 
 
 def _compared(ours: Sequence[_Found], theirs: Sequence[_Found]) -> str:
