@@ -18,8 +18,7 @@ from torch import Tensor
 from dynamask.errors import InvalidInputError
 from dynamask.ops.autocast import autocast_dtype, without_autocast
 from dynamask.ops.checks import check_key_mask, check_segment_ids, check_tensor
-from dynamask.ops.interval.api import BACKENDS
-from dynamask.ops.interval.operators import triton_available
+from dynamask.ops.interval.api import choose_backend
 from dynamask.ops.positions import segment_bounds
 
 _TILE_ELEMENTS = 1 << 22
@@ -258,18 +257,8 @@ def _blocked(
 
 
 def _choose_backend(backend: str, query: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
-    if backend in ("reference", "torch"):
-        return backend
-    if backend == "auto":
-        return "triton" if query.is_cuda and query.dtype != torch.float64 and triton_available() else "torch"
-    if not triton_available():
-        raise InvalidInputError(
-            "backend='triton' needs a CUDA device and the triton package (or TRITON_INTERPRET=1 for tests on a "
-            "CPU); use backend='torch' here"
-        )
-    if query.dtype == torch.float64:
+    backend = choose_backend(backend, query)
+    if backend == "triton" and query.dtype == torch.float64:
         raise InvalidInputError(
             "backend='triton' takes float32, bfloat16 or float16 inputs; got float64: use backend='torch'"
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynamask.errors import InvalidInputError
+from dynamask.ops.interval.api import choose_backend
 
 _BACKENDS = ("auto", "torch", "triton")
 
@@ -53,7 +54,7 @@ def ragged_decode(
     offsets = tuple(int(offset) for offset in offsets)
     _check(query, keys, values, live, offsets, bias)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
-    if _choose(backend, query) == "triton":
+    if choose_backend(backend, query, _BACKENDS) == "triton":
         return ragged_decode_op(query, keys, values, live, list(offsets), bias, scale)
     return ragged_decode_reference(query, keys, values, live, offsets, bias, scale)
 
@@ -117,21 +118,6 @@ def _(
     scale: float,
 ) -> Tensor:
     return query.new_empty(*query.shape[:-1], values.shape[-1])
-
-
-def _choose(backend: str, query: Tensor) -> str:
-    from dynamask.ops.interval.operators import triton_available
-
-    if backend not in _BACKENDS:
-        raise InvalidInputError(f"backend must be one of {', '.join(_BACKENDS)}; got {backend!r}")
-    if backend == "auto":
-        return "triton" if query.is_cuda and query.dtype != torch.float64 and triton_available() else "torch"
-    if backend == "triton" and not triton_available():
-        raise InvalidInputError(
-            "backend='triton' needs a CUDA device and the triton package (or TRITON_INTERPRET=1 for tests on a "
-            "CPU); use backend='torch' here"
-        )
-    return backend
 
 
 def _check(

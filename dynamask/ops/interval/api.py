@@ -160,9 +160,19 @@ def _limits(max_live: int | tuple[int, ...], groups: int) -> list[int]:
     return limits if all(limits) else []
 
 
-def choose_backend(backend: str, query: Tensor) -> str:
-    if backend not in BACKENDS:
-        raise InvalidInputError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+def choose_backend(backend: str, query: Tensor, known: Sequence[str] = BACKENDS) -> str:
+    """Return the backend that a call runs on: `backend` itself, or what "auto" stands for.
+
+    Args:
+        backend: as it was given.
+        query: its device and dtype are read.
+        known: what an operator has.
+
+    Raises:
+        InvalidInputError: an unknown backend, or "triton" where it cannot run.
+    """
+    if backend not in known:
+        raise InvalidInputError(f"backend must be one of {', '.join(known)}; got {backend!r}")
     if backend == "auto":
         return "triton" if query.is_cuda and query.dtype != torch.float64 and triton_available() else "torch"
     if backend == "triton" and not triton_available():
