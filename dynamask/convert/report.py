@@ -18,7 +18,7 @@ from dynamask.cache import cache_bytes
 from dynamask.convert.teacher import teacher_states
 from dynamask.evaluation.retrieval import evaluate_retrieval, least_length
 from dynamask.training.loss import output_head
-from dynamask.training.model_card import USE
+from dynamask.training.model_card import USE, card_head
 
 NEEDLE_TASKS = ("single_needle", "multi_key")
 _BINS = 8
@@ -176,24 +176,14 @@ class ConversionReport:
 
     def model_card(self, picture: bool) -> str:
         """Return the model card in Markdown."""
-        base = self.source if not Path(self.source).exists() else Path(self.source).name
         settings = self.settings
-        hub = [f"base_model: {base}"] if "/" in base else []
         table = ["| measured on held-out text | dense | converted |", "| --- | ---: | ---: |"]
         table += [f"| {name} | {dense} | {sparse} |" for name, dense, sparse in self.rows()]
         stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         trained = f", then distilled for {settings['distill_steps']} steps" if settings["distill_steps"] else ""
         return "\n".join(
             [
-                "---",
-                "library_name: transformers",
-                "pipeline_tag: text-generation",
-                *hub,
-                "tags: [dynamask, sparse-attention, long-context]",
-                "---",
-                "",
-                f"# {base}, converted by dynamask",
-                "",
+                *_converted_head(self.source),
                 f"Each query sees {settings['window']} keys on average over the key/value heads: the first "
                 f"{settings['sinks']}, the newest {settings['local']} and those that a small predictor on the layer's "
                 "hidden state ranks highest. The cache keeps these keys and no others, at any length of the text.",
@@ -230,23 +220,20 @@ def plain_card(source: str, about: str) -> str:
         source: the original model's name.
         about: one sentence on what the conversion did.
     """
-    base = source if not Path(source).exists() else Path(source).name
     return "\n".join(
         [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            *([f"base_model: {base}"] if "/" in base else []),
-            "tags: [dynamask, sparse-attention, long-context]",
-            "---",
-            "",
-            f"# {base}, converted by dynamask",
-            "",
+            *_converted_head(source),
             about,
             "",
             *USE,
         ]
     )
+
+
+def _converted_head(source: str) -> list[str]:
+    """The head and the title of a converted model's card. A folder's name is told without the folders above it."""
+    base = source if not Path(source).exists() else Path(source).name
+    return [*card_head(base if "/" in base else None), f"# {base}, converted by dynamask", ""]
 
 
 def _windows_of(entry: Any) -> str:

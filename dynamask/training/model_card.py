@@ -25,6 +25,24 @@ USE = (
 """How to load a model of dynamask, in lines of Markdown."""
 
 
+def card_head(base: str | None, *, sparse: bool = True) -> list[str]:
+    """Return the head of a model card: what the hub reads, and an empty line.
+
+    Args:
+        base: name on the hub of the model that it was made from; None: none that others can find.
+        sparse: whether attention runs on dynamask.
+    """
+    return [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        *([] if base is None else [f"base_model: {base}"]),
+        "tags: [dynamask, sparse-attention, long-context]" if sparse else "tags: [dynamask]",
+        "---",
+        "",
+    ]
+
+
 def trained_card(settings: TrainConfig, model: Any, loss: float) -> str:
     """Return the model card of a model that `dynamask train` trained, in Markdown.
 
@@ -52,16 +70,9 @@ def trained_card(settings: TrainConfig, model: Any, loss: float) -> str:
         ),
     ]
     start = settings.init
-    base = [f"base_model: {start}"] if start is not None and is_hub_name(start) else []
     return "\n".join(
         [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: text-generation",
-            *base,
-            "tags: [dynamask, sparse-attention, long-context]" if sparse else "tags: [dynamask]",
-            "---",
-            "",
+            *card_head(start if start is not None and is_hub_name(start) else None, sparse=sparse),
             "# A model trained by dynamask",
             "",
             *(USE if sparse else ()),

@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from dynamask.convert.report import plain_card
 from dynamask.training import TrainConfig, train
 from dynamask.training.model_card import trained_card
 from tests.conftest import tiny_model
+
+_HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+{}
+tags: [dynamask, sparse-attention, long-context]
+---
+"""
 
 
 @pytest.mark.slow
@@ -31,6 +40,16 @@ def test_a_run_writes_its_card(tmp_path: Path) -> None:
 def test_public_sources_are_named() -> None:
     settings = TrainConfig(data=["stdlib", "owner/texts", "./mine"], init="owner/base", context=64)
     card = trained_card(settings, tiny_model(["swa", "dma"]), 2.5)
-    assert "base_model: owner/base" in card
+    assert card.startswith(f"{_HEAD.format('base_model: owner/base')}\n# A model trained by dynamask\n")
     assert "| data | stdlib, owner/texts, local files |" in card
     assert "| attention | swa, dma |" in card
+
+
+def test_a_converted_model_names_its_source_but_no_folder_above_it(tmp_path: Path) -> None:
+    card = plain_card("owner/base", "About it.")
+    assert card.startswith(f"{_HEAD.format('base_model: owner/base')}\n# owner/base, converted by dynamask\n")
+    (tmp_path / "dense").mkdir()
+    card = plain_card(str(tmp_path / "dense"), "About it.")
+    assert "# dense, converted by dynamask\n\nAbout it.\n" in card
+    assert "base_model" not in card
+    assert str(tmp_path) not in card
