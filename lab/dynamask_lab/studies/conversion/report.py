@@ -144,31 +144,22 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def loss_table(study: Study) -> str:
+def loss_table(study: Study, measure: str = "loss") -> str:
     """Losses by form, and how far they are above the dense model's."""
     rows = []
     for form in study.forms:
-        cells = [form]
-        for corpus in ("text", "code"):
-            values, base = study.losses(form, corpus), study.losses("dense", corpus)
-            cells += [mean(values), "" if form == "dense" else difference(values, base)]
-        if study.of(form, "loss"):
+        if study.of(form, measure):
+            cells = [form]
+            for corpus in ("text", "code"):
+                values, base = study.losses(form, corpus, measure), study.losses("dense", corpus, measure)
+                cells += [mean(values), "" if form == "dense" else difference(values, base)]
             rows.append(cells)
     return table(["form", "text", "above dense", "code", "above dense"], rows)
 
 
 def continuation_table(study: Study) -> str:
     """Losses behind a context that was read, and bounded, before."""
-    rows = []
-    for form in study.forms:
-        if study.of(form, "continuation"):
-            cells = [form]
-            for corpus in ("text", "code"):
-                values = study.losses(form, corpus, "continuation")
-                base = study.losses("dense", corpus, "continuation")
-                cells += [mean(values), "" if form == "dense" else difference(values, base)]
-            rows.append(cells)
-    return table(["form", "text", "above dense", "code", "above dense"], rows)
+    return loss_table(study, "continuation")
 
 
 def task_table(study: Study) -> str:
