@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +87,10 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
             findings += _against_dense(form, scores, keys, context, edges[form.name], setting, seeds)
             if form.role == "best":
                 rival = without_choice(form.name)
-                if rival in losses:
-                    edge = edges[form.name]
-                    findings += _against_control(form, rival, scores, keys, context, edge, setting, seeds)
+                if rival in losses:  # as many keys without a choice, up to the trained length
+                    parts = _parts(scores, context, edges[form.name])
+                    parts = {where: parts[where] for where in ("inside the window", "beyond the window")}
+                    findings += _against("retrieval", form, rival, parts, keys, setting, seeds)
     findings += _levers(records, scores, edges)
     return Section("", exhibits, findings)
 
@@ -235,10 +236,8 @@ def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: 
             "pairs": pairs_of([record]),
         }
         keys = [each.key for each in records if {model, base} & each.result["loss"].keys()]
-        form = Judged("", model)
-        for where in ("beyond the window", "beyond the trained length"):
-            finding = _finding("lever", f"{model}, {where}", form, base, parts[where], keys, setting, seeds)
-            found += [finding] if finding else []
+        beyond = {where: parts[where] for where in ("beyond the window", "beyond the trained length")}
+        found += _against("lever", Judged("", model), base, beyond, keys, setting, seeds)
     return found
 
 
@@ -264,23 +263,21 @@ def _against_dense(
     return found
 
 
-def _against_control(
+def _against(
+    claim: str,
     form: Judged,
     rival: str,
-    scores: Sequence[RetrievalScore],
+    parts: Mapping[str, Sequence[RetrievalScore]],
     keys: Sequence[str],
-    context: int,
-    edge: int,
     setting: Row,
     seeds: _Seeds,
 ) -> list[Finding]:
-    """The form against as many keys without a choice, inside the window and beyond it, up to the trained length."""
-    parts = _parts(scores, context, edge)
-    found = []
-    for where in ("inside the window", "beyond the window"):
-        finding = _finding("retrieval", f"{form.name}, {where}", form, rival, parts[where], keys, setting, seeds)
-        found += [finding] if finding else []
-    return found
+    """The form against a rival in each part of the cells that both were asked."""
+    made = [
+        _finding(claim, f"{form.name}, {where}", form, rival, cells, keys, setting, seeds)
+        for where, cells in parts.items()
+    ]
+    return [finding for finding in made if finding]
 
 
 def _finding(
