@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.cache_utils import Cache
+import torch
+from transformers.cache_utils import Cache, StaticLayer
 
 from dynamask.cache_layer import BoundedLayer, LiveKeys, Windows
 from dynamask.errors import InvalidInputError
@@ -123,6 +124,38 @@ def check_consistent(cache: Cache, layers: int | None = None) -> None:
         )
 
 
+def check_takes_call(cache: Cache, batch: int, new: int) -> None:
+    """Refuse a call that does not fit what a cache holds, before any layer writes to it.
+
+    Args:
+        cache: at the start of a model's forward; it is not changed.
+        batch: rows of the call.
+        new: positions of the call.
+
+    Raises:
+        InvalidInputError: no cache of transformers, one that holds other rows, or a static one without room for `new`.
+    """
+    if not isinstance(cache, Cache):
+        raise InvalidInputError(
+            f"past_key_values must be a cache of transformers or dynamask; got {type(cache).__name__}: use "
+            "BoundedCache(model.config) or DynamicCache()"
+        )
+    if torch.compiler.is_compiling():
+        return
+    for index, layer in enumerate(cache.layers):
+        keys = layer.keys if layer.is_initialized else None
+        if keys is not None and keys.dim() > 2 and keys.shape[0] != batch:
+            raise InvalidInputError(
+                f"the cache holds {keys.shape[0]} sequences and was given {batch}: start a new cache or reorder this "
+                "one"
+            )
+        if type(layer) is StaticLayer and int(layer.get_seq_length()) + new > layer.max_cache_len:
+            raise InvalidInputError(
+                f"layer {index} of this {type(cache).__name__} has room for {layer.max_cache_len} positions; it holds "
+                f"{int(layer.get_seq_length())} and was given {new}: make it with a larger max_cache_len"
+            )
+
+
 def dropping_layers(cache: Cache, new: int) -> list[tuple[int, int, int]]:
     """Find the layers that slide by positions, as transformers', and will not hand over all keys of the next call.
 
@@ -216,5 +249,6 @@ __all__ = [
     "bounded_layer",
     "cache_bytes",
     "check_consistent",
+    "check_takes_call",
     "dropping_layers",
 ]

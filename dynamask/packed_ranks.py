@@ -66,13 +66,14 @@ def unpack_ranks(stored: Tensor) -> tuple[Tensor, Tensor]:
     return value, bits.detach().contiguous().view(wide).squeeze(-1)
 
 
-def check_carries_ranks(cache: Cache, layer_idx: int, value: Tensor) -> None:
+def check_carries_ranks(cache: Cache, layer_idx: int, dim: int, dtype: torch.dtype | None = None) -> None:
     """Refuse a cache layer that does not return values bit by bit, or holds values without ranks.
 
     Args:
         cache: an ordinary cache.
         layer_idx: index of the layer in it.
-        value: (B, G, N, D) of this call, without ranks.
+        dim: D of the values (B, G, N, D), without ranks.
+        dtype: of the values of the call; None: that of the values that are held.
 
     Raises:
         InvalidInputError: a quantised cache, or one that another model or prefix tuning has filled.
@@ -85,8 +86,10 @@ def check_carries_ranks(cache: Cache, layer_idx: int, value: Tensor) -> None:
             "a quantised cache would change the ranks that travel with the values; use BoundedCache (the default of "
             "generate()), DynamicCache or StaticCache"
         )
-    held, packed = getattr(layer, "values", None), value.shape[-1] + rank_channels(value.dtype)
-    if held is not None and held.dim() == 4 and held.shape[2] and held.shape[-1] != packed:
+    held = getattr(layer, "values", None)
+    if held is None or held.dim() != 4 or not held.shape[2]:
+        return
+    if held.shape[-1] != dim + rank_channels(held.dtype if dtype is None else dtype):
         raise InvalidInputError(
             "the cache holds keys that have no ranks (a prefix made by another model, or prefix tuning): a model whose "
             "ranks are learned continues from caches that it has filled itself"

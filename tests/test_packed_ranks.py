@@ -59,4 +59,4 @@ def test_refuses_what_cannot_carry_ranks() -> None:
         pack_ranks(value.to(torch.int8), ranks)
     with pytest.raises(InvalidInputError, match="ranks must be of shape"):
         pack_ranks(value, ranks[:, :1])
-    check_carries_ranks(DynamicCache(), 0, torch.zeros(1, 2, 1, 8))
+    check_carries_ranks(DynamicCache(), 0, 8)

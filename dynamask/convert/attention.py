@@ -26,7 +26,7 @@ from dynamask.mixers.mha import dense_attention
 from dynamask.mixers.rank_loss import RankLosses, rank_loss, rank_target
 from dynamask.mixers.rank_predictor import RankPredictor, sloped_ranks
 from dynamask.models.generation import check_not_empty
-from dynamask.ops.checks import check_attention_mask
+from dynamask.ops.checks import check_attention_mask, check_position_ids
 from dynamask.ops.context_parallel.api import context_parallel_attention
 from dynamask.ops.context_parallel.shards import ContextShards, context_shards, current_group
 from dynamask.ops.expiry import key_expiry
@@ -164,6 +164,7 @@ def call_facts(
     Raises:
         InvalidInputError: a mask that is not (B, past + Nq) or additive, or packed documents behind a past.
     """
+    check_position_ids(position_ids, batch, new)
     if attention_mask is not None and attention_mask.shape != (batch, past + new):
         raise InvalidInputError(
             f"attention_mask must be (batch, past + new) = {(batch, past + new)}, 1 for a real token; got shape "
@@ -466,13 +467,33 @@ def check_holds(cache: Cache, config: Any, facts: CallFacts | None, new: int) ->
         new: positions of the call.
 
     Raises:
-        InvalidInputError: the cache has a sliding layer of transformers, which has dropped such a key or will.
+        InvalidInputError: the cache has a sliding layer of transformers, which has dropped such a key or will, a
+            bounded layer of other windows than the model's, or keys without ranks.
     """
+    all_rules = config.layer_rules if facts is None or facts.rules is None else facts.rules
+    for index in range(0 if torch.compiler.is_compiling() else config.num_hidden_layers):
+        _check_layer(cache, index, config, all_rules[index], learned=facts is not None)
     for index, held, length in dropping_layers(cache, new):
         if index < config.num_hidden_layers:
-            windows = (config.layer_rules if facts is None or facts.rules is None else facts.rules)[index].windows
+            windows = all_rules[index].windows
             ranks = facts is None or (windows is not None and not config.layer_slides(index))
             _check_held(cache, index, held, length, windows, None if ranks else facts)
+
+
+def _check_layer(cache: Cache, index: int, config: Any, rules: LayerRules, *, learned: bool) -> None:
+    """Raise `InvalidInputError` unless a layer of the cache can serve a layer of the model."""
+    layer = bounded_layer(cache, index)
+    slides = config.layer_slides(index)
+    if layer is None:
+        if learned and rules.windows is not None and not slides:
+            heads = config.num_attention_heads
+            check_carries_ranks(cache, index, getattr(config, "head_dim", None) or config.hidden_size // heads)
+    elif rules.windows is None:
+        raise InvalidInputError(f"layer {index} is dense; a bounded cache does not keep what it sees")
+    elif slides:
+        layer.check_fits(rules.windows, local=rules.windows[0])
+    else:
+        layer.check_fits(rules.windows, local=rules.local, sinks=rules.sinks, slopes=rules.slopes)
 
 
 def _check_held(
@@ -544,7 +565,7 @@ def _updated(
     cache: Cache, index: int, key: Tensor, value: Tensor, ranks: Tensor, facts: CallFacts
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add this call's keys, values and ranks to an ordinary cache; return all of them."""
-    check_carries_ranks(cache, index, value)
+    check_carries_ranks(cache, index, value.shape[-1], value.dtype)
     key, stored = _cut(cache.update(key, pack_ranks(value, ranks), index), facts.length)
     _check_held(cache, index, key.shape[2], facts.length, None, None)
     value, ranks = unpack_ranks(stored)

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dynamask.cache import BoundedCache, BoundedLayer, LayeredCache, check_consistent
+from dynamask.cache import BoundedCache, BoundedLayer, LayeredCache, check_consistent, check_takes_call
 from dynamask.convert.architectures import ARCHITECTURES, PREFIX, converted_model_types
 from dynamask.convert.attention import (
     IMPLEMENTATION,
@@ -154,6 +154,8 @@ class ConvertedModel(TensorParallelLoading, OwnCacheGeneration):
         for name in ("cache", "cache_params", "past_key_values"):
             arguments.pop(name, None)
         arguments[cache_name] = cache
+        if cache is not None and tokens is not None:
+            check_takes_call(cache, *tokens.shape[:2])
         arguments["use_cache"] = cache_of_export(cache, arguments.get("use_cache"))
         if tokens is None or self.config.ranking == "paper":
             if current_group() is not None:

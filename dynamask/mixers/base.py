@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dynamask.cache import bounded_layer
+from dynamask.errors import InvalidInputError
 from dynamask.mixers.head_shard import HeadShard, with_summed_gradient
 from dynamask.mixers.rotary import RotaryFrequencies, rotate
 from dynamask.ops.context_parallel.shards import ContextShards
@@ -176,6 +178,18 @@ class Mixer(nn.Module, ABC):
     def prepared(self, sequence: SequenceInfo) -> SequenceInfo:
         """Add to the facts what all layers of this kind share. Most need nothing."""
         return sequence
+
+    def check_cache(self, cache: Cache) -> None:
+        """Refuse a cache whose layer cannot serve this mixer. A model asks all mixers before any of them writes to it.
+
+        Raises:
+            InvalidInputError: it cannot.
+        """
+        if bounded_layer(cache, self.layer_idx) is not None:
+            raise InvalidInputError(
+                f"layer {self.layer_idx} ({type(self).__name__}) sees every past key, and a bounded cache does not "
+                "keep them: use dynamask.models.new_cache(model.config) or DynamicCache()"
+            )
 
     def remember(self, cache: Cache, key: Tensor, value: Tensor, sequence: SequenceInfo) -> tuple[Tensor, Tensor]:
         """Add this call's keys and values to a transformers cache.

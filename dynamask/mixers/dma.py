@@ -64,6 +64,14 @@ class DynamicMaskAttention(GroupedQueryMixer):
         """Make a `BoundedLayer` of the layer's windows."""
         return BoundedLayer(config.head_windows[layer_idx], local=config.local, sinks=config.sinks)
 
+    def check_cache(self, cache: Cache) -> None:
+        """See `Mixer.check_cache`."""
+        layer = bounded_layer(cache, self.layer_idx)
+        if layer is not None:
+            layer.check_fits(self.windows, local=self.local, sinks=self.sinks, slopes=self.slopes)
+        elif self.gate is None:
+            check_carries_ranks(cache, self.layer_idx, self.head_dim)
+
     def forward(
         self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -168,7 +176,7 @@ def dynamic_mask_mix(
         return layer.attend(query, key, value, ranks, key_mask=new, bias_is_rank=gate is not None, scale=scale)
     if cache is not None:
         if gate is None:
-            check_carries_ranks(cache, layer_idx, value)
+            check_carries_ranks(cache, layer_idx, value.shape[-1], value.dtype)
             key, stored = cached_rows(cache, key, pack_ranks(value, ranks), layer_idx, sequence)
             value, ranks = unpack_ranks(stored)
         else:

@@ -27,6 +27,12 @@ class SlidingWindowAttention(GroupedQueryMixer):
         windows = config.head_windows[layer_idx]
         return BoundedLayer(windows, local=min(windows) - config.sinks, sinks=config.sinks)
 
+    def check_cache(self, cache: Cache) -> None:
+        """See `Mixer.check_cache`."""
+        layer = bounded_layer(cache, self.layer_idx)
+        if layer is not None:
+            layer.check_fits(self.windows, local=min(self.windows) - self.sinks, sinks=self.sinks)
+
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
         query, key, value = self.project(hidden_states, sequence)

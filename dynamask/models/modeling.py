@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from dynamask.cache import BoundedCache, LayeredCache, check_consistent, dropping_layers
+from dynamask.cache import BoundedCache, LayeredCache, check_consistent, check_takes_call, dropping_layers
 from dynamask.errors import InvalidInputError
 from dynamask.mixers import Mixer, RMSNorm, SequenceInfo, get_mixer
 from dynamask.mixers.base import packed_segments
@@ -28,7 +28,7 @@ from dynamask.models.cuda_graph import decode_by_graph
 from dynamask.models.export import SavedAsSafetensors, cache_of_export, refuse_onnx_export
 from dynamask.models.generation import OwnCacheGeneration
 from dynamask.models.tensor_parallel import TensorParallelLoading
-from dynamask.ops.checks import check_attention_mask, check_segment_ids
+from dynamask.ops.checks import check_attention_mask, check_position_ids, check_segment_ids
 from dynamask.ops.context_parallel.shards import context_shards, current_group
 from dynamask.ops.looks import looks_allowed
 
@@ -194,6 +194,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
             raise InvalidInputError(
                 f"a forward pass needs at least one token per row; got shape {tuple(hidden_states.shape[:2])}"
             )
+        check_position_ids(position_ids, *hidden_states.shape[:2])
         learns = self.training and torch.is_grad_enabled()
         # Recomputing a layer in the backward pass would extend its cache twice: with a cache nothing is recomputed.
         checkpoints = self.gradient_checkpointing and learns and past_key_values is None
@@ -213,6 +214,7 @@ class DynamaskModel(DynamaskPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = new_cache(self.config)
         if past_key_values is not None:
+            check_takes_call(past_key_values, *hidden_states.shape[:2])
             check_consistent(past_key_values, self.config.num_hidden_layers)
         sequence = sequence_info(hidden_states, attention_mask, position_ids, segment_ids, past_key_values)
         if past_key_values is not None:
@@ -260,7 +262,10 @@ class DynamaskModel(DynamaskPreTrainedModel):
         return outputs if return_dict is not False else outputs.to_tuple()
 
     def _check_holds(self, cache: Cache, new: int) -> None:
-        """Refuse a cache that drops keys by positions, as one made for another model, before a layer writes to it."""
+        """Refuse a cache that keeps other keys than the layers see, as another model's, before a layer writes to it."""
+        if not torch.compiler.is_compiling():
+            for layer in itertools.islice(self.layers, self.config.num_hidden_layers):
+                cast(DynamaskDecoderLayer, layer).mixer.check_cache(cache)
         for index, held, length in dropping_layers(cache, new):
             if index < self.config.num_hidden_layers:
                 own = cast(DynamaskDecoderLayer, self.layers[index]).mixer.cache_layer(self.config, index)

@@ -86,6 +86,15 @@ def check_key_mask(key_mask: Tensor | None, batch: int, length: int, device: tor
         raise InvalidInputError(f"key_mask is on {key_mask.device}, the scores on {device}: move one of them")
 
 
+def check_position_ids(position_ids: Tensor | None, batch: int, new: int) -> None:
+    """Raise `InvalidInputError` unless positions are None or of shape (batch or 1, new), one for each token."""
+    if position_ids is not None and tuple(position_ids.shape) not in ((batch, new), (1, new)):
+        raise InvalidInputError(
+            f"position_ids must be of shape {(batch, new)} or {(1, new)}, one for each token of the call; got "
+            f"{tuple(position_ids.shape)}"
+        )
+
+
 def check_attention_mask(attention_mask: Tensor) -> None:
     """Refuse a mask of floating type that is additive (0 for visible) rather than 1 for a real token.
 

@@ -241,6 +241,54 @@ def test_a_refused_call_leaves_every_layer_of_a_cache_that_slides(shape: dict[st
             assert torch.equal(layer.values, values)
 
 
+def _held(cache: Any) -> list[Any]:
+    """Lengths and copies of the tensors of a cache."""
+    tensors = [[getattr(layer, name, None) for name in ("keys", "values", "ranks", "clock")] for layer in cache.layers]
+    copies = [[None if each is None else each.clone() for each in layer] for layer in tensors]
+    return [[int(layer.get_seq_length()), *copy] for layer, copy in zip(cache.layers, copies, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", ["model", "decoder"])
+@pytest.mark.parametrize("new", [1, 20])
+def test_a_call_that_one_layer_refuses_leaves_all_layers(llama: Any, new: int, call: str) -> None:
+    """What does not fit is told of all layers before the first one writes."""
+    model = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2))
+    first_dense, last_dense = (
+        random_ranks(convert.upcycle(llama, 12, local=4, sinks=2, dense_layers=[layer])) for layer in (0, 1)
+    )
+    rules = {"local": 4, "sinks": 2}
+    begun, other_slopes, by_dense = BoundedCache(model.config), BoundedCache(model.config), DynamicCache()
+    for cache in (begun, other_slopes):
+        model(tokens_of(2, 20), past_key_values=cache)
+    llama(tokens_of(2, 20), past_key_values=by_dense)
+    steep = random_ranks(convert.upcycle(llama, 12, local=4, sinks=2))
+    convert.set_slopes(steep, [[0, 0], [0.1, 0]])
+    static = StaticCache(config=model.config, max_cache_len=20)
+    model(tokens_of(2, 20), past_key_values=static)
+    cases = [
+        (model, BoundedCache(windows=[12, 16], **rules), 2, "made for windows 16"),
+        (last_dense, BoundedCache(windows=[12, 12], **rules), 2, "layer 1 is dense"),
+        (steep, other_slopes, 2, "slopes were changed"),
+        (first_dense, by_dense, 2, "keys that have no ranks"),
+        (model, static, 2, "has room for 20 positions; it holds 20"),
+        *((model, cache, 3, "holds 2 sequences and was given 3") for cache in (begun, static, by_dense)),
+    ]
+    for taken, cache, rows, message in cases:
+        if call == "decoder" and ("sequences" in message or "room" in message):
+            continue  # the causal LM looks at these
+        before = _held(cache)
+        with pytest.raises(InvalidInputError, match=message):
+            (taken if call == "model" else taken.model)(tokens_of(rows, new), past_key_values=cache)
+        for one, other in zip(before, _held(cache), strict=True):
+            assert one[0] == other[0], message
+            for was, now in zip(one[1:], other[1:], strict=True):
+                assert (was is None) == (now is None), message
+                assert was is None or torch.equal(was, now), message
+    with pytest.raises(InvalidInputError, match="must be a cache of transformers or dynamask; got tuple"):
+        model(tokens_of(2, 2), past_key_values=((torch.zeros(2, 2, 3, 8),) * 2,) * 2)
+
+
 @torch.no_grad()
 def test_layers_left_dense(llama: Any) -> None:
     dense = llama.double()

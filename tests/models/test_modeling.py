@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 
-from dynamask import DynamaskConfig, DynamaskForCausalLM, InvalidInputError
+from dynamask import BoundedCache, DynamaskConfig, DynamaskForCausalLM, InvalidInputError
 from dynamask.errors import UsageError
 from dynamask.inspect import parameter_counts
 from dynamask.mixers import MIXERS
@@ -267,6 +267,34 @@ def test_unwritten_slots_of_a_static_cache_are_not_seen(attention: str) -> None:
         model(tokens[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 12), (12, 19), (19, 20))
     ]
     torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+@torch.no_grad()
+def test_a_call_that_one_layer_refuses_leaves_all_layers() -> None:
+    """What does not fit is told of all layers before the first one writes."""
+    tokens = torch.cat([IDS, IDS], 1)[:, :14]
+    model, sliding, mixed = tiny_model("dma"), tiny_model("swa"), tiny_model(["dma", "mha"])
+    ranks = {"local": model.config.local, "sinks": model.config.sinks}
+    recent = {"local": 6 - sliding.config.sinks, "sinks": sliding.config.sinks}
+    static = StaticCache(config=model.config, max_cache_len=20)
+    model(tokens, past_key_values=static)
+    cases = [
+        (model, BoundedCache(windows=[6, 14], **ranks), 2, "made for windows 14"),
+        (sliding, BoundedCache(windows=[6, 14], **recent), 2, "made for windows 14"),
+        (mixed, BoundedCache(windows=[6, 6], **ranks), 2, r"layer 1 \(.*\) sees every past key"),
+        (model, static, 2, "has room for 20 positions; it holds 14 and was given 14"),
+        (model, static, 1, "holds 2 sequences and was given 1"),
+    ]
+    for taken, cache, rows, message in cases:
+        before = [int(layer.get_seq_length()) for layer in cache.layers]
+        with pytest.raises(InvalidInputError, match=message):
+            taken(tokens[:rows], past_key_values=cache)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == before, message
+    with pytest.raises(InvalidInputError, match="must be a cache of transformers or dynamask; got tuple"):
+        model(tokens, past_key_values=((torch.zeros(2, 2, 3, 8),) * 2,) * 2)
+    for wrong in (torch.arange(3)[None], torch.arange(14), torch.zeros(2, 1), torch.zeros(3, 14)):
+        with pytest.raises(InvalidInputError, match="position_ids must be of shape"):
+            model(tokens, position_ids=wrong)
 
 
 @pytest.mark.parametrize("attention", MIXERS)
