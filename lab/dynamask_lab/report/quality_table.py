@@ -12,7 +12,7 @@ from dynamask_lab.report.page_tables import named_commits, table_with_note
 from dynamask_lab.studies.judged import layer_windows, share_of_pairs
 from dynamask_lab.sweeps.results import Record, read_results
 from dynamask_lab.sweeps.section import Row
-from dynamask_lab.sweeps.verdicts import mean_interval
+from dynamask_lab.sweeps.verdicts import FEW_SEEDS_INTEREST, mean_interval
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,11 @@ QUALITY = (
 )
 """Rows in order."""
 _SWEEPS = (
-    ("scratch-tables", 256, 2),
-    ("scratch", 256, 3),
-    ("scratch-tables-10M", 384, 1),
-    ("scratch-tables-20M", 512, 0),
+    ("scratch-tables", 256, 3),
+    ("scratch", 256, 4),
+    ("scratch-tables-10M", 384, 2),
+    ("scratch-tables-20M", 512, 1),
+    ("scratch-tables-60M", 896, 0),
 )
 """Files and width of the runs of a column; a difference is taken from the column of least third number."""
 _NEEDLE = "needle-far"
@@ -109,11 +110,12 @@ def quality_table(results: Path) -> str:
     note = (
         f"Contexts of {lengths} tokens. Columns of size and tokens: mean test loss in nats, in brackets the seeds, "
         "those that dense attention and `default` share; forms of a column read the same fresh tokens, columns do not "
-        "compare. The rate at 89M tokens is too high for dense "
+        "compare. The rate at 88M tokens is too high for dense "
         "attention. `above default`: seed by seed over all seeds of both, with 95% interval, in brackets the size: the "
         "largest that ran both. Needles "
         f"({size}trained at 1,024 tokens): found between the reach of the widest sparse layer and the trained length. "
-        "`pairs`: query-key pairs as a share of dense attention's. Empty: not run. "
+        "`pairs`: query-key pairs as a share of dense attention's. Empty: not run on the column's tokens. "
+        f"{_few_seeds(columns)}"
         f"{', '.join(dict.fromkeys(_device(run) for run in used))}; "
         f"{named_commits(run.commit for run in used)}."
     )
@@ -121,9 +123,22 @@ def quality_table(results: Path) -> str:
 
 
 def _title(runs: Sequence[Record]) -> str:
-    """Parameters and tokens of a sweep's runs."""
+    """Parameters of a sweep's runs, the tokens that they read, and whether they have one seed."""
     size = runs[0].result["parameters"]["non_embedding"] / 1e6
-    return f"{size:.1f}M, {size * runs[0].config['tokens_per_parameter']:.0f}M tokens"
+    few = " (one seed)" if len({run.seed for run in runs}) == 1 else ""
+    return f"{size:.1f}M, {runs[0].result['curve'][-1]['tokens'] / 1e6:,.0f}M tokens{few}"
+
+
+def _few_seeds(columns: Mapping[str, Mapping[str, Sequence[Record]]]) -> str:
+    """What a column of one seed decides, a sentence; "" where there is none."""
+    found = [
+        title.partition(",")[0]
+        for title, named in columns.items()
+        if len({run.seed for runs in named.values() for run in runs}) == 1
+    ]
+    if not found:
+        return ""
+    return f"{', '.join(found)}: one seed, which decides nothing below {FEW_SEEDS_INTEREST} nats. "
 
 
 def _length(run: Record) -> int:

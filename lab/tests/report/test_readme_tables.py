@@ -156,7 +156,7 @@ def test_quality_rows_are_means_over_the_seeds_of_their_runs() -> None:
 
 
 def test_differences_are_of_the_largest_models_that_ran_both_forms() -> None:
-    columns = [name for name in _table("quality")[0] if name.endswith("tokens")]
+    columns = [name for name in _table("quality")[0] if "M tokens" in name]
     columns.sort(key=lambda name: -float(name.split("M,")[0]))
     (base,) = [row for row in _table("quality") if row["recipe"].startswith("`default`")]
     compared = 0
@@ -174,6 +174,23 @@ def test_differences_are_of_the_largest_models_that_ran_both_forms() -> None:
     assert compared >= 1
 
 
+def test_a_column_of_one_seed_says_so() -> None:
+    """The column of the largest models holds one run of each form, and the note names what that decides."""
+    lines = [json.loads(line) for line in (RAW / "scratch-tables-60M.jsonl").read_text().splitlines()]
+    (title,) = [name for name in _table("quality")[0] if name.startswith("59.9M")]
+    seeds = {line["seed"] for line in lines}
+    assert title.endswith("(one seed)") == (len(seeds) == 1)
+    shown = {row["attention"]: row[title] for row in _table("quality") if row[title]}
+    dense, scored = (
+        [line["result"]["test"] for line in lines if line["config"]["attention"] == attention]
+        for attention in ("mha", "dma")
+    )
+    assert shown["every key"] == f"{sum(dense) / len(dense):.3f} ({len(dense)})"
+    assert shown["the same, scores and slopes on logits (0.1)"] == f"{sum(scored) / len(scored):.3f} ({len(scored)})"
+    note = fill((ROOT / "README.md").read_text(encoding="utf-8"), RAW)
+    assert ("59.9M: one seed, which decides nothing below 0.05 nats." in note) == (len(seeds) == 1)
+
+
 def test_every_quality_row_has_runs_and_every_recipe_a_row() -> None:
     shown = {row["attention"] for row in _table("quality")}
     assert shown == {measured.attention for measured in QUALITY}
@@ -186,7 +203,7 @@ def test_what_the_table_shows_of_a_recipe_is_what_the_recipe_makes(name: str) ->
     measured = next(row for row in QUALITY if name in row.recipe.split(", "))
     runs = [
         run
-        for file in ("needle-far", "scratch-tables", "scratch-tables-10M", "scratch-tables-20M")
+        for file in ("needle-far", "scratch-tables", *(f"scratch-tables-{size}M" for size in (10, 20, 60)))
         for run in read_results(RAW / f"{file}.jsonl")
     ]
     shown = [run for run in runs if run.experiment == "needle" and measured.needle in run.result["loss"]]

@@ -13,13 +13,14 @@ import pytest
 
 from dynamask.errors import UsageError
 from dynamask_lab.report.claims import CLAIMS
+from dynamask_lab.report.exhibits.choosing import saved_below_interest
 from dynamask_lab.report.pictures import LARGEST, pictures
 from dynamask_lab.report.results import render_results, trace
 from dynamask_lab.studies import EXPERIMENTS, LOCALITY, MQAR, SCRATCH, Record, run_key
 from dynamask_lab.studies.mqar.report import report_mqar
 from dynamask_lab.studies.scratch.study import scratch_name
 from dynamask_lab.sweeps.section import Finding
-from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, VERDICTS
+from dynamask_lab.sweeps.verdicts import NO_DIFFERENCE, NOT_TESTED, REFUTED, REPRODUCED, VERDICTS, Interval
 
 ROOT = Path(__file__).parents[3]
 RAW, COMMITTED = ROOT / "lab" / "results", ROOT / "docs" / "results"
@@ -101,6 +102,30 @@ def test_the_index_opens_with_eight_claims_and_five_exhibits_of_two_sentences() 
         assert picture.startswith("![")
         assert not caption.startswith("|")
         assert table.startswith("| ")
+
+
+def test_a_gain_below_the_difference_of_interest_is_told_as_such() -> None:
+    small, wide, none = Interval(0.005, 0.002, 0.008), Interval(0.015, 0.001, 0.029), Interval(0.005, -0.01, 0.02)
+    assert "at most 0.005 nats" in saved_below_interest([small, none, Interval(0.003, 0.001, 0.005)])
+    assert saved_below_interest([small, wide]) == ""
+    assert saved_below_interest([none]) == ""
+
+
+def test_the_choice_at_10M_counts_among_the_comparisons() -> None:
+    """Recomputed from the fields alone: the form that chooses lies below its control in every seed."""
+    lines = [json.loads(line) for line in (RAW / "scratch-choice-10M.jsonl").read_text().splitlines()]
+    chosen, without = (
+        {line["seed"]: line["result"]["test"] for line in lines if ("ranking" in line["config"]) == chooses}
+        for chooses in (True, False)
+    )
+    saved = [without[seed] - chosen[seed] for seed in sorted(chosen)]
+    assert len(saved) == 3
+    assert min(saved) > 0
+    text = (COMMITTED / "index.md").read_text()
+    assert f"choosing saves at most {sum(saved) / 3:.3f} nats" in text
+    (row,) = [row for row in _rows(text) if row[0] == "loss, from scratch"]
+    better, open_, worse = map(int, row[2:])
+    assert (better, better + open_ + worse) == (1, int(row[1]))
 
 
 def test_the_site_breaks_the_lines_of_a_cell() -> None:

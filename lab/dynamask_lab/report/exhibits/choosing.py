@@ -32,7 +32,7 @@ from dynamask_lab.studies.needle.report import distance, window_of, without_choi
 from dynamask_lab.studies.needle.study import NeedleConfig, mean_scores, needle_name
 from dynamask_lab.studies.scratch.study import scratch_name
 from dynamask_lab.sweeps.section import Exhibit
-from dynamask_lab.sweeps.verdicts import Interval, mean_interval, paired_difference
+from dynamask_lab.sweeps.verdicts import LOSS_INTEREST, Interval, mean_interval, paired_difference
 
 _FRESH_PAIRS = (
     ("scratch", "learned, even", "sliding + sinks", "even against newest keys"),
@@ -84,6 +84,12 @@ _FRESH_PAIRS = (
         "windows per head, set late",
     ),
     ("scratch-reading", "learned, head windows", "newest, head windows", "windows per head, documents of 16K"),
+    (
+        "scratch-choice-10M",
+        "scored, half rate, one wide layer",
+        "scored, no choice, half rate, one wide layer",
+        "scores on the logits, 20 tokens a parameter",
+    ),
 )
 """Sweep of study `scratch`, a form that chooses keys, as many newest keys, and a label."""
 _LARGER_PAIRS = (
@@ -135,10 +141,12 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
     better = {name: sum(gain.found.low > 0 for gain in own) for name, own in compared}
     worse = {name: sum(gain.found.high < 0 for gain in own) for name, own in compared}
     lower, lower_trained, found_more = (_how_many(better[name], len(own)) for name, own in compared)
+    saved = saved_below_interest([gain.found for gain in trained])
+    by = ", by less than the smallest difference of interest" if saved else ""
     text = (
         f"Beside as many keys without a learned choice, choosing lowers the loss in {lower} of the comparisons of "
-        f"converted models, and in {lower_trained} of those of models trained from scratch. It finds more needles or "
-        f"recalls more in {found_more} of the comparisons."
+        f"converted models, and in {lower_trained} of those of models trained from scratch{by}. It finds more "
+        f"needles or recalls more in {found_more} of the comparisons."
     )
     table = [
         {
@@ -152,19 +160,41 @@ def effect_of_choosing(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | N
     ]
     caption = (
         "Better or worse: the 95% interval excludes zero. Intervals are over documents where converted, over examples "
-        "of needles where no seeds are named, else over seeds."
+        f"of needles where no seeds are named, else over seeds.{saved}"
     )
     alt = "forest plot of the gain from choosing keys, in loss and in right answers, each with its interval"
     picture = save_small(_forest(losses, shares), folder / "choosing.svg")
     exhibit = Exhibit("choosing", "Effect of choosing", list(rows), text, table, picture, alt, caption)
-    return exhibit, rows, "dynamask experiment locality | scaling | needle | mqar; lab/scripts/conversion_gpu.sh"
+    command = "dynamask experiment locality | scaling | scratch | needle | mqar; lab/scripts/conversion_gpu.sh"
+    return exhibit, rows, command
 
 
 def _how_many(some: int, every: int) -> str:
     """A share of comparisons in a word."""
     if some in (0, every):
         return "all" if some else "none"
+    if some == 1:
+        return "one"
     return "half" if 2 * some == every else "most" if 2 * some > every else "few"
+
+
+def saved_below_interest(gains: Sequence[Interval]) -> str:
+    """Tell what choosing saves where it lowers the loss, if all of it lies within the smallest difference of interest.
+
+    Args:
+        gains: nats saved by choosing keys, with their intervals.
+
+    Returns:
+        A sentence that begins with a space; "" where a gain may matter, or there is none.
+    """
+    better = [found for found in gains if found.low > 0]
+    if not better or max(found.high for found in better) >= LOSS_INTEREST:
+        return ""
+    most = max(found.mean for found in better)
+    return (
+        f" From scratch choosing saves at most {most:.3f} nats where it is better, within the {LOSS_INTEREST} nats of "
+        'the smallest difference of interest: by that rule "no difference".'
+    )
 
 
 def _gains_from_scratch(sweeps: Sweeps, rows: _Rows) -> list[_Gain]:

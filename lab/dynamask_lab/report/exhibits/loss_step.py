@@ -110,7 +110,8 @@ def loss_against_step(results: Path, sweeps: Sweeps, folder: Path) -> Drawn | No
     alt = "validation loss by step, and the gap to dense attention by step and by position"
     picture = save_small(figure, folder / "loss-step.svg")
     exhibit = Exhibit("loss-step", "Loss against step", keys, text, table, picture, alt, caption)
-    command = "dynamask experiment scratch --size 4M; dynamask experiment scaling --size small"
+    sizes = " | ".join(("4M", *(f"{name.rpartition('-')[2]}-tables" for name in larger)))
+    command = f"dynamask experiment scratch --size {sizes}; dynamask experiment scaling --size small"
     return exhibit, rows_of(sweeps, "scratch", "scaling-small", *larger), command
 
 
