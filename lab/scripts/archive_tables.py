@@ -20,12 +20,11 @@ import hashlib
 import json
 import re
 import shutil
-import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from corpora import reads_like_language
-from local_corpus import LONGEST, SHORTEST, documents_of, looks_like_table
+from local_corpus import LONGEST, SHORTEST, documents_of, looks_like_table, texts_of
 from scratch_tables import _LEFT_OUT, TABLE
 
 from dynamask.data.sources import Document
@@ -45,20 +44,14 @@ _OPENING = 4000
 
 def read_archive(archive: Path) -> Iterator[Document]:
     """The sources in an archive that are no tests and read like a language, cut where they are too long."""
-    with tarfile.open(archive, "r|*") as tree:
-        for member in tree:
-            name = member.name
-            if not member.isfile() or not name.endswith(SUFFIXES) or _LEFT_OUT.search(name):
-                continue
-            stream = tree.extractfile(member)
-            if stream is None or _LEFT_OUT_TOO.search(name):
-                continue
-            try:
-                text = stream.read().decode("utf-8")[:LONGEST]
-            except UnicodeDecodeError:
-                continue
-            if len(text) >= SHORTEST and not looks_like_table(text) and reads_like_language(text[:_OPENING]):
-                yield Document(name, text)
+
+    def wanted(name: str) -> bool:
+        return name.endswith(SUFFIXES) and not _LEFT_OUT.search(name) and not _LEFT_OUT_TOO.search(name)
+
+    for name, whole in texts_of(archive, wanted):
+        text = whole[:LONGEST]
+        if len(text) >= SHORTEST and not looks_like_table(text) and reads_like_language(text[:_OPENING]):
+            yield Document(name, text)
 
 
 def _digest(text: str) -> bytes:

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import argparse
 import bz2
+import gzip
 import hashlib
 import itertools
 import json
 import lzma
 import multiprocessing
 import os
+import sys
 import sysconfig
+import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 
@@ -74,6 +79,58 @@ def documents_of(tables: Sequence[Path], processes: int = 1) -> Iterator[Documen
 def _table(table: Path) -> list[Document]:
     with (bz2.open if table.suffix == ".bz2" else lzma.open)(table, "rt", encoding="utf-8", newline="\n") as lines:
         return [Document(**json.loads(line)) for line in lines]
+
+
+_PACKED: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
+    (b"BZh", bz2.open),
+    (b"\xfd7zXZ\0", lzma.open),
+    (b"\x5d\0\0", lzma.open),
+    (b"\x1f\x8b", gzip.open),
+    (b"", partial(open, mode="rb")),
+)
+"""The first bytes of a packed file, and what reads it. These read several streams in one file, as parallel packers such
+as pbzip2 write them; the streams of `tarfile` end with the first."""
+
+
+def _unpacked(archive: Path) -> IO[bytes]:
+    with open(archive, "rb") as stream:
+        opening = stream.read(8)
+    made: IO[bytes] = next(read for first, read in _PACKED if opening.startswith(first))(archive)
+    return made
+
+
+def texts_of(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, str]]:
+    """Read files of an archive of sources, packed by gzip, bzip2 or xz in one stream or several, from front to back.
+
+    Where a damaged archive cannot be read further, its rest is left out, and a line on stderr names it: a part of a
+    corpus is made of many archives, on a machine that is lent for minutes.
+
+    Args:
+        archive: a tar file, packed or not.
+        wanted: whether the file of that name is read.
+
+    Yields:
+        Name and text of each wanted file that is UTF-8.
+    """
+    count = 0
+    try:
+        with _unpacked(archive) as stream, tarfile.open(fileobj=stream, mode="r|") as tree:
+            for member in tree:
+                if not member.isfile() or not wanted(member.name):
+                    continue
+                content = tree.extractfile(member)
+                if content is None:
+                    continue
+                try:
+                    text = content.read().decode("utf-8")
+                except UnicodeDecodeError:
+                    continue
+                count += 1
+                yield member.name, text
+    except (EOFError, OSError, lzma.LZMAError, tarfile.TarError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the machine, not of the content
+        print(f"{archive.name}: left out behind {count} files: {error}", file=sys.stderr, flush=True)
 
 
 def _files(place: Path, suffixes: tuple[str, ...]) -> Iterator[Document]:

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import tarfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -37,6 +36,7 @@ from local_corpus import (
     documents_of,
     looks_like_table,
     packages,
+    texts_of,
 )
 from scratch_tables import _LEFT_OUT
 from tokenizers import Tokenizer
@@ -56,19 +56,13 @@ _OPENING = 4000
 
 def read_archive(archive: Path) -> Iterator[Document]:
     """The sources in an archive of a source package, without tests, that read like a language."""
-    with tarfile.open(archive, "r|*") as tree:
-        for member in tree:
-            if not member.isfile() or not member.name.endswith(SUFFIXES) or _LEFT_OUT.search(member.name):
-                continue
-            stream = tree.extractfile(member)
-            if stream is None:
-                continue
-            try:
-                text = stream.read().decode("utf-8")
-            except UnicodeDecodeError:
-                continue
-            if reads_like_language(text[:_OPENING]):
-                yield Document(f"{archive.name}/{member.name}", text)
+
+    def wanted(name: str) -> bool:
+        return name.endswith(SUFFIXES) and not _LEFT_OUT.search(name)
+
+    for name, text in texts_of(archive, wanted):
+        if reads_like_language(text[:_OPENING]):
+            yield Document(f"{archive.name}/{name}", text)
 
 
 def _read(unit: tuple[str, str], scratch: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import importlib
 import io
 import json
@@ -68,3 +70,51 @@ def test_a_corpus_of_parts_has_no_near_duplicates_and_separate_splits(script: Mo
     assert not set(found["train"]) & set(found["validation"])
     assert 4 < len(found["validation"]) < 25
     assert total == corpus.index["splits"]["train"]["tokens"]
+
+
+def _tar(contents: dict[str, bytes]) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tree:
+        for name, content in contents.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tree.addfile(entry, io.BytesIO(content))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("name", ["parallel_corpus", "archive_tables"])
+def test_an_archive_of_several_streams_is_read_whole(name: str, script: ModuleType, tmp_path: Path) -> None:
+    """As pbzip2 packs them: `tarfile` reads a stream and fails where the next begins."""
+    sys.path.insert(0, str(SCRIPTS))
+    try:
+        reader = importlib.import_module(name)
+    finally:
+        sys.path.remove(str(SCRIPTS))
+    texts = {f"a/{place}.c": prose(place, 2000).encode() for place in range(4)}
+    content = _tar(texts)
+    archive = tmp_path / "a_1.0.orig.tar.bz2"
+    archive.write_bytes(b"".join(bz2.compress(content[place : place + 9000]) for place in range(0, len(content), 9000)))
+    with pytest.raises(EOFError), tarfile.open(archive, "r|*") as tree:
+        list(tree)
+    assert [found.text.encode() for found in reader.read_archive(archive)] == [*texts.values()]
+
+
+@pytest.mark.parametrize("packing", ["bz2", "gz", "xz"])
+def test_the_rest_of_a_damaged_archive_is_left_out_by_name(
+    packing: str, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}[packing]
+    chooser = random.Random(0)
+    texts = [" ".join(f"word{chooser.random()}" for _ in range(40_000)).encode() for _ in range(6)]
+    content = pack(_tar({f"a/{place}.c": text for place, text in enumerate(texts)}))
+    whole, cut = tmp_path / f"whole.orig.tar.{packing}", tmp_path / f"cut.orig.tar.{packing}"
+    whole.write_bytes(content)
+    cut.write_bytes(content[: len(content) // 2])
+    assert [name for name, _ in script.texts_of(whole, lambda _: True)] == [f"a/{place}.c" for place in range(6)]
+    assert capsys.readouterr().err == ""
+    found = [text.encode() for _, text in script.texts_of(cut, lambda _: True)]
+    assert 1 <= len(found) < 6
+    assert found == texts[: len(found)]
+    assert capsys.readouterr().err.startswith(f"cut.orig.tar.{packing}: left out behind {len(found)} files: ")
+    with pytest.raises(FileNotFoundError):
+        list(script.texts_of(tmp_path / "none.orig.tar", lambda _: True))
