@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import json
 import sys
 import tarfile
 from pathlib import Path
@@ -74,3 +75,13 @@ def test_a_manifest_says_where_every_file_comes_from(script: ModuleType, tmp_pat
         ("q", "a.orig.tar.xz", "a_1.0.orig.tar.xz"),
         ("q", "w", None),
     ]
+
+
+def test_the_list_of_the_corpus_of_60M_has_the_digest_of_its_runs() -> None:
+    listed = json.loads((SCRIPTS.parent / "data" / "corpus-1200M.json").read_text(encoding="utf-8"))
+    assert listed["bytes"] == sum(row["bytes"] for row in listed["files"])
+    assert set(listed["left_out"]) < {row["file"] for row in listed["files"]}
+    for file in ("scratch-tables-60M", "scratch-choice-10M"):
+        for line in (SCRIPTS.parent / "results" / f"{file}.jsonl").read_text(encoding="utf-8").splitlines():
+            result = json.loads(line)["result"]
+            assert (result["corpus_content"], result["corpus_tokens"]) == (listed["content"], listed["train_tokens"])
