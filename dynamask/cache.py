@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from dynamask.cache_layer import BoundedLayer, LiveKeys, Windows
 from dynamask.errors import InvalidInputError
@@ -35,6 +35,14 @@ class LayeredCache(Cache):
             if isinstance(layer, BoundedLayer):
                 layer.check_crop(wanted)
         super().crop(wanted)
+
+    def reset(self) -> None:
+        """Forget everything. transformers' growing layers keep their length, over zeros: here they are emptied, too."""
+        for layer in self.layers:
+            layer.reset()
+            if isinstance(layer, DynamicLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
 
 class BoundedCache(LayeredCache):
@@ -100,10 +108,10 @@ class BoundedCache(LayeredCache):
 
 
 def check_consistent(cache: Cache, layers: int | None = None) -> None:
-    """Refuse a cache whose bounded layers have seen different numbers of tokens, as an interrupted forward leaves it.
+    """Refuse a cache whose layers have seen different numbers of tokens, as an interrupted forward leaves it.
 
     Args:
-        cache: any transformers cache, at the start of a model's forward. Layers that are not bounded are not compared.
+        cache: any transformers cache, at the start of a model's forward. Bounded and growing layers are compared.
         layers: of the model; None: not compared.
 
     Raises:
@@ -115,7 +123,8 @@ def check_consistent(cache: Cache, layers: int | None = None) -> None:
             f"this cache was made for {len(cache.layers)} layers and the model has {layers}: make it from the "
             "configuration of the model, BoundedCache(model.config)"
         )
-    seen = {layer.seen for layer in cache.layers if isinstance(layer, BoundedLayer)}
+    compared = BoundedLayer if torch.compiler.is_compiling() else (BoundedLayer, DynamicLayer)
+    seen = {int(layer.get_seq_length()) for layer in cache.layers[:layers] if isinstance(layer, compared)}
     if len(seen) > 1:
         raise InvalidInputError(
             f"the layers of this cache have seen different numbers of tokens ({min(seen)} to {max(seen)}): a forward "

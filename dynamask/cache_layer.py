@@ -694,6 +694,11 @@ class BoundedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` of the batch: integers, or a bool per row."""
         if indices.dtype == torch.bool:
+            if self.is_initialized and indices.shape != self.clock.shape[:1]:
+                raise InvalidInputError(
+                    f"one bool per row selects rows of the cache, which holds {self.clock.shape[0]} sequences; got a "
+                    f"mask of shape {tuple(indices.shape)}"
+                )
             indices = indices.nonzero()[:, 0]
         self.reorder_cache(indices)
 

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from dynamask import BoundedCache, CacheRollbackError, InvalidInputError, interval_attention, key_expiry
 from dynamask.cache import BoundedLayer, LayeredCache, check_consistent
+from dynamask.models import new_cache
 from tests.conftest import tiny_config, tiny_model
 
 
@@ -493,6 +494,45 @@ def test_a_cache_left_by_an_interrupted_forward_is_refused() -> None:
         check_consistent(cache)
     cache.reset()
     cache.check_consistent()
+
+
+@pytest.mark.parametrize("attention", ["dma", "mha", "mla", "nsa", ["mha", "swa"], ["dma", "mha"]])
+@torch.no_grad()
+def test_caches_of_models_start_over(attention: str | list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing layers, too, are empty behind a reset, and show that a forward was interrupted."""
+    model = tiny_model(attention)
+    tokens = torch.randint(0, 50, (2, 24), generator=torch.Generator().manual_seed(0))
+    cache = new_cache(model.config)
+    model(tokens[:, :20].flip(1), past_key_values=cache)
+    cache.reset()
+    expected = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(model(tokens[:, :20], past_key_values=cache).logits, expected[:, :20])
+    for interrupted in (cache, DynamicCache()):
+        if interrupted is not cache:
+            model(tokens[:, :20], past_key_values=interrupted)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model.layers[1], "forward", _interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(tokens[:, 20:], past_key_values=interrupted)
+        with pytest.raises(InvalidInputError, match="different numbers of tokens \\(20 to 24\\)"):
+            model(tokens[:, 20:], past_key_values=interrupted)
+    cache.reset()
+    torch.testing.assert_close(model(tokens, past_key_values=cache).logits, expected)
+
+
+def _interrupt(*args: object, **options: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_rows_are_selected_by_one_bool_each() -> None:
+    layer = BoundedLayer(4)
+    zeros = torch.zeros(3, 1, 3, 2)
+    layer.extend(zeros, zeros, None, None)
+    for rows in (2, 4):
+        with pytest.raises(InvalidInputError, match="holds 3 sequences; got a mask of shape"):
+            layer.batch_select_indices(torch.ones(rows, dtype=torch.bool))
+    layer.batch_select_indices(torch.tensor([True, False, True]))
+    assert layer.keys.shape[0] == layer.clock.shape[0] == 2
 
 
 @torch.no_grad()
