@@ -85,6 +85,8 @@ class Conversion:
         for name, least in (("batch", 1), ("rank_steps", 1), ("distill_steps", 0), ("needles", 0), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}")
+        if self.distill_steps and not self.data:
+            raise UsageError(f"--distill-steps {self.distill_steps} needs texts to train on: give some (--data)")
         if self.distill_rate is not None and not self.distill_rate > 0:
             raise UsageError(f"--distill-rate must be above 0; got {self.distill_rate}")
         if not 0 <= self.label_share <= 1:

@@ -81,12 +81,17 @@ def experiment(
     - `dynamask experiment scaling --results scaling.jsonl --keep-models models` — and its models, for `evaluate`
     """
     from dynamask_lab.studies import check_experiment
+    from dynamask_lab.sweeps.budget import parse_seconds
 
     if name is not None:
         check_experiment(name)
+        if results is None and not listing:
+            raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
+    seconds = None if budget is None else parse_seconds(budget)
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers must be at least 1; got {workers}")
     from dynamask_lab.language.kept_models import KEPT_FOLDER
     from dynamask_lab.studies import EXPERIMENTS, get_experiment, read_results, run_sweep
-    from dynamask_lab.sweeps.budget import parse_seconds
     from dynamask_lab.sweeps.display import SweepDisplay, runs_table, summary_table
     from dynamask_lab.sweeps.results import corpora_of_several_builds
     from dynamask_lab.sweeps.selection import parse_conditions, select
@@ -107,15 +112,11 @@ def experiment(
         return select(chosen.configs(size, finished), conditions)
 
     configs = wanted(earlier)
-    seconds = None if budget is None else parse_seconds(budget)
     at_a_time = workers if workers is not None else max(1, len(visible_gpus()))
-    if at_a_time < 1:
-        raise UsageError(f"--workers must be at least 1; got {at_a_time}")
     if listing:
         console.print(runs_table(chosen, configs, earlier, at_a_time, console.width))
         return
-    if results is None:
-        raise UsageError(f"say where the runs go: dynamask experiment {name} --results {name}.jsonl")
+    assert results is not None
     if keep_models is not None:
         if not chosen.trains_language_models:
             raise UsageError(f"--keep-models keeps language models, and {name} trains none: leave it out")

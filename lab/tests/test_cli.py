@@ -111,7 +111,9 @@ def test_mistakes_end_with_a_message_and_code_2(
 
 
 def test_unknown_names_need_no_torch(tmp_path: Path) -> None:
-    refused_without_torch(("experiment mqr", "benchmark model --preset tny"), tmp_path)
+    refused_without_torch(
+        ("experiment mqr", "experiment mqar --budget -1", "experiment mqar", "benchmark model --preset tny"), tmp_path
+    )
 
 
 def test_every_experiment_announced_is_there() -> None:

@@ -111,6 +111,8 @@ def test_without_texts_the_ranks_stay_untrained(dynamask: Command, dense: Path, 
     assert "untrained" in done.said
     assert json.loads((target / "config.json").read_text())["model_type"] == "dynamask_llama"
     assert "import dynamask" in (target / "README.md").read_text()
+    idle = dynamask("convert", "upcycle", str(dense), str(tmp_path / "x"), *OPTIONS[:6], "--distill-steps", "3")
+    assert (idle.returncode, "--distill-steps 3 needs texts" in idle.said) == (2, True)
     assert dynamask("convert", "doge", str(dense), str(tmp_path / "x")).returncode == 2
     assert not (tmp_path / "x").exists()
 
