@@ -467,8 +467,9 @@ def _index(
         "",
         "## Goals of this library",
         "",
-        "One row per form that was named for the goal; two where they decide otherwise. Differences are to dense "
-        "attention where the goal names it, else to what it names.",
+        "One row per form that was named for the goal; two where they decide otherwise. Of levers for length every "
+        "form of `recall` has a row. Differences are to dense attention where the goal names it, else to what it "
+        "names.",
         "",
         markdown_table(goals(placed)),
         "",

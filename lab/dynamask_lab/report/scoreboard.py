@@ -116,10 +116,14 @@ def _on_task(found: Sequence[Placed], role: str, whole: Sequence[Placed], best: 
 def goals(found: Sequence[Placed]) -> list[Row]:
     """The goals of this library that runs decide: one row per verdict on a form named for it, two at most.
 
-    A finding with a note has a row of its own behind them, and is counted with no others.
+    A finding with a note has a row of its own behind them, and is counted with no others. Of the goals in `_EVERY_FORM`
+    every form has a row, whatever it found.
     """
     rows: list[Row] = []
     for name in GOALS:
+        if name in _EVERY_FORM:
+            rows += _form_rows(found, name)
+            continue
         own = _without_note(found, name)
         whole = chosen(own, "best", same_part=False) or chosen(own, "plain", same_part=False)
         told = list(dict.fromkeys((_form(each), _goal_cell(each)) for each in whole))
@@ -134,6 +138,32 @@ def goals(found: Sequence[Placed]) -> list[Row]:
             if each.finding.role == "best"
         ]
     return rows
+
+
+_EVERY_FORM = ("lever", "lever-dense")
+"""Goals of which every form that chooses keys has a row, and every control: which lever decides is not chosen by what
+it found. Dense attention's levers stand on the page of all verdicts."""
+
+
+def _form_rows(found: Sequence[Placed], name: str) -> list[Row]:
+    """One row per form of a goal, with its verdict at every distance."""
+    by_form: dict[str, list[Placed]] = {}
+    for each in found:
+        if each.finding.claim == name and not each.appendix and not each.finding.subject.startswith("mha"):
+            by_form.setdefault(_form(each).removesuffix(f", {_slice(each)}"), []).append(each)
+    rows: list[Row] = []
+    for form, own in by_form.items():
+        shown = [_Verdict(f"**{each.finding.verdict}**", _told_apart(each)) for each in own]
+        rows.append({"goal": "" if rows else CLAIMS[name].text, "form": form, "verdict": _cell(shown)})
+    return rows
+
+
+def _told_apart(placed: Placed) -> tuple[str, ...]:
+    """The lines below a verdict, the figures of one finding below each other, and where they are about."""
+    difference = placed.finding.difference
+    first, *others = difference.split("; ")
+    figures = (f"{first} {_slice(placed)}".rstrip(), *others)
+    return tuple(part for line in _told(placed) for part in (figures if line == difference else (line,)))
 
 
 def _goal_cell(placed: Placed) -> str:

@@ -120,6 +120,26 @@ def test_a_goal_has_a_row_per_form_and_two_at_most() -> None:
     assert second["verdict"] == f"**reproduced**<br>{told}<br><br>2 more: [every verdict](verdicts.md)"
 
 
+def test_a_goal_of_levers_shows_every_form_whatever_it_found() -> None:
+    parts = ("beyond the window", "beyond the trained length")
+    found = [
+        replace(each, finding=replace(each.finding, subject=f"{form}, {part}", role=""))
+        for form, verdict in (
+            ("dma, learned, ssmax", NOT_TESTED),
+            ("mha, drope", REFUTED),
+            ("dma, learned", REPRODUCED),
+        )
+        for part in parts
+        for each in [_placed(verdict, 3, claim="lever")]
+    ]
+    first, second = goals(found)
+    told = "+0.100 [+0.050, +0.150] nats"
+    assert first["form"] == "dma, learned, ssmax"
+    assert (second["goal"], second["form"]) == ("", "dma, learned")
+    conditions = "w/N 1/8, 23% of pairs, 4.4M, 3 seeds"
+    assert second["verdict"] == "<br><br>".join(f"**reproduced**<br>{told} {part}<br>{conditions}" for part in parts)
+
+
 def test_the_plain_form_is_named_where_nothing_else_tells_two_figures_apart() -> None:
     def cell(sizes: tuple[str, str], shares: tuple[str, str]) -> str:
         found = [

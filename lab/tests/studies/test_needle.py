@@ -296,3 +296,57 @@ def test_models_are_paired_on_one_mixture_before_others() -> None:
     assert theirs == pytest.approx((0.3 + 0.3 + 0.1) / 3)
     assert gain.low < gain.mean == pytest.approx(0.7 - 0.7 / 3)
     assert report._over_seeds("chosen", "longer", cells, seeds) is None
+
+
+def _lever_run(model: str, seed: int, within: float, beyond: float, loss: float, content: str = "one") -> Record:
+    config = {**_smoke("mha"), "context": 1024, "batch_tokens": 1024}
+    if model.startswith("dma"):
+        config |= {"attention": "dma", "layers": 2, "layer_windows": [16, 352], "window": 184, "upcycle_steps": 0}
+    cells = [("single_needle", 1024, within), ("single_needle", 2048, beyond)]
+    common = {"model": model, "depth": 0.0, "recall": 0.0, "samples": 50}
+    scores = [common | {"task": task, "length": length, "exact": exact} for task, length, exact in cells]
+    result = {"scores": scores, "loss": {model: loss}, "parameters": 10**7, "corpus": "n", "corpus_content": content}
+    return Record("needle", f"{model} {seed}", config, seed, result, 1.0, "gpu", {}, None)
+
+
+def test_levers_are_held_against_dense_attention_within_the_trained_length_and_beyond(tmp_path: Path) -> None:
+    """No fewer and more: both must hold. The loss stands beside it, and controls that did not run are named."""
+    level = "dma, learned, windows 16/352"
+    means = {
+        "mha": (0.5, 0.1, 1.0),
+        level: (0.4, 0.1, 1.1),
+        f"{level}, drope": (0.6, 0.9, 1.4),
+        f"{level}, ssmax": (0.3, 0.9, 1.1),
+        f"{level}, forget": (0.5, 0.1, 1.1),
+        "mha, ssmax": (0.55, 0.2, 1.0),
+        "mha, drope": (0.0, 0.0, 2.0),
+    }
+    runs = [
+        _lever_run(model, seed, within + 0.01 * seed, beyond + 0.01 * seed, loss + 0.1 * seed)
+        for model, (within, beyond, loss) in means.items()
+        for seed in (0, 1, 2)
+    ]
+    with pictures(drawn=False):
+        section = report_needle(runs, tmp_path)
+    found = {finding.subject: finding for finding in section.findings if finding.claim == "lever-dense"}
+    assert [finding.verdict for finding in found.values()] == [
+        REPRODUCED,
+        REFUTED,
+        NO_DIFFERENCE,
+        NOT_TESTED,
+        NOT_TESTED,
+    ]
+    drope = found[f"{level}, drope"]
+    assert "mha 51.0% (mha, ssmax: 56.0%): +10.0 [" in drope.measured
+    assert "loss above mha's: +0.400 [+0.400, +0.400] nats, above that of dma, learned" in drope.measured
+    assert drope.difference.startswith("+10.0 [+10.0, +10.0] points to 1024 tokens; beyond: +80.0 [")
+    assert {finding.measured for subject, finding in found.items() if finding.role == "control"} == {"not run"}
+    (costs,) = (exhibit.table for exhibit in section.exhibits if exhibit.name == "lever-losses")
+    rows = {row["model"]: row for row in costs}
+    assert rows[f"{level}, drope"]["each seed above the same form"] == "+0.300, +0.300, +0.300"
+    assert rows["mha, drope"]["above the same form"] == "+1.000 [+1.000, +1.000]"
+    other = [dataclasses.replace(run, result=run.result | {"corpus_content": "two"}) for run in runs[6:9]]
+    with pictures(drawn=False):
+        section = report_needle([*runs[:6], *other], tmp_path)
+    (drope,) = (f for f in section.findings if f.claim == "lever-dense" and f.role == "best")
+    assert drope.difference.endswith("loss not compared: other texts")

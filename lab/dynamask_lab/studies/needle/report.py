@@ -17,7 +17,15 @@ from dynamask_lab.studies.needle.study import FROM_WIDE, NeedleConfig, mean_scor
 from dynamask_lab.sweeps.registry import reports
 from dynamask_lab.sweeps.results import Record
 from dynamask_lab.sweeps.section import Exhibit, Finding, Row, Section
-from dynamask_lab.sweeps.verdicts import NOT_TESTED, SHARE_INTEREST, Interval, judge, mean_interval
+from dynamask_lab.sweeps.verdicts import (
+    NOT_TESTED,
+    SHARE_INTEREST,
+    Interval,
+    all_of,
+    judge,
+    judge_no_worse,
+    mean_interval,
+)
 
 _UPCYCLED = "upcycled"
 """In the names of models made of a dense one (`needle_name`)."""
@@ -92,6 +100,10 @@ def report_needle(records: Sequence[Record], folder: Path) -> Section:
                     parts = {where: parts[where] for where in ("inside the window", "beyond the window")}
                     findings += _against("retrieval", form, rival, parts, keys, setting, seeds)
     findings += _levers(records, scores, edges)
+    findings += _levers_against_dense(records, scores)
+    costs = _lever_losses(records)
+    if costs:
+        exhibits.append(Exhibit("lever-losses", "What a lever costs in loss", keys, _LEVER_LOSSES, costs))
     return Section("", exhibits, findings)
 
 
@@ -221,10 +233,8 @@ def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: 
     """Every lever against the same form without it: beyond the window to that form's trained length, and beyond it."""
     found, seeds = [], _by_seed(records)
     by_model = {model: record for record in records for model in record.result["loss"]}
-    for model, record in by_model.items():
-        base, _, lever = model.rpartition(", ")
-        if lever not in _LEVERS or base not in by_model:
-            continue
+    for model, base in _lever_forms(by_model):
+        record = by_model[model]
         context = NeedleConfig.of(by_model[base].config).context
         edge = edges[base] if edges[base] < context else 0
         parts = _parts(scores, context, edge)
@@ -239,6 +249,125 @@ def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: 
         beyond = {where: parts[where] for where in ("beyond the window", "beyond the trained length")}
         found += _against("lever", Judged("", model), base, beyond, keys, setting, seeds)
     return found
+
+
+def _lever_forms(by_model: Mapping[str, Record]) -> list[tuple[str, str]]:
+    """Every form with a lever, and the same form without it, where both ran."""
+    parts = [(model, *model.rpartition(", ")[::2]) for model in by_model]
+    return [(model, base) for model, base, lever in parts if lever in _LEVERS and base in by_model]
+
+
+_CONTROLS = ("swa, sinks, windows 16/352, drope", "one dense layer of six, the others newest keys, drope")
+"""Forms that tell whether learned ranks make the difference with "drope": what they lack is the choice of keys."""
+
+
+def _levers_against_dense(records: Sequence[Record], scores: Sequence[RetrievalScore]) -> list[Finding]:
+    """Every form of chosen keys with a lever against dense attention without one: no fewer needles to its trained
+    length, and more beyond it, as the study named it; the controls that have not run stand beside them."""
+    by_model = {model: record for record in records for model in record.result["loss"]}
+    forms = [(model, base) for model, base in _lever_forms(by_model) if not base.startswith("mha")]
+    if not forms or "mha" not in by_model:
+        return []
+    seeds, losses = _by_seed(records), _losses(records)
+    context = NeedleConfig.of(by_model["mha"].config).context
+    within, beyond = ([score for score in _far(scores) if (score.length <= context) == to] for to in (True, False))
+    interest, best = f"{100 * SHARE_INTEREST:g} points", _best_dense_lever(scores, by_model)
+    found = []
+    for model, base in forms:
+        verdicts, measured, differences = [], [], []
+        for where, cells, rule in ((f"to {context} tokens", within, judge_no_worse), ("beyond", beyond, judge)):
+            compared = _over_seeds(model, "mha", cells, seeds)
+            if compared is None:
+                continue
+            ours, theirs, gain = compared
+            learnt = max(ours, theirs) >= _LEARNT
+            verdicts.append(rule(gain, SHARE_INTEREST) if learnt else NOT_TESTED)
+            beside = f" ({best}: {_mean(best, cells):.1%})" if best else ""
+            measured.append(
+                f"{where}: {ours:.1%} of the answers exact, mha {theirs:.1%}{beside}: {gain.shown(100, 1)} points"
+                + ("" if learnt else ", neither learnt to retrieve")
+            )
+            shown = f"{gain.shown(100, 1)} points"
+            differences.append(f"{where}: {shown}" if differences else f"{shown} {where}")
+        if len(verdicts) < 2:
+            continue
+        cost, own_cost = (_loss_above(model, rival, losses) for rival in ("mha", base))
+        shown = "loss not compared: other texts"
+        if cost and own_cost:
+            shown = f"loss above mha's: {cost.shown()} nats"
+            measured.append(f"{shown}, above that of {base}: {own_cost.shown()}")
+        else:
+            measured.append(shown)
+        record = by_model[model]
+        setting = {
+            "task": f"{context} tokens",
+            "w/N": window_share(found_windows(record)),
+            "size": f"{record.result['parameters'] / 1e6:.1f}M",
+            "seeds": str(len(_pairs(model, "mha", seeds)) or 1),
+            "pairs": pairs_of([record]),
+        }
+        keys = [each.key for each in records if {model, base, "mha", best} & each.result["loss"].keys()]
+        told = "; ".join([*differences, shown])
+        found.append(
+            Finding("lever-dense", model, "; ".join(measured), all_of(verdicts), keys, "best", setting, interest, told)
+        )
+    missing = [name for name in _CONTROLS if name not in by_model]
+    if any(model.endswith(", drope") for model, _ in forms):
+        found += [
+            Finding("lever-dense", name, "not run", NOT_TESTED, [], "control", {"seeds": "0"}, interest, "not run")
+            for name in missing
+        ]
+    return found
+
+
+def _best_dense_lever(scores: Sequence[RetrievalScore], by_model: Mapping[str, Record]) -> str:
+    """The form of dense attention with a lever that finds most; "" where none ran."""
+    forms = [model for model, base in _lever_forms(by_model) if base == "mha"]
+    return max(forms, key=lambda model: _mean(model, _far(scores)), default="")
+
+
+def _mean(model: str, cells: Sequence[RetrievalScore]) -> float:
+    return float(np.mean([score.exact for score in cells if score.model == model]))
+
+
+def _losses(records: Sequence[Record]) -> dict[str, dict[tuple[int, str], float]]:
+    """Model -> training seed and digest of the mixture -> loss."""
+    found: dict[str, dict[tuple[int, str], float]] = defaultdict(dict)
+    for record in records:
+        for model, loss in record.result["loss"].items():
+            found[model][record.seed, record.corpus[1]] = loss
+    return found
+
+
+def _loss_above(ours: str, rival: str, losses: Mapping[str, Mapping[tuple[int, str], float]]) -> Interval | None:
+    """How far our loss lies above a rival's on the same mixtures, seed by seed; None where they share none."""
+    shared = sorted(losses[ours].keys() & losses[rival].keys())
+    return mean_interval([losses[ours][run] - losses[rival][run] for run in shared]) if shared else None
+
+
+_LEVER_LOSSES = (
+    "How far the loss of the mixture lies above that of the same form without the lever, and above dense attention's "
+    "without one, in nats per token: each seed, then the mean and its 95% interval. Forms that read other texts than "
+    "the one without the lever are left out."
+)
+
+
+def _lever_losses(records: Sequence[Record]) -> list[Row]:
+    by_model = {model: record for record in records for model in record.result["loss"]}
+    losses = _losses(records)
+    rows: list[Row] = []
+    for model, base in _lever_forms(by_model):
+        own = _loss_above(model, base, losses)
+        if own is None:
+            continue
+        shared = sorted(losses[model].keys() & losses[base].keys())
+        dense = _loss_above(model, "mha", losses)
+        row = {"model": model, "seeds": str(len(shared))}
+        row["each seed above the same form"] = ", ".join(
+            f"{losses[model][run] - losses[base][run]:+.3f}" for run in shared
+        )
+        rows.append(row | {"above the same form": own.shown(), "above dense attention": dense.shown() if dense else ""})
+    return rows
 
 
 def _against_dense(
