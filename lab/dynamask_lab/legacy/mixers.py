@@ -76,6 +76,12 @@ class OldDynamicMask(_Rotating, GroupedQueryMixer):
         own, common = _share(config, layer_idx)
         return BoundedLayer(own, local=config.mixer_options["local"] * own // common)
 
+    def check_cache(self, cache: Cache) -> None:
+        """See `Mixer.check_cache`."""
+        layer = bounded_layer(cache, self.layer_idx)
+        if layer is not None:
+            layer.check_fits(self.max_window, local=self.layer_local)
+
     def forward(self, hidden_states: Tensor, sequence: SequenceInfo, cache: Cache | None = None) -> Tensor:
         """See `Mixer.forward`."""
         query, key, value = self.project(hidden_states, sequence)
