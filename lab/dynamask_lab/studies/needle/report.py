@@ -274,7 +274,9 @@ def _levers_against_dense(records: Sequence[Record], scores: Sequence[RetrievalS
     interest, best = f"{100 * SHARE_INTEREST:g} points", _best_dense_lever(scores, by_model)
     found = []
     for model, base in forms:
-        verdicts, measured, differences = [], [], []
+        verdicts: list[str] = []
+        measured: list[str] = []
+        differences: list[str] = []
         for where, cells, rule in ((f"to {context} tokens", within, judge_no_worse), ("beyond", beyond, judge)):
             compared = _over_seeds(model, "mha", cells, seeds)
             if compared is None:
