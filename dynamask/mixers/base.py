@@ -185,7 +185,7 @@ class Mixer(nn.Module, ABC):
         Raises:
             InvalidInputError: it cannot.
         """
-        if bounded_layer(cache, self.layer_idx) is not None:
+        if not self.bounded and bounded_layer(cache, self.layer_idx) is not None:
             raise InvalidInputError(
                 f"layer {self.layer_idx} ({type(self).__name__}) sees every past key, and a bounded cache does not "
                 "keep them: use dynamask.models.new_cache(model.config) or DynamicCache()"

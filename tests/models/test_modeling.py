@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from dynamask import BoundedCache, DynamaskConfig, DynamaskForCausalLM, InvalidI
 from dynamask.errors import UsageError
 from dynamask.inspect import parameter_counts
 from dynamask.mixers import MIXERS
+from dynamask.mixers.base import Mixer
+from dynamask.mixers.swa import SlidingWindowAttention
 from dynamask.models import PRESETS, new_cache, preset
 from dynamask.models.field_names import field_names
 from dynamask.models.presets import check_fields
@@ -295,6 +298,20 @@ def test_a_call_that_one_layer_refuses_leaves_all_layers() -> None:
     for wrong in (torch.arange(3)[None], torch.arange(14), torch.zeros(2, 1), torch.zeros(3, 14)):
         with pytest.raises(InvalidInputError, match="position_ids must be of shape"):
             model(tokens, position_ids=wrong)
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_mixers_that_check_no_cache_get_bounded_layers_where_they_take_them(
+    bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixer of one's own says by `bounded` whether it does; its forward compares windows, or it does not."""
+    model = tiny_model("swa")
+    monkeypatch.setattr(SlidingWindowAttention, "check_cache", Mixer.check_cache)
+    cache = BoundedCache(model.config)
+    monkeypatch.setattr(SlidingWindowAttention, "bounded", bounded)
+    with nullcontext() if bounded else pytest.raises(InvalidInputError, match="sees every past key"):
+        model(IDS, past_key_values=cache)
+    assert cache.get_seq_length() == (12 if bounded else 0)
 
 
 @pytest.mark.parametrize("attention", MIXERS)
