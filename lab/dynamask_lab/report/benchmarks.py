@@ -237,7 +237,8 @@ def _speed_finding(
     measured = f"at most {told(best)}; at least {told(worst)}"
     verdict = REPRODUCED if ratios[best] >= 10 else REFUTED
     gpus = " and ".join(dict.fromkeys((devices[worst], devices[best])))
-    difference = f"{ratios[worst]:.2g} to {ratios[best]:.2g} times, {gpus}"
+    lengths = f"{rows[worst]['N']:,} to {rows[best]['N']:,} tokens"
+    difference = f"{ratios[worst]:.2g} to {ratios[best]:.2g} times, {lengths}, {gpus}"
     return [Finding("speed", subject, measured, verdict, list(ratios), interest="10 times", difference=difference)]
 
 

@@ -427,9 +427,13 @@ _TERMS = (
     "interest.",
     "- **No difference**: the interval lies within the smallest difference of interest.",
     f"- **Not tested**: the runs do not decide. Differences of losses below {FEW_SEEDS_INTEREST} nats decide nothing "
-    f"with fewer than {FEW_SEEDS} seeds.",
+    f"with fewer than {FEW_SEEDS} seeds, and a difference without an interval decides nothing. A claim against several "
+    "rivals needs each of them.",
     "- **Difference**: to dense attention, with its 95% interval; positive in the form's favour. A verdict may rest on "
     "further rivals. Intervals cover training seeds; *over answers*: the answers of one seed's model.",
+    "- **Half rate**: half of the learning rate that suits the form at 1M parameters. **One wide layer**: one layer of "
+    "six has a wide window, the others narrow ones. **From dense**, **from wide**: training starts with every key, or "
+    "with wide windows.",
     "- **Task**: length of the texts; in recall also how many pairs of key and value they hold.",
     "- **w/N**: window over context, where all layers share it.",
     "- **Of pairs**: query-key pairs as a share of dense attention's; in brackets at shorter texts. *Widest layer*, "

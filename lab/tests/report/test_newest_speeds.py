@@ -33,7 +33,7 @@ def test_the_newest_run_of_a_shape_decides_and_names_its_gpu(tmp_path: Path) -> 
     section, rows, sources = found
     (finding,) = section.findings
     assert finding.verdict == REPRODUCED
-    assert finding.difference == "1.2 to 30 times, H200 and H100"
+    assert finding.difference == "1.2 to 30 times, 6,144 to 65,536 tokens, H200 and H100"
     assert "at least 1.2 times at N = 6,144, window 2048 on H200" in finding.measured
     assert rows["6144 tokens, window 2048"]["file"] == "h200-kernels-afternoon.json"
     assert "NVIDIA H200, commit abcdef1 (`h200-kernels-afternoon.json`)" in sources

@@ -319,7 +319,7 @@ def _findings(records: Sequence[Record], lent: _Lent) -> list[Finding]:
                     keys += lent.keys(gaps, name)
                     note = borrowed_note(gaps.values())
                     measured = f"test loss, nats below {_listed(gaps)}"
-                    interest, short = f"{LOSS_INTEREST} nats", f"{gaps[denses[0]]} nats"
+                    interest, short = f"{LOSS_INTEREST} nats", f"{gaps[denses[0]]} nats{_at_rate(denses[0])}"
                     finding = Finding("perplexity-mha", subject, measured, verdict, keys, role, setting, interest)
                     findings.append(replace(finding, difference=short, note=note))
         findings += _choices(found, f"{size / 1e6:.1f}M", lent)
@@ -337,6 +337,11 @@ def _named(size: int) -> tuple[str, ...]:
 def _decided(rival: str, verdict: str) -> str:
     """What a verdict against a rival is worth: against dense attention at too high a rate only a loss counts."""
     return NOT_TESTED if rival == _WHOLE_RATE and verdict != REFUTED else verdict
+
+
+def _at_rate(rival: str) -> str:
+    """What a difference to a rival must tell of its rate."""
+    return ", dense at twice its better rate" if rival == _WHOLE_RATE else ""
 
 
 def _called(rival: str) -> str:
@@ -437,14 +442,20 @@ def _perplexity(
         if rival in found:
             gap = gaps[rival] = _gap(found[name], found[rival], lent)
             told.append(f"{_called(rival)} {gap}")
-            difference = difference or f"{gap} nats"
+            difference = difference or f"{gap} nats{_at_rate(rival)}"
             verdict = judge(gap, LOSS_INTEREST, seeds=min(len(found[name]), len(found[rival])))
             verdicts.append(_decided(rival, verdict))
             keys += [run.key for run in found[rival]]
         else:
             verdicts.append(NOT_TESTED)
-    lacking = ", ".join(rival for rival in rivals if rival not in found)
-    measured = f"test loss, nats below {', '.join(told)}" + (f"; not compared with {lacking}" if lacking else "")
+    lacking = [rival for rival in rivals if rival not in found]
+    measured = f"test loss, nats below {', '.join(told)}" if told else "no rival ran"
+    if lacking:
+        measured += f"; not compared with {', '.join(lacking)}"
+        kinds = dict.fromkeys(
+            "even sliding windows" if rival.startswith("sliding") else rival.partition(",")[0] for rival in lacking
+        )
+        difference += f"; {', '.join(kinds)} not run" if difference else ""
     keys += lent.keys(gaps, name)
     interest, note = f"{LOSS_INTEREST} nats", borrowed_note(gaps.values())
     return Finding("perplexity", subject, measured, all_of(verdicts), keys, role, setting, interest, difference, note)
