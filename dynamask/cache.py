@@ -151,17 +151,23 @@ def check_takes_call(cache: Cache, batch: int, new: int) -> None:
         )
     if torch.compiler.is_compiling():
         return
-    for index, layer in enumerate(cache.layers):
+    for layer in cache.layers:
         keys = layer.keys if layer.is_initialized else None
         if keys is not None and keys.dim() > 2 and keys.shape[0] != batch:
             raise InvalidInputError(
                 f"the cache holds {keys.shape[0]} sequences and was given {batch}: start a new cache or reorder this "
                 "one"
             )
-        if type(layer) is StaticLayer and int(layer.get_seq_length()) + new > layer.max_cache_len:
+    # Static layers are of one size and written in order, so the first has the least room. To read its length is to wait
+    # for the device.
+    index = next((index for index, layer in enumerate(cache.layers) if type(layer) is StaticLayer), None)
+    if index is not None:
+        static = cache.layers[index]
+        held, room = int(static.get_seq_length()), static.max_cache_len
+        if held + new > room:
             raise InvalidInputError(
-                f"layer {index} of this {type(cache).__name__} has room for {layer.max_cache_len} positions; it holds "
-                f"{int(layer.get_seq_length())} and was given {new}: make it with a larger max_cache_len"
+                f"layer {index} of this {type(cache).__name__} has room for {room} positions; it holds {held} and was "
+                f"given {new}: make it with a larger max_cache_len"
             )
 
 
