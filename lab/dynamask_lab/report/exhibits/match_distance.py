@@ -81,7 +81,7 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     found = {name: _beyond(far, name, wide, nearer) for name in _SEEDED}
     longer = {name: _beyond(scores, name, 1280, context) for name in ("mha", best, control)}
     dense, chosen, newest = (
-        [(longer[one], runs, one), (found[other], seeded, other)]
+        [(longer[one], runs, one, scores), (found[other], seeded, other, far)]
         for one, other in (("mha", "mha"), (best, _RECALL), (control, _NEWEST))
     )
     text = (
@@ -89,10 +89,8 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
         f"{_compared(chosen, newest)} needles than the newest keys in the same windows, and {_compared(chosen, dense)} "
         f"than dense attention. {_of_longer_texts(with_lever, nearer) if levers else _NONE_LONGER}"
     )
-    everywhere = {id(runs): scores, id(seeded): far}
     table = [
-        _row(f"{length:,}", label, *each[place])
-        | {"in longer texts": _longer(everywhere[id(each[place][1])], each[place][2], length)}
+        _row(f"{length:,}", label, each[place], length)
         for place, length in ((1, nearer), (0, context))
         for label, each in (
             ("dense", dense),
@@ -101,8 +99,12 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
         )
     ]
     table[len(table) // 2 : len(table) // 2] = [
-        _row(f"{nearer:,}, levers", label, _beyond(with_lever, name, wide, nearer), [*levers, *longest], name)
-        | {"in longer texts": _longer(with_lever, name, nearer)}
+        _row(
+            f"{nearer:,}, levers",
+            label,
+            (_beyond(with_lever, name, wide, nearer), [*levers, *longest], name, with_lever),
+            nearer,
+        )
         for name, (label, _) in (drawn.items() if levers else ())
     ]
     caption = (
@@ -119,8 +121,8 @@ def match_against_distance(results: Path, sweeps: Sweeps, folder: Path) -> Drawn
     return exhibit, rows_of(sweeps, "needle-long", "needle-far", "needle-levers"), command
 
 
-_Found = tuple[float, Sequence[Record], str]
-"""The share of needles that a form finds, the runs of the figure, and the form's name in them."""
+_Found = tuple[float, Sequence[Record], str, Sequence[RetrievalScore]]
+"""The share of needles that a form finds, the runs of the figure, the form's name in them, and their mean scores."""
 
 
 def _sizes(runs: Sequence[Record]) -> str:
@@ -129,11 +131,13 @@ def _sizes(runs: Sequence[Record]) -> str:
     return " to ".join(dict.fromkeys(f"{size:.1f}M" for size in (sizes[0], sizes[-1])))
 
 
-def _row(length: str, label: str, found: float, runs: Sequence[Record], name: str) -> dict[str, str]:
+def _row(length: str, label: str, form: _Found, context: int) -> dict[str, str]:
+    found, runs, name, scores = form
     own = [run for run in runs if needle_name(run.config) == name]
     row = {"trained at, tokens": length, "form": label, "found": f"{found:.0%}", "parameters": _sizes(own)}
     seeds = str(len({run.seed for run in own}))
-    return row | {"pairs": pairs_of(own), "widest layer": widest_layer(own), "seeds": seeds}
+    row |= {"pairs": pairs_of(own), "widest layer": widest_layer(own), "seeds": seeds}
+    return row | {"in longer texts": f"{_found_longer(scores, name, context):.0%}"}
 
 
 def _compared(ours: Sequence[_Found], theirs: Sequence[_Found]) -> str:
@@ -165,10 +169,6 @@ def _of_longer_texts(scores: Sequence[RetrievalScore], context: int) -> str:
 def _found_longer(scores: Sequence[RetrievalScore], name: str, context: int) -> float:
     own = [score.exact for score in scores if score.model == name and score.depth < 1 and score.length > context]
     return float(np.mean(own)) if own else 0.0
-
-
-def _longer(scores: Sequence[RetrievalScore], name: str, context: int) -> str:
-    return f"{_found_longer(scores, name, context):.0%}"
 
 
 def _apart(runs: Sequence[Record], earlier: Sequence[Record]) -> list[Record]:

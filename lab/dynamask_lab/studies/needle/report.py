@@ -232,23 +232,33 @@ _LEVERS = ("longer examples", FROM_WIDE, *LEVERS)
 def _levers(records: Sequence[Record], scores: Sequence[RetrievalScore], edges: dict[str, int]) -> list[Finding]:
     """Every lever against the same form without it: beyond the window to that form's trained length, and beyond it."""
     found, seeds = [], _by_seed(records)
-    by_model = {model: record for record in records for model in record.result["loss"]}
+    by_model = _by_model(records)
     for model, base in _lever_forms(by_model):
-        record = by_model[model]
         context = NeedleConfig.of(by_model[base].config).context
         edge = edges[base] if edges[base] < context else 0
         parts = _parts(scores, context, edge)
-        setting = {
-            "task": f"{context} tokens",
-            "w/N": window_share(found_windows(record)),
-            "size": f"{record.result['parameters'] / 1e6:.1f}M",
-            "seeds": str(len(_pairs(model, base, seeds)) or 1),
-            "pairs": pairs_of([record]),
-        }
+        setting = _lever_setting(model, base, by_model, context, seeds)
         keys = [each.key for each in records if {model, base} & each.result["loss"].keys()]
         beyond = {where: parts[where] for where in ("beyond the window", "beyond the trained length")}
         found += _against("lever", Judged("", model), base, beyond, keys, setting, seeds)
     return found
+
+
+def _by_model(records: Sequence[Record]) -> dict[str, Record]:
+    """Model -> the last of its runs."""
+    return {model: record for record in records for model in record.result["loss"]}
+
+
+def _lever_setting(model: str, rival: str, by_model: Mapping[str, Record], context: int, seeds: _Seeds) -> Row:
+    """The setting of a form with a lever against a rival, trained at `context` tokens."""
+    record = by_model[model]
+    return {
+        "task": f"{context} tokens",
+        "w/N": window_share(found_windows(record)),
+        "size": f"{record.result['parameters'] / 1e6:.1f}M",
+        "seeds": str(len(_pairs(model, rival, seeds)) or 1),
+        "pairs": pairs_of([record]),
+    }
 
 
 def _lever_forms(by_model: Mapping[str, Record]) -> list[tuple[str, str]]:
@@ -264,7 +274,7 @@ _CONTROLS = ("swa, sinks, windows 16/352, drope", "one dense layer of six, the o
 def _levers_against_dense(records: Sequence[Record], scores: Sequence[RetrievalScore]) -> list[Finding]:
     """Every form of chosen keys with a lever against dense attention without one: no fewer needles to its trained
     length, and more beyond it, as the study named it; the controls that have not run stand beside them."""
-    by_model = {model: record for record in records for model in record.result["loss"]}
+    by_model = _by_model(records)
     forms = [(model, base) for model, base in _lever_forms(by_model) if not base.startswith("mha")]
     if not forms or "mha" not in by_model:
         return []
@@ -300,14 +310,7 @@ def _levers_against_dense(records: Sequence[Record], scores: Sequence[RetrievalS
             measured.append(f"{shown}, above that of {base}: {own_cost.shown()}")
         else:
             measured.append(shown)
-        record = by_model[model]
-        setting = {
-            "task": f"{context} tokens",
-            "w/N": window_share(found_windows(record)),
-            "size": f"{record.result['parameters'] / 1e6:.1f}M",
-            "seeds": str(len(_pairs(model, "mha", seeds)) or 1),
-            "pairs": pairs_of([record]),
-        }
+        setting = _lever_setting(model, "mha", by_model, context, seeds)
         keys = [each.key for each in records if {model, base, "mha", best} & each.result["loss"].keys()]
         told = "; ".join([*differences, shown])
         found.append(
@@ -355,7 +358,7 @@ _LEVER_LOSSES = (
 
 
 def _lever_losses(records: Sequence[Record]) -> list[Row]:
-    by_model = {model: record for record in records for model in record.result["loss"]}
+    by_model = _by_model(records)
     losses = _losses(records)
     rows: list[Row] = []
     for model, base in _lever_forms(by_model):

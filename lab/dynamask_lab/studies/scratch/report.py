@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -320,8 +320,10 @@ def _findings(records: Sequence[Record], lent: _Lent) -> list[Finding]:
                     note = borrowed_note(gaps.values())
                     measured = f"test loss, nats below {_listed(gaps)}"
                     interest, short = f"{LOSS_INTEREST} nats", f"{gaps[denses[0]]} nats{_at_rate(denses[0])}"
-                    finding = Finding("perplexity-mha", subject, measured, verdict, keys, role, setting, interest)
-                    findings.append(replace(finding, difference=short, note=note))
+                    claim = "perplexity-mha"
+                    findings.append(
+                        Finding(claim, subject, measured, verdict, keys, role, setting, interest, short, note)
+                    )
         findings += _choices(found, f"{size / 1e6:.1f}M", lent)
     return findings
 
@@ -366,8 +368,8 @@ def _choices(found: Mapping[str, list[Record]], size: str, lent: _Lent) -> list[
         measured = f"test loss, nats below {control} {gap}"
         verdict = judge(gap, LOSS_INTEREST, seeds=int(seeds))
         subject, interest = f"{_at_share(form)}, {size}, fresh tokens", f"{LOSS_INTEREST} nats"
-        finding = Finding("choice", subject, measured, verdict, keys, "best", setting, interest, f"{gap} nats")
-        findings.append(replace(finding, note=borrowed_note([gap])))
+        short, note = f"{gap} nats", borrowed_note([gap])
+        findings.append(Finding("choice", subject, measured, verdict, keys, "best", setting, interest, short, note))
     return findings
 
 
