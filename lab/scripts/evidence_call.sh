@@ -111,7 +111,8 @@ queues)
         IFS=: read -r name wait <<<"$card"
         # shellcheck disable=SC2086  # several jobs
         CUDA_VISIBLE_DEVICES=$name setsid nohup python3 lab/scripts/queue_gpu.py --out "$O" --name "$name" \
-            --claims "$W/claims" --seconds "$seconds" --wait "${wait:-0}" ${EVIDENCE_AFTER:+--after "$EVIDENCE_AFTER-$name"} --workers "${EVIDENCE_WORKERS:-7}" \
+            --claims "$W/claims" --seconds "$seconds" --wait "${wait:-0}" \
+            ${EVIDENCE_AFTER:+--after "$EVIDENCE_AFTER-$name"} --workers "${EVIDENCE_WORKERS:-7}" \
             --known lab/results/*.jsonl --prepare "$prepare" -- $JOBS >"$O/log-queue-$name.txt" 2>&1 </dev/null &
         prepare=0
     done

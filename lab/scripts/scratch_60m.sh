@@ -69,10 +69,10 @@ sweep() { # SECONDS OUT NAMES: what `begin` leaves running
     if [ "${SCRATCH_CARDS:-4}" = 2 ]; then
         (
             run 0 "$(left)" dense "$dense" corpora "$out"
-            choice 0 scored "$scored" "$(left)" corpora && touch free-0
+            choose 0 scored "$scored"
         ) &
         run 1 "$(left)" scored "$scored" corpora "$out"
-        choice 1 no-choice "$without" "$(left)" corpora && touch free-1
+        choose 1 no-choice "$without"
         wait
         echo "$(date +%X) end"
         return
@@ -105,9 +105,13 @@ sweep() { # SECONDS OUT NAMES: what `begin` leaves running
 }
 
 choices() { # 10M-choice: a card per form, three seeds share it
-    (choice 0 scored "$scored" "$(left)" corpora && touch free-0) &
-    (choice 1 no-choice "$without" "$(left)" corpora && touch free-1) &
+    choose 0 scored "$scored" &
+    choose 1 no-choice "$without" &
     wait
+}
+
+choose() { # CARD NAME FORM: a form of 10M-choice, then the card is free
+    choice "$@" "$(left)" corpora && touch "free-$1"
 }
 
 choice() { # CARD NAME FORM SECONDS CORPORA [FURTHER ARGUMENTS]
